@@ -1,0 +1,119 @@
+"""Checks on shape, dtype and device: metadata only, so they never wait for a GPU.
+
+Every error says what was expected, what came, and what to do.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_choice",
+    "check_fraction",
+    "check_images",
+    "check_labels",
+    "check_logits",
+    "check_num_classes",
+    "check_same_device",
+    "check_same_shape",
+    "check_tensor",
+]
+
+LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Refuse anything that is not a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"`{name}` must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor."
+        )
+
+
+def check_images(name: str, images: Tensor, *, channels: int | None = None) -> None:
+    """Refuse anything but floating (N, C, H, W), with `channels` channels where it is given."""
+    check_tensor(name, images)
+    want = "C" if channels is None else channels
+    if images.ndim != 4 or (channels is not None and images.shape[1] != channels):
+        hint = "add the batch dimension with `[None]`" if images.ndim == 3 else "stack the images along dimension 0"
+        if images.ndim == 4:
+            hint = f"convert them to {channels} channels"
+        raise ValueError(f"`{name}` must have shape (N, {want}, H, W), got {tuple(images.shape)}; {hint}.")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"`{name}` must be floating in [0, 1], got {images.dtype}; convert uint8 with `.float() / 255`."
+        )
+
+
+def check_labels(name: str, labels: Tensor) -> None:
+    """Refuse anything but (N, H, W) label maps of an accepted integer dtype."""
+    check_tensor(name, labels)
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(
+            f"`{name}` must be uint8, int16, int32 or int64, got {labels.dtype}; convert with `.long()`, "
+            "or take the argmax of probabilities first."
+        )
+    if labels.ndim != 3:
+        hint = "squeeze the channel dimension" if labels.ndim == 4 else "add the batch dimension with `[None]`"
+        raise ValueError(f"`{name}` must have shape (N, H, W), got {tuple(labels.shape)}; {hint}.")
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    """Refuse anything but a floating (N, C, H, W) tensor with at least one class."""
+    check_tensor(name, logits)
+    if logits.ndim != 4 or logits.shape[1] < 1:
+        raise ValueError(
+            f"`{name}` must have shape (N, C, H, W) with C >= 1, got {tuple(logits.shape)}; "
+            "pass the class scores before any argmax."
+        )
+    if not logits.is_floating_point():
+        raise TypeError(f"`{name}` must be floating, got {logits.dtype}; pass the class scores before any argmax.")
+
+
+def check_same_shape(name: str, shape: Sequence[int], other_name: str, other_shape: Sequence[int]) -> None:
+    """Refuse two shapes that differ, naming both."""
+    if tuple(shape) != tuple(other_shape):
+        raise ValueError(
+            f"`{name}` {tuple(shape)} and `{other_name}` {tuple(other_shape)} must agree in batch size, height and width; "
+            "crop or resize them to one size."
+        )
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Refuse tensors on different devices, naming the first two that differ."""
+    first: tuple[str, Tensor] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first = (name, tensor)
+        elif tensor.device != first[1].device:
+            raise ValueError(
+                f"`{name}` is on {tensor.device} but `{first[0]}` is on {first[1].device}; "
+                f"move one of them with `.to({str(first[1].device)!r})`."
+            )
+
+
+def check_num_classes(num_classes: int) -> None:
+    """Refuse anything but a positive int."""
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+        raise TypeError(f"`num_classes` must be an int, got {type(num_classes).__name__}.")
+    if num_classes < 1:
+        raise ValueError(
+            f"`num_classes` must be at least 1, got {num_classes}; count the classes without the ignored one."
+        )
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuse anything but a number in [0, 1]; NaN is refused too."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a float, got {type(value).__name__}.")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a word that is not one of `choices`, listing them."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
