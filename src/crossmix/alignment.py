@@ -1,0 +1,217 @@
+"""Distribution alignment: push the average prediction towards a class prior.
+
+ReMixMatch: Berthelot et al., ICLR 2020, https://arxiv.org/abs/1911.09785
+On pseudo-labels of a target domain: DACS, Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 4.5.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from crossmix._checks import (
+    check_fraction,
+    check_labels,
+    check_logits,
+    check_num_classes,
+    check_same_device,
+    check_tensor,
+)
+from crossmix._distributed import all_reduce_sum
+
+__all__ = ["DistributionAlignment", "align_distribution"]
+
+
+def align_distribution(probs: Tensor, prior: Tensor, running: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Reweigh predictions by the ratio of a class prior to the average prediction (section 4.5 of the paper).
+
+    q~ = Normalize(q * p / p~)
+
+    A pixel for which the product is 0 in every class keeps its prediction, so the result always sums to 1.
+
+    Args:
+        probs: (N, C, H, W) floating, summing to 1 over dimension 1: q.
+        prior: (C,) floating, summing to 1: p, the class distribution that predictions should have.
+        running: (C,) floating, summing to 1: p~, the running average of predictions.
+        eps: Least value of `running` that is divided by.
+
+    Returns:
+        (N, C, H, W) float32, or float64 for float64 `probs`. No host sync.
+
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If shapes or devices disagree, or `eps` is not positive.
+
+    Example:
+        >>> probs = torch.tensor([0.6, 0.4])[None, :, None, None]
+        >>> align_distribution(probs, torch.tensor([0.5, 0.5]), torch.tensor([0.75, 0.25])).flatten()
+        tensor([0.3333, 0.6667])
+    """
+    check_logits("probs", probs)
+    for name, value in (("prior", prior), ("running", running)):
+        check_tensor(name, value)
+        if not value.is_floating_point():
+            raise TypeError(f"`{name}` must be floating, got {value.dtype}; divide class counts by their sum.")
+        if tuple(value.shape) != (probs.shape[1],):
+            raise ValueError(
+                f"`{name}` must have shape (C,) = ({probs.shape[1]},) to match `probs`, got {tuple(value.shape)}; "
+                "give one number per class."
+            )
+    check_same_device(probs=probs, prior=prior, running=running)
+    if not eps > 0:
+        raise ValueError(f"`eps` must be positive, got {eps}; the default is 1e-6.")
+    probs = probs if probs.dtype == torch.float64 else probs.float()
+    ratio = prior.to(probs.dtype) / running.to(probs.dtype).clamp(min=eps)
+    aligned = probs * ratio[:, None, None]
+    total = aligned.sum(1, keepdim=True)
+    return torch.where(total > 0, aligned / torch.where(total > 0, total, 1.0), probs)
+
+
+class DistributionAlignment(nn.Module):
+    """Align predictions on the target with a class prior, keeping the running average that this needs.
+
+    The paper's experiment takes the prior from the target's ground truth (an oracle): hand it in as `prior=`. Without
+    one the prior is uniform until `update_prior` has estimated it from source labels, which is legitimate and which the
+    paper leaves to future work. The paper gives no momentum; the released code has no alignment.
+
+    Args:
+        num_classes: The number of classes C.
+        prior: (C,) class frequencies or counts, >= 0, scaled to sum to 1.
+        momentum: Share of an average that an update keeps once it has warmed up: min(1 - 1 / (t + 1), momentum), t
+            earlier updates, so the first update copies. In [0, 1].
+        sync: Whether updates average over all ranks; a C-vector is reduced, never the maps.
+
+    State:
+        `prior`, `running`: (C,) float32 buffers, each summing to 1, changed by `update_prior` and `update`.
+        `prior_count`, `running_count`: int64 scalars, the updates so far.
+
+    Raises:
+        TypeError: If `prior` is not a sequence of numbers.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> align = DistributionAlignment(2, prior=[0.5, 0.5])
+        >>> probs = torch.tensor([0.75, 0.25])[None, :, None, None]
+        >>> align.update(probs)
+        >>> align(probs).flatten()
+        tensor([0.5000, 0.5000])
+    """
+
+    prior: Tensor
+    running: Tensor
+    prior_count: Tensor
+    running_count: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        prior: Tensor | Sequence[float] | None = None,
+        momentum: float = 0.999,
+        sync: bool = False,
+    ) -> None:
+        super().__init__()
+        check_num_classes(num_classes)
+        check_fraction("momentum", momentum)
+        self.num_classes = num_classes
+        self.momentum = momentum
+        self.sync = sync
+        self.fixed_prior = prior is not None
+        uniform = torch.full((num_classes,), 1.0 / num_classes)
+        self.register_buffer("prior", uniform.clone() if prior is None else _given_prior(prior, num_classes))
+        self.register_buffer("running", uniform)
+        self.register_buffer("prior_count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("running_count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, probs: Tensor) -> Tensor:
+        """Align predictions with the prior; see `crossmix.functional.align_distribution`.
+
+        Args:
+            probs: (N, C, H, W) floating, summing to 1 over dimension 1.
+
+        Returns:
+            (N, C, H, W) in the dtype of `probs`.
+
+        Raises:
+            TypeError: If `probs` is not floating.
+            ValueError: If the number of classes or the device disagrees.
+        """
+        check_logits("probs", probs)
+        return align_distribution(probs, self.prior, self.running).to(probs.dtype)
+
+    @torch.no_grad()
+    def update(self, probs: Tensor) -> None:
+        """Move the running average of predictions. An empty batch changes nothing.
+
+        Args:
+            probs: (N, C, H, W) floating, before alignment.
+
+        Raises:
+            TypeError: If `probs` is not floating.
+            ValueError: If the number of classes or the device disagrees.
+        """
+        check_logits("probs", probs)
+        self._check_classes("probs", probs)
+        dtype = torch.float64 if probs.dtype == torch.float64 else torch.float32
+        self._average(self.running, self.running_count, probs.sum((0, 2, 3), dtype=dtype))
+
+    @torch.no_grad()
+    def update_prior(self, labels: Tensor) -> None:
+        """Move the prior towards the class frequencies of source labels; maps without a valid pixel change nothing.
+
+        Args:
+            labels: (N, H, W) uint8, int16, int32 or int64; ids outside 0..C-1 are left out.
+
+        Raises:
+            TypeError: If `labels` is not an accepted integer tensor.
+            ValueError: If its shape or device is wrong, or the prior was given to the constructor.
+        """
+        if self.fixed_prior:
+            raise ValueError(
+                "`update_prior` needs a prior of its own, but `prior=` was given; leave one of the two out."
+            )
+        check_labels("labels", labels)
+        check_same_device(prior=self.prior, labels=labels)
+        index = labels.flatten().long()
+        index = index.masked_fill((index < 0) | (index >= self.num_classes), self.num_classes)
+        counts = index.new_zeros(self.num_classes + 1).scatter_add(0, index, torch.ones_like(index))
+        self._average(self.prior, self.prior_count, counts[:-1].double())
+
+    def extra_repr(self) -> str:
+        """Constructor arguments, for `repr`."""
+        prior = "given" if self.fixed_prior else None
+        return f"num_classes={self.num_classes}, prior={prior}, momentum={self.momentum}, sync={self.sync}"
+
+    def _average(self, average: Tensor, count: Tensor, sums: Tensor) -> None:
+        """Move `average` in place towards `sums` scaled to 1, decided on the device: all-zero sums change nothing."""
+        if self.sync:
+            sums = all_reduce_sum(sums)
+        total = sums.sum()
+        seen = total > 0
+        decay = (1.0 - 1.0 / (count.double() + 1.0)).clamp(max=self.momentum)
+        moved = decay * average.double() + (1.0 - decay) * sums.double() / torch.where(seen, total, 1.0)
+        average.copy_(torch.where(seen, moved, average))
+        count.add_(seen)
+
+    def _check_classes(self, name: str, probs: Tensor) -> None:
+        if probs.shape[1] != self.num_classes:
+            raise ValueError(
+                f"`{name}` must have C = {self.num_classes} classes, got {probs.shape[1]}; "
+                "make DistributionAlignment with the network's `num_classes`."
+            )
+        check_same_device(running=self.running, **{name: probs})
+
+
+def _given_prior(prior: Tensor | Sequence[float], num_classes: int) -> Tensor:
+    """The prior as (C,) float32 summing to 1. Its values are looked at once, here, where it may wait for a GPU."""
+    values = torch.as_tensor(prior, dtype=torch.float64).detach().cpu()
+    if tuple(values.shape) != (num_classes,):
+        raise ValueError(
+            f"`prior` must hold one number per class, shape ({num_classes},), got {tuple(values.shape)}; "
+            "count the pixels of each class."
+        )
+    if not bool(values.isfinite().all()) or bool((values < 0).any()) or not float(values.sum()) > 0:
+        raise ValueError(
+            f"`prior` must be finite, not negative and not all zero, got {values.tolist()}; check the counts."
+        )
+    return (values / values.sum()).float()

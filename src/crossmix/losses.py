@@ -1,0 +1,364 @@
+"""Confidence weights and the weighted cross-entropy of self-training.
+
+DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 3.4.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from crossmix._checks import (
+    check_choice,
+    check_fraction,
+    check_labels,
+    check_logits,
+    check_same_device,
+    check_same_shape,
+    check_tensor,
+)
+from crossmix._distributed import all_reduce_sum, world_size
+
+__all__ = ["ConfidenceWeightedCE", "confidence_weight", "upsampled_cross_entropy", "weighted_cross_entropy"]
+
+Scope = Literal["image", "batch", "pixel", "none"]
+Normalizer = Literal["all", "valid", "weights"]
+Reduction = Literal["mean", "sum", "none"]
+
+_SCOPES = ("image", "batch", "pixel", "none")
+_NORMALIZERS = ("all", "valid", "weights")
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def confidence_weight(confidence: Tensor, threshold: float = 0.968, *, scope: Scope = "image") -> Tensor:
+    """Weigh pixels by the share of confident ones: the lambda of section 3.4.
+
+    lambda = |{p : confidence_p >= threshold}| / |{p}|
+
+    Args:
+        confidence: (N, H, W) floating in [0, 1], the maximum over classes of the teacher's probabilities.
+        threshold: Confidence in [0, 1]; 0.968 in the released code, not stated in the paper.
+        scope: What the share is taken over: `"image"` (the paper), `"batch"` (the released code), `"pixel"` (1 where
+            the pixel itself is confident, else 0) or `"none"` (1 everywhere).
+
+    Returns:
+        (N, H, W) float32, or float64 for float64 confidence. No host sync.
+
+    Raises:
+        TypeError: If `confidence` is not floating.
+        ValueError: If a shape, the threshold or the scope is wrong.
+
+    Example:
+        >>> confidence_weight(torch.tensor([[[0.99, 0.50]], [[0.97, 0.98]]]))
+        tensor([[[0.5000, 0.5000]],
+        <BLANKLINE>
+                [[1.0000, 1.0000]]])
+    """
+    _check_confidence(confidence)
+    check_fraction("threshold", threshold)
+    check_choice("scope", scope, _SCOPES)
+    return _confidence_weight(confidence, threshold, scope, sync=False)
+
+
+def weighted_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    ignore_index: int = 255,
+    normalizer: Normalizer = "all",
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Cross-entropy with a weight per pixel and a named divisor: the H of the paper's Eq. (3).
+
+    loss = sum_p w_p * CE(logits_p, label_p) / divisor, over the pixels p that are not ignored
+
+    Finite and differentiable in every degenerate batch: where nothing is left to learn from, the loss and its gradient
+    are 0, never NaN.
+
+    Args:
+        logits: (N, C, H, W) floating; computed in float32, or in float64 where an input is float64.
+        labels: (N, H, W) uint8, int16, int32 or int64. Ids outside 0..C-1 count as ignored.
+        weights: (N, H, W) or (N,) floating, >= 0; ones when not given.
+        ignore_index: The id of ignored pixels.
+        normalizer: What the mean divides by: `"all"` pixels, ignored ones included (the paper, and the mixed loss of
+            the released code), the `"valid"` ones (the released source loss; torch's own), or the sum of the
+            `"weights"` of the valid ones.
+        label_smoothing: Share of the uniform distribution in the label, in [0, 1].
+        reduction: `"mean"` as described, `"sum"`, or `"none"` for the (N, H, W) weighted losses.
+
+    Returns:
+        A scalar, or (N, H, W) with `reduction="none"`; float32 or float64. No host sync.
+
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If shapes or devices disagree, or an option is unknown.
+
+    Example:
+        >>> logits, labels = torch.zeros(1, 2, 1, 4), torch.tensor([[[0, 1, 1, 255]]])
+        >>> weighted_cross_entropy(logits, labels), weighted_cross_entropy(logits, labels, normalizer="valid")
+        (tensor(0.5199), tensor(0.6931))
+    """
+    _check_loss_inputs(logits, labels, weights)
+    check_same_shape("labels", labels.shape, "logits", (logits.shape[0], *logits.shape[2:]))
+    _check_loss_options(normalizer, label_smoothing)
+    check_choice("reduction", reduction, _REDUCTIONS)
+    losses, valid, weights = _pixel_losses(logits, labels, weights, ignore_index, label_smoothing)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / _positive(_divisor(losses, valid, weights, normalizer))
+
+
+def upsampled_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    ignore_index: int = 255,
+    normalizer: Normalizer = "all",
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Upsample smaller logits to the labels' size, then take `weighted_cross_entropy`.
+
+    The upsampling is bilinear with align_corners=True, in float32 (float64 for float64 logits), as DeepLab-v2 does it.
+
+    Args:
+        logits: (N, C, h, w) floating, of any size.
+        labels: (N, H, W) integer.
+        weights: (N, H, W) or (N,) floating; ones when not given.
+        ignore_index: The id of ignored pixels.
+        normalizer: As in `weighted_cross_entropy`.
+        label_smoothing: As in `weighted_cross_entropy`.
+        reduction: As in `weighted_cross_entropy`.
+
+    Returns:
+        As `weighted_cross_entropy`.
+
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If batch sizes or devices disagree, or an option is unknown.
+
+    Example:
+        >>> logits = torch.tensor([[[[0.0, 2.0]], [[2.0, 0.0]]]])
+        >>> upsampled_cross_entropy(logits, torch.tensor([[[1, 0, 0]]]))
+        tensor(0.3157)
+    """
+    _check_loss_inputs(logits, labels, weights)
+    return weighted_cross_entropy(
+        _upsample(logits, labels),
+        labels,
+        weights,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+class ConfidenceWeightedCE(nn.Module):
+    """The loss on mixed images: confidence weights for target pixels, and the cross-entropy that uses them.
+
+    Args:
+        threshold: A pixel counts as confident at `confidence >= threshold`; in [0, 1].
+        scope: `"image"` (the paper's lambda), `"batch"` (the released code's), `"pixel"` or `"none"`; see
+            `crossmix.functional.confidence_weight`.
+        ignore_index: The id of ignored pixels.
+        normalizer: `"all"`, `"valid"` or `"weights"`; see `crossmix.functional.weighted_cross_entropy`.
+        label_smoothing: Share of the uniform distribution in the label, in [0, 1].
+        sync: Whether divisors and the batch-scope lambda are those of the batch over all ranks. The loss of a rank is
+            then scaled by the number of ranks, so that the average that DistributedDataParallel takes of the gradients
+            is the gradient of the whole batch's loss. Without an initialised process group it changes nothing.
+
+    Raises:
+        ValueError: If an option is out of range or unknown.
+
+    Example:
+        >>> criterion = ConfidenceWeightedCE(scope="batch")
+        >>> weights = criterion.weights(torch.tensor([[[0.99, 0.50]]]))
+        >>> criterion(torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 1]]]), weights)
+        tensor(0.3466)
+    """
+
+    def __init__(
+        self,
+        threshold: float = 0.968,
+        *,
+        scope: Scope = "image",
+        ignore_index: int = 255,
+        normalizer: Normalizer = "all",
+        label_smoothing: float = 0.0,
+        sync: bool = False,
+    ) -> None:
+        super().__init__()
+        check_fraction("threshold", threshold)
+        check_choice("scope", scope, _SCOPES)
+        _check_loss_options(normalizer, label_smoothing)
+        self.threshold = threshold
+        self.scope: Scope = scope
+        self.ignore_index = ignore_index
+        self.normalizer: Normalizer = normalizer
+        self.label_smoothing = label_smoothing
+        self.sync = sync
+
+    def weights(self, confidence: Tensor) -> Tensor:
+        """Weigh target pixels by confidence.
+
+        Args:
+            confidence: (N, H, W) floating in [0, 1].
+
+        Returns:
+            (N, H, W) float32, or float64 for float64 confidence.
+
+        Raises:
+            TypeError: If `confidence` is not floating.
+            ValueError: If its shape is wrong.
+        """
+        _check_confidence(confidence)
+        return _confidence_weight(confidence, self.threshold, self.scope, sync=self.sync)
+
+    def forward(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the mean weighted cross-entropy.
+
+        Args:
+            logits: (N, C, H, W) floating.
+            labels: (N, H, W) integer.
+            weights: (N, H, W) or (N,) floating; ones when not given.
+
+        Returns:
+            Scalar float32, or float64 where an input is float64.
+
+        Raises:
+            TypeError: If a dtype is wrong.
+            ValueError: If shapes or devices disagree.
+        """
+        _check_loss_inputs(logits, labels, weights)
+        check_same_shape("labels", labels.shape, "logits", (logits.shape[0], *logits.shape[2:]))
+        losses, valid, weights = _pixel_losses(logits, labels, weights, self.ignore_index, self.label_smoothing)
+        divisor = _divisor(losses, valid, weights, self.normalizer)
+        if self.sync:
+            return losses.sum() / _positive(all_reduce_sum(divisor)) * world_size()
+        return losses.sum() / _positive(divisor)
+
+    def upsampled(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the same loss on logits of a smaller size; see `crossmix.functional.upsampled_cross_entropy`.
+
+        Args:
+            logits: (N, C, h, w) floating.
+            labels: (N, H, W) integer.
+            weights: (N, H, W) or (N,) floating; ones when not given.
+
+        Returns:
+            Scalar float32, or float64 where an input is float64.
+
+        Raises:
+            TypeError: If a dtype is wrong.
+            ValueError: If batch sizes or devices disagree.
+        """
+        _check_loss_inputs(logits, labels, weights)
+        loss: Tensor = self(_upsample(logits, labels), labels, weights)
+        return loss
+
+    def extra_repr(self) -> str:
+        """Constructor arguments, for `repr`."""
+        return (
+            f"threshold={self.threshold}, scope={self.scope!r}, ignore_index={self.ignore_index}, "
+            f"normalizer={self.normalizer!r}, label_smoothing={self.label_smoothing}, sync={self.sync}"
+        )
+
+
+def _confidence_weight(confidence: Tensor, threshold: float, scope: Scope, *, sync: bool) -> Tensor:
+    confidence = _at_least_float32(confidence.detach())
+    if scope == "none":
+        return torch.ones_like(confidence)
+    confident = (confidence >= threshold).to(confidence.dtype)
+    if scope == "pixel":
+        return confident
+    if scope == "image":
+        share = confident.sum((1, 2), keepdim=True) / max(confidence.shape[1] * confidence.shape[2], 1)
+        return share.expand_as(confidence).contiguous()
+    kept, total = confident.sum(), torch.full((), confidence.numel(), dtype=confidence.dtype, device=confidence.device)
+    if sync:
+        kept, total = all_reduce_sum(torch.stack([kept, total])).unbind()
+    return (kept / _positive(total)).expand_as(confidence).contiguous()
+
+
+def _pixel_losses(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted losses, 0 where ignored; which pixels are valid; the weights: each (N, H, W)."""
+    double = logits.dtype == torch.float64 or (weights is not None and weights.dtype == torch.float64)
+    logits = logits.double() if double else logits.float()
+    index = labels.long()
+    valid = (index >= 0) & (index < logits.shape[1]) & (index != ignore_index)
+    losses = functional.cross_entropy(
+        logits, index.masked_fill(~valid, -100), ignore_index=-100, label_smoothing=label_smoothing, reduction="none"
+    )
+    if weights is None:
+        return losses, valid, torch.ones_like(losses)
+    weights = weights.to(losses.dtype)
+    weights = (weights[:, None, None] if weights.ndim == 1 else weights).expand_as(losses)
+    return losses * weights, valid, weights
+
+
+def _divisor(losses: Tensor, valid: Tensor, weights: Tensor, normalizer: Normalizer) -> Tensor:
+    if normalizer == "all":
+        return torch.full((), losses.numel(), dtype=losses.dtype, device=losses.device)
+    if normalizer == "valid":
+        return valid.sum().to(losses.dtype)
+    return torch.where(valid, weights, 0.0).sum()
+
+
+def _positive(divisor: Tensor) -> Tensor:
+    """The divisor, or 1 where it is 0: then the sum above it is 0 too."""
+    return torch.where(divisor > 0, divisor, 1.0)
+
+
+def _upsample(logits: Tensor, labels: Tensor) -> Tensor:
+    size = (labels.shape[-2], labels.shape[-1])
+    if tuple(logits.shape[-2:]) == size:
+        return logits
+    return functional.interpolate(_at_least_float32(logits), size=size, mode="bilinear", align_corners=True)
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _check_confidence(confidence: Tensor) -> None:
+    check_tensor("confidence", confidence)
+    if not confidence.is_floating_point():
+        raise TypeError(f"`confidence` must be floating in [0, 1], got {confidence.dtype}; pass probabilities.")
+    if confidence.ndim != 3:
+        raise ValueError(
+            f"`confidence` must have shape (N, H, W), got {tuple(confidence.shape)}; "
+            "take the maximum of the probabilities over dimension 1."
+        )
+
+
+def _check_loss_inputs(logits: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+    check_logits("logits", logits)
+    check_labels("labels", labels)
+    if len(labels) != len(logits):
+        raise ValueError(
+            f"`logits` hold {len(logits)} images but `labels` {len(labels)}; pass the labels of this batch."
+        )
+    if weights is not None:
+        check_tensor("weights", weights)
+        if not weights.is_floating_point():
+            raise TypeError(f"`weights` must be floating, got {weights.dtype}; convert with `.float()`.")
+        if tuple(weights.shape) not in {tuple(labels.shape), tuple(labels.shape[:1])}:
+            raise ValueError(
+                f"`weights` must have shape (N, H, W) = {tuple(labels.shape)} or (N,), got {tuple(weights.shape)}; "
+                "squeeze the channel dimension or crop them to the labels."
+            )
+    check_same_device(logits=logits, labels=labels, weights=weights)
+
+
+def _check_loss_options(normalizer: str, label_smoothing: float) -> None:
+    check_choice("normalizer", normalizer, _NORMALIZERS)
+    check_fraction("label_smoothing", label_smoothing)
