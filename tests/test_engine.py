@@ -1,0 +1,191 @@
+"""Keyed sampling, the checkpoint store and the run log."""
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from crossmix.engine import CheckpointError, CheckpointStore, KeyedCrops, RunLog, keyed_generator
+
+
+class Item(NamedTuple):
+    image: Tensor
+    label: Tensor | None
+    name: str
+
+
+def items(n: int, height: int = 6, width: int = 9) -> list[Item]:
+    """Images whose pixels say which image, row and column they are."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return [
+        Item(
+            torch.stack([torch.full_like(rows, i), rows, columns]).to(torch.uint8),
+            (rows * width + columns).to(torch.uint8),
+            f"item{i}",
+        )
+        for i in range(n)
+    ]
+
+
+def test_keyed_generator__same_key_same_numbers_other_key_others() -> None:
+    keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (2**40, 3)]
+    draws = [torch.rand(8, generator=keyed_generator(*key)) for key in keys]
+    for i, key in enumerate(keys):
+        assert torch.equal(draws[i], torch.rand(8, generator=keyed_generator(*key)))
+        for other in draws[:i]:
+            assert not torch.equal(draws[i], other)
+
+
+@pytest.mark.parametrize("key", [(), (-1,), (0, -2)])
+def test_keyed_generator__refuses_bad_keys(key: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="non-negative integers"):
+        keyed_generator(*key)
+
+
+@given(st.integers(1, 7), st.integers(0, 5), st.integers(0, 3))
+def test_keyed_crops__each_pass_takes_every_sample_once(n: int, seed: int, epoch: int) -> None:
+    crops = KeyedCrops(items(n), (2, 3), seed=seed, stream=1)
+    assert sorted(crops.index(epoch * n + k) for k in range(n)) == list(range(n))
+
+
+def test_keyed_crops__image_and_label_are_cut_together() -> None:
+    samples = items(5)
+    crops = KeyedCrops(samples, (4, 3), seed=3, stream=0)
+    seen = set()
+    for draw in range(200):
+        image, label = crops[draw]
+        top, left = int(image[1, 0, 0]), int(image[2, 0, 0])
+        seen.add((top, left))
+        whole = samples[int(image[0, 0, 0])]
+        assert torch.equal(image, whole.image[:, top : top + 4, left : left + 3])
+        assert whole.label is not None
+        assert torch.equal(label, whole.label[top : top + 4, left : left + 3])
+    assert seen == {(top, left) for top in range(3) for left in range(7)}  # every position occurs
+
+
+def test_keyed_crops__order_workers_and_restarts_change_nothing() -> None:
+    crops = KeyedCrops(items(5), (2, 2), seed=0, stream=0)
+    want = [crops[draw] for draw in range(40)]
+    backwards = [crops[draw] for draw in reversed(range(40))][::-1]
+    workers = list(DataLoader(crops, batch_size=None, sampler=range(16, 40), num_workers=2))
+    for (image, label), (other_image, other_label) in zip(want, backwards, strict=True):
+        assert torch.equal(image, other_image)
+        assert torch.equal(label, other_label)
+    for (image, _), (other_image, _) in zip(want[16:], workers, strict=True):
+        assert torch.equal(image, other_image)
+
+
+def test_keyed_crops__streams_and_seeds_differ() -> None:
+    def order(seed: int, stream: int) -> list[int]:
+        crops = KeyedCrops(items(20), (2, 2), seed=seed, stream=stream)
+        return [crops.index(draw) for draw in range(40)]
+
+    orders = [order(0, 0), order(0, 1), order(1, 0)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert orders[0][:20] != orders[0][20:]  # each pass has its own order
+
+
+def test_keyed_crops__leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    KeyedCrops(items(3), (2, 2), seed=0, stream=0)[4]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_keyed_crops__without_label_gives_ignored_pixels() -> None:
+    sample = items(1)[0]._replace(label=None)
+    _, label = KeyedCrops([sample], (2, 3), seed=0, stream=0)[0]
+    assert torch.equal(label, torch.full((2, 3), 255, dtype=torch.uint8))
+
+
+def test_keyed_crops__refuses_what_cannot_be_cropped() -> None:
+    with pytest.raises(ValueError, match="must not be empty"):
+        KeyedCrops([], (2, 2), seed=0, stream=0)
+    with pytest.raises(ValueError, match="must be positive"):
+        KeyedCrops(items(1), (0, 2), seed=0, stream=0)
+    with pytest.raises(ValueError, match=r"item0: the image is 6 x 9, smaller than the crop of 7 x 2"):
+        KeyedCrops(items(1), (7, 2), seed=0, stream=0)[0]
+
+
+def test_keyed_crops__pickles() -> None:
+    crops = pickle.loads(pickle.dumps(KeyedCrops(items(2), (2, 2), seed=0, stream=0)))  # noqa: S301 - our own bytes
+    assert crops[3][0].shape == (3, 2, 2)
+
+
+def state(step: int) -> dict[str, object]:
+    return {"step": step, "student": {"weight": torch.arange(50.0) + step}}
+
+
+def test_checkpoints__newest_comes_back_whole(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "deep" / "checkpoints")
+    assert store.load_newest() is None
+    for step in (1, 2, 10):
+        path = store.save(step, state(step), best=step == 2)
+    loaded = store.load_newest()
+    assert loaded is not None
+    assert loaded["step"] == 10
+    assert torch.equal(loaded["student"]["weight"], torch.arange(50.0) + 10)
+    assert path.with_name(path.name + ".sha256").read_text().strip() == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert torch.load(store.folder / "best.pt", weights_only=True)["step"] == 2
+    names = {file.name for file in store.folder.iterdir()}
+    assert names == {n + s for n in ("best.pt", "step-0000002.pt", "step-0000010.pt") for s in ("", ".sha256")}
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no-hash", "empty"])
+def test_checkpoints__a_damaged_one_is_never_loaded(tmp_path: Path, damage: str) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, state(1))
+    path = store.save(2, state(2))
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "truncate":
+        path.write_bytes(data[:-10])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        path.with_name(path.name + ".sha256").unlink()
+    with pytest.warns(UserWarning, match=r"step-0000002\.pt: its .*; taking step-0000001\.pt instead"):
+        loaded = store.load_newest()
+    assert loaded is not None
+    assert loaded["step"] == 1
+    (tmp_path / "step-0000001.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="No checkpoint can be read"):
+        store.load_newest()
+
+
+def test_checkpoints__a_failed_save_leaves_the_earlier_ones(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, state(1))
+    with pytest.raises(Exception, match="pickle"):
+        store.save(2, {"bad": lambda: None})
+    loaded = store.load_newest()
+    assert loaded is not None
+    assert loaded["step"] == 1
+    assert not list(tmp_path.glob("*.tmp.*"))
+
+
+def test_checkpoints__refuses_to_keep_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        CheckpointStore(tmp_path, keep=1)
+
+
+def test_run_log__cut_and_torn_line(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "log.jsonl")
+    assert log.read() == []
+    for step in range(1, 6):
+        log.write({"step": step, "loss": step / 2})
+    with log.path.open("a") as file:
+        file.write('{"step": 6, "lo')  # a crash in the middle of a line
+    assert [record["step"] for record in log.read()] == [1, 2, 3, 4, 5]
+    log.cut(3)
+    log.write({"step": 4, "loss": 0.0})
+    assert [record["step"] for record in log.read()] == [1, 2, 3, 4]
+    assert log.read()[-1]["loss"] == 0.0
