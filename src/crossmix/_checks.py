@@ -75,8 +75,8 @@ def check_same_shape(name: str, shape: Sequence[int], other_name: str, other_sha
     """Refuse two shapes that differ, naming both."""
     if tuple(shape) != tuple(other_shape):
         raise ValueError(
-            f"`{name}` {tuple(shape)} and `{other_name}` {tuple(other_shape)} must agree in batch size, height and width; "
-            "crop or resize them to one size."
+            f"`{name}` {tuple(shape)} and `{other_name}` {tuple(other_shape)} must agree in batch size, height and "
+            "width; crop or resize them to one size."
         )
 
 

@@ -125,9 +125,8 @@ def self_training(
 
     Example:
         >>> training = self_training(nn.Conv2d(3, 19, 1), 19, recipe="paper", lambda_scope="batch")
-        >>> training.criterion
-        ConfidenceWeightedCE(threshold=0.968, scope='batch', ignore_index=255, normalizer='all', label_smoothing=0.0,
-        sync=False)
+        >>> training.weigh, training.criterion.scope
+        ('mixed', 'batch')
     """
     check_choice("method", method, METHODS)
     if prior is not None and method != "alignment":

@@ -4,7 +4,6 @@ A draw is numbered through the whole run: draw = step * batch + slot. What it yi
 alone, not on the number of workers, on prefetching or on restarts.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -55,6 +54,16 @@ def keyed_generator(*key: int, device: torch.device | str = "cpu") -> torch.Gene
     return torch.Generator(device).manual_seed(seed)
 
 
+class Samples(Protocol):
+    """A map-style data set."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int, /) -> Labelled:
+        """The one at an index."""
+
+
 class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
     """Random crops of a labelled or unlabelled data set, indexed by draw number without end.
 
@@ -78,7 +87,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         (torch.Size([3, 32, 32]), torch.Size([32, 32]))
     """
 
-    def __init__(self, samples: Sequence[Labelled], size: tuple[int, int], *, seed: int, stream: int) -> None:
+    def __init__(self, samples: Samples, size: tuple[int, int], *, seed: int, stream: int) -> None:
         if len(samples) == 0:
             raise ValueError("`samples` must not be empty; check the folder that they are read from.")
         if min(size) < 1:

@@ -1,0 +1,151 @@
+"""crossmix in somebody else's training loop: CamVid, from drives by day to a drive at dusk.
+
+    python examples/camvid_day_to_dusk.py CAMVID
+
+CAMVID holds `day`, `dusk-train` and `dusk-test`, each with `images/` and `labels/`: drives 0006R0 and the two halves of
+0001TP of CamVid in the SegNet version (ids 0..10, 11 is unlabelled). The network, the loading and the loop are this
+file's own; from crossmix come the algorithm, its recipe and the metric. It compares training on the day alone, with the
+same colour jitter and blur as DACS has, and DACS, which sees the images of `dusk-train` but no label of them. Scores
+are on `dusk-test`.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+from kornia_rs import io
+from torch import Tensor, nn
+from torch.nn import functional as tf
+
+from crossmix import StrongAugment, recipes
+from crossmix.metrics import ConfusionMatrix
+
+CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
+SIZE, CROP, BATCH = (120, 160), (96, 128), 4
+
+
+class Network(nn.Module):
+    """A small encoder and decoder with skips."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.stem = block(3, width)
+        self.down1, self.down2, self.down3 = (block(width * k, 2 * width * k, stride=2) for k in (1, 2, 4))
+        self.up2, self.up1, self.up0 = (
+            block(12 * width, 4 * width),
+            block(6 * width, 2 * width),
+            block(3 * width, width),
+        )
+        self.head = nn.Conv2d(width, len(CLASSES), 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] to logits of their size."""
+        x0 = self.stem(images - 0.5)
+        x1 = self.down1(x0)
+        x2 = self.down2(x1)
+        x = self.down3(x2)
+        for skip, up in ((x2, self.up2), (x1, self.up1), (x0, self.up0)):
+            x = up(torch.cat([tf.interpolate(x, size=skip.shape[-2:], mode="bilinear"), skip], 1))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """Two convolutions."""
+    layers: list[nn.Module] = []
+    for i in range(2):
+        step = stride if i == 0 else 1
+        layers += [nn.Conv2d(inputs if i == 0 else outputs, outputs, 3, step, 1, bias=False), nn.BatchNorm2d(outputs)]
+        layers += [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+def load(folder: Path) -> tuple[Tensor, Tensor]:
+    """All images (N, 3, H, W) uint8 and labels (N, H, W) uint8 of a folder, in small; 255 where unlabelled."""
+    names = sorted(path.name for path in (folder / "images").glob("*.png"))
+    if not names:
+        raise SystemExit(
+            f"{folder}: no images/*.png; expected CAMVID/{{day,dusk-train,dusk-test}}/{{images,labels}}/*.png"
+        )
+    images, labels = [], []
+    for name in names:
+        image = torch.from_numpy(io.read_image(str(folder / "images" / name))).permute(2, 0, 1)
+        label = torch.from_numpy(io.read_image(str(folder / "labels" / name)))[..., 0]
+        images.append(tf.interpolate(image[None], size=SIZE, mode="bilinear", antialias=True)[0])
+        labels.append(tf.interpolate(label[None, None], size=SIZE, mode="nearest-exact")[0, 0])
+    ids = torch.stack(labels)
+    return torch.stack(images), ids.masked_fill(ids >= len(CLASSES), 255)
+
+
+def crops(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random batch of crops, half of them flipped."""
+    batch = []
+    for i in torch.randint(len(images), (BATCH,), generator=generator).tolist():
+        top, left, flip = (
+            int(torch.randint(n, (), generator=generator)) for n in (SIZE[0] - CROP[0] + 1, SIZE[1] - CROP[1] + 1, 2)
+        )
+        rows, columns = slice(top, top + CROP[0]), slice(left, left + CROP[1])
+        image, label = images[i, :, rows, columns], labels[i, rows, columns]
+        batch.append((image.flip(-1), label.flip(-1)) if flip else (image, label))
+    return torch.stack([image for image, _ in batch]).float() / 255, torch.stack([label for _, label in batch])
+
+
+def train(data: dict[str, tuple[Tensor, Tensor]], method: str, seed: int, steps: int, lr: float) -> nn.Module:
+    """Train one network: this loop is what a user of the library has already."""
+    torch.manual_seed(seed)
+    network = Network()
+    training = recipes.self_training(network, len(CLASSES), method=method)  # type: ignore[arg-type]
+    jitter = StrongAugment(same_on_batch=True)
+    optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
+    generator = torch.Generator().manual_seed(seed)
+    training.train()
+    for _ in range(steps):
+        day, day_labels = crops(*data["day"], generator)
+        dusk, _ = crops(*data["dusk-train"], generator)
+        if method == "source":  # the honest baseline sees what DACS sees of colour jitter and blur
+            day = jitter(day, generator=generator)
+        output = training(day, day_labels, dusk, generator=generator)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        training.update()
+        schedule.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def score(network: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
+    """IoU per class and their mean, in percent."""
+    confusion = ConfusionMatrix(len(CLASSES))
+    for image, label in zip(images, labels, strict=True):
+        confusion.update(network(image[None].float() / 255).argmax(1), label[None])
+    iou = confusion.compute()
+    return [100 * value for value in (*iou.per_class.tolist(), iou.mean)]
+
+
+def main() -> None:
+    """Print the table: mean and standard deviation over seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("camvid", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--lr", type=float, default=0.02)
+    args = parser.parse_args()
+    data = {name: load(args.camvid / name) for name in ("day", "dusk-train", "dusk-test")}
+    table: dict[str, list[list[float]]] = {"source": [], "dacs": []}
+    for seed in range(args.seeds):
+        for method, rows in table.items():
+            rows.append(score(train(data, method, seed, args.steps, args.lr), *data["dusk-test"]))
+            print(f"seed {seed}  {method:6}  mIoU {rows[-1][-1]:5.2f} %", flush=True)
+    print(f"\n{'class':12}" + "".join(f"{'source + jitter' if name == 'source' else name:>18}" for name in table))
+    for i, name in enumerate((*CLASSES, "mIoU")):
+        cells = [[row[i] for row in rows] for rows in table.values()]
+        spread = [statistics.stdev(cell) if len(cell) > 1 else 0.0 for cell in cells]
+        texts = [f"{statistics.mean(cell):.2f} +- {sd:.2f}" for cell, sd in zip(cells, spread, strict=True)]
+        print(f"{name:12}" + "".join(f"{text:>18}" for text in texts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""Colour jitter and Gaussian blur of a batch, drawn per image: no loop over images, no waiting for the GPU.
+
+DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 4 ("Color jittering and Gaussian blurring
+    on the
+mixed images"). The strengths are those of the released code; the paper gives none.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from kornia.color import hsv_to_rgb, rgb_to_hsv
+from torch import Tensor, nn
+from torch.nn import functional
+
+from crossmix._checks import check_choice, check_fraction, check_images, check_same_device, check_tensor
+
+__all__ = ["AugmentDraw", "StrongAugment"]
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+GREY = (0.299, 0.587, 0.114)  # Rec. 601, as torchvision and kornia have it
+
+
+class AugmentDraw(NamedTuple):
+    """What `StrongAugment` draws, one row per image, independent of the images.
+
+    Attributes:
+        jitter: (N,) bool, whether the colours change.
+        order: (N, 4) int64, a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue: first operation first.
+        brightness: (N,) float32 factor around 1.
+        contrast: (N,) float32 factor around 1.
+        saturation: (N,) float32 factor around 1.
+        hue: (N,) float32 shift around 0, as a share of the colour circle.
+        blur: (N,) bool, whether the image is blurred.
+        sigma: (N,) float32 standard deviation of the blur, in pixels.
+    """
+
+    jitter: Tensor
+    order: Tensor
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+    blur: Tensor
+    sigma: Tensor
+
+
+class StrongAugment(nn.Module):
+    """Jitter the colours of each image and blur it, each with a probability.
+
+    The four operations come in an order drawn per image, with factors drawn per image from U(1 - v, 1 + v), for the hue
+    a shift from U(-v, v). Images that are neither jittered nor blurred come back bit by bit.
+
+    Args:
+        brightness: Strength v of the brightness factor, in [0, 1].
+        contrast: Strength of the contrast factor, in [0, 1].
+        saturation: Strength of the saturation factor, in [0, 1].
+        hue: Strength of the hue shift, as a share of the colour circle, in [0, 0.5].
+        jitter_p: Probability of the jitter.
+        blur_p: Probability of the blur.
+        blur_sigma: Least and greatest standard deviation of the blur, in pixels.
+        flavor: `"additive"`: kornia's before version 0.6.4, behind the published number: brightness is added, x + (b -
+            1), contrast multiplies, c x, saturation scales the S of HSV. `"torchvision"`: brightness multiplies, b x,
+            contrast blends with the mean of the grey image, saturation with the grey image. Both clamp to [0, 1] after
+            each operation and turn the hue in HSV.
+        same_on_batch: Whether one decision to jitter, and one to blur, holds for the whole batch, as in the released
+            code. Factors, order and sigma are per image in either case.
+
+    Raises:
+        TypeError: If an argument is no number.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> augment = StrongAugment()
+        >>> draw = augment.sample(2, generator=torch.Generator().manual_seed(0))
+        >>> images = torch.rand(2, 3, 16, 16)
+        >>> torch.equal(augment(images, draw=draw), augment(images, draw=draw))
+        True
+    """
+
+    def __init__(
+        self,
+        *,
+        brightness: float = 0.25,
+        contrast: float = 0.25,
+        saturation: float = 0.25,
+        hue: float = 0.25,
+        jitter_p: float = 0.8,
+        blur_p: float = 0.5,
+        blur_sigma: tuple[float, float] = (0.15, 1.15),
+        flavor: Literal["additive", "torchvision"] = "additive",
+        same_on_batch: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
+            check_fraction(name, value)
+        check_fraction("jitter_p", jitter_p)
+        check_fraction("blur_p", blur_p)
+        check_fraction("hue", hue)
+        if hue > 0.5:
+            raise ValueError(f"`hue` must lie in [0, 0.5], half of the colour circle, got {hue}.")
+        if not 0 < blur_sigma[0] <= blur_sigma[1] < math.inf:
+            raise ValueError(
+                f"`blur_sigma` must be (least, greatest) in pixels, 0 < least <= greatest, got {blur_sigma}."
+            )
+        check_choice("flavor", flavor, ("additive", "torchvision"))
+        self.brightness = brightness
+        self.contrast = contrast
+        self.saturation = saturation
+        self.hue = hue
+        self.jitter_p = jitter_p
+        self.blur_p = blur_p
+        self.blur_sigma = blur_sigma
+        self.flavor = flavor
+        self.same_on_batch = same_on_batch
+
+    def sample(
+        self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> AugmentDraw:
+        """Draw everything random for a batch.
+
+        Args:
+            n: The number of images.
+            generator: Source of randomness, used on its own device; None uses the global one.
+            device: Where the draw shall be; the generator's device, or the CPU, when not given.
+
+        Returns:
+            The draw; its rows can be sliced to split a batch.
+        """
+        drawn_on = device if generator is None else generator.device
+        device = drawn_on if device is None else device
+        numbers = torch.rand(11, n, generator=generator, device=drawn_on).to(device, non_blocking=True)
+        decisions = numbers[:2, :1].expand(2, n) if self.same_on_batch else numbers[:2]
+        low, high = self.blur_sigma
+        return AugmentDraw(
+            jitter=decisions[0] < self.jitter_p,
+            order=numbers[2:6].argsort(0).T.contiguous(),
+            brightness=1 + self.brightness * (2 * numbers[6] - 1),
+            contrast=1 + self.contrast * (2 * numbers[7] - 1),
+            saturation=1 + self.saturation * (2 * numbers[8] - 1),
+            hue=self.hue * (2 * numbers[9] - 1),
+            blur=decisions[1] < self.blur_p,
+            sigma=low + (high - low) * numbers[10],
+        )
+
+    def forward(
+        self, images: Tensor, *, draw: AugmentDraw | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Augment a batch.
+
+        Args:
+            images: (N, 3, H, W) floating, RGB in [0, 1]; computed in float32, in float64 for float64.
+            draw: What `sample` returned, to replay it.
+            generator: Source of randomness; None uses the global one. Cannot be traced by `torch.compile`: use `draw`.
+
+        Returns:
+            (N, 3, H, W) in the dtype of `images`.
+
+        Raises:
+            TypeError: If `images` is not floating.
+            ValueError: If its shape is wrong, or the draw is for another batch size or on another device.
+        """
+        check_images("images", images, channels=3)
+        if draw is None:
+            draw = self.sample(len(images), generator=generator, device=images.device)
+        _check_draw(draw, images)
+        if images.numel() == 0:
+            return images.clone()
+        x = images if images.dtype == torch.float64 else images.float()
+        with torch.autocast(images.device.type, enabled=False):
+            if self.jitter_p > 0:
+                jittered = _additive_jitter(x, draw) if self.flavor == "additive" else _torchvision_jitter(x, draw)
+                x = torch.where(_per_image(draw.jitter), jittered, x)
+            if self.blur_p > 0:
+                blurred = _blur(x, draw.sigma, radius=math.ceil(4.3 * self.blur_sigma[1]))
+                x = torch.where(_per_image(draw.blur), blurred.clamp(0, 1), x)  # taps sum to 1 but for rounding
+        return x.to(images.dtype)
+
+    def extra_repr(self) -> str:
+        """Constructor arguments, for `repr`."""
+        return (
+            f"brightness={self.brightness}, contrast={self.contrast}, saturation={self.saturation}, hue={self.hue}, "
+            f"jitter_p={self.jitter_p}, blur_p={self.blur_p}, blur_sigma={self.blur_sigma}, flavor={self.flavor!r}, "
+            f"same_on_batch={self.same_on_batch}"
+        )
+
+
+def _additive_jitter(x: Tensor, draw: AugmentDraw) -> Tensor:
+    """Old kornia's operations, in each image's order, in five passes whatever the order is.
+
+    Brightness and contrast are affine maps with a clamp, and two of them in a row are one; saturation and hue act on
+    different components of HSV, so next to each other they commute. Every order is then affine, HSV, affine, HSV,
+    affine.
+    """
+    position = draw.order.argsort(1)  # (N, 4): when each operation comes
+    first = position[:, SATURATION:].amin(1)
+    last = position[:, SATURATION:].amax(1)
+    adjacent = last == first + 1
+    for slot in range(3):
+        x = _affine(x, draw, position, slot=slot, first=first, last=last)
+        if slot < 2:
+            here = (first, last)[slot]
+            both = adjacent if slot == 0 else torch.zeros_like(adjacent)
+            used = ~adjacent if slot == 1 else torch.ones_like(adjacent)
+            saturates = used & (both | (position[:, SATURATION] == here))
+            turns = used & (both | (position[:, HUE] == here))
+            x = _hsv(x, torch.where(saturates, draw.saturation, 1.0), torch.where(turns, draw.hue, 0.0))
+    return x
+
+
+def _affine(x: Tensor, draw: AugmentDraw, position: Tensor, *, slot: int, first: Tensor, last: Tensor) -> Tensor:
+    """Brightness and contrast where they come before, between or after the HSV operations: min(max(a x + t, l), h)."""
+
+    def falls_here(when: Tensor) -> Tensor:
+        return ((when > first).long() + (when > last).long()) == slot
+
+    when_b, when_c = position[:, BRIGHTNESS], position[:, CONTRAST]
+    shift = torch.where(falls_here(when_b), draw.brightness - 1, 0.0).to(x.dtype)
+    scale = torch.where(falls_here(when_c), draw.contrast, 1.0).to(x.dtype)
+    shift_first = when_b < when_c
+    # clamp(clamp(x + b) c) = clamp(c x + c b, 0, clamp(c)); clamp(clamp(c x) + b) = clamp(c x + b, clamp(b), clamp(1 +
+    # b))
+    offset = torch.where(shift_first, scale * shift, shift)
+    low = torch.where(shift_first, 0.0, shift).clamp(0, 1)
+    high = torch.where(shift_first, scale, 1 + shift).clamp(0, 1)
+    moved = torch.addcmul(_per_image(offset), x, _per_image(scale))
+    return torch.minimum(torch.maximum(moved, _per_image(low)), _per_image(high))
+
+
+def _torchvision_jitter(x: Tensor, draw: AugmentDraw) -> Tensor:
+    """Today's usual operations, in each image's order: blends before the hue, the hue, blends after it."""
+    position = draw.order.argsort(1)
+    when = position[:, HUE]
+    blends = position[:, :HUE].argsort(1)  # (N, 3): brightness, contrast and saturation as they follow each other
+    factors = torch.stack([draw.brightness, draw.contrast, draw.saturation], 1).to(x.dtype)
+    for before in (True, False):
+        for turn in range(3):
+            operation = blends[:, turn : turn + 1]
+            comes = position.gather(1, operation)[:, 0]
+            used = (comes < when) == before
+            factor = torch.where(used, factors.gather(1, operation)[:, 0], 1.0)
+            x = _blend(x, operation[:, 0], factor)
+        if before:
+            x = _hsv(x, torch.ones_like(draw.hue), draw.hue)
+    return x
+
+
+def _blend(x: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
+    """clamp(f x + (1 - f) base): the base is black for brightness, the mean grey for contrast, grey for saturation."""
+    red, green, blue = x.unbind(1)
+    grey = (GREY[0] * red + GREY[1] * green + GREY[2] * blue)[:, None]
+    mean = grey.mean((2, 3), keepdim=True)
+    base = torch.where(_per_image(operation == CONTRAST), mean, grey)
+    base = torch.where(_per_image(operation == BRIGHTNESS), 0.0, base)
+    factor = _per_image(factor)
+    return (factor * x + (1 - factor) * base).clamp(0, 1)
+
+
+def _hsv(x: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
+    """Scale the saturation and turn the hue by a share of the circle."""
+    h, s, v = rgb_to_hsv(x).unbind(1)
+    s = (s * saturation.to(x.dtype)[:, None, None]).clamp(0, 1)
+    h = torch.remainder(h + 2 * math.pi * hue.to(x.dtype)[:, None, None], 2 * math.pi)
+    rgb: Tensor = hsv_to_rgb(torch.stack([h, s, v], 1))
+    return rgb
+
+
+def _blur(x: Tensor, sigma: Tensor, *, radius: int) -> Tensor:
+    """Gaussian blur of each image by its own sigma, one axis after the other."""
+    n, channels, height, width = x.shape
+    taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+    kernels = torch.exp(-0.5 * (taps / sigma.to(x.dtype)[:, None]) ** 2)
+    kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(channels, 0)
+    x = x.reshape(1, n * channels, height, width)
+    x = functional.pad(x, (radius, radius, 0, 0), mode=_border(width, radius))
+    x = functional.conv2d(x, kernels[:, None, None, :], groups=n * channels)
+    x = functional.pad(x, (0, 0, radius, radius), mode=_border(height, radius))
+    x = functional.conv2d(x, kernels[:, None, :, None], groups=n * channels)
+    return x.reshape(n, channels, height, width)
+
+
+def _border(length: int, radius: int) -> str:
+    """Reflect at the border where the image is long enough for it, else repeat the edge."""
+    return "reflect" if length > radius else "replicate"
+
+
+def _per_image(values: Tensor) -> Tensor:
+    """(N,) as (N, 1, 1, 1)."""
+    return values[:, None, None, None]
+
+
+def _check_draw(draw: AugmentDraw, images: Tensor) -> None:
+    for name, value in zip(AugmentDraw._fields, draw, strict=True):
+        check_tensor(f"draw.{name}", value)
+        if len(value) != len(images):
+            raise ValueError(
+                f"`draw.{name}` is for {len(value)} images but `images` holds {len(images)}; "
+                "sample for this batch size."
+            )
+        check_same_device(images=images, **{f"draw.{name}": value})

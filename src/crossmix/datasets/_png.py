@@ -1,0 +1,174 @@
+"""PNG files as tensors: the header is looked at first, every failure names the file."""
+
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from kornia_rs import io
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crossmix.datasets.sample import DataError
+
+__all__ = ["read_png", "write_png"]
+
+MAX_PIXELS = 100_000_000
+"""More is refused before decoding: a file of some hundred kilobytes can unfold to gigabytes."""
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+GREY, PALETTE = 0, 3
+
+Bytes = NDArray[np.uint8]
+
+
+class _Header(NamedTuple):
+    width: int
+    height: int
+    bit_depth: int
+    color_type: int
+    compression: int
+    filters: int
+    interlace: int
+
+
+def read_png(path: str | Path) -> Tensor:
+    """Read an 8-bit PNG; of a palette file the indices, not the colours.
+
+    Args:
+        path: The file. Grey and palette files may also have 1, 2 or 4 bits.
+
+    Returns:
+        (C, H, W) uint8, C = 1, 3 or 4.
+
+    Raises:
+        DataError: If the file is missing, damaged, not a PNG, too large, or has 16 bits.
+    """
+    path = Path(path)
+    header = _header(path)
+    try:
+        pixels = _read_packed(path, header) if header.bit_depth < 8 else np.asarray(io.read_image(str(path)))
+    except DataError:
+        raise
+    except Exception as error:  # kornia_rs raises bare Exception
+        raise DataError(f"{path}: cannot be decoded ({error}); download or write it again.") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def write_png(path: str | Path, pixels: Tensor) -> None:
+    """Write an RGB picture or a grey map.
+
+    Args:
+        path: The file; its folder must exist.
+        pixels: (3, H, W) or (H, W) uint8.
+
+    Raises:
+        TypeError: If `pixels` is not uint8.
+        ValueError: If its shape is wrong.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "picture.png"
+        >>> write_png(path, torch.zeros(3, 4, 5, dtype=torch.uint8))
+        >>> path.read_bytes()[1:4]
+        b'PNG'
+    """
+    if pixels.dtype != torch.uint8:
+        raise TypeError(f"`pixels` must be uint8, got {pixels.dtype}; scale to 0..255 and convert.")
+    if pixels.ndim == 2:
+        pixels, mode = pixels[None], "mono"
+    elif pixels.ndim == 3 and pixels.shape[0] == 3:
+        mode = "rgb"
+    else:
+        raise ValueError(f"`pixels` must have shape (3, H, W) or (H, W), got {tuple(pixels.shape)}; write one picture.")
+    io.write_image_png_u8(str(path), pixels.permute(1, 2, 0).contiguous().cpu().numpy(), mode)
+
+
+def _header(path: Path) -> _Header:
+    try:
+        with path.open("rb") as file:
+            start = file.read(33)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check the folder, or download it again.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions.") from error
+    if len(start) < 33 or not start.startswith(SIGNATURE) or start[12:16] != b"IHDR":
+        raise DataError(
+            f"{path}: expected a PNG file, got {len(start)} bytes that do not start like one; download it again."
+        )
+    header = _Header(*struct.unpack(">IIBBBBB", start[16:29]))
+    if header.width * header.height > MAX_PIXELS:
+        raise DataError(
+            f"{path}: has {header.width} x {header.height} pixels, more than the {MAX_PIXELS} that are read; "
+            "check where the file comes from."
+        )
+    if header.bit_depth == 16:
+        raise DataError(f"{path}: expected 8 bits per channel, got 16; this is not a file of this data set.")
+    return header
+
+
+def _read_packed(path: Path, header: _Header) -> Bytes:
+    """Decode 1, 2 or 4 bits per pixel, grey or palette, which kornia_rs refuses: (H, W, 1)."""
+    if header.color_type not in {GREY, PALETTE} or header.interlace:
+        raise DataError(
+            f"{path}: interlaced files of {header.bit_depth} bits are not read; save it without interlacing."
+        )
+    stride = (header.width * header.bit_depth + 7) // 8
+    size = header.height * (stride + 1)
+    data = zlib.decompressobj().decompress(_image_data(path), size)
+    if len(data) != size:
+        raise DataError(f"{path}: holds {len(data)} bytes of pixels instead of {size}; download it again.")
+    lines = np.frombuffer(data, np.uint8).reshape(header.height, stride + 1)
+    rows = np.zeros((header.height, stride), np.uint8)
+    above = np.zeros(stride, np.uint8)
+    for i, line in enumerate(lines):
+        above = rows[i] = _unfilter(int(line[0]), line[1:], above, path)
+    per_byte = 8 // header.bit_depth
+    shifts = np.arange(8 - header.bit_depth, -1, -header.bit_depth, dtype=np.uint8)
+    unpacked = (rows[:, :, None] >> shifts) & ((1 << header.bit_depth) - 1)
+    return unpacked.reshape(header.height, stride * per_byte)[:, : header.width, None].astype(np.uint8)
+
+
+def _image_data(path: Path) -> bytes:
+    """The compressed pixels: all IDAT chunks, their checksums verified."""
+    found: list[bytes] = []
+    data, position = path.read_bytes(), len(SIGNATURE)
+    while position + 12 <= len(data):
+        (length,) = struct.unpack(">I", data[position : position + 4])
+        kind, body = data[position + 4 : position + 8], data[position + 8 : position + 8 + length]
+        checksum = data[position + 8 + length : position + 12 + length]
+        if len(checksum) != 4 or zlib.crc32(kind + body) != struct.unpack(">I", checksum)[0]:
+            break
+        if kind == b"IEND":
+            return b"".join(found)
+        if kind == b"IDAT":
+            found.append(body)
+        position += 12 + length
+    raise DataError(f"{path}: is cut off or damaged; download it again.")
+
+
+def _unfilter(kind: int, line: Bytes, above: Bytes, path: Path) -> Bytes:
+    """Undo one line's filter for pixels of at most a byte (PNG specification, section 9)."""
+    if kind == 0:
+        return line
+    if kind == 1:
+        summed: Bytes = np.cumsum(line, dtype=np.uint8)
+        return summed
+    if kind == 2:
+        lifted: Bytes = line + above
+        return lifted
+    if kind not in {3, 4}:
+        raise DataError(f"{path}: has an unknown filter {kind}; download it again.")
+    out, left, corner = np.empty_like(line), 0, 0
+    for i, (value, up) in enumerate(zip(line.tolist(), above.tolist(), strict=True)):
+        predicted = (left + up) // 2 if kind == 3 else _paeth(left, up, corner)
+        left, corner = (value + predicted) & 255, up
+        out[i] = left
+    return out
+
+
+def _paeth(left: int, up: int, corner: int) -> int:
+    estimate = left + up - corner
+    return min((left, up, corner), key=lambda value: abs(estimate - value))

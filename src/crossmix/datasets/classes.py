@@ -1,0 +1,94 @@
+"""The classes of Cityscapes, GTA5 and SYNTHIA as one table, and what follows from it.
+
+A train id is a class's row in the table. Ids that no row names (ego vehicle, rectification border, licence plate, ...)
+are
+ignored: train id 255.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["CLASSES", "CLASSES_13", "CLASSES_16", "CLASS_NAMES", "IGNORED", "PALETTE", "label_ids", "train_ids"]
+
+
+class _Class(NamedTuple):
+    name: str
+    color: tuple[int, int, int]
+    label_id: int  # in Cityscapes and GTA5
+    synthia_id: int
+
+
+CLASSES = (
+    _Class("road", (128, 64, 128), 7, 3),
+    _Class("sidewalk", (244, 35, 232), 8, 4),
+    _Class("building", (70, 70, 70), 11, 2),
+    _Class("wall", (102, 102, 156), 12, 21),
+    _Class("fence", (190, 153, 153), 13, 5),
+    _Class("pole", (153, 153, 153), 17, 7),
+    _Class("traffic light", (250, 170, 30), 19, 15),
+    _Class("traffic sign", (220, 220, 0), 20, 9),
+    _Class("vegetation", (107, 142, 35), 21, 6),
+    _Class("terrain", (152, 251, 152), 22, 16),
+    _Class("sky", (70, 130, 180), 23, 1),
+    _Class("person", (220, 20, 60), 24, 10),
+    _Class("rider", (255, 0, 0), 25, 17),
+    _Class("car", (0, 0, 142), 26, 8),
+    _Class("truck", (0, 0, 70), 27, 18),
+    _Class("bus", (0, 60, 100), 28, 19),
+    _Class("train", (0, 80, 100), 31, 20),
+    _Class("motorcycle", (0, 0, 230), 32, 12),
+    _Class("bicycle", (119, 11, 32), 33, 11),
+)
+"""Train ids 0 to 18: name, RGB colour, id in Cityscapes and GTA5 label files, id in SYNTHIA."""
+
+IGNORED = 255
+"""The train id of pixels that count nowhere."""
+
+CLASS_NAMES = tuple(row.name for row in CLASSES)
+"""Names by train id."""
+
+PALETTE = tuple(row.color for row in CLASSES)
+"""RGB colours by train id."""
+
+CLASSES_16 = tuple(i for i, name in enumerate(CLASS_NAMES) if name not in {"terrain", "truck", "train"})
+"""The train ids that SYNTHIA labels: what its 16-class mean is taken over."""
+
+CLASSES_13 = tuple(i for i in CLASSES_16 if CLASS_NAMES[i] not in {"wall", "fence", "pole"})
+"""The train ids of SYNTHIA's 13-class mean."""
+
+KNOWN_LABEL_IDS = frozenset(range(35)) | {255}
+"""What a Cityscapes or GTA5 label file may hold: the official ids, -1 (licence plate) saved as 255."""
+
+
+def train_ids() -> Tensor:
+    """Return the table from label ids of Cityscapes and GTA5 to train ids.
+
+    Returns:
+        (256,) uint8: index it with a label map.
+
+    Example:
+        >>> train_ids()[torch.tensor([7, 8, 34])]
+        tensor([  0,   1, 255], dtype=torch.uint8)
+    """
+    table = torch.full((256,), IGNORED, dtype=torch.uint8)
+    for train_id, row in enumerate(CLASSES):
+        table[row.label_id] = train_id
+    return table
+
+
+def label_ids() -> Tensor:
+    """Return the table from train ids to label ids of Cityscapes and GTA5; ignored becomes 0, "unlabeled".
+
+    Returns:
+        (256,) uint8.
+
+    Example:
+        >>> label_ids()[torch.tensor([0, 18, 255])]
+        tensor([ 7, 33,  0], dtype=torch.uint8)
+    """
+    table = torch.zeros(256, dtype=torch.uint8)
+    for train_id, row in enumerate(CLASSES):
+        table[train_id] = row.label_id
+    return table

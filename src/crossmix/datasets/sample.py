@@ -1,0 +1,25 @@
+"""What readers return, and what they raise."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["DataError", "Sample"]
+
+
+class Sample(NamedTuple):
+    """An image with its label map.
+
+    Attributes:
+        image: (3, H, W) uint8, RGB.
+        label: (H, W) uint8, train ids 0..18 or 255 for ignored pixels; None where labels are not read.
+        name: The file's stem without the data set's suffix.
+    """
+
+    image: Tensor
+    label: Tensor | None
+    name: str
+
+
+class DataError(ValueError):
+    """Something is wrong with data on disk; the message names the file or folder, what was expected, and what to do."""

@@ -1,0 +1,152 @@
+"""Evaluation as the published numbers have it: one image at a time, one confusion matrix for the data set."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from crossmix.metrics import ConfusionMatrix
+
+__all__ = ["evaluate"]
+
+Size = tuple[int, int]
+
+
+class Labelled(Protocol):
+    """An image with its label map, as the readers of `crossmix.datasets` return it."""
+
+    @property
+    def image(self) -> Tensor:
+        """(3, H, W) uint8."""
+
+    @property
+    def label(self) -> Tensor | None:
+        """(H, W) integer train ids."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+
+
+class Samples(Protocol):
+    """A map-style data set."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int, /) -> Labelled:
+        """The one at an index."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    samples: Samples | Iterable[Labelled],
+    *,
+    num_classes: int = 19,
+    image_size: Size | None = None,
+    label_sizes: Sequence[Size | None] = (None,),
+    forward: Callable[[Tensor], Tensor] | None = None,
+    device: torch.device | str | None = None,
+    ignore_index: int = 255,
+) -> dict[str, ConfusionMatrix]:
+    """Score a model on a labelled data set, at one or several label sizes in one pass.
+
+    The released code scores at 512 x 1024, on labels resized to that; the older protocol, and the paper's references,
+    at 1024 x 2048. With `image_size=(512, 1024)`, `label_sizes=[(512, 1024), (1024, 2048)]` and
+    `forward=model.forward_features` the 1/8 logits of DeepLab-v2 are upsampled straight to each of them.
+
+    Args:
+        model: The network; evaluated in eval mode, every submodule's mode is put back afterwards.
+        samples: A map-style data set, or any iterable, of items with `image` (3, H, W) uint8, `label` (H, W) and
+            `name`, of any sizes.
+        num_classes: The number of classes C.
+        image_size: (height, width) that images are resized to, bilinear and antialiased; None leaves them.
+        label_sizes: Sizes to score at, each (height, width), or None for the label's own. Labels are resized to the
+            nearest pixel, logits bilinearly with align_corners=True.
+        forward: What turns images into logits of any size; the model itself by default.
+        device: Where to run; where the model's first parameter is, by default.
+        ignore_index: The id of ignored pixels.
+
+    Returns:
+        A `ConfusionMatrix` on the CPU for each label size, by "HxW", or "native" for None. Ranks may each take their
+        share of the samples and call `merge`.
+
+    Raises:
+        ValueError: If there are no samples, a sample has no label, or the logits have another number of classes.
+
+    Example:
+        >>> from crossmix.datasets import StreetScenes
+        >>> matrices = evaluate(nn.Conv2d(3, 19, 1), StreetScenes(2), label_sizes=[None, (32, 64)])
+        >>> sorted(matrices)
+        ['32x64', 'native']
+    """
+    if device is None:
+        first = next(model.parameters(), None)
+        device = "cpu" if first is None else first.device
+    matrices = {
+        "native" if size is None else f"{size[0]}x{size[1]}": ConfusionMatrix(num_classes, ignore_index=ignore_index)
+        for size in label_sizes
+    }
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        seen = 0
+        for sample in _each(samples):
+            if sample.label is None:
+                raise ValueError(f"{sample.name}: has no label to score against; read the data set with its labels.")
+            images = _resized(sample.image[None].to(device), image_size).float() / 255
+            logits = (model if forward is None else forward)(images)
+            if logits.shape[1] != num_classes:
+                raise ValueError(
+                    f"`model` returned {logits.shape[1]} classes but `num_classes` is {num_classes}; make both one."
+                )
+            for size, matrix in zip(label_sizes, matrices.values(), strict=True):
+                labels = _nearest(sample.label, size)[None]
+                matrix.update(_predict(logits, labels).cpu(), labels)
+            seen += 1
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not seen:
+        raise ValueError("`samples` must not be empty; check the folder that they are read from.")
+    return matrices
+
+
+def _each(samples: Samples | Iterable[Labelled]) -> Iterator[Labelled]:
+    """Items in order; a data set is indexed up to its length, since it need not stop by itself."""
+    if isinstance(samples, Iterable):
+        yield from samples
+    else:
+        for i in range(len(samples)):
+            yield samples[i]
+
+
+def _predict(logits: Tensor, labels: Tensor) -> Tensor:
+    """Class ids at the labels' size."""
+    if logits.shape[-2:] != labels.shape[-2:]:
+        logits = functional.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=True)
+    return logits.argmax(1)
+
+
+def _resized(images: Tensor, size: Size | None) -> Tensor:
+    if size is None or tuple(images.shape[-2:]) == tuple(size):
+        return images
+    if images.device.type == "cpu":
+        return functional.interpolate(images, size=size, mode="bilinear", antialias=True)
+    # Only CPUs resize bytes; rounding gives the bytes that they would give.
+    return functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True).round()
+
+
+def _nearest(label: Tensor, size: Size | None) -> Tensor:
+    """The label at another size, by the centres of the new pixels, as Pillow's NEAREST takes them."""
+    label = label.cpu()
+    if size is None:
+        return label
+    rows, columns = (
+        ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new)).long()
+        for new, old in zip(size, label.shape, strict=True)
+    )
+    return label[rows[:, None], columns]

@@ -1,0 +1,126 @@
+"""The confusion matrix of a whole data set, and intersection over union from it: the benchmark's definition of mIoU."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from crossmix._checks import check_labels, check_num_classes, check_same_device, check_same_shape
+from crossmix._distributed import all_reduce_sum
+
+__all__ = ["ConfusionMatrix", "IoU"]
+
+
+class IoU(NamedTuple):
+    """Intersection over union, as fractions.
+
+    Attributes:
+        per_class: (C,) float64 on the CPU; NaN for a class that is in neither labels nor predictions.
+        mean: Mean over classes, NaN left out.
+        pixel_accuracy: Share of labelled pixels that are predicted right; NaN without any.
+    """
+
+    per_class: Tensor
+    mean: float
+    pixel_accuracy: float
+
+
+class ConfusionMatrix(nn.Module):
+    """Count label and prediction pairs over a data set.
+
+    IoU_c = TP_c / (TP_c + FP_c + FN_c), with the counts of all images together, not a mean over images.
+
+    Args:
+        num_classes: The number of classes C.
+        ignore_index: The id of ignored pixels in labels.
+
+    State:
+        `counts`: (C, C) int64 buffer, rows labels, columns predictions; changed by `update` and `reset`.
+
+    Raises:
+        ValueError: If `num_classes` is not positive.
+
+    Example:
+        >>> matrix = ConfusionMatrix(2)
+        >>> matrix.update(torch.tensor([[[0, 1, 1, 1]]]), torch.tensor([[[0, 0, 1, 255]]]))
+        >>> matrix.compute()
+        IoU(per_class=tensor([0.5000, 0.5000], dtype=torch.float64), mean=0.5, pixel_accuracy=0.6666666666666666)
+    """
+
+    counts: Tensor
+
+    def __init__(self, num_classes: int, *, ignore_index: int = 255) -> None:
+        super().__init__()
+        check_num_classes(num_classes)
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.register_buffer("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64))
+        self._merged: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            predictions: (N, H, W) uint8, int16, int32 or int64 class ids.
+            labels: (N, H, W) integer; ids outside 0..C-1 count as ignored.
+
+        Raises:
+            TypeError: If a dtype is wrong.
+            ValueError: If shapes or devices disagree, or a prediction at a labelled pixel is no class.
+        """
+        check_labels("predictions", predictions)
+        check_labels("labels", labels)
+        check_same_shape("predictions", predictions.shape, "labels", labels.shape)
+        check_same_device(labels=labels, predictions=predictions)
+        index, predicted = labels.flatten().long(), predictions.flatten().long()
+        counted = (index >= 0) & (index < self.num_classes) & (index != self.ignore_index)
+        index, predicted = index[counted], predicted[counted]
+        if predicted.numel() and not 0 <= int(predicted.min()) <= int(predicted.max()) < self.num_classes:
+            raise ValueError(
+                f"`predictions` must lie in 0..{self.num_classes - 1}, got {int(predicted.min())}.."
+                f"{int(predicted.max())}; take the argmax over {self.num_classes} classes."
+            )
+        pairs = torch.bincount(index * self.num_classes + predicted, minlength=self.num_classes**2)
+        self.counts += pairs.reshape(self.num_classes, self.num_classes).to(self.counts.device)
+        self._merged = None
+
+    def merge(self) -> None:
+        """Add up the counts of all ranks for `compute`; twice, or without a process group, it changes nothing."""
+        self._merged = all_reduce_sum(self.counts)
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self.counts.zero_()
+        self._merged = None
+
+    def compute(self, classes: Sequence[int] | None = None) -> IoU:
+        """Compute the scores from the counts, those of all ranks after `merge`.
+
+        Args:
+            classes: Class ids that the mean is taken over, e.g. the 16 or 13 classes of SYNTHIA; all of them by
+                default. Pixels of the others still count as errors where they are predicted as one of these, or the
+                reverse.
+
+        Returns:
+            The scores; `per_class` always has all C entries.
+
+        Raises:
+            ValueError: If a class id is out of range or there are none.
+        """
+        chosen = range(self.num_classes) if classes is None else list(classes)
+        if not chosen or min(chosen) < 0 or max(chosen) >= self.num_classes:
+            raise ValueError(f"`classes` must be ids in 0..{self.num_classes - 1}, got {list(chosen)}; name some.")
+        counts = (self.counts if self._merged is None else self._merged).cpu().double()
+        hits = counts.diagonal()
+        per_class = hits / (counts.sum(0) + counts.sum(1) - hits)  # 0 / 0 is NaN: absent from both
+        return IoU(
+            per_class=per_class,
+            mean=float(per_class[list(chosen)].nanmean()),
+            pixel_accuracy=float(hits.sum() / counts.sum()),
+        )
+
+    def extra_repr(self) -> str:
+        """Constructor arguments, for `repr`."""
+        return f"num_classes={self.num_classes}, ignore_index={self.ignore_index}"

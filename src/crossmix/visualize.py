@@ -1,0 +1,79 @@
+"""Pictures of a training run: label maps in colour, and galleries of image rows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from crossmix._checks import check_tensor
+from crossmix.datasets.classes import PALETTE
+
+__all__ = ["colorize", "gallery"]
+
+
+def colorize(labels: Tensor) -> Tensor:
+    """Paint a map of Cityscapes train ids in the Cityscapes colours; everything else is black.
+
+    Args:
+        labels: (H, W) integer train ids 0..18, or anything else for ignored pixels.
+
+    Returns:
+        (3, H, W) uint8.
+
+    Raises:
+        ValueError: If the shape is wrong.
+
+    Example:
+        >>> colorize(torch.tensor([[0, 255]]))[:, 0]
+        tensor([[128,   0],
+                [ 64,   0],
+                [128,   0]], dtype=torch.uint8)
+    """
+    check_tensor("labels", labels)
+    if labels.ndim != 2:
+        raise ValueError(f"`labels` must have shape (H, W), got {tuple(labels.shape)}; pass one map at a time.")
+    colors = torch.cat([torch.tensor(PALETTE, dtype=torch.uint8), torch.zeros(1, 3, dtype=torch.uint8)])
+    index = labels.cpu().long()
+    index = torch.where((index >= 0) & (index < len(PALETTE)), index, len(PALETTE))
+    return colors[index].permute(2, 0, 1).contiguous()
+
+
+def gallery(rows: Sequence[Sequence[Tensor]], *, gap: int = 4) -> Tensor:
+    """Set pictures in rows and columns, on white.
+
+    Args:
+        rows: Rows of equally many pictures of one size: (3, H, W), uint8 or floating in [0, 1].
+        gap: White pixels between and around the pictures.
+
+    Returns:
+        (3, H', W') uint8.
+
+    Raises:
+        ValueError: If there are no pictures, or they differ in size or the rows in length.
+
+    Example:
+        >>> gallery([[torch.zeros(3, 2, 5), torch.ones(3, 2, 5)]], gap=1).shape
+        torch.Size([3, 4, 13])
+    """
+    shapes = {tuple(picture.shape) for row in rows for picture in row}
+    lengths = {len(row) for row in rows}
+    if len(shapes) != 1 or len(lengths) != 1:
+        raise ValueError(
+            f"`rows` must hold equally many pictures of one size, got rows of {sorted(lengths)} pictures of sizes "
+            f"{sorted(shapes)}; crop or resize them first."
+        )
+    _, height, width = next(iter(shapes))
+    columns = next(iter(lengths))
+    canvas = torch.full((3, gap + len(rows) * (height + gap), gap + columns * (width + gap)), 255, dtype=torch.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            top, left = gap + i * (height + gap), gap + j * (width + gap)
+            canvas[:, top : top + height, left : left + width] = _bytes(picture)
+    return canvas
+
+
+def _bytes(picture: Tensor) -> Tensor:
+    picture = picture.detach().cpu()
+    if picture.dtype == torch.uint8:
+        return picture
+    return (picture.float().clamp(0, 1) * 255).round().to(torch.uint8)
