@@ -114,7 +114,7 @@ def test_keyed_crops__refuses_what_cannot_be_cropped() -> None:
 
 
 def test_keyed_crops__pickles() -> None:
-    crops = pickle.loads(pickle.dumps(KeyedCrops(items(2), (2, 2), seed=0, stream=0)))  # noqa: S301 - our own bytes
+    crops = pickle.loads(pickle.dumps(KeyedCrops(items(2), (2, 2), seed=0, stream=0)))
     assert crops[3][0].shape == (3, 2, 2)
 
 
