@@ -1,0 +1,399 @@
+"""Every mistake gets a sentence: what was expected, what came, what to do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crossmix import (
+    ClassMix,
+    ConfidenceWeightedCE,
+    CrossDomainMix,
+    DistributionAlignment,
+    MeanTeacher,
+    SelfTraining,
+    recipes,
+)
+from crossmix import functional as F
+from crossmix.metrics import ConfusionMatrix
+
+IMAGES, LABELS = torch.rand(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
+LOGITS, MAP = torch.rand(2, 3, 4, 5), torch.rand(2, 4, 5)
+MASK, CLASSES = torch.zeros(2, 4, 5, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.bool)
+META = torch.device("meta")
+PRIOR = torch.full((3,), 1 / 3)
+
+
+def mixed(**changes: Any) -> object:
+    """A CrossDomainMix call with some arguments replaced."""
+    arguments = {
+        "source_images": IMAGES,
+        "source_labels": LABELS,
+        "target_images": IMAGES,
+        "target_labels": LABELS,
+        **changes,
+    }
+    return CrossDomainMix(3)(**arguments)
+
+
+CASES: list[tuple[str, Callable[[], object], type[Exception], str]] = [
+    (
+        "images rank",
+        lambda: mixed(source_images=IMAGES[0]),
+        ValueError,
+        r"shape \(N, C, H, W\), got \(3, 4, 5\); add the batch",
+    ),
+    (
+        "images dtype",
+        lambda: mixed(target_images=IMAGES.to(torch.uint8)),
+        TypeError,
+        r"floating in \[0, 1\], got torch.uint8; convert",
+    ),
+    (
+        "images type",
+        lambda: mixed(source_images=[1]),
+        TypeError,
+        "`source_images` must be a torch.Tensor, got list; convert",
+    ),
+    (
+        "labels rank",
+        lambda: mixed(source_labels=LABELS[:, None]),
+        ValueError,
+        r"got \(2, 1, 4, 5\); squeeze the channel dimension",
+    ),
+    (
+        "labels dtype",
+        lambda: mixed(target_labels=MAP),
+        TypeError,
+        "must be uint8, int16, int32 or int64, got torch.float32",
+    ),
+    ("labels bool", lambda: mixed(source_labels=MASK), TypeError, "got torch.bool"),
+    ("labels int8", lambda: mixed(source_labels=LABELS.to(torch.int8)), TypeError, "got torch.int8"),
+    (
+        "labels size",
+        lambda: mixed(source_labels=LABELS[:, :3]),
+        ValueError,
+        "must agree in batch size, height and width",
+    ),
+    (
+        "batches do not pair",
+        lambda: mixed(target_images=IMAGES[:1]),
+        ValueError,
+        "`target_images` .* must agree in batch size",
+    ),
+    (
+        "labels do not pair",
+        lambda: mixed(target_labels=LABELS[:1]),
+        ValueError,
+        "`target_labels` .* must agree in batch size",
+    ),
+    (
+        "device",
+        lambda: mixed(target_images=IMAGES.to(META)),
+        ValueError,
+        "is on meta but `source_images` is on cpu; move",
+    ),
+    ("weights dtype", lambda: mixed(target_weights=LABELS), TypeError, "`target_weights` must be floating"),
+    (
+        "weights shape",
+        lambda: mixed(target_weights=MAP[:, None]),
+        ValueError,
+        r"\(2, 4, 5\) or \(N,\), got \(2, 1, 4, 5\); squeeze",
+    ),
+    ("classes dtype", lambda: mixed(classes=CLASSES.long()), TypeError, "`classes` must be bool, got torch.int64"),
+    (
+        "classes columns",
+        lambda: mixed(classes=CLASSES[:, :3]),
+        ValueError,
+        r"num_classes \+ 1\) = \(2, 4\), got \(2, 3\)",
+    ),
+    ("classes rows", lambda: mixed(classes=CLASSES[:1]), ValueError, r"got \(1, 4\)"),
+    (
+        "scores shape",
+        lambda: mixed(scores=torch.rand(2, 3)),
+        ValueError,
+        r"num_classes \+ 1\) = \(2, 4\), got \(2, 3\); draw",
+    ),
+    ("scores device", lambda: mixed(scores=torch.rand(2, 4, device=META)), ValueError, "`scores` is on meta"),
+    (
+        "classes and scores",
+        lambda: mixed(classes=CLASSES, scores=torch.rand(2, 4)),
+        ValueError,
+        "must not both be given",
+    ),
+    ("ClassMix labels", lambda: ClassMix(3)(IMAGES, LABELS[:1]), ValueError, "must agree in batch size"),
+    ("ratio", lambda: ClassMix(3, ratio=1.5), ValueError, r"`ratio` must lie in \[0, 1\], got 1.5"),
+    ("ratio nan", lambda: CrossDomainMix(3, ratio=float("nan")), ValueError, "`ratio` must lie in"),
+    ("ratio type", lambda: CrossDomainMix(3, ratio="half"), TypeError, "`ratio` must be a float, got str"),
+    ("num_classes 0", lambda: CrossDomainMix(0), ValueError, "`num_classes` must be at least 1, got 0"),
+    ("num_classes type", lambda: ClassMix(19.0), TypeError, "`num_classes` must be an int, got float"),
+    ("class_mask shape", lambda: F.class_mask(LABELS, CLASSES[0]), ValueError, r"\(2, C \+ 1\), got \(4,\)"),
+    ("mask dtype", lambda: F.mix(MAP, MAP, LABELS), TypeError, "`mask` must be bool, got torch.int64; compare first"),
+    ("mask rank", lambda: F.mix(IMAGES, IMAGES, MASK[:, None]), ValueError, "drop the channel dimension"),
+    (
+        "mix shape",
+        lambda: F.mix(IMAGES, MAP[:, :2], MASK),
+        ValueError,
+        r"`base` must have shape \(N, ..., H, W\) or \(N,\)",
+    ),
+    ("mix channels", lambda: F.mix(IMAGES, IMAGES[:, :1], MASK), ValueError, "must have one shape"),
+    ("mix vector", lambda: F.mix(torch.rand(3), MAP, MASK), ValueError, "`pasted` must have shape"),
+    ("confidence dtype", lambda: F.confidence_weight(LABELS), TypeError, "`confidence` must be floating"),
+    (
+        "confidence rank",
+        lambda: F.confidence_weight(LOGITS),
+        ValueError,
+        "take the maximum of the probabilities over dimension 1",
+    ),
+    ("threshold", lambda: F.confidence_weight(MAP, 1.01), ValueError, r"`threshold` must lie in \[0, 1\], got 1.01"),
+    (
+        "scope",
+        lambda: F.confidence_weight(MAP, scope="pixels"),
+        ValueError,
+        "one of 'image', 'batch', 'pixel', 'none', got 'pixels'",
+    ),
+    ("criterion scope", lambda: ConfidenceWeightedCE(scope="class"), ValueError, "`scope` must be one of"),
+    ("criterion threshold", lambda: ConfidenceWeightedCE(-1), ValueError, "`threshold` must lie in"),
+    (
+        "normalizer",
+        lambda: ConfidenceWeightedCE(normalizer="mean"),
+        ValueError,
+        "one of 'all', 'valid', 'weights', got 'mean'",
+    ),
+    ("smoothing", lambda: ConfidenceWeightedCE(label_smoothing=2), ValueError, "`label_smoothing` must lie in"),
+    (
+        "reduction",
+        lambda: F.weighted_cross_entropy(LOGITS, LABELS, reduction="avg"),
+        ValueError,
+        "one of 'mean', 'sum', 'none'",
+    ),
+    (
+        "logits rank",
+        lambda: F.weighted_cross_entropy(MAP, LABELS),
+        ValueError,
+        r"\(N, C, H, W\) with C >= 1, got \(2, 4, 5\)",
+    ),
+    ("logits dtype", lambda: F.pseudo_label(LABELS[:, None]), TypeError, "`logits` must be floating, got torch.int64"),
+    ("logits size", lambda: ConfidenceWeightedCE()(LOGITS[..., :2], LABELS), ValueError, "must agree in batch size"),
+    ("loss batch", lambda: F.upsampled_cross_entropy(LOGITS[:1], LABELS), ValueError, "hold 1 images but `labels` 2"),
+    (
+        "loss weights dtype",
+        lambda: F.weighted_cross_entropy(LOGITS, LABELS, LABELS),
+        TypeError,
+        "`weights` must be floating",
+    ),
+    (
+        "loss weights shape",
+        lambda: F.weighted_cross_entropy(LOGITS, LABELS, MAP[:, :1]),
+        ValueError,
+        "crop them to the labels",
+    ),
+    (
+        "loss device",
+        lambda: F.weighted_cross_entropy(LOGITS, LABELS.to(META)),
+        ValueError,
+        "is on meta but `logits` is on cpu",
+    ),
+    ("probs rank", lambda: F.align_distribution(MAP, PRIOR, PRIOR), ValueError, "`probs` must have shape"),
+    (
+        "prior length",
+        lambda: F.align_distribution(LOGITS, PRIOR[:2], PRIOR),
+        ValueError,
+        r"shape \(C,\) = \(3,\) to match `probs`",
+    ),
+    (
+        "prior dtype",
+        lambda: F.align_distribution(LOGITS, PRIOR.long(), PRIOR),
+        TypeError,
+        "divide class counts by their sum",
+    ),
+    ("eps", lambda: F.align_distribution(LOGITS, PRIOR, PRIOR, eps=0), ValueError, "`eps` must be positive"),
+    ("momentum", lambda: DistributionAlignment(3, momentum=1.5), ValueError, "`momentum` must lie in"),
+    ("align classes", lambda: DistributionAlignment(4).update(LOGITS), ValueError, "must have C = 4 classes, got 3"),
+    ("align device", lambda: DistributionAlignment(3).update(LOGITS.to(META)), ValueError, "is on meta"),
+    ("decay", lambda: MeanTeacher(nn.Conv2d(3, 3, 1), decay=1.1), ValueError, "`decay` must lie in"),
+    (
+        "teacher mode",
+        lambda: MeanTeacher(nn.Conv2d(3, 3, 1), mode="test"),
+        ValueError,
+        "one of 'eval', 'train', got 'test'",
+    ),
+    (
+        "teacher buffers",
+        lambda: MeanTeacher(nn.Conv2d(3, 3, 1), buffers="keep"),
+        ValueError,
+        "one of 'copy', 'average'",
+    ),
+    ("teacher student", lambda: MeanTeacher(lambda x: x), TypeError, "`student` must be an nn.Module, got function"),
+    ("ema lengths", lambda: F.ema_update_([MAP], [], 0.5), ValueError, "holds 1 tensors but `current` 0"),
+    ("ema shapes", lambda: F.ema_update_([MAP], [PRIOR], 0.5), ValueError, r"`averaged\[0\]` has shape \(2, 4, 5\)"),
+    ("ema decay", lambda: F.ema_update_([MAP], [MAP], 2), ValueError, "`decay` must lie in"),
+    ("matrix shapes", lambda: ConfusionMatrix(3).update(LABELS, LABELS[:1]), ValueError, "must agree in batch size"),
+    ("matrix logits", lambda: ConfusionMatrix(3).update(LOGITS, LABELS), TypeError, "take the argmax"),
+    (
+        "matrix prediction",
+        lambda: ConfusionMatrix(3).update(LABELS + 3, LABELS),
+        ValueError,
+        r"must lie in 0..2, got 3..3",
+    ),
+    ("matrix classes", lambda: ConfusionMatrix(3).compute([3]), ValueError, r"ids in 0..2, got \[3\]"),
+    ("matrix no classes", lambda: ConfusionMatrix(3).compute([]), ValueError, r"got \[\]; name some"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_mistakes(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+class Returns(nn.Module):
+    """A network whose output is made from its logits."""
+
+    def __init__(self, change: Callable[[Tensor], object], num_classes: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, num_classes, 1)
+        self.change = change
+
+    def forward(self, images: Tensor) -> object:
+        return self.change(self.conv(images))
+
+
+def as_dict(logits: Tensor) -> object:
+    return {"out": logits, "aux": logits}
+
+
+def quarter(logits: Tensor) -> object:
+    return logits[..., ::2, ::2]
+
+
+def flat(logits: Tensor) -> object:
+    return logits.flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            as_dict,
+            TypeError,
+            r"`student` must return logits as a tensor, got dict with keys 'out', 'aux'; .*output\['out'\]",
+        ),
+        (
+            quarter,
+            ValueError,
+            r"logits of size \(2, 3\) for images of size \(4, 5\); pass `upsample=True` to SelfTraining",
+        ),
+        (flat, ValueError, r"must return logits of shape \(N, C, H, W\) with N = 2, got \(2, 3, 20\)"),
+    ],
+)
+def test_self_training__networks_that_return_something_else(
+    change: Callable[[Tensor], object], error: type[Exception], message: str
+) -> None:
+    student = Returns(change)
+    with pytest.raises(error, match=message):
+        SelfTraining(student, MeanTeacher(student), mix=CrossDomainMix(3))(IMAGES, LABELS, IMAGES)
+
+
+def train(student: nn.Module | None = None, **options: Any) -> SelfTraining:
+    student = nn.Conv2d(3, 3, 1) if student is None else student
+    return SelfTraining(student, MeanTeacher(student), **{"mix": CrossDomainMix(3), **options})
+
+
+PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
+    ("student", lambda: SelfTraining(lambda x: x, None, mix=None), TypeError, "`student` must be Module, got function"),
+    (
+        "teacher",
+        lambda: SelfTraining(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), mix=None),
+        TypeError,
+        "MeanTeacher or None, got Conv2d",
+    ),
+    ("mix", lambda: train(mix="classmix"), TypeError, "`mix` must be CrossDomainMix or ClassMix or None, got str"),
+    ("align", lambda: train(align=1), TypeError, "`align` must be DistributionAlignment or None"),
+    ("augment", lambda: train(augment=3), TypeError, "`augment` must be callable, got int"),
+    ("weigh", lambda: train(weigh="both"), ValueError, "`weigh` must be one of 'target', 'mixed', got 'both'"),
+    (
+        "no teacher",
+        lambda: SelfTraining(nn.Conv2d(3, 3, 1), None, mix=ClassMix(3)),
+        ValueError,
+        "need pseudo-labels; give a `teacher`",
+    ),
+    ("align classes", lambda: train(align=DistributionAlignment(4)), ValueError, "num_classes=3 but `align` 4"),
+    (
+        "classes",
+        lambda: train(mix=ClassMix(19))(IMAGES, LABELS, IMAGES),
+        ValueError,
+        "returned 3 classes but `mix` has num_classes=19",
+    ),
+    ("batches", lambda: train()(IMAGES, LABELS, IMAGES[:1]), ValueError, "must agree in batch size"),
+    (
+        "sizes",
+        lambda: train()(IMAGES, LABELS, IMAGES[..., :4]),
+        ValueError,
+        "must agree in batch size, height and width",
+    ),
+    ("labels", lambda: train()(IMAGES, LABELS[:1], IMAGES), ValueError, "`source_labels` .* must agree"),
+    (
+        "weights",
+        lambda: train()(IMAGES, LABELS, IMAGES, target_weights=MAP[:, 0]),
+        ValueError,
+        "crop them with the target images",
+    ),
+    (
+        "weights dtype",
+        lambda: train()(IMAGES, LABELS, IMAGES, target_weights=MASK),
+        TypeError,
+        "`target_weights` must be floating",
+    ),
+    ("device", lambda: train()(IMAGES, LABELS.to(META), IMAGES), ValueError, "`source_labels` is on meta"),
+    (
+        "draw",
+        lambda: train()(IMAGES, LABELS, IMAGES, draw=train(mix=None).sample(2)),
+        ValueError,
+        "`draw.scores` must be given",
+    ),
+    (
+        "draw of augment",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3)(IMAGES, LABELS, IMAGES, draw=train().sample(2)),
+        ValueError,
+        "`draw.augment` must be given",
+    ),
+    (
+        "method",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, method="cutmix"),
+        ValueError,
+        "`method` must be one of 'source'",
+    ),
+    (
+        "recipe",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, recipe="v2"),
+        ValueError,
+        "one of 'released', 'paper', got 'v2'",
+    ),
+    (
+        "option",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, lamda="image"),
+        TypeError,
+        "unknown option 'lamda'; the options are",
+    ),
+    (
+        "value",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, jitter="none"),
+        ValueError,
+        "`jitter` must be one of",
+    ),
+    (
+        "prior",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, prior=[1, 1, 1]),
+        ValueError,
+        "belongs to method='alignment'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [part[1:] for part in PARTS], ids=[part[0] for part in PARTS])
+def test_self_training__mistakes(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,107 @@
+"""Two processes with half of a batch each do what one process does with all of it."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+SCRIPT = textwrap.dedent(
+    """
+    import sys
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+    from crossmix import ConfidenceWeightedCE, CrossDomainMix, DistributionAlignment, MeanTeacher, SelfTraining
+    from crossmix.metrics import ConfusionMatrix
+
+    rank, store = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+    g = torch.Generator().manual_seed(0)
+    source, target = torch.rand(2, 4, 3, 6, 8, generator=g, dtype=torch.float64)
+    labels = torch.randint(0, 3, (4, 6, 8), generator=g)
+    labels[0] = 255  # the ranks see very different numbers of valid pixels
+    labels[1, :3] = 255
+
+    def build(sync):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1)).double()
+        with torch.no_grad():
+            network[2].weight.mul_(8)
+        return network
+
+    def training(student, teacher, normalizer, sync):
+        return SelfTraining(
+            student, teacher, mix=CrossDomainMix(3),
+            criterion=ConfidenceWeightedCE(0.5, scope="batch", normalizer=normalizer, sync=sync),
+            source_criterion=ConfidenceWeightedCE(normalizer="valid", sync=sync),
+        )
+
+    rows = slice(2 * rank, 2 * rank + 2)
+    for normalizer in ("all", "valid", "weights"):
+        whole, part = build(False), build(True)
+        one = training(whole, MeanTeacher(whole), normalizer, sync=False)
+        wrapped = DistributedDataParallel(part)
+        two = training(wrapped, MeanTeacher(wrapped), normalizer, sync=True)
+        optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (whole, part)]
+        for step in range(5):
+            draw = one.sample(4, generator=torch.Generator().manual_seed(step))
+            mine = draw._replace(scores=draw.scores[rows])
+            a = one(source, labels, target, draw=draw)
+            b = two(source[rows], labels[rows], target[rows], draw=mine)
+            torch.testing.assert_close(b.mixed.weights, a.mixed.weights[rows], rtol=1e-12, atol=0)
+            for optimizer, output, owner in zip(optimizers, (a, b), (one, two)):
+                optimizer.zero_grad()
+                output.loss.backward()
+                optimizer.step()
+                owner.update()
+        for p, q in zip(whole.parameters(), part.parameters()):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+        for p, q in zip(one.teacher.module.parameters(), two.teacher.module.parameters()):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+    probs = torch.rand(4, 3, 6, 8, generator=g).softmax(1)
+    whole, part = DistributionAlignment(3), DistributionAlignment(3, sync=True)
+    alone = DistributionAlignment(3)
+    whole.update(probs), part.update(probs[rows]), alone.update(probs[rows])
+    whole.update_prior(labels), part.update_prior(labels[rows])
+    torch.testing.assert_close(part.running, whole.running)
+    torch.testing.assert_close(part.prior, whole.prior)
+    assert not torch.allclose(alone.running, whole.running, rtol=1e-5)  # nothing communicates unless asked to
+
+    predictions = torch.randint(0, 3, (4, 6, 8), generator=g)
+    whole, part = ConfusionMatrix(3), ConfusionMatrix(3)
+    whole.update(predictions, labels), part.update(predictions[rows], labels[rows])
+    for _ in range(2):  # idempotent
+        part.merge()
+        torch.testing.assert_close(part.compute().per_class, whole.compute().per_class)
+    part.update(predictions[rows], labels[rows])
+    part.merge()
+    whole.update(predictions, labels)
+    assert part.compute().pixel_accuracy == whole.compute().pixel_accuracy
+    dist.destroy_process_group()
+    print("ok", rank)
+    """
+)
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(SCRIPT)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank, process in enumerate(processes):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        assert f"ok {rank}" in output
