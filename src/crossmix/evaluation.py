@@ -141,7 +141,7 @@ def _resized(images: Tensor, size: Size | None) -> Tensor:
 
 
 def _nearest(label: Tensor, size: Size | None) -> Tensor:
-    """The label at another size, by the centres of the new pixels, as Pillow's NEAREST takes them."""
+    """The label at another size, by the centres of the new pixels."""
     label = label.cpu()
     if size is None:
         return label

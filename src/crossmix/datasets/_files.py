@@ -92,9 +92,13 @@ def _resize_image(image: Tensor, size: tuple[int, int], resampling: Filter) -> T
 
 
 def _resize_label(ids: Tensor, size: tuple[int, int]) -> Tensor:
-    """Take the nearest pixel, as Pillow's NEAREST does: by the centres of the new pixels."""
-    rows, columns = (
-        ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new)).long()
-        for new, old in zip(size, ids.shape, strict=True)
-    )
+    """Take the nearest pixel, as Pillow's NEAREST does."""
+    rows, columns = (_nearest(old, new) for old, new in zip(ids.shape, size, strict=True))
     return ids[rows[:, None], columns]
+
+
+def _nearest(old: int, new: int) -> Tensor:
+    """The old pixel under the centre of each new one. Centres are added up one by one, as Pillow does: it decides ties."""
+    steps = torch.full((new,), old / new, dtype=torch.float64)
+    steps[0] = old / new * 0.5
+    return steps.cumsum(0).long()

@@ -1,0 +1,186 @@
+"""DeepLab-v2: the published architecture, to the key."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from crossmix.models import deeplab_v2_resnet101, deeplab_v2_tiny
+from crossmix.optim import parameter_groups, poly_lr
+
+
+def published_keys(num_classes: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the released checkpoint, in its order."""
+
+    def norm(name: str, channels: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            yield f"{name}.{part}", (channels,)
+        yield f"{name}.num_batches_tracked", ()
+
+    yield "conv1.weight", (64, 3, 7, 7)
+    yield from norm("bn1", 64)
+    inputs = 64
+    for stage, (blocks, planes) in enumerate(((3, 64), (4, 128), (23, 256), (3, 512)), start=1):
+        for block in range(blocks):
+            name = f"layer{stage}.{block}"
+            yield f"{name}.conv1.weight", (planes, inputs, 1, 1)
+            yield from norm(f"{name}.bn1", planes)
+            yield f"{name}.conv2.weight", (planes, planes, 3, 3)
+            yield from norm(f"{name}.bn2", planes)
+            yield f"{name}.conv3.weight", (4 * planes, planes, 1, 1)
+            yield from norm(f"{name}.bn3", 4 * planes)
+            if block == 0:
+                yield f"{name}.downsample.0.weight", (4 * planes, inputs, 1, 1)
+                yield from norm(f"{name}.downsample.1", 4 * planes)
+            inputs = 4 * planes
+    for branch in range(4):
+        yield f"layer5.conv2d_list.{branch}.weight", (num_classes, 2048, 3, 3)
+        yield f"layer5.conv2d_list.{branch}.bias", (num_classes,)
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return deeplab_v2_resnet101(19)
+
+
+def test_resnet101__keys_and_shapes_are_the_published_ones(network: nn.Module) -> None:
+    got = [(name, tuple(value.shape)) for name, value in network.state_dict().items()]
+    assert got == list(published_keys(19))
+    assert len(got) == 632
+    assert sum(p.numel() for p in network.parameters()) == 43_901_068
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 43_795_724
+
+
+@pytest.mark.parametrize(
+    ("size", "features"),
+    [((512, 512), (65, 65)), ((512, 1024), (65, 129)), ((720, 1280), (91, 161)), ((33, 47), (5, 7))],
+)
+def test_resnet101__feature_sizes(size: tuple[int, int], features: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        network = deeplab_v2_resnet101(19)
+    images = torch.empty(1, 3, *size, device="meta")
+    assert network.forward_features(images).shape == (1, 19, *features)
+    assert network(images).shape == (1, 19, *size)
+
+
+def test_resnet101__strides_dilations_and_frozen_norms(network: nn.Module) -> None:
+    for stage, (stride, dilation) in enumerate(((1, 1), (2, 1), (1, 2), (1, 4)), start=1):
+        for i, block in enumerate(network.get_submodule(f"layer{stage}")):
+            assert block.conv1.stride == ((stride, stride) if i == 0 else (1, 1))  # caffe: on the first 1x1
+            assert block.conv2.stride == (1, 1)
+            assert block.conv2.dilation == block.conv2.padding == (dilation, dilation)
+    assert network.maxpool.ceil_mode
+    assert [conv.dilation[0] for conv in network.layer5.conv2d_list] == [6, 12, 18, 24]
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert not module.weight.requires_grad
+            assert not module.bias.requires_grad
+        elif isinstance(module, nn.Conv2d) and module.weight.numel() > 1e5:
+            assert abs(float(module.weight.detach().std()) - 0.01) < 2e-4
+
+
+def test_preprocessing__is_bgr_minus_the_mean() -> None:
+    network = deeplab_v2_tiny(19)
+    seen: list[torch.Tensor] = []
+    network.conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    images = torch.rand(1, 3, 16, 16)
+    network(images)
+    red, green, blue = (images[:, i] * 255 for i in range(3))
+    want = torch.stack([blue - 104.00698793, green - 116.66876762, red - 122.67891434], 1)
+    torch.testing.assert_close(seen[0], want)
+    assert not any("mean" in name and "running" not in name for name in network.state_dict())
+
+
+def test_aspp__sums_its_branches_and_idle_ones_get_no_gradient() -> None:
+    torch.manual_seed(0)
+    two, four = deeplab_v2_tiny(5, aspp_branches=2).eval(), deeplab_v2_tiny(5).eval()
+    four.load_state_dict(two.state_dict())
+    images = torch.rand(2, 3, 32, 40)
+    inner: list[torch.Tensor] = []
+    four.layer5.register_forward_pre_hook(lambda _, args: inner.append(args[0]))
+    features = four.forward_features(images)
+    branches = [conv(inner[0]) for conv in four.layer5.conv2d_list]
+    torch.testing.assert_close(features, torch.stack(branches).sum(0))
+    torch.testing.assert_close(two.forward_features(images), branches[0] + branches[1])
+    two(images).sum().backward()
+    grads = [conv.weight.grad is not None for conv in two.layer5.conv2d_list]
+    assert grads == [True, True, False, False]
+    assert all(p.requires_grad for p in two.layer5.parameters())
+
+
+def test_forward__upsamples_with_aligned_corners() -> None:
+    torch.manual_seed(0)
+    network = deeplab_v2_tiny(5).eval()
+    images = torch.rand(2, 3, 30, 44)
+    features = network.forward_features(images)
+    want = nn.functional.interpolate(features, size=(30, 44), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(network(images), want)
+    small = deeplab_v2_tiny(5, upsample=False).eval()
+    small.load_state_dict(network.state_dict())
+    torch.testing.assert_close(small(images), features)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 32, 32), (1, 3, 1, 1), (2, 3, 7, 5)])
+def test_forward__any_size(shape: tuple[int, ...]) -> None:
+    assert deeplab_v2_tiny(5).eval()(torch.rand(shape)).shape == (shape[0], 5, *shape[2:])
+
+
+def test_forward__formats_precisions_and_compile() -> None:
+    torch.manual_seed(0)
+    network = deeplab_v2_tiny(5).eval()
+    images = torch.rand(2, 3, 32, 48)
+    want = network(images)
+    last = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(images.to(memory_format=torch.channels_last)), want, rtol=1e-4, atol=1e-4)
+    double = copy.deepcopy(network).double()(images.double())
+    torch.testing.assert_close(double.float(), want, rtol=1e-3, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = network(images)
+    assert float((half.float() - want).detach().abs().max()) < 0.05 * float(want.detach().abs().max())
+    torch.compiler.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), want, rtol=1e-4, atol=1e-4)
+    exported = torch.export.export(network, (images,)).module()
+    torch.testing.assert_close(exported(images), want, rtol=1e-4, atol=1e-4)
+
+
+def test_running_statistics__move_though_the_affine_part_is_frozen() -> None:
+    network = deeplab_v2_tiny(5, freeze_bn_affine=True).train()
+    before = network.bn1.running_mean.clone()
+    network(torch.rand(2, 3, 32, 32)).sum().backward()
+    assert not torch.equal(before, network.bn1.running_mean)
+    assert network.bn1.weight.grad is None
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match=r"`aspp_branches` must lie in 1..4, got 5"):
+        deeplab_v2_tiny(5, aspp_branches=5)
+    with pytest.raises(ValueError, match="`num_classes` must be at least 1"):
+        deeplab_v2_tiny(0)
+    with pytest.raises(ValueError, match="convert them to 3 channels"):
+        deeplab_v2_tiny(5)(torch.rand(1, 4, 32, 32))
+    with pytest.raises(TypeError, match=r"`.float\(\) / 255`"):
+        deeplab_v2_tiny(5)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_parameter_groups__head_learns_ten_times_as_fast(network: nn.Module) -> None:
+    backbone, head = parameter_groups(network, 2.5e-4)
+    assert (backbone["lr"], head["lr"]) == (2.5e-4, 2.5e-3)
+    assert len(backbone["params"]) == 104
+    assert len(head["params"]) == 8
+    assert {id(p) for p in head["params"]} == {id(p) for p in network.layer5.parameters()}
+    with pytest.raises(
+        ValueError, match="`head` must name a submodule of the model, got 'classifier'; it has conv1, bn1"
+    ):
+        parameter_groups(network, 0.1, head="classifier")
+
+
+def test_poly_lr__is_the_schedule() -> None:
+    for step in (0, 1, 125_000, 249_999):
+        assert poly_lr(step, 250_000, 2.5e-4) == pytest.approx(2.5e-4 * (1 - step / 250_000) ** 0.9, rel=1e-12)
+    for step, total in ((-1, 5), (6, 5), (0, 0)):
+        with pytest.raises(ValueError, match="`step` must lie in"):
+            poly_lr(step, total, 1.0)

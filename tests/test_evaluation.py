@@ -1,0 +1,157 @@
+"""The confusion matrix, evaluation and pictures."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as tf
+
+from crossmix.datasets import Sample
+from crossmix.datasets.classes import PALETTE
+from crossmix.evaluation import evaluate
+from crossmix.metrics import ConfusionMatrix
+from crossmix.models import deeplab_v2_tiny
+from crossmix.visualize import colorize, gallery
+from oracles import seeded
+
+
+@given(st.integers(0, 3), st.integers(0, 4), st.integers(1, 6), st.integers(0, 2**31), st.sampled_from([255, 0, -1]))
+@settings(max_examples=60, deadline=None)
+def test_confusion_matrix__equals_the_loop(n: int, height: int, c: int, seed: int, ignore_index: int) -> None:
+    g = seeded(seed)
+    matrix = ConfusionMatrix(c, ignore_index=ignore_index)
+    want = np.zeros((c, c))
+    for _ in range(2):
+        labels = torch.randint(-1, c + 2, (n, height, 5), generator=g)
+        predictions = torch.randint(0, c, (n, height, 5), generator=g, dtype=torch.uint8)
+        matrix.update(predictions, labels)
+        for label, prediction in zip(labels.flatten().tolist(), predictions.flatten().tolist(), strict=True):
+            if label != ignore_index and 0 <= label < c:
+                want[label, prediction] += 1
+    assert matrix.counts.tolist() == want.tolist()
+    iou = matrix.compute()
+    each = []
+    for k in range(c):
+        union = want[k].sum() + want[:, k].sum() - want[k, k]
+        each.append(want[k, k] / union if union else math.nan)
+        assert float(iou.per_class[k]) == pytest.approx(each[-1], nan_ok=True)
+    assert iou.per_class.dtype == torch.float64
+    present = [v for v in each if not math.isnan(v)]
+    assert iou.mean == pytest.approx(sum(present) / len(present) if present else math.nan, nan_ok=True)
+    accuracy = want.trace() / want.sum() if want.sum() else math.nan
+    assert iou.pixel_accuracy == pytest.approx(accuracy, nan_ok=True)
+    subset = matrix.compute([0])
+    assert subset.mean == pytest.approx(each[0], nan_ok=True)
+    assert len(subset.per_class) == c
+    matrix.reset()
+    assert not matrix.counts.any()
+
+
+def test_confusion_matrix__state_and_merge_without_ranks() -> None:
+    matrix = ConfusionMatrix(3)
+    labels = torch.randint(0, 3, (2, 4, 4))
+    matrix.update(labels, labels)
+    matrix.merge()
+    matrix.merge()
+    assert matrix.compute().mean == 1.0
+    again = ConfusionMatrix(3)
+    again.load_state_dict(matrix.state_dict())
+    assert torch.equal(again.counts, matrix.counts)
+    matrix.update((labels + 1) % 3, labels)  # merged counts are stale now
+    assert matrix.compute().pixel_accuracy == 0.5
+    assert "num_classes=3" in repr(matrix)
+
+
+def samples(sizes: list[tuple[int, int]]) -> list[Sample]:
+    out = []
+    for i, (height, width) in enumerate(sizes):
+        image = torch.randint(0, 256, (3, height, width), generator=seeded(i), dtype=torch.uint8)
+        label = torch.randint(0, 5, (height, width), generator=seeded(i + 9), dtype=torch.uint8)
+        label[0] = 255
+        out.append(Sample(image, label, f"s{i}"))
+    return out
+
+
+def test_evaluate__equals_the_steps_by_hand() -> None:
+    torch.manual_seed(0)
+    model = deeplab_v2_tiny(5).train()
+    data = samples([(32, 48), (40, 64), (33, 47)])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    matrices = evaluate(
+        model, data, num_classes=5, image_size=(32, 64), label_sizes=[None, (16, 32)], forward=model.forward_features
+    )
+    assert list(matrices) == ["native", "16x32"]
+    assert all(module.training for module in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    model.eval()
+    want = [ConfusionMatrix(5), ConfusionMatrix(5)]
+    with torch.no_grad():
+        for image, label, _ in data:
+            small = tf.interpolate(image[None], size=(32, 64), mode="bilinear", antialias=True).float() / 255
+            logits = model.forward_features(small)
+            for matrix, size in zip(want, (label.shape, (16, 32)), strict=True):
+                target = tf.interpolate(label[None, None].double(), size=size, mode="nearest-exact")[0].long()
+                up = tf.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+                matrix.update(up.argmax(1), target)
+    for matrix, other in zip(matrices.values(), want, strict=True):
+        assert torch.equal(matrix.counts, other.counts)
+
+
+class Perfect(nn.Module):
+    """Reads the class off the red channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.BatchNorm2d(3).eval()
+        self.modes: list[bool] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.modes.append(self.training)
+        return tf.one_hot((images[:, 0] * 255).round().long(), 5).permute(0, 3, 1, 2).float()
+
+
+def test_evaluate__a_perfect_model_and_mixed_modes() -> None:
+    label = torch.randint(0, 5, (6, 8), dtype=torch.uint8)
+    model = Perfect()
+    data = [Sample(label.expand(3, 6, 8), label, "a")]
+    assert evaluate(model, iter(data), num_classes=5)["native"].compute().mean == 1.0
+    assert model.modes == [False]
+    assert model.training
+    assert not model.frozen.training  # every submodule's own mode is put back
+
+
+def test_evaluate__refuses() -> None:
+    model = nn.Conv2d(3, 5, 1)
+    with pytest.raises(ValueError, match="a: has no label to score against"):
+        evaluate(model, [Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), None, "a")], num_classes=5)
+    assert model.training
+    with pytest.raises(ValueError, match="returned 5 classes but `num_classes` is 19"):
+        evaluate(model, samples([(4, 4)]))
+    with pytest.raises(ValueError, match="`samples` must not be empty"):
+        evaluate(model, [], num_classes=5)
+
+
+def test_colorize_and_gallery() -> None:
+    labels = torch.tensor([[0, 18, 255], [-1, 19, 5]])
+    colors = colorize(labels)
+    assert colors[:, 0, 1].tolist() == list(PALETTE[18])
+    assert colors[:, 1, 2].tolist() == list(PALETTE[5])
+    assert not colors[:, 0, 2].any()
+    assert not colors[:, 1, :2].any()
+    sheet = gallery([[colors, torch.ones(3, 2, 3)], [torch.full((3, 2, 3), 0.5), colors]], gap=1)
+    assert sheet.shape == (3, 7, 9)
+    assert torch.equal(sheet[:, 1:3, 1:4], colors)
+    assert torch.equal(sheet[:, 4:6, 5:8], colors)
+    assert sheet[:, 4:6, 1:4].unique().tolist() == [128]
+    assert sheet[:, 0].unique().tolist() == [255]
+    with pytest.raises(ValueError, match="equally many pictures of one size"):
+        gallery([[colors], [colors, colors]])
+    with pytest.raises(ValueError, match="equally many pictures of one size"):
+        gallery([])
+    with pytest.raises(ValueError, match=r"shape \(H, W\)"):
+        colorize(colors)
