@@ -379,6 +379,12 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "unknown option 'lamda'; the options are",
     ),
     (
+        "threshold",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, threshold=2),
+        ValueError,
+        r"`threshold` must lie in \[0, 1\], got 2",
+    ),
+    (
         "value",
         lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, jitter="none"),
         ValueError,

@@ -1,8 +1,7 @@
 """Colour jitter and Gaussian blur of a batch, drawn per image: no loop over images, no waiting for the GPU.
 
-DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 4 ("Color jittering and Gaussian blurring
-    on the
-mixed images"). The strengths are those of the released code; the paper gives none.
+DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 4: mixed images are
+jittered and blurred. The strengths are those of the released code; the paper gives none.
 """
 
 import math

@@ -34,7 +34,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 def confidence_weight(confidence: Tensor, threshold: float = 0.968, *, scope: Scope = "image") -> Tensor:
     """Weigh pixels by the share of confident ones: the lambda of section 3.4.
 
-    lambda = |{p : confidence_p >= threshold}| / |{p}|
+    lambda = (number of pixels with confidence >= threshold) / (number of pixels)
 
     Args:
         confidence: (N, H, W) floating in [0, 1], the maximum over classes of the teacher's probabilities.

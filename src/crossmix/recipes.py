@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from crossmix._checks import check_choice
+from crossmix._checks import check_choice, check_fraction
 from crossmix.alignment import DistributionAlignment
 from crossmix.augment import StrongAugment
 from crossmix.losses import ConfidenceWeightedCE
@@ -43,6 +43,8 @@ class Recipe:
             the network itself, as Algorithm 1 has it.
         jitter: `"additive"`: old kornia's, with one decision per batch to jitter or blur; `"torchvision"`: today's
             usual one, decided per image.
+        threshold: Confidence from which a pixel counts for lambda; the same in both, though the paper does not state
+            it.
 
     Example:
         >>> RELEASED.lambda_scope, PAPER.lambda_scope
@@ -55,6 +57,7 @@ class Recipe:
     classes_drawn: Literal["with-ignored", "labelled"]
     teacher: Literal["ema", "network"]
     jitter: Literal["additive", "torchvision"]
+    threshold: float = 0.968
 
     def __post_init__(self) -> None:
         """Refuse unknown values."""
@@ -64,6 +67,7 @@ class Recipe:
         check_choice("classes_drawn", self.classes_drawn, ("with-ignored", "labelled"))
         check_choice("teacher", self.teacher, ("ema", "network"))
         check_choice("jitter", self.jitter, ("additive", "torchvision"))
+        check_fraction("threshold", self.threshold)
 
 
 RELEASED = Recipe(
@@ -95,7 +99,7 @@ def self_training(
     recipe: Literal["released", "paper"] | Recipe = "released",
     prior: Tensor | Sequence[float] | None = None,
     sync: bool = False,
-    **overrides: str,
+    **overrides: str | float,
 ) -> SelfTraining:
     """Build a method of the paper's Table 3 in one of the two recipes.
 
@@ -132,7 +136,7 @@ def self_training(
     if prior is not None and method != "alignment":
         raise ValueError(f"`prior` belongs to method='alignment', got method={method!r}; leave it out.")
     choice = _resolve(recipe, overrides)
-    criterion = ConfidenceWeightedCE(scope=choice.lambda_scope, normalizer="all", sync=sync)
+    criterion = ConfidenceWeightedCE(choice.threshold, scope=choice.lambda_scope, normalizer="all", sync=sync)
     source_criterion = ConfidenceWeightedCE(normalizer=choice.source_loss_mean, sync=sync)
     if method == "source":
         return SelfTraining(student, None, mix=None, criterion=criterion, source_criterion=source_criterion)
@@ -154,7 +158,7 @@ def self_training(
     )
 
 
-def _resolve(recipe: str | Recipe, overrides: dict[str, str]) -> Recipe:
+def _resolve(recipe: str | Recipe, overrides: dict[str, str | float]) -> Recipe:
     if isinstance(recipe, str):
         check_choice("recipe", recipe, ("released", "paper"))
         recipe = RELEASED if recipe == "released" else PAPER

@@ -20,7 +20,7 @@ from crossmix.teacher import MeanTeacher, PseudoLabels, pseudo_label_from_probs
 __all__ = ["SelfTraining", "SelfTrainingDraw", "SelfTrainingOutput"]
 
 
-class WeightedLoss(Protocol):
+class _WeightedLoss(Protocol):
     """What `SelfTraining` asks of `criterion`: `ConfidenceWeightedCE`, or anything like it."""
 
     def weights(self, confidence: Tensor, /) -> Tensor:
@@ -63,7 +63,7 @@ class SelfTrainingOutput(NamedTuple):
 class SelfTraining(nn.Module):
     """Train on labelled source images and on mixed images with pseudo-labels (Algorithm 1, Eq. (3)).
 
-    loss = H(f(x_S), y_S) + sum_p w_p CE(f(x_M)_p, y_M_p) / |p|
+    loss = H(f(x_S), y_S) + sum over pixels of w CE(f(x_M), y_M) / number of pixels
 
     The student makes two forward passes, source then mixed, as in the released code: BatchNorm sees one domain at a
     time. `crossmix.recipes.self_training` builds this by the name of a method and of a recipe.
@@ -83,6 +83,10 @@ class SelfTraining(nn.Module):
             confidence.
         upsample: Whether the networks may return logits smaller than the images. Pseudo-labels are then made from
             bilinearly upsampled ones, and the losses are `crossmix.functional.upsampled_cross_entropy`.
+
+    Attributes:
+        num_classes: The number of classes that the networks must return, taken from `mix` or `align`; None, where there
+            is neither, accepts any.
 
     Raises:
         TypeError: If a part is of the wrong kind.
@@ -105,7 +109,7 @@ class SelfTraining(nn.Module):
         *,
         mix: CrossDomainMix | ClassMix | None,
         augment: Callable[[Tensor], Tensor] | None = None,
-        criterion: WeightedLoss | None = None,
+        criterion: _WeightedLoss | None = None,
         source_criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
         align: DistributionAlignment | None = None,
         weigh: Literal["target", "mixed"] = "target",
@@ -119,6 +123,11 @@ class SelfTraining(nn.Module):
         for name, part in (("augment", augment), ("criterion", criterion), ("source_criterion", source_criterion)):
             if part is not None and not callable(part):
                 raise TypeError(f"`{name}` must be callable, got {type(part).__name__}; pass a module or a function.")
+        if criterion is not None and not callable(getattr(criterion, "weights", None)):
+            raise TypeError(
+                f"`criterion` must have a method `.weights(confidence)`, got {type(criterion).__name__} without one; "
+                "pass a ConfidenceWeightedCE, or add the method."
+            )
         check_choice("weigh", weigh, ("target", "mixed"))
         if teacher is None and (mix is not None or align is not None):
             raise ValueError("`mix` and `align` need pseudo-labels; give a `teacher`, or neither of them.")
@@ -137,6 +146,8 @@ class SelfTraining(nn.Module):
         self.align = align
         self.weigh = weigh
         self.upsample = upsample
+        part = align if mix is None else mix
+        self.num_classes = None if part is None else part.num_classes
 
     def sample(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
@@ -310,11 +321,10 @@ class SelfTraining(nn.Module):
                 f"`{name}` returned logits of size {tuple(logits.shape[-2:])} for images of size "
                 f"{tuple(images.shape[-2:])}; pass `upsample=True` to SelfTraining, or upsample in the network."
             )
-        part = self.mix if self.mix is not None else self.align
-        if part is not None and logits.shape[1] != part.num_classes:
+        if self.num_classes is not None and logits.shape[1] != self.num_classes:
             raise ValueError(
-                f"`{name}` returned {logits.shape[1]} classes but `{'mix' if part is self.mix else 'align'}` has "
-                f"num_classes={part.num_classes}; make both with one number."
+                f"`{name}` returned {logits.shape[1]} classes but SelfTraining was built with "
+                f"num_classes={self.num_classes}; make both with one number."
             )
         return logits
 

@@ -184,7 +184,7 @@ class MeanTeacher(nn.Module):
             images: (N, 3, H, W) floating in [0, 1].
 
         Returns:
-            What the network returns: (N, C, H, W) logits.
+            Logits (N, C, H, W), or whatever else the network returns.
         """
         if any(module.training != self._batch_statistics(module) for module in self.module.modules()):
             self._apply_mode()  # somebody called .train() or .eval() on the inner module

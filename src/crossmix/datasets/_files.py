@@ -98,7 +98,7 @@ def _resize_label(ids: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _nearest(old: int, new: int) -> Tensor:
-    """The old pixel under the centre of each new one. Centres are added up one by one, as Pillow does: it decides ties."""
+    """The old pixel under the centre of each new one; centres are added up as Pillow does it, which decides ties."""
     steps = torch.full((new,), old / new, dtype=torch.float64)
     steps[0] = old / new * 0.5
     return steps.cumsum(0).long()

@@ -1,0 +1,230 @@
+"""The trainer, end to end on small folders."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from crossmix import recipes
+from crossmix.datasets import StreetScenes
+from crossmix.datasets._png import read_png
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "dacs_gta5.py"
+
+
+@pytest.fixture(scope="module")
+def trainer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("dacs_gta5", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Small folders in the official layouts, and the flags that train on them in a second."""
+    root = tmp_path_factory.mktemp("data")
+    size = (32, 64)
+    StreetScenes(6, size=size).write(root / "gta5", layout="gta5")
+    StreetScenes(5, domain="target", size=size).write(root / "cs", layout="cityscapes")
+    StreetScenes(3, domain="target", size=size, seed=1).write(root / "cs", layout="cityscapes", split="val")
+    return [
+        "--gta5", str(root / "gta5"), "--cityscapes", str(root / "cs"), "--random-init", "--network", "tiny",
+        "--source-size", "native", "--target-size", "32x64", "--evaluation", "32x64", "--crop", "32", "--steps", "4",
+        "--workers", "0", "--device", "cpu", "--save-every", "2", "--eval-every", "2", "--log-every", "1",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run(trainer: ModuleType, folders: list[str], tmp_path: Path) -> Callable[..., Path]:
+    def go(*flags: str, out: str = "run") -> Path:
+        assert trainer.main([*folders, "--out", str(tmp_path / out), *flags]) == 0
+        return tmp_path / out
+
+    return go
+
+
+def final(out: Path, step: int = 4) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(out / "checkpoints" / f"step-{step:07d}.pt", weights_only=True)
+    return state
+
+
+def tensors(state: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a nested state, by path."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    return {name: value for key, part in items for name, value in tensors(part, f"{prefix}/{key}").items()}
+
+
+def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
+    a, b = tensors(one), tensors(two)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+@pytest.mark.parametrize("recipe", ["released", "paper"])
+@pytest.mark.parametrize("method", recipes.METHODS)
+def test_methods_and_outputs(run: Callable[..., Path], method: str, recipe: str) -> None:
+    out = run("--method", method, "--recipe", recipe, "--source-size", "native", "--evaluation", "32x64")
+    state = final(out)
+    assert state["step"] == 4
+    assert (state["teacher"] is None) == (method == "source")
+    assert (state["align"] is None) == (method != "alignment")
+    assert all(value.isfinite().all() for value in tensors(state).values())
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [1, 2, 3, 4]
+    assert {"loss", "source_loss", "mixed_loss", "lr", "it_per_s", "data_wait"} <= log[0].keys()
+    assert log[-1]["lr"] < log[0]["lr"] == 2.5e-4
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert [entry["step"] for entry in metrics["evaluations"]] == [2, 4]
+    assert metrics["last"]["step"] == 4
+    best = max(entry["student"]["32x64"]["miou"] for entry in metrics["evaluations"])
+    assert metrics["best"]["student"]["32x64"]["miou"] == best
+    for scores in (entry[who] for entry in metrics["evaluations"] for who in entry if who != "step"):
+        assert set(scores) == {"32x64", "64x128"}  # both sizes, always
+        for score in scores.values():
+            assert 0 <= score["miou"] <= 1
+            assert len(score["per_class"]) == 19
+    assert ("teacher" in metrics["last"]) == (method != "source")
+    config = json.loads((out / "config.json").read_text())
+    assert config["method"] == method
+    assert config["lambda_scope"] == ("batch" if recipe == "released" else "image")
+    assert config["versions"]["torch"] == str(torch.__version__)
+    picture = read_png(out / "report" / "gallery.png")
+    assert picture.shape == (3, 4 + 2 * 36, 4 + 7 * 36)
+    table = (out / "report" / "table.md").read_text()
+    assert "| road |" in table
+    assert "mIoU" in table
+
+
+def test_resume__equals_a_run_that_never_stopped(run: Callable[..., Path]) -> None:
+    whole = run(out="whole")
+    broken = run(out="broken")
+    for path in (broken / "checkpoints").glob("*0000004*"):
+        path.unlink()  # as if it had died after step 2
+    resumed = run("--resume", "--log-every", "2", "--save-every", "1", out="broken")
+    assert_same(final(whole), final(resumed))
+    steps = [json.loads(line)["step"] for line in (resumed / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 4]
+    keep = ("step", "student", "teacher")
+    first, second = (json.loads((out / "metrics.json").read_text())["evaluations"] for out in (whole, resumed))
+    assert [{k: e[k] for k in keep} for e in first] == [{k: e[k] for k in keep} for e in second]
+    other = run("--seed", "1", out="other")
+    with pytest.raises(AssertionError):
+        assert_same(final(whole), final(other))
+
+
+def test_resume__with_nothing_saved_starts_at_0(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    out = run("--resume")
+    assert "nothing was saved" in capsys.readouterr().out
+    assert final(out)["step"] == 4
+
+
+def test_resume__refuses_changed_options_and_damaged_checkpoints(run: Callable[..., Path]) -> None:
+    out = run()
+    with pytest.raises(SystemExit, match="lambda_scope 'batch' is now 'image'; give the old ones, or another --out"):
+        run("--resume", "--lambda-scope", "image")
+    for path in (out / "checkpoints").glob("step*.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RuntimeError, match="No checkpoint can be read"):
+        run("--resume")
+
+
+def test_run__never_overwrites_another(run: Callable[..., Path]) -> None:
+    out = run()
+    before = (out / "log.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="holds a run already; go on with --resume, or give another --out"):
+        run()
+    assert (out / "log.jsonl").read_bytes() == before
+
+
+def test_prior__oracle_and_source(run: Callable[..., Path]) -> None:
+    oracle = final(run("--method", "alignment", out="oracle"))["align"]
+    source = final(run("--method", "alignment", "--prior", "source", out="source"))["align"]
+    assert int(oracle["prior_count"]) == 0
+    assert int(source["prior_count"]) == 4
+    assert float(oracle["prior"].sum()) == pytest.approx(1)
+    assert not torch.equal(oracle["prior"], source["prior"])
+
+
+def test_bf16__runs(run: Callable[..., Path]) -> None:
+    assert all(value.isfinite().all() for value in tensors(final(run("--precision", "bf16"))).values())
+
+
+def resolved(trainer: ModuleType, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert trainer.main(["--dry-run", *flags]) == 0
+    config: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return config
+
+
+def test_options__flags_over_file_over_recipe(
+    trainer: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    base = ("--gta5", "a", "--cityscapes", "b", "--random-init")
+    released, paper = resolved(trainer, capsys, *base), resolved(trainer, capsys, *base, "--recipe", "paper")
+    switches = {name for name in released if released[name] != paper[name]}
+    assert switches == {
+        "recipe", "mixed_loss_weights", "lambda_scope", "source_loss_mean", "classes_drawn", "teacher", "jitter",
+        "aspp_branches", "nesterov", "source_size", "evaluation",
+    }  # fmt: skip
+    for name in switches - {"recipe"}:  # each is one flag
+        flag = "--" + name.replace("_", "-")
+        value = [flag] if paper[name] is True else [flag, str(paper[name])]
+        assert resolved(trainer, capsys, *base, *value)[name] == paper[name]
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"recipe": "paper", "teacher": "ema", "steps": 7, "gta5": "a", "cityscapes": "b"}))
+    mixed = resolved(trainer, capsys, "--config", str(file), "--steps", "9")
+    assert (mixed["lambda_scope"], mixed["teacher"], mixed["steps"]) == ("image", "ema", 9)
+    file.write_text('{"lambda": 1}')
+    with pytest.raises(SystemExit, match="unknown option 'lambda'"):
+        trainer.main(["--dry-run", "--config", str(file)])
+    for missing in ([], ["--gta5", "a"], ["--gta5", "a", "--cityscapes", "b"]):
+        with pytest.raises(SystemExit):
+            trainer.main(["--dry-run", *missing])
+    with pytest.raises(SystemExit, match="expected a size such as 512x1024 or 512, got 'big'"):
+        trainer.size("big")
+
+
+def test_paper_run__has_the_papers_settings(trainer: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    config = resolved(trainer, capsys, "--gta5", "a", "--cityscapes", "b", "--random-init")
+    want = {
+        "steps": 250_000, "batch": 2, "crop": "512x512", "lr": 2.5e-4, "momentum": 0.9, "weight_decay": 5e-4,
+        "power": 0.9, "eval_every": 5000, "network": "resnet101", "aspp_branches": 2, "nesterov": False,
+        "threshold": 0.968, "source_size": "720x1280", "target_size": "512x1024", "method": "dacs",
+        "recipe": "released",
+    }  # fmt: skip
+    assert {name: config[name] for name in want} == want
+
+
+def test_missing_folders__are_named(trainer: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"nowhere: has no images; expected <root>/images"):
+        trainer.main(
+            ["--gta5", str(tmp_path / "nowhere"), "--cityscapes", "b", "--random-init", "--out", str(tmp_path / "o")]
+        )
+    assert not (tmp_path / "o" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_demo__source_and_dacs_side_by_side(
+    trainer: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert trainer.main(["--demo", "--steps", "3", "--out", str(tmp_path / "demo"), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "| class | source | dacs |" in printed
+    for method in ("source", "dacs"):
+        assert final(tmp_path / "demo" / method, 3)["step"] == 3
+        assert (tmp_path / "demo" / method / "report" / "gallery.png").exists()
+    shutil.rmtree(tmp_path / "demo" / "dacs")
+    assert trainer.main(["--demo", "--method", "dacs", "--steps", "3", "--out", str(tmp_path / "one")]) == 0
+    assert final(tmp_path / "one", 3)["step"] == 3
