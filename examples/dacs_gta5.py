@@ -17,6 +17,7 @@ DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -73,7 +74,7 @@ class Config:
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     precision: str = "fp32"
-    workers: int = 4  # processes per data set
+    workers: int = min(4, os.cpu_count() or 1)  # processes per data set
     eval_every: int = 5000  # steps
     save_every: int = 5000  # steps
     log_every: int = 100  # steps

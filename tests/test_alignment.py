@@ -59,6 +59,15 @@ def test_update__warms_up_and_averages() -> None:
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_update__sums_half_precision_in_float32(dtype: torch.dtype) -> None:
+    probs = simplex(2, 3, 200, 200, seed=0).to(dtype)
+    align = DistributionAlignment(3)
+    align.update(probs)
+    want = probs.double().mean((0, 2, 3))
+    torch.testing.assert_close(align.running.double(), want / want.sum(), rtol=1e-6, atol=0)
+
+
 def test_update_prior__counts_valid_source_pixels() -> None:
     align = DistributionAlignment(3, momentum=0.9)
     assert align.prior.tolist() == pytest.approx([1 / 3] * 3)

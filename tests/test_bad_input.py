@@ -325,7 +325,26 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "classes",
         lambda: train(mix=ClassMix(19))(IMAGES, LABELS, IMAGES),
         ValueError,
-        "returned 3 classes but `mix` has num_classes=19",
+        "returned 3 classes but SelfTraining was built with num_classes=19",
+    ),
+    (
+        "classes of the baseline",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 19, method="source")(IMAGES, LABELS, IMAGES),
+        ValueError,
+        "`student` returned 3 classes but .* num_classes=19",
+    ),
+    (
+        "classes of pseudo-labelling",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 19, method="pseudo-label")(IMAGES, LABELS, IMAGES),
+        ValueError,
+        "returned 3 classes but .* num_classes=19; make both with one number",
+    ),
+    ("num_classes", lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 0), ValueError, "must be at least 1, got 0"),
+    (
+        "criterion",
+        lambda: train(criterion=nn.CrossEntropyLoss()),
+        TypeError,
+        r"must have a method `.weights\(confidence\)`, got CrossEntropyLoss without one; pass a ConfidenceWeightedCE",
     ),
     ("batches", lambda: train()(IMAGES, LABELS, IMAGES[:1]), ValueError, "must agree in batch size"),
     (

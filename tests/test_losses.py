@@ -105,6 +105,17 @@ def test_losses__arithmetic_is_float32_under_autocast_and_float64_where_an_input
     assert F.confidence_weight(torch.rand(1, 2, 2, dtype=torch.float64)).dtype == torch.float64
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.968, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_confidence_weight__counts_at_the_threshold(threshold: float, dtype: torch.dtype) -> None:
+    at = torch.tensor(threshold, dtype=dtype)
+    below = torch.nextafter(at, torch.tensor(-1.0, dtype=dtype))
+    confidence = torch.stack([below, at, at, at])[None, None]
+    assert F.confidence_weight(confidence, threshold, scope="pixel").flatten().tolist() == [0, 1, 1, 1]
+    assert F.confidence_weight(confidence, threshold).flatten().tolist() == [0.75] * 4
+    assert not F.confidence_weight(torch.full_like(confidence, math.nan), threshold).any()
+
+
 @given(st.integers(0, 3), st.integers(1, 5), st.integers(1, 5), st.floats(0, 1), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_confidence_weight__equals_the_loop(n: int, height: int, width: int, threshold: float, seed: int) -> None:

@@ -26,6 +26,9 @@ def label_maps(draw: st.DrawFn) -> tuple[torch.Tensor, int, int]:
     low = 0 if dtype == torch.uint8 else -3
     high = min(num_classes + 4, 255) if draw(st.booleans()) else min(3, num_classes + 1)
     labels = torch.randint(low, high, (n, height, width), generator=seeded(draw(st.integers(0, 2**31))))
+    if draw(st.booleans()):  # ids from anywhere
+        far = torch.randint(0 if dtype == torch.uint8 else -300, 256, labels.shape, generator=seeded(labels.numel()))
+        labels = torch.where(torch.rand(labels.shape, generator=seeded(1)) < 0.5, far, labels)
     if draw(st.booleans()) and labels.numel():
         labels[..., 0] = 255
     if dtype == torch.int64 and draw(st.booleans()) and labels.numel():
@@ -53,6 +56,21 @@ def test_sample_classes_and_class_mask__equal_the_loops(
     got_mask = F.class_mask(labels, anything, ignore_index=ignore_index)
     assert torch.equal(got_mask, mask_by_loop(labels, anything, ignore_index))
     assert torch.equal(labels, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_classes", [1, 19, 30, 31, 32, 33, 64])
+@pytest.mark.parametrize("ignore_index", [255, 0, -1])
+def test_ids__every_one_is_its_class_or_ignored(dtype: torch.dtype, num_classes: int, ignore_index: int) -> None:
+    ids = torch.arange(0 if dtype == torch.uint8 else -300, 256 if dtype == torch.uint8 else 300)
+    labels = ids.to(dtype)[:, None, None]  # one image per id
+    known = (ids >= 0) & (ids < num_classes) & (ids != ignore_index)
+    want = torch.zeros(len(ids), num_classes + 1, dtype=torch.bool)
+    want[torch.arange(len(ids)), torch.where(known, ids, num_classes)] = True
+    options = {"ratio": 1.0, "ignore_index": ignore_index}
+    assert torch.equal(F.sample_classes(labels, num_classes, include_ignored=True, **options), want)
+    assert F.class_mask(labels, want, ignore_index=ignore_index).all()
+    assert not F.class_mask(labels, ~want, ignore_index=ignore_index).any()
 
 
 @pytest.mark.parametrize("n", range(1, 9))

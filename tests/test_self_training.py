@@ -209,6 +209,17 @@ def test_weights__equal_the_loop(weigh: str, scope: str, kind: str) -> None:
         assert float(mixed.weights[i, row, column]) == pytest.approx(float(want), rel=1e-12)
 
 
+def test_criteria__defaults_are_lambda_per_image_and_the_mean_over_valid_source_pixels() -> None:
+    network = confident_network()
+    training = SelfTraining(network, MeanTeacher(network, mode="train"), mix=None).train()
+    source, labels, target = batch(3)
+    output = training(source, labels, target)
+    logits = with_batch_statistics(dict(network.named_parameters()), source)
+    torch.testing.assert_close(output.source_loss, nn.functional.cross_entropy(logits, labels, ignore_index=255))
+    want = (output.confidence >= THRESHOLD).double().mean((1, 2))
+    torch.testing.assert_close(output.mixed.weights, want[:, None, None].expand(N, H, W))
+
+
 def test_target_weights__one_per_image_and_zero_is_no_loss() -> None:
     training = build("pseudo-label", jitter="torchvision")
     data = batch(1)
@@ -341,10 +352,13 @@ def test_degenerate__all_ignored_and_empty_batches(method: str) -> None:
     assert float(output.source_loss.detach()) == 0
     assert bool(output.loss.isfinite())
     empty = torch.rand(0, 3, 4, 4)
-    output = training(empty, torch.zeros(0, 4, 4, dtype=torch.uint8), empty)
-    assert float(output.loss.detach()) == 0
-    output.loss.backward()
-    assert not any(p.grad.any() for p in training.student.parameters())
+    for student in (nn.Conv2d(3, C, 1), SlowNetwork(C)):
+        training = recipes.self_training(student, C, method=method).train()
+        output = training(empty, torch.zeros(0, 4, 4, dtype=torch.uint8), empty)
+        assert float(output.loss.detach()) == 0
+        output.loss.backward()
+        assert not any(p.grad.any() for p in training.student.parameters())
+        assert all(value.isfinite().all() for value in training.state_dict().values())
 
 
 @pytest.mark.parametrize("method", recipes.METHODS)
@@ -357,6 +371,54 @@ def test_autocast__losses_are_float32(method: str) -> None:
     output.loss.backward()
     full = training(*data, generator=seeded(0))
     assert float(output.source_loss.detach()) == pytest.approx(float(full.source_loss.detach()), rel=0.05)
+
+
+@pytest.mark.parametrize("method", recipes.METHODS)
+def test_state_dict__resumes_bit_for_bit(method: str) -> None:
+    runs = [build(method) for _ in range(2)]
+    optimizers = [torch.optim.SGD(t.student.parameters(), 0.05, momentum=0.9) for t in runs]
+
+    def step(k: int, run: int) -> None:
+        output = runs[run](*batch(k), generator=seeded(k))
+        optimizers[run].zero_grad()
+        output.loss.backward()
+        optimizers[run].step()
+        runs[run].update()
+
+    for k in range(3):
+        step(k, 0)
+    assert not runs[1].load_state_dict(copy.deepcopy(runs[0].state_dict()), strict=True).missing_keys
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for k in range(3, 6):
+        step(k, 0)
+        step(k, 1)
+    one, two = (t.state_dict() for t in runs)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+@pytest.mark.parametrize("method", ["pseudo-label", "classmix", "alignment"])
+def test_target__may_differ_in_size_where_nothing_of_the_source_is_pasted(method: str) -> None:
+    source, labels, _ = batch(0)
+    target = torch.rand(3, 3, 9, 5, dtype=torch.float64, generator=seeded(1))
+    output = build(method)(source, labels, target, generator=seeded(2))
+    assert output.mixed.images.shape == target.shape
+    assert output.mixed.weights.shape == output.confidence.shape == (3, 9, 5)
+    source_loss = F.weighted_cross_entropy(confident_network().train()(source), labels, normalizer="valid")
+    torch.testing.assert_close(output.source_loss, source_loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_networks__losses_are_float32(dtype: torch.dtype) -> None:
+    training = recipes.self_training(confident_network(dtype), C).train()
+    output = training(*batch(0, dtype), generator=seeded(0))
+    assert output.loss.dtype == output.mixed_loss.dtype == output.mixed.weights.dtype == torch.float32
+    want = F.pseudo_label_from_probs(training.teacher(batch(0, dtype)[2]).float().softmax(1))
+    assert torch.equal(output.confidence, want.confidence)
+    assert output.mixed.images.dtype == dtype
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in training.student.parameters())
 
 
 def test_update__moves_the_teacher_or_does_nothing() -> None:
@@ -392,12 +454,14 @@ def test_recipes__every_switch_has_both_values(
 def test_recipes__settings_of_the_released_code() -> None:
     training = build("dacs", sync=True)
     assert training.criterion.threshold == 0.968
+    assert build("dacs", threshold=0.5).criterion.threshold == 0.5
     assert training.criterion.normalizer == "all"
     assert training.criterion.sync
     assert training.source_criterion.sync
     assert (training.teacher.decay, training.teacher.mode, training.teacher.warmup) == (0.99, "train", True)
     assert (training.augment.jitter_p, training.augment.blur_p, training.augment.hue) == (0.8, 0.5, 0.25)
     assert training.mix.ratio == 0.5
+    assert "weigh='target', upsample=False" in repr(training)
     assert build("alignment", prior=[1.0] * C).align.fixed_prior
     assert not math.isnan(float(build("alignment")(*batch(0)).loss.detach()))
     assert recipes.self_training(confident_network(), C, recipe=recipes.PAPER).weigh == "mixed"

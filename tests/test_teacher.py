@@ -79,6 +79,13 @@ def test_ema_update__mixed_dtypes_and_integers() -> None:
     F.ema_update_([], [], 0.5)
 
 
+def test_ema_update__decay_one_changes_no_float() -> None:
+    averaged = [torch.tensor([1.0, 2.0]), torch.tensor([3])]
+    F.ema_update_(averaged, [torch.tensor([math.inf, math.nan]), torch.tensor([4])], 1.0)
+    assert averaged[0].tolist() == [1, 2]
+    assert averaged[1].tolist() == [4]
+
+
 def test_update__count_is_in_the_state_dict() -> None:
     network = student()
     teacher = MeanTeacher(network)
@@ -123,7 +130,14 @@ def test_forward__batch_statistics_without_a_trace() -> None:
 def test_forward__eval_mode_holds_and_dropout_is_off() -> None:
     network = student()
     for mode in ("eval", "train"):
-        teacher = MeanTeacher(network, mode=mode).train()
+        teacher = MeanTeacher(network, mode=mode)
+        for set_mode in (nn.ModuleList([teacher]).train, nn.ModuleList([teacher]).eval):
+            set_mode()
+            flags = {type(m): m.training for m in teacher.module.modules()}
+            assert flags[nn.BatchNorm2d] is (mode == "train")
+            assert not flags[nn.Dropout]
+            assert not flags[nn.Sequential]
+        teacher.train()
         images = torch.rand(2, 3, 8, 8, generator=seeded(0))
         assert torch.equal(teacher(images), teacher(images))
     evaluated = copy.deepcopy(network).eval()(images)
@@ -157,6 +171,17 @@ def test_update__looks_through_wrappers() -> None:
     teacher.update(wrapped)
     teacher.update(network)
     torch.testing.assert_close(next(teacher.module.parameters()), next(network.parameters()))
+
+
+def test_update__follows_a_network_compiled_in_place() -> None:
+    network = student()
+    network.compile(backend="eager")
+    teacher = MeanTeacher(network)
+    shake(network, 3)
+    teacher.update(network)
+    torch.testing.assert_close(list(teacher.module.parameters()), list(network.parameters()))
+    images = torch.rand(2, 3, 8, 8, generator=seeded(0))
+    torch.testing.assert_close(teacher(images), copy.deepcopy(network).eval()(images))
 
 
 def test_update__refuses_another_network() -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from crossmix._checks import check_choice, check_fraction
+from crossmix._checks import check_choice, check_fraction, check_num_classes
 from crossmix.alignment import DistributionAlignment
 from crossmix.augment import StrongAugment
 from crossmix.losses import ConfidenceWeightedCE
@@ -132,6 +132,7 @@ def self_training(
         >>> training.weigh, training.criterion.scope
         ('mixed', 'batch')
     """
+    check_num_classes(num_classes)
     check_choice("method", method, METHODS)
     if prior is not None and method != "alignment":
         raise ValueError(f"`prior` belongs to method='alignment', got method={method!r}; leave it out.")
@@ -139,14 +140,16 @@ def self_training(
     criterion = ConfidenceWeightedCE(choice.threshold, scope=choice.lambda_scope, normalizer="all", sync=sync)
     source_criterion = ConfidenceWeightedCE(normalizer=choice.source_loss_mean, sync=sync)
     if method == "source":
-        return SelfTraining(student, None, mix=None, criterion=criterion, source_criterion=source_criterion)
+        training = SelfTraining(student, None, mix=None, criterion=criterion, source_criterion=source_criterion)
+        training.num_classes = num_classes
+        return training
     mix: CrossDomainMix | ClassMix | None = None
     if method == "dacs":
         mix = CrossDomainMix(num_classes, include_ignored=choice.classes_drawn == "with-ignored")
     elif method in {"classmix", "alignment"}:
         mix = ClassMix(num_classes)
     align = DistributionAlignment(num_classes, prior=prior, sync=sync) if method == "alignment" else None
-    return SelfTraining(
+    training = SelfTraining(
         student,
         MeanTeacher(student, decay=0.99 if choice.teacher == "ema" else 0.0, mode="train"),
         mix=mix,
@@ -156,6 +159,8 @@ def self_training(
         align=align,
         weigh=choice.mixed_loss_weights,
     )
+    training.num_classes = num_classes  # pseudo-labelling has no part that knows it
+    return training
 
 
 def _resolve(recipe: str | Recipe, overrides: dict[str, str | float]) -> Recipe:

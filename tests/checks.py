@@ -1,0 +1,92 @@
+"""What every function and every module of the library has in common, as two lists of checks."""
+
+import copy
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = Mapping[str, Tensor]
+Op = Callable[..., Any]
+
+
+def leaves(output: object) -> list[Tensor]:
+    """The tensors of an output: a tensor, or a tuple of them."""
+    if isinstance(output, Tensor):
+        return [output]
+    assert isinstance(output, tuple)
+    return [tensor for part in output for tensor in leaves(part)]
+
+
+def assert_same(got: object, want: object, **tolerance: float) -> None:
+    for a, b in zip(leaves(got), leaves(want), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def check_op(op: Op, inputs: Inputs, *, per_image: bool = True, whole: tuple[str, ...] = ()) -> None:
+    """Inputs as they were, no gradient of its own, any strides, a batch is its images, and none is no error.
+
+    `per_image` says that image i of the output comes from image i of the inputs alone; `whole` names the inputs that
+    have no batch dimension.
+    """
+    versions = {name: value._version for name, value in inputs.items()}
+    copies = {name: value.clone() for name, value in inputs.items()}
+    want = op(**inputs)
+    for name, value in inputs.items():
+        assert value._version == versions[name], f"{name} was written to"
+        assert torch.equal(value, copies[name])
+    for tensor in leaves(want):
+        assert not tensor.requires_grad
+        assert tensor.device == next(iter(inputs.values())).device
+        for value in inputs.values():
+            assert value.numel() == 0 or tensor.data_ptr() != value.data_ptr(), "an output shares an input's memory"
+
+    for layout in (transposed, strided, channels_last):
+        assert_same(op(**{name: layout(value) for name, value in inputs.items()}), want)
+    once = {name: value if name in whole else value[:1].expand_as(value) for name, value in inputs.items()}
+    assert_same(op(**once), op(**{name: value.contiguous() for name, value in once.items()}))
+
+    n = len(next(value for name, value in inputs.items() if name not in whole))
+    empty = op(**{name: value if name in whole else value[:0] for name, value in inputs.items()})
+    for tensor, full in zip(leaves(empty), leaves(want), strict=True):
+        assert tensor.dtype == full.dtype
+        assert tensor.shape == (full.shape if full.ndim == 0 else (0, *full.shape[1:]))
+        assert not tensor.isnan().any()
+    if per_image:
+        order = torch.arange(n - 1, -1, -1)
+        for rows in (*(torch.tensor([i]) for i in range(n)), order):
+            part = op(**{name: value if name in whole else value[rows] for name, value in inputs.items()})
+            assert_same(part, tuple(tensor[rows] for tensor in leaves(want)))
+
+
+def transposed(value: Tensor) -> Tensor:
+    return value.mT.contiguous().mT if value.ndim > 1 else value
+
+
+def strided(value: Tensor) -> Tensor:
+    return torch.stack([value, value], -1).flatten(-2)[..., ::2]
+
+
+def channels_last(value: Tensor) -> Tensor:
+    return value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
+
+
+def check_module(module: nn.Module, call: Callable[[nn.Module], object], shown: Mapping[str, object]) -> None:
+    """Forward leaves the state alone; copies, pickles and loaded states do what the module does; `repr` shows it."""
+    before = copy.deepcopy(module.state_dict())
+    want = call(module)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), f"forward changed {name}"
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(other) == repr(module)
+        assert_same(call(other), want, rtol=0, atol=0)
+        other.load_state_dict(before, strict=True)
+        assert_same(call(other), want, rtol=0, atol=0)
+    for argument, value in shown.items():
+        assert f"{argument}={value!r}" in repr(module)
+    for tensor in (*module.double().parameters(), *module.buffers()):
+        assert tensor.dtype in {torch.float64, torch.int64}
+    for mode in (True, False):
+        assert module.train(mode).training is mode
