@@ -118,13 +118,12 @@ DEMO_OPTIONS = {
     "target_size": "native",
     "evaluation": "native",
     "batch": 4,
-    "steps": 900,
+    "steps": 600,
     "lr": 0.002,
-    "threshold": 0.8,
-    "aspp_branches": 4,
+    "threshold": 0.5,
     "workers": 0,
-    "eval_every": 450,
-    "save_every": 450,
+    "eval_every": 300,
+    "save_every": 300,
     "log_every": 20,
 }
 
