@@ -86,6 +86,7 @@ class Config:
     teacher: str = recipes.RELEASED.teacher
     jitter: str = recipes.RELEASED.jitter
     threshold: float = recipes.RELEASED.threshold  # a pixel counts for lambda from this confidence on
+    decay: float = recipes.RELEASED.decay  # share of the teacher that a step keeps
     aspp_branches: int = 2
     nesterov: bool = False
     source_size: str = "720x1280"  # GTA5 images are resized to this
@@ -110,7 +111,8 @@ PAPER_OPTIONS = {
 }
 
 # The demo: what the paper does, scaled to a laptop. Sizes are those of the rendered images. A small network from random
-# weights wants a higher learning rate and is less sure of itself: hardly a pixel would ever reach 0.968.
+# weights wants a higher learning rate and is less sure of itself (hardly a pixel would reach 0.968), and a teacher that
+# averages over a hundred steps would lag behind in a run of 600.
 DEMO_OPTIONS = {
     "network": "tiny",
     "crop": "64x128",
@@ -121,6 +123,7 @@ DEMO_OPTIONS = {
     "steps": 600,
     "lr": 0.002,
     "threshold": 0.5,
+    "decay": 0.9,
     "workers": 0,
     "eval_every": 300,
     "save_every": 300,

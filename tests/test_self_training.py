@@ -465,3 +465,5 @@ def test_recipes__settings_of_the_released_code() -> None:
     assert build("alignment", prior=[1.0] * C).align.fixed_prior
     assert not math.isnan(float(build("alignment")(*batch(0)).loss.detach()))
     assert recipes.self_training(confident_network(), C, recipe=recipes.PAPER).weigh == "mixed"
+    assert build("dacs", decay=0.9).teacher.decay == 0.9
+    assert build("dacs", decay=0.9, teacher="network").teacher.decay == 0.0

@@ -39,12 +39,12 @@ class Recipe:
         source_loss_mean: Whether the source loss is averaged over `"valid"` pixels or `"all"` of them.
         classes_drawn: Whether ignored source pixels can be drawn as a class: `"with-ignored"`, or `"labelled"` for
             never.
-        teacher: `"ema"`: an average of the student, decay 0.99 with a ramp, running on batch statistics; `"network"`:
+        teacher: `"ema"`: an average of the student with a ramp, running on batch statistics; `"network"`:
             the network itself, as Algorithm 1 has it.
         jitter: `"additive"`: old kornia's, with one decision per batch to jitter or blur; `"torchvision"`: today's
             usual one, decided per image.
-        threshold: Confidence from which a pixel counts for lambda; the same in both, though the paper does not state
-            it.
+        threshold: Confidence from which a pixel counts for lambda; the same in both, and not stated in the paper.
+        decay: Share of an `"ema"` teacher that a step keeps, once the ramp is over; the same in both.
 
     Example:
         >>> RELEASED.lambda_scope, PAPER.lambda_scope
@@ -58,6 +58,7 @@ class Recipe:
     teacher: Literal["ema", "network"]
     jitter: Literal["additive", "torchvision"]
     threshold: float = 0.968
+    decay: float = 0.99
 
     def __post_init__(self) -> None:
         """Refuse unknown values."""
@@ -68,6 +69,7 @@ class Recipe:
         check_choice("teacher", self.teacher, ("ema", "network"))
         check_choice("jitter", self.jitter, ("additive", "torchvision"))
         check_fraction("threshold", self.threshold)
+        check_fraction("decay", self.decay)
 
 
 RELEASED = Recipe(
@@ -151,7 +153,7 @@ def self_training(
     align = DistributionAlignment(num_classes, prior=prior, sync=sync) if method == "alignment" else None
     training = SelfTraining(
         student,
-        MeanTeacher(student, decay=0.99 if choice.teacher == "ema" else 0.0, mode="train"),
+        MeanTeacher(student, decay=choice.decay if choice.teacher == "ema" else 0.0, mode="train"),
         mix=mix,
         augment=StrongAugment(flavor=choice.jitter, same_on_batch=choice.jitter == "additive"),
         criterion=criterion,
