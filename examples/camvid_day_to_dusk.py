@@ -28,7 +28,7 @@ SIZE, CROP, BATCH = (120, 160), (96, 128), 4
 class Network(nn.Module):
     """A small encoder and decoder with skips."""
 
-    def __init__(self, width: int = 24) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.stem = block(3, width)
         self.down1, self.down2, self.down3 = (block(width * k, 2 * width * k, stride=2) for k in (1, 2, 4))
@@ -130,8 +130,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("camvid", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--lr", type=float, default=0.05)
     args = parser.parse_args()
     data = {name: load(args.camvid / name) for name in ("day", "dusk-train", "dusk-test")}
     table: dict[str, list[list[float]]] = {"source": [], "dacs": []}

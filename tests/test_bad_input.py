@@ -314,12 +314,6 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
     ("align", lambda: train(align=1), TypeError, "`align` must be DistributionAlignment or None"),
     ("augment", lambda: train(augment=3), TypeError, "`augment` must be callable, got int"),
     ("weigh", lambda: train(weigh="both"), ValueError, "`weigh` must be one of 'target', 'mixed', got 'both'"),
-    (
-        "no teacher",
-        lambda: SelfTraining(nn.Conv2d(3, 3, 1), None, mix=ClassMix(3)),
-        ValueError,
-        "need pseudo-labels; give a `teacher`",
-    ),
     ("align classes", lambda: train(align=DistributionAlignment(4)), ValueError, "num_classes=3 but `align` 4"),
     (
         "classes",

@@ -421,6 +421,20 @@ def test_half_precision_networks__losses_are_float32(dtype: torch.dtype) -> None
     assert all(p.grad.isfinite().all() for p in training.student.parameters())
 
 
+def test_no_teacher__is_the_source_only_baseline_whatever_else_is_given() -> None:
+    network = confident_network()
+    training = SelfTraining(
+        network, None, mix=CrossDomainMix(C), augment=StrongAugment(), align=DistributionAlignment(C)
+    ).train()
+    state = torch.get_rng_state()
+    output = training(*batch(0))
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn for nothing
+    torch.testing.assert_close(output.loss, build("source")(*batch(0)).loss)
+    assert (output.confidence, output.mixed, float(output.mixed_loss)) == (None, None, 0.0)
+    assert int(training.align.running_count) == 0
+    training.update()
+
+
 def test_update__moves_the_teacher_or_does_nothing() -> None:
     training = build("dacs")
     for name, p in training.student.named_parameters():

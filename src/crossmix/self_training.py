@@ -70,7 +70,8 @@ class SelfTraining(nn.Module):
 
     Args:
         student: The network f that is trained; takes `images`, returns (N, C, H, W) logits.
-        teacher: The `MeanTeacher` that labels target images. None trains on the source alone.
+        teacher: The `MeanTeacher` that labels target images. None trains on the source alone, whatever the other parts
+            are: the baseline is one argument away.
         mix: `CrossDomainMix` (DACS), `ClassMix` (naive ClassMix) or None (pseudo-labelling: nothing is pasted).
         augment: Applied to the mixed images alone: a `StrongAugment`, or any callable on images (which gets no draw).
         criterion: Makes the weights of target pixels and the loss on mixed images; `ConfidenceWeightedCE()` by default.
@@ -90,7 +91,7 @@ class SelfTraining(nn.Module):
 
     Raises:
         TypeError: If a part is of the wrong kind.
-        ValueError: If `weigh` is unknown, or parts are given that only work with a teacher.
+        ValueError: If `weigh` is unknown, or `mix` and `align` have different numbers of classes.
 
     Example:
         >>> from crossmix import CrossDomainMix, MeanTeacher, SelfTraining
@@ -129,8 +130,6 @@ class SelfTraining(nn.Module):
                 "pass a ConfidenceWeightedCE, or add the method."
             )
         check_choice("weigh", weigh, ("target", "mixed"))
-        if teacher is None and (mix is not None or align is not None):
-            raise ValueError("`mix` and `align` need pseudo-labels; give a `teacher`, or neither of them.")
         if mix is not None and align is not None and mix.num_classes != align.num_classes:
             raise ValueError(
                 f"`mix` has num_classes={mix.num_classes} but `align` {align.num_classes}; make both with one number."
