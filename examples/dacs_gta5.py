@@ -1,7 +1,7 @@
 """Train DeepLab-v2 from GTA5 to Cityscapes by DACS, as the paper does, or by one of the methods it compares with.
 
     python examples/dacs_gta5.py --demo                                        minutes on a laptop
-    python examples/dacs_gta5.py --gta5 DIR --cityscapes DIR --random-init     GTA5 to Cityscapes
+    python examples/dacs_gta5.py --gta5 DIR --cityscapes DIR --weights FILE    the paper's main row
     python examples/dacs_gta5.py ... --out runs/dacs --resume                  go on where a run stopped
 
 The demo renders a small pair of domains (`crossmix.datasets.StreetScenes`), writes it to disk in the folder layouts of
@@ -37,8 +37,8 @@ from crossmix.datasets.classes import CLASS_NAMES, CLASSES_13, CLASSES_16
 from crossmix.engine import CheckpointStore, KeyedCrops, RunLog, keyed_generator
 from crossmix.evaluation import evaluate
 from crossmix.metrics import ConfusionMatrix
-from crossmix.models import DeepLabV2, deeplab_v2_resnet101, deeplab_v2_tiny
-from crossmix.optim import parameter_groups, poly_lr
+from crossmix.models import DeepLabV2, deeplab_v2_resnet101, deeplab_v2_tiny, load_weights
+from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
 from crossmix.visualize import colorize, gallery
 
 try:
@@ -61,6 +61,7 @@ class Config:
     gta5: str = ""  # folder with images/ and labels/
     cityscapes: str = ""  # folder with leftImg8bit/ and gtFine/
     eval_split: str = "val"
+    weights: str = ""  # initialisation: a file or URL; the head may be another one
     network: str = "resnet101"
     prior: str = "oracle"  # of method alignment
     crop: str = "512x512"  # H x W, pixels
@@ -89,6 +90,7 @@ class Config:
     decay: float = recipes.RELEASED.decay  # share of the teacher that a step keeps
     aspp_branches: int = 2
     nesterov: bool = False
+    backbone_updates: str = "repeated"  # each parameter as often as the released code lists it, or "once"
     source_size: str = "720x1280"  # GTA5 images are resized to this
     evaluation: str = "512x1024"  # the label size that decides the best step; both are always reported
 
@@ -100,12 +102,14 @@ CHOICES = {
     "network": ("resnet101", "tiny"),
     "precision": ("fp32", "bf16"),
     "aspp_branches": (2, 4),
+    "backbone_updates": ("repeated", "once"),
 }
 
 PAPER_OPTIONS = {
     **asdict(recipes.PAPER),
     "aspp_branches": 4,
     "nesterov": True,
+    "backbone_updates": "once",
     "source_size": "760x1280",
     "evaluation": "1024x2048",
 }
@@ -123,6 +127,7 @@ DEMO_OPTIONS = {
     "steps": 600,
     "lr": 0.002,
     "threshold": 0.5,
+    "backbone_updates": "once",
     "decay": 0.9,
     "workers": 0,
     "eval_every": 300,
@@ -217,9 +222,16 @@ def train_step(
 
 
 def build_network(config: Config) -> DeepLabV2:
-    """DeepLab-v2 from random weights."""
+    """DeepLab-v2, from the given weights or from random ones."""
     build = deeplab_v2_resnet101 if config.network == "resnet101" else deeplab_v2_tiny
-    return build(NUM_CLASSES, aspp_branches=config.aspp_branches)
+    network = build(NUM_CLASSES, aspp_branches=config.aspp_branches)
+    if config.weights:
+        report = load_weights(network, config.weights, strict=False)  # COCO and ImageNet files have another head
+        print(
+            f"{config.weights}: {len(report.matched)} tensors taken, {len(report.mismatched)} of another shape",
+            flush=True,
+        )
+    return network
 
 
 def build_training(student: DeepLabV2, config: Config) -> SelfTraining:
@@ -237,9 +249,9 @@ def build_training(student: DeepLabV2, config: Config) -> SelfTraining:
 
 
 def build_optimizer(student: DeepLabV2, config: Config) -> torch.optim.SGD:
-    """SGD with ten times the learning rate in the head."""
-    return torch.optim.SGD(
-        parameter_groups(student, config.lr),
+    """SGD with ten times the learning rate in the head, and the released code's repeated updates where asked."""
+    return RepeatedSGD(
+        parameter_groups(student, config.lr, repeated=config.backbone_updates == "repeated"),
         config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -569,7 +581,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     parser.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
     parser.add_argument("--config", help="options from a JSON file, such as a run's own config.json")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved options and stop")
-    parser.add_argument("--random-init", action="store_true", help="start from random weights")
+    parser.add_argument("--random-init", action="store_true", help="start from random weights, without --weights")
     for field in fields(Config):
         flag = "--" + field.name.replace("_", "-")
         if field.type == "bool" or field.type is bool:
@@ -584,8 +596,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
         for name in ("gta5", "cityscapes"):
             if name not in given:
                 parser.error(f"--{name} DIR is needed, or --demo")
-        if not args.random_init:
-            parser.error("--random-init is needed: the network starts from random weights")
+        if ("weights" in given) == args.random_init:
+            parser.error("give either --weights FILE or --random-init")
     return args, given
 
 

@@ -19,11 +19,14 @@ PUBLIC = {
         "pseudo_label_from_probs", "sample_classes", "upsampled_cross_entropy", "weighted_cross_entropy",
     ],
     "crossmix.recipes": ["METHODS", "PAPER", "RELEASED", "Recipe", "self_training"],
-    "crossmix.models": ["DeepLabV2", "deeplab_v2_resnet101", "deeplab_v2_tiny"],
+    "crossmix.models": [
+        "DeepLabV2", "LoadReport", "WeightsError", "deeplab_v2_resnet101", "deeplab_v2_tiny", "load_weights",
+        "save_weights",
+    ],
     "crossmix.datasets": ["GTA5", "Cityscapes", "DataError", "Sample", "StreetScenes", "write_png"],
     "crossmix.metrics": ["ConfusionMatrix", "IoU"],
     "crossmix.evaluation": ["evaluate"],
-    "crossmix.optim": ["parameter_groups", "poly_lr"],
+    "crossmix.optim": ["RepeatedSGD", "parameter_groups", "poly_lr"],
     "crossmix.visualize": ["colorize", "gallery"],
     "crossmix.engine": ["CheckpointError", "CheckpointStore", "KeyedCrops", "RunLog", "keyed_generator"],
 }  # fmt: skip

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from crossmix.models import deeplab_v2_resnet101, deeplab_v2_tiny
+from crossmix.models import DeepLabV2, deeplab_v2_resnet101, deeplab_v2_tiny
 from crossmix.optim import parameter_groups, poly_lr
 
 
@@ -82,6 +83,65 @@ def test_resnet101__strides_dilations_and_frozen_norms(network: nn.Module) -> No
             assert abs(float(module.weight.detach().std()) - 0.01) < 2e-4
 
 
+def restated(state: dict[str, Tensor], images: Tensor, dilations: tuple[int, ...]) -> Tensor:
+    """The logits of the published network at 1/8, written from its description on nothing but its tensors."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, var, scale, shift = (
+            state[f"{name}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+
+    def conv(x: Tensor, name: str, stride: int = 1, dilation: int = 1) -> Tensor:
+        weight = state[f"{name}.weight"]
+        padding = dilation * (weight.shape[-1] // 2)
+        return F.conv2d(x, weight, state.get(f"{name}.bias"), stride, padding, dilation)
+
+    blue_green_red = torch.stack([images[:, 2], images[:, 1], images[:, 0]], 1) * 255
+    x = blue_green_red - torch.tensor([104.00698793, 116.66876762, 122.67891434], dtype=images.dtype)[:, None, None]
+    x = F.relu(norm(conv(x, "conv1", stride=2), "bn1"))
+    rows, columns = (-(-(size - 1) // 2) + 1 for size in x.shape[-2:])  # ceil((size + 2 - 3) / 2) + 1
+    x = F.pad(x, (1, 2, 1, 2), value=-torch.inf).unfold(2, 3, 2).unfold(3, 3, 2).amax((-1, -2))[..., :rows, :columns]
+    for stage, (blocks, stride, dilation) in enumerate(((3, 1, 1), (4, 2, 1), (23, 1, 2), (3, 1, 4)), start=1):
+        for block in range(blocks):
+            name = f"layer{stage}.{block}"
+            step = stride if block == 0 else 1
+            y = F.relu(norm(conv(x, f"{name}.conv1", step), f"{name}.bn1"))
+            y = F.relu(norm(conv(y, f"{name}.conv2", 1, dilation), f"{name}.bn2"))
+            y = norm(conv(y, f"{name}.conv3"), f"{name}.bn3")
+            if block == 0:
+                x = norm(conv(x, f"{name}.downsample.0", step), f"{name}.downsample.1")
+            x = F.relu(x + y)
+    return sum(
+        (conv(x, f"layer5.conv2d_list.{i}", 1, dilation) for i, dilation in enumerate(dilations)), torch.zeros(())
+    )
+
+
+@pytest.mark.parametrize("size", [(65, 97), (64, 96), (50, 35)])
+@pytest.mark.parametrize("branches", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_resnet101__equals_a_restatement(
+    network: DeepLabV2, dtype: torch.dtype, branches: int, size: tuple[int, int]
+) -> None:
+    model = copy.deepcopy(network).to(dtype).eval()
+    model.layer5.branches = branches
+    generator = torch.Generator().manual_seed(0)
+    for name, value in model.state_dict().items():  # the values of a network in use: nothing is one or zero
+        if value.ndim == 1 and not name.startswith("layer5"):
+            value.copy_(0.5 + torch.rand(value.shape, generator=generator))
+        elif value.ndim == 4:
+            value.copy_(torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5)
+    images = torch.rand(2, 3, *size, generator=generator, dtype=torch.float64).to(dtype)
+    with torch.no_grad():
+        want = restated(model.state_dict(), images, (6, 12, 18, 24)[:branches])
+        got = model.forward_features(images)
+        scale = want.abs().max()
+        tolerance = 1e-5 if dtype is torch.float32 else 1e-10
+        torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=tolerance)
+        full = F.interpolate(want, size=size, mode="bilinear", align_corners=True)
+        torch.testing.assert_close(model(images) / scale, full / scale, rtol=0, atol=tolerance)
+
+
 def test_preprocessing__is_bgr_minus_the_mean() -> None:
     network = deeplab_v2_tiny(19)
     seen: list[torch.Tensor] = []
@@ -109,6 +169,7 @@ def test_aspp__sums_its_branches_and_idle_ones_get_no_gradient() -> None:
     grads = [conv.weight.grad is not None for conv in two.layer5.conv2d_list]
     assert grads == [True, True, False, False]
     assert all(p.requires_grad for p in two.layer5.parameters())
+    assert "branches=2" in repr(two)
 
 
 def test_forward__upsamples_with_aligned_corners() -> None:

@@ -176,7 +176,7 @@ def test_options__flags_over_file_over_recipe(
     switches = {name for name in released if released[name] != paper[name]}
     assert switches == {
         "recipe", "mixed_loss_weights", "lambda_scope", "source_loss_mean", "classes_drawn", "teacher", "jitter",
-        "aspp_branches", "nesterov", "source_size", "evaluation",
+        "aspp_branches", "nesterov", "backbone_updates", "source_size", "evaluation",
     }  # fmt: skip
     for name in switches - {"recipe"}:  # each is one flag
         flag = "--" + name.replace("_", "-")

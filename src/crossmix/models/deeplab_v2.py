@@ -45,8 +45,6 @@ class DeepLabV2(nn.Module):
         ValueError: If `num_classes` or `aspp_branches` is out of range.
     """
 
-    mean: Tensor
-
     def __init__(
         self,
         num_classes: int,
@@ -74,7 +72,6 @@ class DeepLabV2(nn.Module):
             channels = _Bottleneck.expansion * width * 2**i
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.layer5 = _Pyramid(channels, num_classes, dilations, aspp_branches)
-        self.register_buffer("mean", torch.tensor(MEAN_BGR)[:, None, None], persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.01)
@@ -113,7 +110,7 @@ class DeepLabV2(nn.Module):
             ValueError: If its shape is wrong.
         """
         check_images("images", images, channels=3)
-        x = images.flip(1) * 255 - self.mean.to(images.dtype)  # RGB in [0, 1] to BGR in 0..255 around zero
+        x = _caffe_images(images)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.layer5(x)
@@ -246,6 +243,12 @@ class _Pyramid(nn.Module):
 
     def extra_repr(self) -> str:
         return f"branches={self.branches}"
+
+
+def _caffe_images(images: Tensor) -> Tensor:
+    """RGB in [0, 1] to BGR in 0..255 minus the mean, as Python's numbers, which a buffer would round for float64."""
+    blue_green_red = reversed(images.unbind(1))
+    return torch.stack([channel * 255 - mean for channel, mean in zip(blue_green_red, MEAN_BGR, strict=True)], 1)
 
 
 def _stage(inputs: int, planes: int, count: int, stride: int, dilation: int) -> nn.Sequential:

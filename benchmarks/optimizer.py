@@ -1,0 +1,70 @@
+"""One step of SGD on ResNet-101 as the released code took it: three or four updates of most of the backbone.
+
+- `RepeatedSGD`: the repetitions, as the library runs them.
+- `plain foreach`, `plain fused`, `plain loop`: `torch.optim.SGD` on each parameter once, so a third of the arithmetic.
+- `repeated foreach`: the plain foreach step once per repetition.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from common import arguments, interleave, save, show
+from crossmix.models import deeplab_v2_resnet101
+from crossmix.optim import RepeatedSGD, parameter_groups
+
+
+def network(device: str) -> nn.Module:
+    """The published network with some gradient."""
+    model = deeplab_v2_resnet101(19).to(device)
+    for parameter in model.parameters():
+        parameter.grad = 1e-3 * torch.randn_like(parameter)
+    return model
+
+
+def plain(params: Iterable[Any], *, foreach: bool = False, fused: bool = False) -> torch.optim.SGD:
+    """Each parameter once."""
+    return torch.optim.SGD(params, 1e-4, 0.9, weight_decay=5e-4, foreach=foreach, fused=fused)
+
+
+def repeated(model: nn.Module) -> RepeatedSGD:
+    """Each parameter as often as the released code lists it."""
+    return RepeatedSGD(parameter_groups(model, 1e-4, repeated=True), momentum=0.9, weight_decay=5e-4)
+
+
+def stepwise(model: nn.Module) -> Callable[[], None]:
+    """One plain optimizer per repetition: all parameters, then those with more than one, and so on."""
+    groups = repeated(model).param_groups
+    counts = [entry for group in groups for entry in zip(group["params"], group["repeats"], strict=True)]
+    most = max(count for _, count in counts)
+    steps = [plain([p for p, count in counts if count > i], foreach=True).step for i in range(most)]
+
+    def step() -> None:
+        for one in steps:
+            one()
+
+    return step
+
+
+def main() -> None:
+    """Measure, print, and save."""
+    args = arguments(__doc__)
+    torch.manual_seed(0)
+    one, two = network(args.device), network(args.device)
+    candidates: dict[str, Callable[[], object]] = {
+        "plain foreach": plain(parameter_groups(one, 1e-4), foreach=True).step,
+        "plain fused": plain(parameter_groups(one, 1e-4), fused=True).step,
+        "plain loop": plain(parameter_groups(one, 1e-4)).step,
+        "RepeatedSGD": repeated(two).step,
+        "repeated foreach": stepwise(two),
+    }
+    rows = interleave(candidates, rounds=args.rounds, device=args.device)
+    show("one step, 43.8 million parameters", rows, "plain foreach")
+    if args.save:
+        save("optimizer", args.device, rows)
+
+
+if __name__ == "__main__":
+    main()
