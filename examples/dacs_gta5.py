@@ -250,8 +250,10 @@ def build_training(student: DeepLabV2, config: Config) -> SelfTraining:
 
 def build_optimizer(student: DeepLabV2, config: Config) -> torch.optim.SGD:
     """SGD with ten times the learning rate in the head, and the released code's repeated updates where asked."""
-    return RepeatedSGD(
-        parameter_groups(student, config.lr, repeated=config.backbone_updates == "repeated"),
+    repeated = config.backbone_updates == "repeated"
+    optimizer = RepeatedSGD if repeated else torch.optim.SGD
+    return optimizer(
+        parameter_groups(student, config.lr, repeated=repeated),
         config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,

@@ -14,6 +14,8 @@ import torch
 from crossmix import recipes
 from crossmix.datasets import StreetScenes
 from crossmix.datasets._png import read_png
+from crossmix.models import deeplab_v2_tiny, save_weights
+from crossmix.optim import RepeatedSGD
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "dacs_gta5.py"
 
@@ -155,6 +157,30 @@ def test_prior__oracle_and_source(run: Callable[..., Path]) -> None:
     assert int(source["prior_count"]) == 4
     assert float(oracle["prior"].sum()) == pytest.approx(1)
     assert not torch.equal(oracle["prior"], source["prior"])
+
+
+def test_weights__start_the_student_and_the_head_may_differ(
+    trainer: ModuleType, folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(5)
+    other = deeplab_v2_tiny(21)
+    save_weights(other, tmp_path / "w.safetensors")
+    flags = [flag for flag in folders if flag != "--random-init"]
+    assert (
+        trainer.main([*flags, "--weights", str(tmp_path / "w.safetensors"), "--lr", "0", "--out", str(tmp_path / "o")])
+        == 0
+    )
+    assert "8 of another shape" in capsys.readouterr().out
+    student = final(tmp_path / "o")["student"]
+    for name, p in other.named_parameters():
+        if not name.startswith("layer5"):
+            assert torch.equal(student[name], p), name
+
+
+@pytest.mark.parametrize(("choice", "optimizer"), [("repeated", RepeatedSGD), ("once", torch.optim.SGD)])
+def test_backbone_updates__both_values(trainer: ModuleType, choice: str, optimizer: type) -> None:
+    built = trainer.build_optimizer(deeplab_v2_tiny(), trainer.Config(backbone_updates=choice))
+    assert type(built) is optimizer
 
 
 def test_bf16__runs(run: Callable[..., Path]) -> None:
