@@ -198,9 +198,11 @@ def test_forward__formats_precisions_and_compile() -> None:
     torch.testing.assert_close(last(images.to(memory_format=torch.channels_last)), want, rtol=1e-4, atol=1e-4)
     double = copy.deepcopy(network).double()(images.double())
     torch.testing.assert_close(double.float(), want, rtol=1e-3, atol=1e-3)
-    with torch.autocast("cpu", torch.bfloat16):
-        half = network(images)
-    assert float((half.float() - want).detach().abs().max()) < 0.05 * float(want.detach().abs().max())
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            half = network(images)
+        assert half.dtype == dtype
+        assert float((half.float() - want).detach().abs().max()) < 0.05 * float(want.detach().abs().max())
     torch.compiler.reset()
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images), want, rtol=1e-4, atol=1e-4)
