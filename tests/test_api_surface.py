@@ -23,7 +23,9 @@ PUBLIC = {
         "DeepLabV2", "LoadReport", "WeightsError", "deeplab_v2_resnet101", "deeplab_v2_tiny", "load_weights",
         "save_weights",
     ],
-    "crossmix.datasets": ["GTA5", "Cityscapes", "DataError", "Sample", "StreetScenes", "write_png"],
+    "crossmix.datasets": [
+        "GTA5", "Cityscapes", "DataError", "Sample", "SegmentationFolder", "StreetScenes", "Synthia", "write_png",
+    ],
     "crossmix.metrics": ["ConfusionMatrix", "IoU"],
     "crossmix.evaluation": ["evaluate"],
     "crossmix.optim": ["RepeatedSGD", "parameter_groups", "poly_lr"],

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from crossmix.datasets import GTA5, Cityscapes, DataError, Sample, StreetScenes, write_png
+from crossmix.datasets import GTA5, Cityscapes, DataError, Sample, SegmentationFolder, StreetScenes, Synthia, write_png
 from crossmix.datasets._png import read_png
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES, CLASSES_13, CLASSES_16, PALETTE, label_ids, train_ids
 from oracles import seeded
@@ -228,7 +228,10 @@ def test_damaged_files__are_named_and_never_read(tmp_path: Path, kind: str, whic
     [
         (np.full((12, 20), 77, np.uint8), r"holds ids \[77\] that are no Cityscapes label ids"),
         (np.where(np.arange(240).reshape(12, 20) % 2, 255, 4).astype(np.uint8), r"looks like train ids"),
-        (np.zeros((12, 20, 3), np.uint8), "got 3 channels; colour-coded maps are not read"),
+        (
+            np.zeros((12, 20, 3), np.uint8),
+            "got 3 channels of 8 bits; colour-coded maps are read by `SegmentationFolder`",
+        ),
         (np.zeros((12, 21), np.uint8), r"is 12 x 21 but its image 12 x 20; pass `size=`"),
     ],
     ids=["unknown ids", "train ids", "colours", "another size"],
@@ -261,7 +264,7 @@ def test_folders__missing_empty_or_unpaired(tmp_path: Path) -> None:
         GTA5(tmp_path / "nowhere")
     root = gta5(tmp_path / "g")
     (root / "labels" / "00001.png").unlink()
-    with pytest.raises(DataError, match=r"labels/00001\.png: no such label map, as for 1 of 3 images"):
+    with pytest.raises(DataError, match="g: has 3 images and 2 label maps that do not pair up, 00001 has no label map"):
         GTA5(root)
     for path in (root / "images").iterdir():
         path.unlink()
@@ -281,6 +284,239 @@ def test_folders__missing_empty_or_unpaired(tmp_path: Path) -> None:
     for bad in ((0, 5), (5, -1)):
         with pytest.raises(ValueError, match="`size` must be"):
             Cityscapes(root, "val", size=bad)
+
+
+# ------------------------------------------------------------------------------------------------ SYNTHIA, and folders
+
+
+def deep_png(path: Path, pixels: np.ndarray) -> None:
+    """A 16-bit PNG, grey or RGB, written from the specification: high byte first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width, channels = pixels.shape
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+SYNTHIA_TRAIN_IDS = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 1: 10, 10: 11, 17: 12, 8: 13, 19: 15,
+                     12: 17, 11: 18}  # fmt: skip
+
+
+def synthia_ids(seed: int) -> np.ndarray:
+    return torch.randint(0, 23, (12, 20), generator=seeded(seed)).numpy()
+
+
+def synthia(root: Path, kind: str) -> Path:
+    """Labels as the archive has them, or as the community saves them again."""
+    for i in range(2):
+        save(root / "RGB" / f"{i:07d}.png", picture(12, 20, seed=i))
+        classes = synthia_ids(i)
+        instances = torch.randint(0, 977, (12, 20), generator=seeded(i + 9)).numpy()
+        deep = np.stack([classes, instances, np.zeros_like(classes)], -1)
+        path = root / "GT" / "LABELS" / f"{i:07d}.png"
+        if kind == "16-bit RGB":
+            deep_png(path, deep)
+        elif kind == "16-bit grey":
+            deep_png(path, deep[..., :1])
+        elif kind == "8-bit grey":
+            save(root / "synthia_mapped_to_cityscapes" / path.name, classes.astype(np.uint8))
+        elif kind == "8-bit RGB":
+            save(path, (deep & 255).astype(np.uint8))
+        elif kind == "high bytes":  # what an ordinary reader makes of the archive's files
+            save(path, (deep >> 8).astype(np.uint8))
+    return root
+
+
+@pytest.mark.parametrize("kind", ["16-bit RGB", "16-bit grey", "8-bit grey", "8-bit RGB"])
+def test_synthia__every_form_gives_the_same_train_ids(tmp_path: Path, kind: str) -> None:
+    data = Synthia(synthia(tmp_path, kind))
+    assert [data[i].name for i in range(2)] == ["0000000", "0000001"]
+    for i in range(2):
+        want = [[SYNTHIA_TRAIN_IDS.get(v, 255) for v in row] for row in synthia_ids(i).tolist()]
+        assert data[i].label.tolist() == want
+        assert np.array_equal(data[i].image.permute(1, 2, 0).numpy(), picture(12, 20, seed=i))
+    half = Synthia(tmp_path, size=(6, 10))[0].label
+    assert torch.equal(half, data[0].label[1::2, 1::2])  # Pillow's NEAREST takes the odd pixels
+
+
+def test_synthia__high_bytes_are_told_and_refused(tmp_path: Path) -> None:
+    data = Synthia(synthia(tmp_path, "high bytes"))
+    with pytest.raises(DataError, match=r"0000000\.png: holds no class but 0 in 8 bits, as files do that were saved"):
+        data[0]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.full((12, 20, 3), 3 << 8), r"holds the id 768, but SYNTHIA's end at 22"),  # the bytes in reverse
+        (np.full((12, 20, 1), 31), r"holds ids \[31\] that are no SYNTHIA ids"),
+        (np.where(np.arange(240).reshape(12, 20, 1) % 2, 255, 4), "looks like train ids"),
+    ],
+    ids=["reversed bytes", "another id", "train ids"],
+)
+def test_synthia__other_files_are_refused(tmp_path: Path, pixels: np.ndarray, message: str) -> None:
+    root = synthia(tmp_path, "16-bit RGB")
+    deep_png(root / "GT" / "LABELS" / "0000001.png", pixels)
+    with pytest.raises(DataError, match=message) as caught:
+        Synthia(root)[1]
+    assert "0000001.png" in str(caught.value)
+
+
+@pytest.mark.parametrize("reader", [GTA5, Synthia])
+def test_readers__a_list_of_names_and_either_half_alone(tmp_path: Path, reader: type) -> None:
+    root = gta5(tmp_path) if reader is GTA5 else synthia(tmp_path, "16-bit RGB")
+    names = [reader(root)[i].name for i in range(2)]
+    chosen = tmp_path / "list.txt"
+    chosen.write_text(f"RAND_CITYSCAPES/{names[1]}.png\n\n", encoding="utf-8")
+    data = reader(root, names=chosen)
+    assert [data[i].name for i in range(len(data))] == [names[1]]
+    chosen.write_text("0.png\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"list\.txt: names 0, which is not there, as 1 of 1"):
+        reader(root, names=chosen)
+    chosen.write_bytes(b"\xff\xfe")
+    for bad in (chosen, tmp_path / "none.txt"):
+        with pytest.raises(DataError, match=r"cannot be read as a list of names"):
+            reader(root, names=bad)
+    alone = reader(root, images=False)[0]
+    assert alone.image.shape == (3, 0, 0)
+    assert torch.equal(alone.label, reader(root)[0].label)
+    assert reader(root, labels=False, size=(6, 10))[0].label is None
+    assert reader(root, images=False, size=(6, 10))[0].label.shape == (6, 10)
+    with pytest.raises(ValueError, match="must not both be False"):
+        reader(root, images=False, labels=False)
+
+
+def test_cityscapes__train_extra_has_coarse_labels(tmp_path: Path) -> None:
+    stem = "erlangen_000000_000000"
+    left, coarse = "leftImg8bit_trainextra/leftImg8bit/train_extra", "gtCoarse/train_extra"
+    save(tmp_path / left / "erlangen" / f"{stem}_leftImg8bit.png", picture(16, 32))
+    save(tmp_path / coarse / "erlangen" / f"{stem}_gtCoarse_labelIds.png", ids(16, 32))
+    (tmp_path / "leftImg8bit_trainvaltest/leftImg8bit/train").mkdir(parents=True)  # another zip beside it
+    sample = Cityscapes(tmp_path, "train_extra")[0]
+    assert sample.name == stem
+    assert torch.equal(sample.label, train_ids()[torch.from_numpy(ids(16, 32)).long()])
+
+
+def test_folder__by_folders_of_any_depth(tmp_path: Path) -> None:
+    for key in ("a/1", "a/2", "b/1"):
+        save(tmp_path / "x" / f"{key}.png", picture(8, 12, seed=ord(key[0])))
+        save(tmp_path / "y" / f"{key}.png", np.full((8, 12), ord(key[0]) - ord("a"), np.uint8))
+    data = SegmentationFolder(tmp_path / "x", tmp_path / "y")
+    assert [(data[i].name, int(data[i].label.unique())) for i in range(3)] == [("1", 0), ("2", 0), ("1", 1)]
+    assert len(SegmentationFolder(tmp_path / "x")) == 3
+    assert SegmentationFolder(tmp_path / "x", size=(4, 6))[0].image.shape == (3, 4, 6)
+    (tmp_path / "y" / "a" / "2.png").unlink()
+    with pytest.raises(DataError, match="3 images and 2 label maps that do not pair up, a/2 has no label map"):
+        SegmentationFolder(tmp_path / "x", tmp_path / "y")
+    with pytest.raises(DataError, match="no such folder; pass a folder of PNG files, or a pattern"):
+        SegmentationFolder(tmp_path / "z")
+    with pytest.raises(DataError, match="has no images; expected PNG files"):
+        SegmentationFolder(tmp_path / "x" / "*_img.png")
+
+
+def test_folder__by_patterns(tmp_path: Path) -> None:
+    for town, key in (("t1", "7"), ("t1", "8"), ("t2", "7")):
+        save(tmp_path / town / f"{key}_img.png", picture(8, 12))
+        save(tmp_path / town / "gt" / f"{key}_ids.png", np.full((8, 12), int(key), np.uint8))
+    both = SegmentationFolder(tmp_path / "*" / "*_img.png", tmp_path / "*" / "gt" / "*_ids.png", {7: 0, 8: 1})
+    assert [int(both[i].label.unique()) for i in range(3)] == [0, 1, 0]
+    deep = SegmentationFolder(tmp_path / "**" / "*_img.png")
+    assert len(deep) == 3
+    one = SegmentationFolder(tmp_path / "t1" / "*_img.png", tmp_path / "t1" / "gt" / "*_ids.png", {7: 0, 8: 255})
+    assert [one[i].name for i in range(2)] == ["7", "8"]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("unlisted", ["raise", "ignore"])
+def test_folder__mapping_of_ids(tmp_path: Path, bits: int, unlisted: str) -> None:
+    values = torch.randint(0, 5, (9, 7), generator=seeded(bits)).numpy() * (3 if bits == 8 else 13_107)
+    mapping = {key: i for i, key in enumerate(sorted(set(values.flatten().tolist())))}
+    if bits == 8:
+        save(tmp_path / "l.png", values.astype(np.uint8))
+    else:
+        deep_png(tmp_path / "l.png", values[..., None])
+    want = [[mapping[v] for v in row] for row in values.tolist()]
+    got = SegmentationFolder(None, tmp_path / "*.png", mapping, unlisted=unlisted)[0]
+    assert got.label.tolist() == want
+    lacking = max(mapping)
+    del mapping[lacking]
+    data = SegmentationFolder(None, tmp_path / "*.png", mapping, unlisted=unlisted)
+    if unlisted == "raise":
+        with pytest.raises(DataError, match=rf"l\.png: holds \[{lacking}\], which the mapping does not list"):
+            data[0]
+    else:
+        assert data[0].label.tolist() == [[255 if v == len(mapping) else v for v in row] for row in want]
+
+
+def test_folder__mapping_of_colours(tmp_path: Path) -> None:
+    values = torch.randint(0, 19, (9, 7), generator=seeded(0)).numpy()
+    save(tmp_path / "l.png", np.array(PALETTE, np.uint8)[values])
+    data = SegmentationFolder(None, tmp_path / "*.png", {color: i for i, color in enumerate(PALETTE)})
+    assert np.array_equal(data[0].label.numpy(), values)
+    with pytest.raises(DataError, match=r"holds \[\(0, 0, 70\)"):
+        SegmentationFolder(None, tmp_path / "*.png", {c: i for i, c in enumerate(PALETTE) if c != (0, 0, 70)})[0]
+    with pytest.raises(DataError, match="expected a label map with one channel of ids, got 3 channels"):
+        SegmentationFolder(None, tmp_path / "*.png")[0]
+    save(tmp_path / "l.png", ids(9, 7))
+    with pytest.raises(DataError, match="expected an RGB label map for a mapping of colours, got 1 channel of 8 bits"):
+        data[0]
+
+
+def test_folder__refuses(tmp_path: Path) -> None:
+    for mapping, message in (
+        ({3: 256}, "must give train ids in 0..255, got 256 for 3"),
+        ({70_000: 1}, r"ids in 0..65535 or \(R, G, B\)"),
+        ({(1, 2): 1}, r"ids in 0..65535 or \(R, G, B\)"),
+        ({(1, 2, 3): 1, 4: 1}, "either ids or colours"),
+        ({}, "must not be empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SegmentationFolder(None, tmp_path / "*.png", mapping)
+    with pytest.raises(ValueError, match="`unlisted` must be one of"):
+        SegmentationFolder(None, tmp_path, unlisted="skip")
+    with pytest.raises(ValueError, match="must not both be False"):
+        SegmentationFolder(None)
+
+
+CARLA = {**{k: k - 1 for k in range(1, 20)}, 24: 0}
+
+
+def test_real_carla(test_data: Path) -> None:
+    base = test_data / "carla"
+    data = SegmentationFolder(base / "*_img.png", base / "*_labelIds.png", CARLA, unlisted="ignore")
+    assert len(data) == 4
+    for i in range(4):
+        image, label, name = data[i]
+        raw = np.asarray(Image.open(base / f"{name}_labelIds.png"))
+        want = np.full(256, 255, np.uint8)
+        for key, value in CARLA.items():
+            want[key] = value
+        assert np.array_equal(label.numpy(), want[raw])
+        assert image.shape == (3, 1024, 2048)
+        assert np.array_equal(
+            image.permute(1, 2, 0).numpy(), np.asarray(Image.open(base / f"{name}_img.png").convert("RGB"))
+        )
+
+
+def test_real_cityscapes__class_counts_of_all_maps(test_data: Path) -> None:
+    base = test_data / "cityscapes"
+    seen = 0
+    for split in ("train", "val"):
+        data = Cityscapes(base, split, images=False)
+        for i in range(len(data)):
+            paths = list((base / "gtFine" / split).rglob(f"{data[i].name}_gtFine_labelIds.png"))
+            raw = np.asarray(Image.open(paths[0]))
+            want = [int((raw == key).sum()) for key in LABEL_IDS]  # in the order of train ids
+            got = torch.bincount(data[i].label.flatten().long(), minlength=256)
+            assert got[:19].tolist() == want
+            assert int(got[255]) == raw.size - sum(want)
+            seen += 1
+    assert seen == 23
 
 
 def test_errors_survive_worker_processes(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from crossmix.datasets._png import write_png
 from crossmix.datasets.cityscapes import Cityscapes
 from crossmix.datasets.gta5 import GTA5
 from crossmix.datasets.sample import DataError, Sample
+from crossmix.datasets.segmentation_folder import SegmentationFolder
 from crossmix.datasets.street_scenes import StreetScenes
+from crossmix.datasets.synthia import Synthia
 
-__all__ = ["GTA5", "Cityscapes", "DataError", "Sample", "StreetScenes", "write_png"]
+__all__ = ["GTA5", "Cityscapes", "DataError", "Sample", "SegmentationFolder", "StreetScenes", "Synthia", "write_png"]

@@ -1,89 +1,132 @@
 """What the readers share: from two files to a `Sample`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import Dataset
 
+from crossmix.datasets._labels import LabelFormat
 from crossmix.datasets._png import read_png
-from crossmix.datasets.classes import KNOWN_LABEL_IDS, train_ids
 from crossmix.datasets.sample import DataError, Sample
 
-__all__ = ["Files", "check_size", "read_image", "read_label_ids", "read_sample"]
+__all__ = ["Files", "FolderDataset", "check_size", "listed", "paired", "pngs"]
 
 Filter = Literal["bilinear", "bicubic"]
-
-TRAIN_IDS = train_ids().numpy()
 
 
 class Files(NamedTuple):
     """Where one sample is."""
 
-    image: Path
+    image: Path | None
     label: Path | None
     name: str
 
 
-def read_sample(files: Files, size: tuple[int, int] | None, resampling: Filter) -> Sample:
-    """Read an image and its label map, resize both, and map label ids to train ids.
+class FolderDataset(Dataset[Sample]):
+    """Pairs of an image and a label map on disk, decoded when they are asked for.
 
-    Without a size the two must be equally large; with one, each is resized, as the released code does with the few GTA5
-    pairs that differ.
+    Attributes:
+        files: Where each sample is.
     """
-    image = read_image(files.image)
-    if files.label is None:
-        return Sample(image if size is None else _resize_image(image, size, resampling), None, files.name)
-    ids = read_label_ids(files.label)
-    if size is not None:
-        image, ids = _resize_image(image, size, resampling), _resize_label(ids, size)
-    elif image.shape[-2:] != ids.shape:
+
+    def __init__(
+        self, files: list[Files], labels: LabelFormat, size: tuple[int, int] | None, resampling: Filter
+    ) -> None:
+        self.files = files
+        self.size = size
+        self._labels = labels
+        self._resampling: Filter = resampling
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read an image and its label map, resize both, and map ids to train ids.
+
+        Without a size the two must be equally large; with one, each is resized, as the released code does with the few
+        GTA5 pairs that differ.
+        """
+        image_path, label_path, name = self.files[index]
+        image = torch.empty(3, 0, 0, dtype=torch.uint8) if image_path is None else read_image(image_path)
+        ids = None if label_path is None else self._labels.read(label_path)
+        if self.size is not None:
+            image = image if image_path is None else _resize_image(image, self.size, self._resampling)
+            ids = None if ids is None else _resize_label(ids, self.size)
+        elif image_path is not None and ids is not None and image.shape[-2:] != ids.shape:
+            raise DataError(
+                f"{label_path}: is {ids.shape[0]} x {ids.shape[1]} but its image {image.shape[1]} x {image.shape[2]}; "
+                "pass `size=` to resize both to one size, or remove the pair."
+            )
+        return Sample(image, None if ids is None else torch.from_numpy(self._labels.table[ids.numpy()]), name)
+
+
+def paired(
+    where: str, images: Mapping[str, Path] | None, labels: Mapping[str, Path] | None, layout: str, *, strict: bool
+) -> list[Files]:
+    """Pair images and label maps of the same key, sorted by key; either may be None, which is not to be read.
+
+    An image without a label map is an error, with `strict` the reverse too. `where` and `layout` are for messages.
+    """
+    if images is None and labels is None:
+        raise ValueError("`images` and `labels` must not both be False; read at least one of them.")
+    found = images if images is not None else labels or {}
+    if not found:
+        kind = "images" if images is not None else "label maps"
+        other = f"{len(labels)} label maps but no images" if images is not None and labels else f"no {kind}"
+        raise DataError(f"{where} has {other}; {layout}.")
+    if images is not None and labels is not None:
+        alone = sorted(images.keys() ^ labels.keys() if strict else images.keys() - labels.keys())
+        if alone:
+            missing = "label map" if alone[0] in images else "image"
+            raise DataError(
+                f"{where} has {len(images)} images and {len(labels)} label maps that do not pair up, {alone[0]} has no "
+                f"{missing}; {layout}."
+            )
+    return [Files((images or {}).get(key), (labels or {}).get(key), key.rpartition("/")[2]) for key in sorted(found)]
+
+
+def pngs(folder: Path) -> dict[str, Path]:
+    """The PNG files of a folder by name, without the ending."""
+    return {path.stem: path for path in folder.glob("*.png")}
+
+
+def listed(files: list[Files], names: str | Path | None) -> list[Files]:
+    """Keep the files that a list names, one per line, in the order of the files; folders in its lines do not count."""
+    if names is None:
+        return files
+    path = Path(names)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{files.label}: is {ids.shape[0]} x {ids.shape[1]} but its image {image.shape[1]} x {image.shape[2]}; "
-            "pass `size=` to resize both to one size, or remove the pair."
+            f"{path}: cannot be read as a list of names ({error}); pass a text file, a name per line."
+        ) from error
+    wanted = {line.strip().rpartition("/")[2].removesuffix(".png") for line in lines if line.strip()}
+    absent = sorted(wanted - {file.name for file in files})
+    if absent or not wanted:
+        what = (
+            f"names {absent[0]}, which is not there, as {len(absent)} of {len(wanted)}" if absent else "names nothing"
         )
-    return Sample(image, torch.from_numpy(TRAIN_IDS[ids.numpy()]), files.name)
+        raise DataError(f"{path}: {what}; pass the list that belongs to this folder.")
+    return [file for file in files if file.name in wanted]
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an RGB image, (3, H, W) uint8."""
+    """Read an RGB image, (3, H, W) uint8; an alpha channel is left out."""
     pixels = read_png(path)
-    if pixels.shape[0] != 3:
+    if pixels.shape[0] not in {3, 4}:
         raise DataError(f"{path}: expected an RGB image, got {pixels.shape[0]} channels; is this a label map?")
-    return pixels
+    return pixels[:3]
 
 
-def read_label_ids(path: Path) -> Tensor:
-    """Read a map of Cityscapes label ids, (H, W) uint8, refusing what no official file holds."""
-    pixels = read_png(path)
-    if pixels.shape[0] != 1:
-        raise DataError(
-            f"{path}: expected a label map with one channel of label ids, got {pixels.shape[0]} channels; "
-            "colour-coded maps are not read."
-        )
-    ids = pixels[0]
-    present = set(np.flatnonzero(np.bincount(ids.numpy().ravel(), minlength=256)).tolist())
-    unknown = sorted(present - KNOWN_LABEL_IDS)
-    if unknown:
-        raise DataError(
-            f"{path}: holds ids {unknown[:5]} that are no Cityscapes label ids (0..34); "
-            "use the official label id files."
-        )
-    if 255 in present and not any(18 < value < 255 for value in present):
-        raise DataError(
-            f"{path}: looks like train ids (0..18 and 255) where label ids are expected; "
-            "use the official label id files."
-        )
-    return ids
-
-
-def check_size(size: tuple[int, int] | None) -> tuple[int, int] | None:
+def check_size(size: tuple[int, int] | None) -> None:
     """Refuse anything but None or two positive ints."""
     if size is not None and min(size) < 1:
         raise ValueError(f"`size` must be (height, width) in pixels, both positive, got {size}.")
-    return size
 
 
 def _resize_image(image: Tensor, size: tuple[int, int], resampling: Filter) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossmix.datasets.sample import DataError
 
-__all__ = ["read_png", "write_png"]
+__all__ = ["Header", "read_header", "read_png", "write_png"]
 
 MAX_PIXELS = 100_000_000
 """More is refused before decoding: a file of some hundred kilobytes can unfold to gigabytes."""
@@ -24,7 +24,9 @@ GREY, PALETTE = 0, 3
 Bytes = NDArray[np.uint8]
 
 
-class _Header(NamedTuple):
+class Header(NamedTuple):
+    """The fields of a PNG's first chunk."""
+
     width: int
     height: int
     bit_depth: int
@@ -34,27 +36,30 @@ class _Header(NamedTuple):
     interlace: int
 
 
-def read_png(path: str | Path) -> Tensor:
-    """Read an 8-bit PNG; of a palette file the indices, not the colours.
+def read_png(path: str | Path, *, deep: bool = False) -> Tensor:
+    """Read a PNG; of a palette file the indices, not the colours.
 
     Args:
-        path: The file. Grey and palette files may also have 1, 2 or 4 bits.
+        path: The file, of 8 bits per channel. Grey and palette files may also have 1, 2 or 4 bits.
+        deep: Whether 16 bits are read too.
 
     Returns:
-        (C, H, W) uint8, C = 1, 3 or 4.
+        (C, H, W) uint8, C = 1, 3 or 4; int32 for files of 16 bits.
 
     Raises:
-        DataError: If the file is missing, damaged, not a PNG, too large, or has 16 bits.
+        DataError: If the file is missing, damaged, not a PNG, too large, or has 16 bits and `deep` is False.
     """
     path = Path(path)
-    header = _header(path)
+    header = read_header(path)
+    if header.bit_depth == 16 and not deep:
+        raise DataError(f"{path}: expected 8 bits per channel, got 16; this is not a file of this data set.")
     try:
         pixels = _read_packed(path, header) if header.bit_depth < 8 else np.asarray(io.read_image(str(path)))
     except DataError:
         raise
     except Exception as error:  # kornia_rs raises bare Exception
         raise DataError(f"{path}: cannot be decoded ({error}); download or write it again.") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(pixels.astype(np.int32) if header.bit_depth == 16 else pixels).permute(2, 0, 1)
 
 
 def write_png(path: str | Path, pixels: Tensor) -> None:
@@ -86,7 +91,8 @@ def write_png(path: str | Path, pixels: Tensor) -> None:
     io.write_image_png_u8(str(path), pixels.permute(1, 2, 0).contiguous().cpu().numpy(), mode)
 
 
-def _header(path: Path) -> _Header:
+def read_header(path: Path) -> Header:
+    """What the first bytes of a PNG say, without decoding it; a file of too many pixels is refused."""
     try:
         with path.open("rb") as file:
             start = file.read(33)
@@ -98,18 +104,16 @@ def _header(path: Path) -> _Header:
         raise DataError(
             f"{path}: expected a PNG file, got {len(start)} bytes that do not start like one; download it again."
         )
-    header = _Header(*struct.unpack(">IIBBBBB", start[16:29]))
+    header = Header(*struct.unpack(">IIBBBBB", start[16:29]))
     if header.width * header.height > MAX_PIXELS:
         raise DataError(
             f"{path}: has {header.width} x {header.height} pixels, more than the {MAX_PIXELS} that are read; "
             "check where the file comes from."
         )
-    if header.bit_depth == 16:
-        raise DataError(f"{path}: expected 8 bits per channel, got 16; this is not a file of this data set.")
     return header
 
 
-def _read_packed(path: Path, header: _Header) -> Bytes:
+def _read_packed(path: Path, header: Header) -> Bytes:
     """Decode 1, 2 or 4 bits per pixel, grey or palette, which kornia_rs refuses: (H, W, 1)."""
     if header.color_type not in {GREY, PALETTE} or header.interlace:
         raise DataError(

@@ -2,37 +2,38 @@
 
 from pathlib import Path
 
-from torch.utils.data import Dataset
-
-from crossmix.datasets._files import Files, check_size, read_sample
-from crossmix.datasets.sample import DataError, Sample
+from crossmix.datasets._files import FolderDataset, check_size, listed, paired
+from crossmix.datasets._labels import LABEL_IDS
 
 __all__ = ["Cityscapes"]
 
-IMAGE, LABEL = "_leftImg8bit.png", "_gtFine_labelIds.png"
+IMAGES, FINE, COARSE = "leftImg8bit", "gtFine", "gtCoarse"
 LAYOUT = (
-    f"expected <root>/leftImg8bit/<split>/<city>/*{IMAGE} and <root>/gtFine/<split>/<city>/*{LABEL}, "
+    f"expected <root>/{IMAGES}/<split>/<city>/*_{IMAGES}.png and <root>/{FINE}/<split>/<city>/*_{FINE}_labelIds.png, "
     "with or without the folders of the zips around them"
 )
 
 
-class Cityscapes(Dataset[Sample]):
+class Cityscapes(FolderDataset):
     """Read Cityscapes as its zips unpack, in sorted order.
 
-    `leftImg8bit/<split>/<city>/*_leftImg8bit.png` with `gtFine/<split>/<city>/*_gtFine_labelIds.png`; both may lie in
-    the folders of the zips, `leftImg8bit_trainvaltest` and `gtFine_trainvaltest`. Label ids are mapped to train ids.
+    `leftImg8bit/<split>/<city>/*_leftImg8bit.png` with `gtFine/<split>/<city>/*_gtFine_labelIds.png`, or with
+    `gtCoarse` for the split `train_extra`; each may lie in the folder of its zip, `leftImg8bit_trainvaltest`,
+    `gtFine_trainvaltest` and so on. Label ids are mapped to train ids.
 
     Args:
         root: The folder that holds `leftImg8bit` and `gtFine`.
-        split: `"train"`, `"val"`, or any other folder there.
+        split: `"train"`, `"val"`, `"train_extra"`, or any other folder there.
         size: (height, width) that images (bilinear, antialiased) and labels (nearest) are resized to; (512, 1024) in
             the released code. None keeps their own size.
+        names: A text file that lists the images to take, a name per line without `_leftImg8bit.png`.
+        images: Whether to read images; without, `image` is empty, (3, 0, 0), for those who count classes.
         labels: Whether to read label maps. An unlabelled target needs none; they may then be missing.
 
     Raises:
-        DataError: If the split is missing or empty or images and label maps do not pair up; on access, if a file is
-            damaged or holds ids that are no label ids.
-        ValueError: If `size` is not positive.
+        DataError: If the split is missing or empty or images and label maps do not pair up, or `names` lists what is
+            not there; on access, if a file is damaged or holds ids that are no label ids.
+        ValueError: If `size` is not positive, or neither images nor labels are read.
 
     Example:
         >>> import tempfile
@@ -45,38 +46,32 @@ class Cityscapes(Dataset[Sample]):
     """
 
     def __init__(
-        self, root: str | Path, split: str = "train", *, size: tuple[int, int] | None = None, labels: bool = True
+        self,
+        root: str | Path,
+        split: str = "train",
+        *,
+        size: tuple[int, int] | None = None,
+        names: str | Path | None = None,
+        images: bool = True,
+        labels: bool = True,
     ) -> None:
+        check_size(size)
         self.root = Path(root)
         self.split = split
-        self.size = check_size(size)
-        images = self._find("leftImg8bit", IMAGE)
-        found = self._find("gtFine", LABEL) if labels else {}
-        if not images:
-            what = f"has {len(found)} label maps but no images" if found else "has no images"
-            raise DataError(f"{self.root}: split {split!r} {what}; {LAYOUT}.")
-        alone = sorted(images.keys() ^ found.keys()) if labels else []
-        if alone:
-            kind = "label map" if alone[0] in images else "image"
-            raise DataError(
-                f"{self.root}: split {split!r} has {len(images)} images and {len(found)} label maps that do not pair "
-                f"up, {alone[0]} has no {kind}; {LAYOUT}."
-            )
-        self.files = [Files(path, found.get(key), key.rpartition("/")[2]) for key, path in sorted(images.items())]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        return read_sample(self.files[index], self.size, "bilinear")
+        kind = COARSE if split == "train_extra" else FINE
+        files = paired(
+            f"{self.root}: split {split!r}",
+            self._find(IMAGES, f"_{IMAGES}.png") if images else None,
+            self._find(kind, f"_{kind}_labelIds.png") if labels else None,
+            LAYOUT,
+            strict=True,
+        )
+        super().__init__(listed(files, names), LABEL_IDS, size, "bilinear")
 
     def _find(self, folder: str, suffix: str) -> dict[str, Path]:
         """Files of the split by "<city>/<name>"."""
-        for base in (
-            self.root / folder,
-            self.root / f"{folder}_trainvaltest" / folder,
-            self.root / f"{folder}_trainvaltest",
-        ):
+        zips = sorted(self.root.glob(f"{folder}_*"))
+        for base in (self.root / folder, *(path / folder for path in zips), *zips):
             if (base / self.split).is_dir():
                 paths = (base / self.split).glob(f"*/*{suffix}")
                 return {f"{path.parent.name}/{path.name.removesuffix(suffix)}": path for path in paths}

@@ -1,14 +1,15 @@
 """The classes of Cityscapes, GTA5 and SYNTHIA as one table, and what follows from it.
 
 A train id is a class's row in the table. Ids that no row names (ego vehicle, rectification border, licence plate, ...)
-are
-ignored: train id 255.
+are ignored: train id 255.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from crossmix._checks import check_choice
 
 __all__ = ["CLASSES", "CLASSES_13", "CLASSES_16", "CLASS_NAMES", "IGNORED", "PALETTE", "label_ids", "train_ids"]
 
@@ -62,8 +63,18 @@ KNOWN_LABEL_IDS = frozenset(range(35)) | {255}
 """What a Cityscapes or GTA5 label file may hold: the official ids, -1 (licence plate) saved as 255."""
 
 
-def train_ids() -> Tensor:
-    """Return the table from label ids of Cityscapes and GTA5 to train ids.
+KNOWN_SYNTHIA_IDS = frozenset(range(23))
+"""What a SYNTHIA label file may hold: void, 21 classes, lane marking."""
+
+
+def train_ids(ids: Literal["cityscapes", "synthia"] = "cityscapes") -> Tensor:
+    """Return the table from a data set's label ids to train ids.
+
+    SYNTHIA's description lists terrain, truck and train too, but SYNTHIA-RAND-CITYSCAPES holds none of them and the
+    published numbers are means over the 16 others: their ids are ignored.
+
+    Args:
+        ids: `"cityscapes"`, whose ids GTA5 shares, or `"synthia"`.
 
     Returns:
         (256,) uint8: index it with a label map.
@@ -71,10 +82,16 @@ def train_ids() -> Tensor:
     Example:
         >>> train_ids()[torch.tensor([7, 8, 34])]
         tensor([  0,   1, 255], dtype=torch.uint8)
+        >>> train_ids("synthia")[torch.tensor([3, 4, 22])]
+        tensor([  0,   1, 255], dtype=torch.uint8)
     """
+    check_choice("ids", ids, ("cityscapes", "synthia"))
     table = torch.full((256,), IGNORED, dtype=torch.uint8)
     for train_id, row in enumerate(CLASSES):
-        table[row.label_id] = train_id
+        if ids == "cityscapes":
+            table[row.label_id] = train_id
+        elif train_id in CLASSES_16:
+            table[row.synthia_id] = train_id
     return table
 
 

@@ -5,17 +5,15 @@ Richter et al., ECCV 2016, https://download.visinf.tu-darmstadt.de/data/from_gam
 
 from pathlib import Path
 
-from torch.utils.data import Dataset
-
-from crossmix.datasets._files import Files, check_size, read_sample
-from crossmix.datasets.sample import DataError, Sample
+from crossmix.datasets._files import FolderDataset, check_size, listed, paired, pngs
+from crossmix.datasets._labels import LABEL_IDS
 
 __all__ = ["GTA5"]
 
 LAYOUT = "expected <root>/images/*.png and <root>/labels/*.png with the same names"
 
 
-class GTA5(Dataset[Sample]):
+class GTA5(FolderDataset):
     """Read GTA5 as its zips unpack: `images/*.png` and `labels/*.png`, in sorted order.
 
     Label ids are mapped to train ids. Palette files give their indices, which are the ids.
@@ -24,11 +22,15 @@ class GTA5(Dataset[Sample]):
         root: The folder that holds `images` and `labels`.
         size: (height, width) that images (bicubic, antialiased) and labels (nearest) are resized to, as in the released
             code: (720, 1280); (760, 1280) in the paper's text. None keeps each pair's own size.
+        names: A text file that lists the images to take, a name per line, such as the lists of the released code.
+        images: Whether to read images; without, `image` is empty, (3, 0, 0), for those who count classes.
+        labels: Whether to read label maps; without, `label` is None, and the files may be missing.
 
     Raises:
-        DataError: If a folder is missing or empty or an image has no label map; on access, if a file is damaged, holds
-            ids that are no label ids, or the two files of a pair differ in size and `size` is None.
-        ValueError: If `size` is not positive.
+        DataError: If a folder is missing or empty, an image has no label map, or `names` lists what is not there; on
+            access, if a file is damaged, holds ids that are no label ids, or the two files of a pair differ in size and
+            `size` is None.
+        ValueError: If `size` is not positive, or neither images nor labels are read.
 
     Example:
         >>> import tempfile
@@ -40,24 +42,22 @@ class GTA5(Dataset[Sample]):
         (2, '00001', torch.Size([3, 64, 128]))
     """
 
-    def __init__(self, root: str | Path, *, size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        size: tuple[int, int] | None = None,
+        names: str | Path | None = None,
+        images: bool = True,
+        labels: bool = True,
+    ) -> None:
+        check_size(size)
         self.root = Path(root)
-        self.size = check_size(size)
-        images = {path.name: path for path in sorted((self.root / "images").glob("*.png"))}
-        labels = {path.name: path for path in (self.root / "labels").glob("*.png")}
-        if not images:
-            found = f"has {len(labels)} label maps but no images" if labels else "has no images"
-            raise DataError(f"{self.root}: {found}; {LAYOUT}.")
-        missing = [name for name in images if name not in labels]
-        if missing:
-            raise DataError(
-                f"{self.root / 'labels' / missing[0]}: no such label map, as for {len(missing)} of {len(images)} "
-                f"images; {LAYOUT}."
-            )
-        self.files = [Files(path, labels[name], path.stem) for name, path in images.items()]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        return read_sample(self.files[index], self.size, "bicubic")
+        files = paired(
+            f"{self.root}:",
+            pngs(self.root / "images") if images else None,
+            pngs(self.root / "labels") if labels else None,
+            LAYOUT,
+            strict=False,
+        )
+        super().__init__(listed(files, names), LABEL_IDS, size, "bicubic")

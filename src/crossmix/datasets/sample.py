@@ -11,7 +11,7 @@ class Sample(NamedTuple):
     """An image with its label map.
 
     Attributes:
-        image: (3, H, W) uint8, RGB.
+        image: (3, H, W) uint8, RGB; (3, 0, 0) where images are not read.
         label: (H, W) uint8, train ids 0..18 or 255 for ignored pixels; None where labels are not read.
         name: The file's stem without the data set's suffix.
     """

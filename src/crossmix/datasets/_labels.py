@@ -1,0 +1,163 @@
+"""Label files: which of their numbers are ids, which ids there may be, and which train id each becomes."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crossmix.datasets._png import read_png
+from crossmix.datasets.classes import IGNORED, KNOWN_LABEL_IDS, KNOWN_SYNTHIA_IDS, train_ids
+from crossmix.datasets.sample import DataError
+
+__all__ = ["LABEL_IDS", "SYNTHIA_IDS", "LabelFormat", "custom_format"]
+
+Bytes = NDArray[np.uint8]
+Key = int | tuple[int, int, int]
+
+
+class LabelFormat(NamedTuple):
+    """How a data set writes labels.
+
+    Attributes:
+        read: File to ids, (H, W) uint8; raises `DataError` for a file of another kind or an id in no table.
+        table: (256,) uint8, id to train id. Applied last, when the map has been resized.
+        name: Of the ids.
+    """
+
+    read: Callable[[Path], Tensor]
+    table: Bytes
+    name: str
+
+
+def _read_label_ids(path: Path) -> Tensor:
+    """Cityscapes and GTA5: one channel of label ids."""
+    ids = _only_channel(path, read_png(path))
+    present = _present(ids)
+    _refuse_unknown(path, present, KNOWN_LABEL_IDS, "Cityscapes label ids (0..34)", "the official label id files")
+    if 255 in present and not any(18 < value < 255 for value in present):
+        raise DataError(
+            f"{path}: looks like train ids (0..18 and 255) where label ids are expected; use the official label id "
+            "files, or read it by `SegmentationFolder(..., mapping=None)`."
+        )
+    return ids
+
+
+def _read_synthia_ids(path: Path) -> Tensor:
+    """SYNTHIA: 16-bit RGB with the class in the first channel, or one channel of the same ids.
+
+    A program that keeps the high byte of each number turns every class into 0. Such files are told by their content.
+    """
+    pixels = read_png(path, deep=True)
+    wide = pixels.dtype != torch.uint8
+    if pixels.shape[0] not in {1, 3}:
+        raise DataError(f"{path}: expected 1 or 3 channels, got {pixels.shape[0]}; use the files of GT/LABELS.")
+    ids = pixels[0]
+    if not wide and not ids.any():
+        raise DataError(
+            f"{path}: holds no class but 0 in 8 bits, as files do that were saved from the high bytes of SYNTHIA's "
+            "16-bit labels; use the official GT/LABELS, which are read as they are."
+        )
+    if int(ids.max()) > 255:
+        raise DataError(
+            f"{path}: holds the id {int(ids.max())}, but SYNTHIA's end at 22; is the instance channel first, or the "
+            "order of bytes reversed? Use the official GT/LABELS."
+        )
+    present = _present(ids)
+    if 255 in present:
+        raise DataError(
+            f"{path}: looks like train ids (0..18 and 255) where SYNTHIA's own ids are expected; use the official "
+            "GT/LABELS, or read it by `SegmentationFolder(..., mapping=None)`."
+        )
+    _refuse_unknown(path, present, KNOWN_SYNTHIA_IDS, "SYNTHIA ids (0..22)", "the official GT/LABELS")
+    return ids.to(torch.uint8)
+
+
+LABEL_IDS = LabelFormat(_read_label_ids, train_ids().numpy(), "label ids")
+SYNTHIA_IDS = LabelFormat(_read_synthia_ids, train_ids("synthia").numpy(), "SYNTHIA ids")
+
+
+class _Mapped:
+    """Reads files whose ids, or colours, a user's mapping names."""
+
+    def __init__(self, mapping: Mapping[Key, int] | None, unlisted: Literal["raise", "ignore"]) -> None:
+        self.unlisted = unlisted
+        self.colors = mapping is not None and any(isinstance(key, tuple) for key in mapping)
+        pairs = [(i, i) for i in range(256)] if mapping is None else [(_packed(k), v) for k, v in mapping.items()]
+        pairs.sort()
+        self.keys = np.array([key for key, _ in pairs], np.int64)
+        self.values = np.array([value for _, value in pairs], np.uint8)
+
+    def __call__(self, path: Path) -> Tensor:
+        """Read train ids."""
+        pixels = read_png(path, deep=True)
+        if self.colors:
+            if pixels.shape[0] not in {3, 4} or pixels.dtype != torch.uint8:
+                raise DataError(f"{path}: expected an RGB label map for a mapping of colours, got {_kind(pixels)}.")
+            red, green, blue = pixels[:3].numpy().astype(np.int64)
+            ids = (red << 16) + (green << 8) + blue
+        else:
+            ids = _only_channel(path, pixels).numpy()
+        if ids.dtype == np.uint8:  # by far the most common: look up 256 entries instead of every pixel
+            present = np.flatnonzero(np.bincount(ids.ravel(), minlength=256))
+            table = np.zeros(256, np.uint8)
+            table[present] = self._look_up(path, present)
+            return torch.from_numpy(table[ids])
+        return torch.from_numpy(self._look_up(path, ids))
+
+    def _look_up(self, path: Path, ids: NDArray[np.int64]) -> Bytes:
+        place = np.searchsorted(self.keys, ids).clip(max=len(self.keys) - 1)
+        listed = self.keys[place] == ids
+        if self.unlisted == "raise" and not listed.all():
+            unknown = [_unpacked(key) if self.colors else key for key in np.unique(ids[~listed])[:5].tolist()]
+            raise DataError(
+                f"{path}: holds {unknown}, which the mapping does not list; add them, or pass `unlisted='ignore'`."
+            )
+        return np.where(listed, self.values[place], np.uint8(IGNORED))
+
+
+def custom_format(mapping: Mapping[Key, int] | None, unlisted: Literal["raise", "ignore"]) -> LabelFormat:
+    """The format that a mapping of ids, or of RGB colours, to train ids describes; None takes ids as they are."""
+    for key, value in (mapping or {}).items():
+        if not 0 <= value <= 255:
+            raise ValueError(f"`mapping` must give train ids in 0..255, got {value} for {key}.")
+        numbers, highest = (key, 255) if isinstance(key, tuple) else ((key,), 65535)
+        if len(numbers) not in {1, 3} or not all(0 <= number <= highest for number in numbers):
+            raise ValueError(f"`mapping` must have ids in 0..65535 or (R, G, B) in 0..255 as keys, got {key}.")
+    if mapping is not None and len({isinstance(key, tuple) for key in mapping}) != 1:
+        raise ValueError("`mapping` must not be empty, and have either ids or colours as keys; name them all one way.")
+    return LabelFormat(_Mapped(mapping, unlisted), np.arange(256, dtype=np.uint8), "mapped ids")
+
+
+def _only_channel(path: Path, pixels: Tensor) -> Tensor:
+    if pixels.shape[0] != 1:
+        raise DataError(
+            f"{path}: expected a label map with one channel of ids, got {_kind(pixels)}; "
+            "colour-coded maps are read by `SegmentationFolder` with a mapping of colours."
+        )
+    return pixels[0]
+
+
+def _kind(pixels: Tensor) -> str:
+    return f"{pixels.shape[0]} channel{'s' * (pixels.shape[0] != 1)} of {8 if pixels.dtype == torch.uint8 else 16} bits"
+
+
+def _present(ids: Tensor) -> set[int]:
+    return set(np.flatnonzero(np.bincount(ids.numpy().ravel(), minlength=256)).tolist())
+
+
+def _refuse_unknown(path: Path, present: set[int], known: frozenset[int], name: str, instead: str) -> None:
+    unknown = sorted(present - known)
+    if unknown:
+        raise DataError(f"{path}: holds ids {unknown[:5]} that are no {name}; use {instead}.")
+
+
+def _packed(key: Key) -> int:
+    return key if isinstance(key, int) else (key[0] << 16) + (key[1] << 8) + key[2]
+
+
+def _unpacked(key: int) -> tuple[int, int, int]:
+    return key >> 16, key >> 8 & 255, key & 255

@@ -1,0 +1,68 @@
+"""SYNTHIA-RAND-CITYSCAPES: 9,400 rendered street scenes with the classes of Cityscapes.
+
+Ros et al., CVPR 2016, https://synthia-dataset.net
+"""
+
+from pathlib import Path
+
+from crossmix.datasets._files import FolderDataset, check_size, listed, paired, pngs
+from crossmix.datasets._labels import SYNTHIA_IDS
+
+__all__ = ["Synthia"]
+
+LABEL_FOLDERS = ("GT/LABELS", "synthia_mapped_to_cityscapes")
+LAYOUT = "expected <root>/RGB/*.png and <root>/GT/LABELS/*.png with the same names"
+
+
+class Synthia(FolderDataset):
+    """Read SYNTHIA-RAND-CITYSCAPES as its archive unpacks: `RGB/*.png` and `GT/LABELS/*.png`, in sorted order.
+
+    The label files are 16-bit RGB with the class in the first channel; programs that take the high byte of each number
+    read zeros. Here they are read as they are, and so are one-channel files of the same ids in 8 or 16 bits, which the
+    community calls `synthia_mapped_to_cityscapes`; what a file is, its header and content decide. Ids of void, parking,
+    road work and lane marking are ignored, and so are terrain, truck and train, which this part of SYNTHIA lacks.
+
+    Args:
+        root: The folder that holds `RGB` and `GT/LABELS` (or `synthia_mapped_to_cityscapes`).
+        size: (height, width) that images (bicubic, antialiased) and labels (nearest) are resized to. None keeps their
+            own, 760 x 1280, as published.
+        names: A text file that lists the images to take, a name per line.
+        images: Whether to read images; without, `image` is empty, (3, 0, 0), for those who count classes.
+        labels: Whether to read label maps; without, `label` is None, and the files may be missing.
+
+    Raises:
+        DataError: If a folder is missing or empty, an image has no label map, or `names` lists what is not there; on
+            access, if a file is damaged, was saved from the high bytes, or holds ids that are not SYNTHIA's.
+        ValueError: If `size` is not positive, or neither images nor labels are read.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from crossmix.datasets import write_png
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for folder, pixels in (("RGB", torch.zeros(3, 4, 6)), ("GT/LABELS", torch.full((4, 6), 3.0))):
+        ...     (root / folder).mkdir(parents=True)
+        ...     write_png(root / folder / "0000000.png", pixels.byte())
+        >>> Synthia(root)[0].label.unique()
+        tensor([0], dtype=torch.uint8)
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        size: tuple[int, int] | None = None,
+        names: str | Path | None = None,
+        images: bool = True,
+        labels: bool = True,
+    ) -> None:
+        check_size(size)
+        self.root = Path(root)
+        folder = next((name for name in LABEL_FOLDERS if (self.root / name).is_dir()), LABEL_FOLDERS[0])
+        files = paired(
+            f"{self.root}:",
+            pngs(self.root / "RGB") if images else None,
+            pngs(self.root / folder) if labels else None,
+            LAYOUT,
+            strict=False,
+        )
+        super().__init__(listed(files, names), SYNTHIA_IDS, size, "bicubic")
