@@ -24,13 +24,14 @@ PUBLIC = {
         "save_weights",
     ],
     "crossmix.datasets": [
-        "GTA5", "Cityscapes", "DataError", "Sample", "SegmentationFolder", "StreetScenes", "Synthia", "write_png",
+        "GTA5", "Cityscapes", "DataError", "Sample", "SegmentationFolder", "StreetScenes", "Synthia", "class_counts",
+        "write_png",
     ],
     "crossmix.metrics": ["ConfusionMatrix", "IoU"],
     "crossmix.evaluation": ["evaluate"],
     "crossmix.optim": ["RepeatedSGD", "parameter_groups", "poly_lr"],
     "crossmix.visualize": ["colorize", "gallery"],
-    "crossmix.engine": ["CheckpointError", "CheckpointStore", "KeyedCrops", "RunLog", "keyed_generator"],
+    "crossmix.engine": ["CheckpointError", "CheckpointStore", "KeyedCrops", "RunLog", "keyed_generator", "resident"],
 }  # fmt: skip
 
 SIGNATURES = {

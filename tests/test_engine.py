@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from crossmix.engine import CheckpointError, CheckpointStore, KeyedCrops, RunLog, keyed_generator
+from crossmix.engine import CheckpointError, CheckpointStore, KeyedCrops, RunLog, keyed_generator, resident
 
 
 class Item(NamedTuple):
@@ -111,6 +111,75 @@ def test_keyed_crops__refuses_what_cannot_be_cropped() -> None:
         KeyedCrops(items(1), (0, 2), seed=0, stream=0)
     with pytest.raises(ValueError, match=r"item0: the image is 6 x 9, smaller than the crop of 7 x 2"):
         KeyedCrops(items(1), (7, 2), seed=0, stream=0)[0]
+
+
+class Broken(list[Item]):
+    """Samples of which some cannot be read."""
+
+    bad: tuple[int, ...] = ()
+
+    def __getitem__(self, index: int) -> Item:  # type: ignore[override]
+        if index in self.bad:
+            raise ValueError(f"file{index}.png: is cut off.")
+        return super().__getitem__(index)
+
+
+def test_keyed_crops__broken_samples_are_errors_or_left_out_up_to_a_cap(caplog: pytest.LogCaptureFixture) -> None:
+    samples = Broken(items(6))
+    samples.bad = (1, 4)
+    whole = KeyedCrops(items(6), (2, 2), seed=0, stream=0)
+    strict = KeyedCrops(samples, (2, 2), seed=0, stream=0)
+    with pytest.raises(ValueError, match=r"file[14]\.png: is cut off\.$"):
+        [strict[draw] for draw in range(6)]
+    crops = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=2)
+    for draw in range(60):
+        image, _ = crops[draw]
+        wanted, _ = whole[draw]
+        if whole.index(draw) not in samples.bad:
+            assert torch.equal(image, wanted)
+        assert int(image[0, 0, 0]) not in samples.bad
+    assert set(crops.skipped) == {1, 4}
+    assert sorted(record.message for record in caplog.records) == [
+        "left out: file1.png: is cut off.",
+        "left out: file4.png: is cut off.",
+    ]
+    again = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=2)
+    for draw in reversed(range(60)):  # what was met before changes nothing
+        assert torch.equal(again[draw][0], crops[draw][0])
+    one = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=1)
+    with pytest.raises(ValueError, match=r"is cut off\. It is one more than the 1 broken samples that `skip` allows"):
+        [one[draw] for draw in range(6)]
+    samples.bad = tuple(range(6))
+    every = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=100)
+    with pytest.raises(ValueError, match="one more than the 5 broken samples"):  # and it does not search for ever
+        every[0]
+    with pytest.raises(ValueError, match="`skip` must not be negative"):
+        KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=-1)
+
+
+def test_resident__crops_are_those_of_the_data_set() -> None:
+    samples = [*items(4), items(1)[0]._replace(label=None)]
+    kept = resident(samples, "cpu")
+    assert [item.name for item in kept] == [item.name for item in samples]
+    for draw in range(30):
+        for got, want in zip(
+            KeyedCrops(kept, (2, 3), seed=1, stream=0)[draw],
+            KeyedCrops(samples, (2, 3), seed=1, stream=0)[draw],
+            strict=True,
+        ):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_resident__on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = resident(items(3), "cuda")
+    image, label = KeyedCrops(kept, (2, 3), seed=1, stream=0)[5]
+    assert image.is_cuda
+    assert label.is_cuda
+    assert torch.equal(image.cpu(), KeyedCrops(items(3), (2, 3), seed=1, stream=0)[5][0])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 100))
+    with pytest.raises(ValueError, match="read them from a cache on disk instead"):
+        resident(items(3), "cuda")
 
 
 def test_keyed_crops__pickles() -> None:

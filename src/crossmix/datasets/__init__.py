@@ -5,7 +5,18 @@ from crossmix.datasets.cityscapes import Cityscapes
 from crossmix.datasets.gta5 import GTA5
 from crossmix.datasets.sample import DataError, Sample
 from crossmix.datasets.segmentation_folder import SegmentationFolder
+from crossmix.datasets.statistics import class_counts
 from crossmix.datasets.street_scenes import StreetScenes
 from crossmix.datasets.synthia import Synthia
 
-__all__ = ["GTA5", "Cityscapes", "DataError", "Sample", "SegmentationFolder", "StreetScenes", "Synthia", "write_png"]
+__all__ = [
+    "GTA5",
+    "Cityscapes",
+    "DataError",
+    "Sample",
+    "SegmentationFolder",
+    "StreetScenes",
+    "Synthia",
+    "class_counts",
+    "write_png",
+]

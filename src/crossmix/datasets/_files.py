@@ -31,6 +31,8 @@ class FolderDataset(Dataset[Sample]):
 
     Attributes:
         files: Where each sample is.
+        label_format: How its label maps are read.
+        size: (height, width) that samples are resized to, or None.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class FolderDataset(Dataset[Sample]):
     ) -> None:
         self.files = files
         self.size = size
-        self._labels = labels
+        self.label_format = labels
         self._resampling: Filter = resampling
 
     def __len__(self) -> int:
@@ -52,7 +54,7 @@ class FolderDataset(Dataset[Sample]):
         """
         image_path, label_path, name = self.files[index]
         image = torch.empty(3, 0, 0, dtype=torch.uint8) if image_path is None else read_image(image_path)
-        ids = None if label_path is None else self._labels.read(label_path)
+        ids = None if label_path is None else self.label_format.read(label_path)
         if self.size is not None:
             image = image if image_path is None else _resize_image(image, self.size, self._resampling)
             ids = None if ids is None else _resize_label(ids, self.size)
@@ -61,7 +63,7 @@ class FolderDataset(Dataset[Sample]):
                 f"{label_path}: is {ids.shape[0]} x {ids.shape[1]} but its image {image.shape[1]} x {image.shape[2]}; "
                 "pass `size=` to resize both to one size, or remove the pair."
             )
-        return Sample(image, None if ids is None else torch.from_numpy(self._labels.table[ids.numpy()]), name)
+        return Sample(image, None if ids is None else torch.from_numpy(self.label_format.table[ids.numpy()]), name)
 
 
 def paired(

@@ -26,11 +26,13 @@ class LabelFormat(NamedTuple):
         read: File to ids, (H, W) uint8; raises `DataError` for a file of another kind or an id in no table.
         table: (256,) uint8, id to train id. Applied last, when the map has been resized.
         name: Of the ids.
+        signature: Equal for two formats that make the same train ids of a file.
     """
 
     read: Callable[[Path], Tensor]
     table: Bytes
     name: str
+    signature: str
 
 
 def _read_label_ids(path: Path) -> Tensor:
@@ -76,8 +78,8 @@ def _read_synthia_ids(path: Path) -> Tensor:
     return ids.to(torch.uint8)
 
 
-LABEL_IDS = LabelFormat(_read_label_ids, train_ids().numpy(), "label ids")
-SYNTHIA_IDS = LabelFormat(_read_synthia_ids, train_ids("synthia").numpy(), "SYNTHIA ids")
+LABEL_IDS = LabelFormat(_read_label_ids, train_ids().numpy(), "label ids", "label ids")
+SYNTHIA_IDS = LabelFormat(_read_synthia_ids, train_ids("synthia").numpy(), "SYNTHIA ids", "SYNTHIA ids")
 
 
 class _Mapped:
@@ -129,7 +131,9 @@ def custom_format(mapping: Mapping[Key, int] | None, unlisted: Literal["raise", 
             raise ValueError(f"`mapping` must have ids in 0..65535 or (R, G, B) in 0..255 as keys, got {key}.")
     if mapping is not None and len({isinstance(key, tuple) for key in mapping}) != 1:
         raise ValueError("`mapping` must not be empty, and have either ids or colours as keys; name them all one way.")
-    return LabelFormat(_Mapped(mapping, unlisted), np.arange(256, dtype=np.uint8), "mapped ids")
+    listed = "as they are" if mapping is None else sorted((_packed(key), value) for key, value in mapping.items())
+    signature = f"mapped ids, unlisted {unlisted}: {listed}"
+    return LabelFormat(_Mapped(mapping, unlisted), np.arange(256, dtype=np.uint8), "mapped ids", signature)
 
 
 def _only_channel(path: Path, pixels: Tensor) -> Tensor:

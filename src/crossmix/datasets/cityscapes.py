@@ -58,21 +58,39 @@ class Cityscapes(FolderDataset):
         check_size(size)
         self.root = Path(root)
         self.split = split
-        kind = COARSE if split == "train_extra" else FINE
+        kind = labels_of(split)
         files = paired(
             f"{self.root}: split {split!r}",
-            self._find(IMAGES, f"_{IMAGES}.png") if images else None,
-            self._find(kind, f"_{kind}_labelIds.png") if labels else None,
+            find(self.root, split, IMAGES, f"_{IMAGES}.png") if images else None,
+            find(self.root, split, kind, f"_{kind}_labelIds.png") if labels else None,
             LAYOUT,
             strict=True,
         )
         super().__init__(listed(files, names), LABEL_IDS, size, "bilinear")
 
-    def _find(self, folder: str, suffix: str) -> dict[str, Path]:
-        """Files of the split by "<city>/<name>"."""
-        zips = sorted(self.root.glob(f"{folder}_*"))
-        for base in (self.root / folder, *(path / folder for path in zips), *zips):
-            if (base / self.split).is_dir():
-                paths = (base / self.split).glob(f"*/*{suffix}")
-                return {f"{path.parent.name}/{path.name.removesuffix(suffix)}": path for path in paths}
-        return {}
+
+def labels_of(split: str) -> str:
+    """Which annotations a split has."""
+    return COARSE if split == "train_extra" else FINE
+
+
+def find(root: Path, split: str, folder: str, suffix: str) -> dict[str, Path]:
+    """Files of a split by "<city>/<name>"."""
+    for base in _bases(root, folder):
+        if (base / split).is_dir():
+            paths = (base / split).glob(f"*/*{suffix}")
+            return {f"{path.parent.name}/{path.name.removesuffix(suffix)}": path for path in paths}
+    return {}
+
+
+def splits(root: Path) -> list[str]:
+    """The splits that have images or label maps."""
+    bases = [base for folder in (IMAGES, FINE, COARSE) for base in _bases(root, folder)]
+    zips = {IMAGES, FINE, COARSE}
+    return sorted({path.name for base in bases if base.is_dir() for path in base.iterdir() if path.is_dir()} - zips)
+
+
+def _bases(root: Path, folder: str) -> list[Path]:
+    """Where a kind of file may lie, with or without the folder of its zip."""
+    zips = sorted(root.glob(f"{folder}_*"))
+    return [root / folder, *(path / folder for path in zips), *zips]

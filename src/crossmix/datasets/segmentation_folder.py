@@ -10,7 +10,7 @@ from crossmix.datasets._files import FolderDataset, check_size, listed, paired
 from crossmix.datasets._labels import custom_format
 from crossmix.datasets.sample import DataError
 
-__all__ = ["SegmentationFolder"]
+__all__ = ["SegmentationFolder", "found"]
 
 
 class SegmentationFolder(FolderDataset):
@@ -63,15 +63,15 @@ class SegmentationFolder(FolderDataset):
         label_format = custom_format(mapping, unlisted)
         files = paired(
             f"images {images}, labels {labels}:",
-            None if images is None else _found(Path(images)),
-            None if labels is None else _found(Path(labels)),
+            None if images is None else found(Path(images)),
+            None if labels is None else found(Path(labels)),
             "expected PNG files of the same names in two folders, or two patterns with `*` for what they share",
             strict=False,
         )
         super().__init__(listed(files, names), label_format, size, resampling)
 
 
-def _found(where: Path) -> dict[str, Path]:
+def found(where: Path) -> dict[str, Path]:
     """PNG files by what tells them apart: their path below a folder, or what the stars of a pattern stand for."""
     text = where.as_posix()
     if "*" not in text:
@@ -82,9 +82,9 @@ def _found(where: Path) -> dict[str, Path]:
     parts = re.split(r"(\*\*/|\*)", where.relative_to(base).as_posix())
     stars = {"**/": "((?:[^/]+/)*)", "*": "([^/]*)"}
     regex = re.compile("".join(stars.get(part) or re.escape(part) for part in parts))
-    found = {}
+    files = {}
     for path in sorted(base.glob(where.relative_to(base).as_posix())):
         match = regex.fullmatch(path.relative_to(base).as_posix())
         if match is not None and path.is_file():
-            found["/".join(text.strip("/") for text in match.groups() if text)] = path
-    return found
+            files["/".join(text.strip("/") for text in match.groups() if text)] = path
+    return files

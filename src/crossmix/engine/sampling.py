@@ -4,14 +4,17 @@ A draw is numbered through the whole run: draw = step * batch + slot. What it yi
 alone, not on the number of workers, on prefetching or on restarts.
 """
 
-from typing import Protocol
+import logging
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["KeyedCrops", "keyed_generator"]
+__all__ = ["KeyedCrops", "keyed_generator", "resident"]
+
+LOG = logging.getLogger(__name__)
 
 
 class Labelled(Protocol):
@@ -69,15 +72,23 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
 
     Every image is drawn once in each pass, in an order of the pass's own; the crop's position is uniform.
 
+    A sample that cannot be read is an error. With `skip` up to so many different ones are left out instead, each logged
+    as a warning and kept in `skipped`: the draw then takes the sample that the same draw of the next pass would take,
+    so that it is a pure function still, of the files as they are. Each worker process counts for itself.
+
     Args:
         samples: Items with `image` (3, H, W) uint8, `label` (H, W) uint8 or None, and `name`.
         size: Height and width of the crops, in pixels.
         seed: Seed of the run.
         stream: Tells the data sets of one run apart: the same seed with another stream is unrelated.
+        skip: How many different samples that cannot be read are left out before one is an error.
+
+    Attributes:
+        skipped: Indices of the samples left out so far, with the reasons.
 
     Raises:
-        ValueError: If there are no samples or the size is not positive; on access, if an image is smaller than the
-            crop.
+        ValueError: If there are no samples, the size is not positive, or `skip` is negative; on access, if an image is
+            smaller than the crop. What reading a sample raises is passed on.
 
     Example:
         >>> from crossmix.datasets import StreetScenes
@@ -87,7 +98,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         (torch.Size([3, 32, 32]), torch.Size([32, 32]))
     """
 
-    def __init__(self, samples: Samples, size: tuple[int, int], *, seed: int, stream: int) -> None:
+    def __init__(self, samples: Samples, size: tuple[int, int], *, seed: int, stream: int, skip: int = 0) -> None:
         if len(samples) == 0:
             raise ValueError("`samples` must not be empty; check the folder that they are read from.")
         if min(size) < 1:
@@ -96,6 +107,10 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         self.size = size
         self.seed = seed
         self.stream = stream
+        if skip < 0:
+            raise ValueError(f"`skip` must not be negative, got {skip}; 0 makes every broken sample an error.")
+        self.skip = skip
+        self.skipped: dict[int, str] = {}
         self._order: tuple[int, Tensor] | None = None
 
     def __getitem__(self, draw: int) -> tuple[Tensor, Tensor]:
@@ -107,7 +122,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         Returns:
             Image (3, h, w) uint8 and label (h, w) uint8, all 255 where there is no label.
         """
-        sample = self.samples[self.index(draw)]
+        sample = self._read(draw)
         height, width = sample.image.shape[-2:]
         crop_height, crop_width = self.size
         if height < crop_height or width < crop_width:
@@ -121,8 +136,26 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         rows, columns = slice(top, top + crop_height), slice(left, left + crop_width)
         image = sample.image[:, rows, columns].contiguous()
         if sample.label is None:
-            return image, torch.full(self.size, 255, dtype=torch.uint8)
+            return image, torch.full(self.size, 255, dtype=torch.uint8, device=image.device)
         return image, sample.label[rows, columns].contiguous()
+
+    def _read(self, draw: int) -> Labelled:
+        """The sample of a draw, or of the first later pass's where it cannot be read and may be skipped."""
+        while True:
+            index = self.index(draw)
+            if index not in self.skipped:
+                try:
+                    return self.samples[index]
+                except (ValueError, OSError) as error:  # what readers raise for a broken file
+                    if self.skip == 0:
+                        raise
+                    if len(self.skipped) == min(self.skip, len(self.samples) - 1):
+                        raise ValueError(
+                            f"{error} It is one more than the {len(self.skipped)} broken samples that `skip` allows."
+                        ) from error
+                    self.skipped[index] = str(error)
+                    LOG.warning("left out: %s", error)
+            draw += len(self.samples)
 
     def index(self, draw: int) -> int:
         """Return which sample a draw takes.
@@ -138,3 +171,49 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
             generator = keyed_generator(self.seed, self.stream, 0, epoch)
             self._order = (epoch, torch.randperm(len(self.samples), generator=generator))
         return int(self._order[1][position])
+
+
+class Resident(NamedTuple):
+    """A sample whose tensors are on a device."""
+
+    image: Tensor
+    label: Tensor | None
+    name: str
+
+
+def resident(samples: Samples, device: torch.device | str) -> list[Resident]:
+    """Read a whole data set once and keep it on a device, where `KeyedCrops` then crops it.
+
+    Args:
+        samples: Items with `image`, `label` and `name`; best those of a cache, for every one is read here.
+        device: The device.
+
+    Returns:
+        The samples in order, to be given to `KeyedCrops` in place of the data set. Crops come out on the device, and
+        are those of the data set itself.
+
+    Raises:
+        ValueError: If the device has less free memory than the samples need; nothing is left on it.
+
+    Example:
+        >>> from crossmix.datasets import StreetScenes
+        >>> crops = KeyedCrops(resident(StreetScenes(4), "cpu"), (32, 32), seed=0, stream=0)
+        >>> crops[7][0].device
+        device(type='cpu')
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and len(samples):
+        first = samples[0]
+        need = len(samples) * (first.image.numel() + (0 if first.label is None else first.label.numel()))
+        free, _ = torch.cuda.mem_get_info(device)
+        if need > free:
+            raise ValueError(
+                f"{device}: has {free / 2**30:.1f} GiB free, but {len(samples)} samples like the first need "
+                f"{need / 2**30:.1f} GiB; read them from a cache on disk instead."
+            )
+    kept = []
+    for i in range(len(samples)):
+        sample = samples[i]
+        label = None if sample.label is None else sample.label.to(device)
+        kept.append(Resident(sample.image.to(device), label, sample.name))
+    return kept

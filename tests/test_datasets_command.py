@@ -1,0 +1,184 @@
+"""`python -m crossmix.datasets`: what it says about good folders and bad ones, and the counts that it keeps."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crossmix.datasets import GTA5, DataError, SegmentationFolder, StreetScenes, class_counts
+from crossmix.datasets.__main__ import main
+from crossmix.datasets.classes import CLASS_NAMES
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+@pytest.fixture
+def gta5(tmp_path: Path) -> Path:
+    StreetScenes(4).write(tmp_path / "g", layout="gta5")
+    return tmp_path / "g"
+
+
+@pytest.fixture
+def cityscapes(tmp_path: Path) -> Path:
+    StreetScenes(3, domain="target").write(tmp_path / "c", layout="cityscapes", split="train")
+    StreetScenes(2, domain="target", seed=1).write(tmp_path / "c", layout="cityscapes", split="val")
+    return tmp_path / "c"
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_check__good_folders(gta5: Path, cityscapes: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+    assert main(["check", str(gta5), "--workers", workers]) == 0
+    assert (
+        "GTA5: 4 images (the whole data set has 24966), 4 label maps of label ids, 4 pairs" in capsys.readouterr().out
+    )
+    assert main(["check", str(cityscapes), "--workers", workers]) == 0
+    out = capsys.readouterr().out
+    assert "Cityscapes train, gtFine: 3 images (the whole data set has 2975)" in out
+    assert "Cityscapes val, gtFine: 2 images (the whole data set has 500)" in out
+    assert "no problems" in out
+
+
+def test_check__lists_every_bad_file(gta5: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, labels = gta5 / "images", gta5 / "labels"
+    (labels / "00001.png").unlink()
+    (images / "00002.png").write_bytes((images / "00002.png").read_bytes()[:200])
+    save(images / "00003.png", np.full((64, 128, 3), 7, np.uint8))
+    save(labels / "00003.png", np.zeros((64, 126), np.uint8))
+    save(labels / "00004.png", np.where(np.arange(64 * 128).reshape(64, 128) % 3, 18, 7).astype(np.uint8))
+    save(labels / "00009.png", np.full((64, 128), 77, np.uint8))
+    assert main(["check", str(gta5)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    for name, text in (
+        ("images/00001.png", "has no label map"),
+        ("labels/00009.png", "has no image"),
+        ("images/00002.png", "cannot be decoded"),
+        ("images/00003.png", "suspicious, every pixel has the same colour"),
+        ("labels/00003.png", "suspicious, every pixel is ignored"),
+        ("labels/00003.png", "is 64 x 126 but its image 64 x 128"),
+        ("labels/00004.png", "suspicious, no id above 18"),
+        ("labels/00009.png", "holds ids [77]"),
+    ):
+        assert sum(name in line and text in line for line in lines) == 1, (name, text)
+    assert lines[-1] == "8 problems"
+
+
+def test_check__synthia_saved_from_high_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(2):
+        save(tmp_path / "RGB" / f"{i}.png", np.arange(96, dtype=np.uint8).reshape(4, 8, 3))
+        save(tmp_path / "GT" / "LABELS" / f"{i}.png", np.zeros((4, 8, 3), np.uint8))
+    assert main(["check", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "SYNTHIA: 2 images (the whole data set has 9400)" in out
+    assert out.count("as files do that were saved from the high bytes") == 2
+
+
+def test_check__your_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "1_img.png", np.arange(96, dtype=np.uint8).reshape(4, 8, 3))
+    save(tmp_path / "1_ids.png", np.full((4, 8), 5, np.uint8))
+    mapping = tmp_path / "mapping.json"
+    mapping.write_text('{"5": 0}', encoding="utf-8")
+    patterns = ["--images", str(tmp_path / "*_img.png"), "--labels", str(tmp_path / "*_ids.png")]
+    assert main(["check", *patterns, "--mapping", str(mapping)]) == 0
+    mapping.write_text('{"4": 0}', encoding="utf-8")
+    assert main(["check", *patterns, "--mapping", str(mapping)]) == 1
+    assert "holds [5], which the mapping does not list" in capsys.readouterr().out
+    for text in ("[1]", '{"5": 300}', "{", '{"a": 1}'):
+        mapping.write_text(text, encoding="utf-8")
+        assert main(["check", *patterns, "--mapping", str(mapping)]) == 2
+        assert "mapping.json" in capsys.readouterr().err
+    assert main(["check", "--labels", str(tmp_path / "*_nothing.png")]) == 2
+
+
+def test_command__nothing_to_look_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(tmp_path)]) == 2
+    assert "is not laid out as GTA5 (images, labels), SYNTHIA" in capsys.readouterr().err
+    assert main(["stats", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    for arguments in (["check"], ["check", str(tmp_path), "--images", "x"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+
+
+def test_stats__prints_shares_and_keeps_the_counts(gta5: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", str(gta5)]) == 0
+    first = capsys.readouterr().out
+    data = GTA5(gta5)
+    labels = torch.cat([data[i].label.flatten() for i in range(4)])
+    for value, name in enumerate(CLASS_NAMES):
+        count = int((labels == value).sum())
+        share = f"{100 * count / int((labels != 255).sum()):.3f}%"
+        maps = sum(bool((data[i].label == value).any()) for i in range(4))
+        row = next(line.split() for line in first.splitlines() if line.strip().startswith(name))
+        assert row[len(name.split()) :] == [str(count), share, str(maps)]
+    assert main(["stats", str(gta5)]) == 0
+    assert capsys.readouterr().out == first
+    assert len((gta5 / "crossmix-stats.jsonl").read_text("utf-8").splitlines()) == 5
+    done = subprocess.run(
+        [sys.executable, "-m", "crossmix.datasets", "stats", str(gta5)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, first)
+
+
+def test_class_counts__goes_on_where_it_stopped_and_counts_changed_files_again(gta5: Path, tmp_path: Path) -> None:
+    data, cache = GTA5(gta5), tmp_path / "counts.jsonl"
+    want = torch.stack([torch.bincount(data[i].label.flatten().long(), minlength=256) for i in range(4)])
+    assert torch.equal(class_counts(data), want)
+    assert torch.equal(class_counts(data, cache=cache, workers=2), want)
+    whole = cache.read_bytes()
+    lines = whole.split(b"\n")
+    cache.write_bytes(b"\n".join(lines[:3]) + b"\n" + lines[3][:20])  # killed while writing
+    assert torch.equal(class_counts(data, cache=cache), want)
+    assert sorted(cache.read_bytes().split(b"\n")) == sorted(lines)
+    forged = json.loads(lines[1])
+    forged["counts"] = {"0": 1}
+    cache.write_bytes(b"\n".join([lines[0], json.dumps(forged).encode(), *lines[2:]]))
+    assert int(class_counts(data, cache=cache)[0].sum()) == 1  # what is kept is what is taken ...
+    shutil.copy(gta5 / "labels" / "00002.png", gta5 / "labels" / "00001.png")
+    assert torch.equal(class_counts(data, cache=cache)[0], want[1])  # ... until the file changes
+
+
+def test_class_counts__refuses(gta5: Path, tmp_path: Path) -> None:
+    data, cache = GTA5(gta5), tmp_path / "counts.jsonl"
+    with pytest.raises(DataError, match="4 samples have no label map"):
+        class_counts(GTA5(gta5, labels=False))
+    class_counts(data, cache=cache)
+    own = SegmentationFolder(gta5 / "images", gta5 / "labels", dict.fromkeys(range(35), 0))
+    with pytest.raises(DataError, match=r"counts\.jsonl: holds counts of other ids"):
+        class_counts(own, cache=cache)
+    cache.unlink()
+    class_counts(own, cache=cache)
+    other = SegmentationFolder(gta5 / "images", gta5 / "labels", dict.fromkeys(range(35), 1))
+    with pytest.raises(DataError, match=r"counts\.jsonl: holds counts of other ids"):
+        class_counts(other, cache=cache)
+    for text in ("{}\n", "[\n", '{"counts of": 1}\nx\n'):
+        cache.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=r"counts\.jsonl: "):
+            class_counts(data, cache=cache)
+    cache.write_bytes(b"\xff")
+    with pytest.raises(DataError, match="cannot be read"):
+        class_counts(data, cache=cache)
+    with pytest.raises(DataError, match="cannot be written"):
+        class_counts(data, cache=tmp_path / "no" / "folder.jsonl")
+    (gta5 / "labels" / "00001.png").unlink()
+    with pytest.raises(DataError, match=r"00001\.png: cannot be read"):
+        class_counts(data)
+
+
+def test_check__real_folders(test_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(test_data / "gta5")]) == 1
+    out = capsys.readouterr().out
+    assert "has 1 images and no label maps" in out
+    assert out.count("looks like train ids") == 4
+    assert main(["check", str(test_data / "cityscapes")]) == 1
+    out = capsys.readouterr().out
+    assert "Cityscapes train, gtFine: 8 images (the whole data set has 2975), 8 label maps of label ids, 8 pairs" in out
+    assert out.splitlines()[-1] == "15 problems"  # label maps of val without images
