@@ -236,7 +236,7 @@ CASES: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "matrix prediction",
         lambda: ConfusionMatrix(3).update(LABELS + 3, LABELS),
         ValueError,
-        r"must lie in 0..2, got 3..3",
+        r"must lie in 0..2 where there is a label",
     ),
     ("matrix classes", lambda: ConfusionMatrix(3).compute([3]), ValueError, r"ids in 0..2, got \[3\]"),
     ("matrix no classes", lambda: ConfusionMatrix(3).compute([]), ValueError, r"got \[\]; name some"),

@@ -1,6 +1,9 @@
 """The confusion matrix, evaluation and pictures."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +69,41 @@ def test_confusion_matrix__state_and_merge_without_ranks() -> None:
     assert "num_classes=3" in repr(matrix)
 
 
+def test_confusion_matrix__a_prediction_that_is_no_class() -> None:
+    labels = torch.tensor([[[0, 1, 255]]])
+    matrix = ConfusionMatrix(2)
+    matrix.update(torch.tensor([[[0, 1, 7]]]), labels)  # not where there is no label
+    for bad in (2, -1, 255):
+        with pytest.raises(ValueError, match=r"must lie in 0..1 where there is a label"):
+            matrix.update(torch.tensor([[[0, bad, 0]]]), labels)
+    assert matrix.counts.tolist() == [[1, 0], [0, 1]]  # nothing of it was counted
+    matrix.invalid.add_(1)  # what a device that is not waited for would have left
+    with pytest.raises(ValueError, match=r"must lie in 0..1 where there is a label"):
+        matrix.compute()
+    matrix.reset()
+    assert math.isnan(matrix.compute().mean)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_confusion_matrix__on_a_gpu_without_waiting() -> None:
+    labels, predictions = torch.randint(-1, 7, (2, 4, 33, 47), generator=seeded(0)) % 300
+    predictions = predictions.remainder(5)
+    want = ConfusionMatrix(5)
+    want.update(predictions, labels)
+    matrix = ConfusionMatrix(5).cuda()
+    on_device = predictions.cuda(), labels.cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        matrix.update(*on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(matrix.counts.cpu(), want.counts)
+    matrix.update(on_device[0] + 5, on_device[1])
+    with pytest.raises(ValueError, match="must lie in"):
+        matrix.compute()
+
+
 def samples(sizes: list[tuple[int, int]]) -> list[Sample]:
     out = []
     for i, (height, width) in enumerate(sizes):
@@ -100,6 +138,73 @@ def test_evaluate__equals_the_steps_by_hand() -> None:
                 matrix.update(up.argmax(1), target)
     for matrix, other in zip(matrices.values(), want, strict=True):
         assert torch.equal(matrix.counts, other.counts)
+
+
+def test_evaluate__workers_and_precision() -> None:
+    torch.manual_seed(0)
+    model, data = nn.Conv2d(3, 5, 1), samples([(8, 12), (9, 7), (5, 5)])
+    state = torch.get_rng_state()
+    alone, ahead = evaluate(model, data, num_classes=5), evaluate(model, data, num_classes=5, workers=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(alone["native"].counts, ahead["native"].counts)
+
+    def forward(images: Tensor) -> Tensor:
+        logits = model(images)
+        assert logits.dtype == torch.bfloat16
+        return logits
+
+    half = evaluate(model, data, num_classes=5, dtype=torch.bfloat16, forward=forward)
+    with torch.no_grad():
+        want = ConfusionMatrix(5)
+        for image, label, _ in data:
+            logits = (image[None] / 255).bfloat16()
+            logits = tf.conv2d(logits, model.weight.bfloat16(), model.bias.bfloat16())
+            want.update(logits.argmax(1), label[None])
+    assert torch.equal(half["native"].counts, want.counts)
+    for options in ({"workers": 1}, {"sync": True}):
+        with pytest.raises(TypeError, match="need a data set with a length, got list_iterator"):
+            evaluate(model, iter(data), num_classes=5, **options)
+
+
+RANKS = """
+import sys, torch
+import torch.distributed as dist
+from torch import nn
+from crossmix.datasets import StreetScenes
+from crossmix.evaluation import evaluate
+rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+torch.manual_seed(0)
+model = nn.Conv2d(3, 19, 3, padding=1)
+scenes = [StreetScenes(5)[i] for i in range(5)]
+matrices = evaluate(model, scenes, label_sizes=[None, (32, 64)], sync=True)
+assert int(matrices["native"].counts.sum()) <= 64 * 128 * len(range(rank, 5, size))  # its own share
+scores = [matrix.compute() for matrix in matrices.values()]
+print([(score.per_class.tolist(), score.mean, score.pixel_accuracy) for score in scores])
+few = evaluate(model, scenes[:1], sync=True)  # some ranks have none
+print(few["native"].compute().per_class.tolist())
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_evaluate__ranks_share_the_samples_and_agree_exactly(tmp_path: Path) -> None:
+    outputs = set()
+    for size in (1, 2, 3):
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANKS, str(rank), str(size), str(tmp_path / f"store{size}")],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(size)
+        ]
+        for process in processes:
+            output, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+            outputs.add(output)
+    assert len(outputs) == 1
 
 
 class Perfect(nn.Module):

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "datasets": {"_checks"},
     "optim": set(),
     "engine": set(),
-    "evaluation": {"metrics", "datasets.classes"},
+    "evaluation": {"_distributed", "metrics", "datasets.classes"},
     "visualize": {"_checks", "metrics", "datasets.classes"},
     "__init__": {"functional", "recipes", "self_training", *LEAVES},
 }

@@ -3,12 +3,17 @@
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_reduce_sum", "world_size"]
+__all__ = ["all_reduce_sum", "rank", "world_size"]
 
 
 def world_size() -> int:
     """The number of ranks, 1 where no process group is initialised."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this rank, 0 where no process group is initialised."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

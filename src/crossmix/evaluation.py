@@ -1,12 +1,14 @@
 """Evaluation as the published numbers have it: one image at a time, one confusion matrix for the data set."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
+from crossmix._distributed import rank, world_size
 from crossmix.metrics import ConfusionMatrix
 
 __all__ = ["evaluate"]
@@ -50,6 +52,9 @@ def evaluate(
     label_sizes: Sequence[Size | None] = (None,),
     forward: Callable[[Tensor], Tensor] | None = None,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    workers: int = 0,
+    sync: bool = False,
     ignore_index: int = 255,
 ) -> dict[str, ConfusionMatrix]:
     """Score a model on a labelled data set, at one or several label sizes in one pass.
@@ -68,13 +73,17 @@ def evaluate(
             nearest pixel, logits bilinearly with align_corners=True.
         forward: What turns images into logits of any size; the model itself by default.
         device: Where to run; where the model's first parameter is, by default.
+        dtype: Run the model under autocast to this dtype; logits are upsampled in float32 in any case.
+        workers: Processes that read samples of a map-style data set ahead.
+        sync: Share a map-style data set out over the ranks of torch.distributed, each sample to one rank, and add up
+            the counts, which are then those of one process. Every rank has to call.
         ignore_index: The id of ignored pixels.
 
     Returns:
-        A `ConfusionMatrix` on the CPU for each label size, by "HxW", or "native" for None. Ranks may each take their
-        share of the samples and call `merge`.
+        A `ConfusionMatrix` on the device for each label size, by "HxW", or "native" for None.
 
     Raises:
+        TypeError: If `samples` has no length and `workers` or `sync` need one.
         ValueError: If there are no samples, a sample has no label, or the logits have another number of classes.
 
     Example:
@@ -87,40 +96,58 @@ def evaluate(
         first = next(model.parameters(), None)
         device = "cpu" if first is None else first.device
     matrices = {
-        "native" if size is None else f"{size[0]}x{size[1]}": ConfusionMatrix(num_classes, ignore_index=ignore_index)
+        "native" if size is None else f"{size[0]}x{size[1]}": ConfusionMatrix(
+            num_classes, ignore_index=ignore_index
+        ).to(device)
         for size in label_sizes
     }
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         seen = 0
-        for sample in _each(samples):
+        for sample in _each(samples, workers, sync=sync):
             if sample.label is None:
                 raise ValueError(f"{sample.name}: has no label to score against; read the data set with its labels.")
             images = _resized(sample.image[None].to(device), image_size).float() / 255
-            logits = (model if forward is None else forward)(images)
+            with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
+                logits = (model if forward is None else forward)(images)
             if logits.shape[1] != num_classes:
                 raise ValueError(
                     f"`model` returned {logits.shape[1]} classes but `num_classes` is {num_classes}; make both one."
                 )
             for size, matrix in zip(label_sizes, matrices.values(), strict=True):
-                labels = _nearest(sample.label, size)[None]
-                matrix.update(_predict(logits, labels).cpu(), labels)
+                labels = _nearest(sample.label, size)[None].to(device)
+                matrix.update(_predict(logits, labels), labels)
             seen += 1
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if not seen:
+    if not (len(samples) if sync and isinstance(samples, Sized) else seen):
         raise ValueError("`samples` must not be empty; check the folder that they are read from.")
+    if sync:
+        for matrix in matrices.values():
+            matrix.merge()
     return matrices
 
 
-def _each(samples: Samples | Iterable[Labelled]) -> Iterator[Labelled]:
+def _each(samples: Samples | Iterable[Labelled], workers: int, *, sync: bool) -> Iterator[Labelled]:
     """Items in order; a data set is indexed up to its length, since it need not stop by itself."""
-    if isinstance(samples, Iterable):
+    if not (hasattr(samples, "__getitem__") and isinstance(samples, Sized)):
+        if workers or sync:
+            raise TypeError(f"`workers` and `sync` need a data set with a length, got {type(samples).__name__}.")
         yield from samples
+        return
+    share = range(rank(), len(samples), world_size()) if sync else range(len(samples))
+    if workers:
+        yield from DataLoader(
+            samples,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=share,
+            num_workers=workers,
+            generator=torch.Generator(),  # or the loader would draw from the global one
+        )
     else:
-        for i in range(len(samples)):
+        for i in share:
             yield samples[i]
 
 

@@ -35,6 +35,8 @@ class ConfusionMatrix(nn.Module):
         num_classes: The number of classes C.
         ignore_index: The id of ignored pixels in labels.
 
+    On a GPU `update` does not wait for the device; a prediction that is no class is then found by `compute`.
+
     State:
         `counts`: (C, C) int64 buffer, rows labels, columns predictions; changed by `update` and `reset`.
 
@@ -49,6 +51,7 @@ class ConfusionMatrix(nn.Module):
     """
 
     counts: Tensor
+    invalid: Tensor
 
     def __init__(self, num_classes: int, *, ignore_index: int = 255) -> None:
         super().__init__()
@@ -56,6 +59,7 @@ class ConfusionMatrix(nn.Module):
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.register_buffer("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64))
+        self.register_buffer("invalid", torch.zeros((), dtype=torch.int64), persistent=False)
         self._merged: Tensor | None = None
 
     @torch.no_grad()
@@ -74,16 +78,14 @@ class ConfusionMatrix(nn.Module):
         check_labels("labels", labels)
         check_same_shape("predictions", predictions.shape, "labels", labels.shape)
         check_same_device(labels=labels, predictions=predictions)
-        index, predicted = labels.flatten().long(), predictions.flatten().long()
-        counted = (index >= 0) & (index < self.num_classes) & (index != self.ignore_index)
-        index, predicted = index[counted], predicted[counted]
-        if predicted.numel() and not 0 <= int(predicted.min()) <= int(predicted.max()) < self.num_classes:
-            raise ValueError(
-                f"`predictions` must lie in 0..{self.num_classes - 1}, got {int(predicted.min())}.."
-                f"{int(predicted.max())}; take the argmax over {self.num_classes} classes."
-            )
-        pairs = torch.bincount(index * self.num_classes + predicted, minlength=self.num_classes**2)
-        self.counts += pairs.reshape(self.num_classes, self.num_classes).to(self.counts.device)
+        size = self.num_classes + 1  # the last row stands for ignored pixels, the last column for what is no class
+        index, predicted = (self._row(ids.flatten()) for ids in (labels, predictions))
+        index = torch.where(labels.flatten() == self.ignore_index, self.num_classes, index)
+        pairs = _count(index * size + predicted, size * size).view(size, size)[:-1].to(self.counts.device)
+        if pairs.device.type == "cpu" and pairs[:, -1].any():
+            self._refuse()
+        self.counts += pairs[:, :-1]
+        self.invalid += pairs[:, -1].sum()
         self._merged = None
 
     def merge(self) -> None:
@@ -93,6 +95,7 @@ class ConfusionMatrix(nn.Module):
     def reset(self) -> None:
         """Forget all counts."""
         self.counts.zero_()
+        self.invalid.zero_()
         self._merged = None
 
     def compute(self, classes: Sequence[int] | None = None) -> IoU:
@@ -107,8 +110,10 @@ class ConfusionMatrix(nn.Module):
             The scores; `per_class` always has all C entries.
 
         Raises:
-            ValueError: If a class id is out of range or there are none.
+            ValueError: If a class id is out of range or there are none, or a prediction on a GPU was no class.
         """
+        if self.invalid:
+            self._refuse()
         chosen = range(self.num_classes) if classes is None else list(classes)
         if not chosen or min(chosen) < 0 or max(chosen) >= self.num_classes:
             raise ValueError(f"`classes` must be ids in 0..{self.num_classes - 1}, got {list(chosen)}; name some.")
@@ -121,6 +126,24 @@ class ConfusionMatrix(nn.Module):
             pixel_accuracy=float(hits.sum() / counts.sum()),
         )
 
+    def _row(self, ids: Tensor) -> Tensor:
+        """Class ids as int64, C for everything else."""
+        ids = ids.long()
+        return torch.where((ids >= 0) & (ids < self.num_classes), ids, self.num_classes)
+
+    def _refuse(self) -> None:
+        raise ValueError(
+            f"`predictions` must lie in 0..{self.num_classes - 1} where there is a label, got others; take the argmax "
+            f"over {self.num_classes} classes."
+        )
+
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
         return f"num_classes={self.num_classes}, ignore_index={self.ignore_index}"
+
+
+def _count(ids: Tensor, size: int) -> Tensor:
+    """How often each of 0..size - 1 occurs; `bincount` waits for a GPU."""
+    if ids.device.type == "cpu":
+        return torch.bincount(ids, minlength=size)
+    return torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
