@@ -1,0 +1,158 @@
+"""Score weights on Cityscapes as the published numbers were scored, at both label sizes in one pass.
+
+    python examples/evaluate.py --weights dacs.pth --cityscapes DIR                   a released checkpoint
+    python examples/evaluate.py --weights RUN/checkpoints/X.pt --cityscapes DIR       one of the trainer's
+    torchrun --nproc_per_node 4 examples/evaluate.py ...                              images shared out over GPUs
+
+Images are resized to 512 x 1024. The released code scores on labels of that size; the standard protocol, and the
+numbers of other papers, on the labels' own 1024 x 2048, with the 1/8 logits upsampled straight to it. The means over
+19, 16 and 13 classes come from the same counts.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from crossmix.datasets import Cityscapes, DataError
+from crossmix.datasets.classes import CLASS_NAMES, CLASSES_13, CLASSES_16
+from crossmix.evaluation import evaluate
+from crossmix.metrics import ConfusionMatrix
+from crossmix.models import DeepLabV2, WeightsError, deeplab_v2_resnet101, deeplab_v2_tiny, load_weights
+from paper import paper_row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parse(argv)
+    ranks = "RANK" in os.environ
+    if ranks:
+        dist.init_process_group()
+        if args.device.startswith("cuda"):
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        scores = {entry: score(entry, args, ranks=ranks) for entry in args.entry}
+    except (DataError, WeightsError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    finally:
+        if ranks:
+            dist.destroy_process_group()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(table(scores, args.paper))
+        if args.out:
+            document = {"weights": args.weights, "split": args.split, "torch": str(torch.__version__), "scores": scores}
+            Path(args.out).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, help="a file or URL")
+    parser.add_argument("--cityscapes", required=True, help="folder with leftImg8bit/ and gtFine/")
+    parser.add_argument("--entry", nargs="+", default=["student"], help="parts of a checkpoint: student, teacher")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--network", choices=("resnet101", "tiny"), help="default: the run's, or resnet101")
+    parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
+    parser.add_argument("--image-size", default="512x1024", help="HxW that images are resized to, or native")
+    parser.add_argument("--paper", default="gta5/dacs", help="row to print beside: gta5/METHOD or synthia/METHOD")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read images")
+    parser.add_argument("--out", help="JSON file for the scores")
+    return parser.parse_args(argv)
+
+
+def load_network(
+    weights: str, entry: str, *, network: str | None = None, aspp_branches: int | None = None
+) -> DeepLabV2:
+    """The network that a file was saved from, with its weights, on the CPU in eval mode.
+
+    What a run of the trainer was told stands beside its checkpoints; of any other file the arguments say it.
+    """
+    beside = Path(weights).parent.parent / "config.json"
+    config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    build = deeplab_v2_tiny if (network or config.get("network")) == "tiny" else deeplab_v2_resnet101
+    model = build(len(CLASS_NAMES), aspp_branches=aspp_branches or config.get("aspp_branches", 2))
+    try:
+        load_weights(model, weights, entry=entry)
+    except WeightsError:
+        if entry != "student":
+            raise
+        load_weights(model, weights)  # a file that holds one network and nothing around it
+    return model.eval()
+
+
+def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any]:
+    """Scores by label size."""
+    model = load_network(args.weights, entry, network=args.network, aspp_branches=args.aspp_branches).to(args.device)
+    size = None if args.image_size == "native" else tuple(int(side) for side in args.image_size.split("x"))
+    matrices = evaluate(
+        model,
+        Cityscapes(args.cityscapes, args.split),
+        image_size=size,  # type: ignore[arg-type]
+        label_sizes=[None] if size is None else [size, (2 * size[0], 2 * size[1])],  # type: ignore[list-item]
+        forward=model.forward_features,
+        dtype={"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision],
+        workers=args.workers,
+        sync=ranks,
+    )
+    return {size: summary(matrix) for size, matrix in matrices.items()}
+
+
+def summary(matrix: ConfusionMatrix) -> dict[str, Any]:
+    """IoU as fractions; None for a class that is in neither labels nor predictions."""
+    iou = matrix.compute()
+    return {
+        "miou": number(iou.mean),
+        "miou_16": number(matrix.compute(CLASSES_16).mean),
+        "miou_13": number(matrix.compute(CLASSES_13).mean),
+        "pixel_accuracy": number(iou.pixel_accuracy),
+        "per_class": {name: number(value) for name, value in zip(CLASS_NAMES, iou.per_class.tolist(), strict=True)},
+    }
+
+
+def number(value: float) -> float | None:
+    """A float as JSON can hold it."""
+    return None if math.isnan(value) else float(value)
+
+
+def table(scores: dict[str, dict[str, Any]], paper: str) -> str:
+    """IoU in percent by class, a column for each entry and label size, and the paper's row last."""
+    columns = {f"{entry} {size}": values for entry, by_size in scores.items() for size, values in by_size.items()}
+    source, _, method = paper.partition("/")
+    row = paper_row(source, method)
+    lines = [
+        "| " + " | ".join(["class", *columns, f"paper, {paper}"]) + " |",
+        "|---" + "|---:" * (len(columns) + 1) + "|",
+    ]
+    for name in CLASS_NAMES:
+        cells = [percent(values["per_class"][name]) for values in columns.values()]
+        lines.append(
+            "| " + " | ".join([name, *cells, plain(None if row is None else row["per_class"].get(name))]) + " |"
+        )
+    for key, title in (("miou", "mean of 19"), ("miou_16", "mean of 16"), ("miou_13", "mean of 13")):
+        cells = [percent(values[key]) for values in columns.values()]
+        lines.append("| " + " | ".join([title, *cells, plain(None if row is None else row.get(key))]) + " |")
+    return "\n".join(lines)
+
+
+def percent(value: float | None) -> str:
+    """A fraction for people."""
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def plain(value: float | None) -> str:
+    """A number that is in percent already."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
