@@ -263,6 +263,33 @@ def test_calibration__of_a_network_that_knows_itself_is_0() -> None:
     assert monitor.compute().calibration_error == 0.5
 
 
+def test_calibration__bin_by_bin() -> None:
+    """One pixel a bin, right and wrong in turn: bins that ran together would cancel out."""
+    confidence = (torch.arange(15) + 0.5)[None, None] / 15
+    truth = torch.arange(15)[None, None] % 2
+    for pseudo in (0, 1):
+        monitor = PseudoLabelMonitor(2)
+        monitor.update(torch.full_like(truth, pseudo), confidence, truth=truth)
+        want = ((truth == pseudo).double() - confidence.double()).abs().mean()
+        assert monitor.compute().calibration_error == pytest.approx(float(want), abs=2**-21)
+
+
+def test_mean_confidence__is_rounded_not_cut_off() -> None:
+    monitor = PseudoLabelMonitor(1)
+    confidence = torch.full((1, 2, 3), 1 - 2**-24)
+    monitor.update(torch.zeros(1, 2, 3, dtype=torch.uint8), confidence)
+    assert monitor.compute().mean_confidence == pytest.approx(float(confidence[0, 0, 0]), abs=2**-21)
+
+
+def test_confidence__beyond_the_range_is_the_nearest_end() -> None:
+    """A softmax may sum to a little more than 1, and a bug to much more."""
+    monitor = PseudoLabelMonitor(2)
+    zeros = torch.zeros(1, 1, 3, dtype=torch.uint8)
+    monitor.update(zeros, torch.tensor([[[1.0000001, math.inf, -0.5]]]), truth=zeros)
+    assert monitor.compute().mean_confidence == pytest.approx(2 / 3, abs=1e-9)
+    assert monitor.compute().calibration_error == pytest.approx(1 / 3, abs=1e-9)
+
+
 def test_compute__against_a_prior() -> None:
     monitor = PseudoLabelMonitor(3)
     monitor.update(torch.tensor([[[0, 0, 0, 1]]]), torch.ones(1, 1, 4))

@@ -163,7 +163,7 @@ class PseudoLabelMonitor(nn.Module):
 
         Args:
             labels: (N, H, W) uint8, int16, int32 or int64 pseudo-labels, before any threshold.
-            confidence: (N, H, W) floating in [0, 1].
+            confidence: (N, H, W) floating in [0, 1]; what is beyond counts as the nearest end.
             truth: (N, H, W) integer true labels.
             student: (N, H, W) integer classes that the student predicts; where they are ignored or no class, the pixel
                 does not count for the agreement.
@@ -176,6 +176,7 @@ class PseudoLabelMonitor(nn.Module):
         pseudo, counted = self._ids(labels)
         confidence = (confidence if confidence.dtype == torch.float64 else confidence.float()).flatten()
         counted = counted & ~confidence.isnan()
+        confidence = confidence.nan_to_num(0).clamp(0, 1)
         true = torch.full_like(pseudo, self.num_classes)
         if truth is not None:
             true, known = self._ids(truth)
@@ -183,10 +184,10 @@ class PseudoLabelMonitor(nn.Module):
         each = counted.long()
         confident = (confidence >= self.threshold).long()
         self.counts.view(-1).scatter_add_(0, (true * self.num_classes + pseudo) * 2 + confident, each)
-        units = (confidence.nan_to_num(0).clamp(0, 1) * UNIT).round().long()
+        units = (confidence * UNIT).round().long()
         self.confidence += (units * each).sum()
         if truth is not None:
-            bins = (confidence.nan_to_num(0) * BINS).long().clamp(0, BINS - 1)
+            bins = (confidence * BINS).long().clamp(max=BINS - 1)
             self.gaps.scatter_add_(0, bins, ((true == pseudo).long() * UNIT - units) * each)
         if student is not None:
             predicted, known = self._ids(student)
