@@ -40,13 +40,13 @@ class PseudoLabelQuality(NamedTuple):
         share: (C,) likewise: share of each class among the pseudo-labels.
         expected_share: (C,) likewise: the prior handed to `compute`, or else the share of each class among the true
             labels.
-        divergence: Total variation between the two, sum_c |share_c - expected_share_c| / 2: the share of pixels that
+        divergence: Total variation between the two, sum_c abs(share_c - expected_share_c) / 2: the share of pixels that
             would have to change class. In [0, 1], and finite when a class is lost, where the KL divergence is not.
         confident_share: Share of pixels with confidence >= threshold: the mean of lambda over batches of one size.
         mean_confidence: Mean confidence, to 1e-6.
         agreement: Share of pixels to which the student gives the class of the pseudo-label.
         calibration_error: Expected calibration error over pixels with a true label, in 15 equal bins of confidence b:
-            sum_b (number of pixels in b) / (number of pixels) * |accuracy_b - mean confidence_b|.
+            sum_b (number of pixels in b) / (number of pixels) * abs(accuracy_b - mean confidence_b).
         never_predicted: The number of classes that no pseudo-label has.
         pixels: The number of pixels counted.
     """
