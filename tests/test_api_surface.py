@@ -29,6 +29,7 @@ PUBLIC = {
     ],
     "crossmix.metrics": ["ConfusionMatrix", "IoU"],
     "crossmix.evaluation": ["evaluate"],
+    "crossmix.diagnostics": ["PseudoLabelMonitor", "PseudoLabelQuality"],
     "crossmix.optim": ["RepeatedSGD", "parameter_groups", "poly_lr"],
     "crossmix.visualize": ["colorize", "gallery"],
     "crossmix.engine": ["CheckpointError", "CheckpointStore", "KeyedCrops", "RunLog", "keyed_generator", "resident"],
@@ -66,6 +67,10 @@ SIGNATURES = {
         "student num_classes * method='dacs' recipe='released' prior=None sync=False **overrides",
     "crossmix.models.deeplab_v2_resnet101": "num_classes=19 * aspp_branches=4 freeze_bn_affine=True upsample=True",
     "crossmix.metrics.ConfusionMatrix": "num_classes * ignore_index=255",
+    "crossmix.diagnostics.PseudoLabelMonitor": "num_classes * threshold=0.968 ignore_index=255",
+    "crossmix.diagnostics.PseudoLabelMonitor.update": "self labels confidence * truth=None student=None",
+    "crossmix.diagnostics.PseudoLabelMonitor.compute": "self prior=None",
+    "crossmix.diagnostics.PseudoLabelQuality.as_dict": "self class_names=None",
 }  # fmt: skip
 
 
@@ -139,7 +144,7 @@ def state():
             list(logging.getLogger().handlers), logging.getLogger().level, list(warnings.filters),
             torch.is_grad_enabled())
 before = state()
-import crossmix, crossmix.models, crossmix.datasets, crossmix.engine, crossmix.evaluation
+import crossmix, crossmix.models, crossmix.datasets, crossmix.engine, crossmix.evaluation, crossmix.diagnostics
 assert state() == before
 """
     run(code)

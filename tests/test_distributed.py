@@ -15,6 +15,8 @@ SCRIPT = textwrap.dedent(
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
     from crossmix import ConfidenceWeightedCE, CrossDomainMix, DistributionAlignment, MeanTeacher, SelfTraining
+    from crossmix.diagnostics import PseudoLabelMonitor
+    from crossmix.functional import pseudo_label_from_probs
     from crossmix.metrics import ConfusionMatrix
 
     rank, store = int(sys.argv[1]), sys.argv[2]
@@ -82,6 +84,17 @@ SCRIPT = textwrap.dedent(
     part.merge()
     whole.update(predictions, labels)
     assert part.compute().pixel_accuracy == whole.compute().pixel_accuracy
+
+    pseudo, confidence = pseudo_label_from_probs(probs)
+    whole, part, alone = (PseudoLabelMonitor(3, threshold=0.4) for _ in range(3))
+    for _ in range(2):
+        whole.update(pseudo, confidence, truth=labels, student=predictions)
+        for monitor in (part, alone):
+            monitor.update(pseudo[rows], confidence[rows], truth=labels[rows], student=predictions[rows])
+        for _ in range(2):  # idempotent
+            part.merge()
+            assert part.compute().as_dict() == whole.compute().as_dict()
+    assert 0 < alone.compute().pixels < part.compute().pixels
     dist.destroy_process_group()
     print("ok", rank)
     """

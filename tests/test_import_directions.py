@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "optim": set(),
     "engine": set(),
     "evaluation": {"_distributed", "metrics", "datasets.classes"},
+    "diagnostics": {"_checks", "_distributed", "metrics", "datasets.classes"},
     "visualize": {"_checks", "metrics", "datasets.classes"},
     "__init__": {"functional", "recipes", "self_training", *LEAVES},
 }
@@ -33,6 +34,7 @@ PUBLIC_ROOMS = {
     "datasets",
     "metrics",
     "evaluation",
+    "diagnostics",
     "optim",
     "visualize",
     "engine",

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossmix import functional as F
 from crossmix import recipes
+from crossmix.diagnostics import PseudoLabelMonitor
 from oracles import seeded
 
 WAITING = ("local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "equal", "is_nonzero", "item")
@@ -93,12 +94,23 @@ def test_functional(num_classes: int) -> None:
         F.ema_update_(averaged, current, 0.9)
 
 
+def test_pseudo_label_monitor() -> None:
+    labels = torch.randint(0, C + 2, (2, 9, 9))
+    pseudo = F.pseudo_label(torch.randn(2, C, 9, 9))
+    monitor = PseudoLabelMonitor(C)
+    with NoSync():
+        monitor.update(*pseudo)
+        monitor.update(*pseudo, truth=labels.to(torch.uint8), student=labels)
+        monitor.reset()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", recipes.METHODS)
 def test_cuda__sync_debug_mode(method: str) -> None:
     student = network().cuda()
     training = recipes.self_training(student, C, method=method).cuda().train()
+    monitor = PseudoLabelMonitor(C).cuda()
     images = torch.rand(2, 3, 64, 64, device="cuda")
     labels = torch.randint(0, C, (2, 64, 64), device="cuda", dtype=torch.uint8)
     optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, foreach=True)
@@ -110,5 +122,7 @@ def test_cuda__sync_debug_mode(method: str) -> None:
             output.loss.backward()
             optimizer.step()
             training.update()
+            if output.mixed is not None and output.confidence is not None:
+                monitor.update(output.mixed.labels, output.confidence, truth=labels, student=labels)
         finally:
             torch.cuda.set_sync_debug_mode("default")
