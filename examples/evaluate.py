@@ -128,19 +128,15 @@ def table(scores: dict[str, dict[str, Any]], paper: str) -> str:
     """IoU in percent by class, a column for each entry and label size, and the paper's row last."""
     columns = {f"{entry} {size}": values for entry, by_size in scores.items() for size, values in by_size.items()}
     source, _, method = paper.partition("/")
-    row = paper_row(source, method)
-    lines = [
-        "| " + " | ".join(["class", *columns, f"paper, {paper}"]) + " |",
-        "|---" + "|---:" * (len(columns) + 1) + "|",
-    ]
+    row = paper_row(source, method) or {"per_class": {}}
+    header = ["class", *columns, f"paper, {paper}"]
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for name in CLASS_NAMES:
         cells = [percent(values["per_class"][name]) for values in columns.values()]
-        lines.append(
-            "| " + " | ".join([name, *cells, plain(None if row is None else row["per_class"].get(name))]) + " |"
-        )
+        lines.append("| " + " | ".join([name, *cells, plain(row["per_class"].get(name))]) + " |")
     for key, title in (("miou", "mean of 19"), ("miou_16", "mean of 16"), ("miou_13", "mean of 13")):
         cells = [percent(values[key]) for values in columns.values()]
-        lines.append("| " + " | ".join([title, *cells, plain(None if row is None else row.get(key))]) + " |")
+        lines.append("| " + " | ".join([title, *cells, plain(row.get(key))]) + " |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,123 @@
+"""The evaluation script, on a small network and a rendered data set; and the paper's tables."""
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from crossmix.datasets import Cityscapes, StreetScenes
+from crossmix.datasets.classes import CLASS_NAMES, CLASSES_13, CLASSES_16
+from crossmix.evaluation import evaluate
+from crossmix.models import deeplab_v2_tiny, save_weights
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    StreetScenes(3, domain="target").write(tmp_path / "c", layout="cityscapes", split="val")
+    return tmp_path / "c"
+
+
+@pytest.mark.parametrize("method", ["a file of weights", "a run of the trainer"])
+def test_evaluate__prints_and_writes_both_sizes(
+    method: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load("evaluate", monkeypatch)
+    torch.manual_seed(0)
+    student, teacher = (deeplab_v2_tiny(19, aspp_branches=2).eval() for _ in range(2))
+    out = tmp_path / "scores.json"
+    arguments = ["--cityscapes", str(folder), "--image-size", "32x64", "--workers", "0", "--out", str(out)]
+    if method == "a file of weights":
+        path = save_weights(student, tmp_path / "x.safetensors")
+        arguments += ["--network", "tiny"]
+        want = {"student": student}
+    else:
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        path = tmp_path / "run" / "checkpoints" / "1.pt"
+        torch.save({"student": student.state_dict(), "teacher": teacher.state_dict(), "step": 1}, path)
+        (tmp_path / "run" / "config.json").write_text('{"network": "tiny", "aspp_branches": 2}', encoding="utf-8")
+        arguments += ["--entry", "student", "teacher"]
+        want = {"student": student, "teacher": teacher}
+    assert script.main(["--weights", str(path), *arguments]) == 0
+    document = json.loads(out.read_text("utf-8"))
+    printed = capsys.readouterr().out
+    assert list(document["scores"]) == list(want)
+    for entry, model in want.items():
+        sizes = [(32, 64), (64, 128)]
+        matrices = evaluate(
+            model, Cityscapes(folder, "val"), image_size=(32, 64), label_sizes=sizes, forward=model.forward_features
+        )
+        for key, matrix in matrices.items():
+            assert document["scores"][entry][key]["miou"] == matrix.compute().mean
+            assert document["scores"][entry][key]["miou_13"] == matrix.compute(CLASSES_13).mean
+            assert f"{100 * matrix.compute().mean:.2f}" in printed
+            assert f"{entry} {key}" in printed
+    assert "52.14" in printed.splitlines()[-3]
+    assert "| road |" in printed
+
+
+def test_evaluate__bad_input_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load("evaluate", monkeypatch)
+    (tmp_path / "x.pth").write_bytes(b"<html>")
+    for weights, data, message in (
+        (tmp_path / "none.pth", folder, "no such file"),
+        (tmp_path / "x.pth", folder, "an HTML page"),
+        (save_weights(deeplab_v2_tiny(19), tmp_path / "y.pth"), tmp_path, "has no images"),
+        (save_weights(deeplab_v2_tiny(5), tmp_path / "z.pth"), folder, "expected everything to match"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            script.main(["--weights", str(weights), "--cityscapes", str(data), "--network", "tiny", "--workers", "0"])
+
+
+@pytest.mark.slow
+def test_evaluate__under_torchrun(folder: Path, tmp_path: Path) -> None:
+    path = save_weights(deeplab_v2_tiny(19, aspp_branches=2), tmp_path / "x.pth")
+    outputs = []
+    script = [str(EXAMPLES / "evaluate.py"), "--weights", str(path), "--cityscapes", str(folder), "--network", "tiny"]
+    script += ["--image-size", "native", "--device", "cpu", "--workers", "0"]
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
+        done = subprocess.run([sys.executable, *launcher, *script], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    assert "student native" in outputs[0]
+
+
+def test_paper_tables__rows_average_to_their_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    paper = load("paper", monkeypatch)
+    tables = paper.paper_tables()
+    checked = 0
+    for name in ("table 1", "table 3"):
+        for row in tables[name]["rows"]:
+            assert tuple(row["per_class"]) == CLASS_NAMES
+            values = list(row["per_class"].values())
+            if None not in values:
+                assert abs(statistics.mean(values) - row["miou"]) < 0.11, row["method"]
+                checked += 1
+    sixteen = [CLASS_NAMES[i] for i in CLASSES_16]
+    for row in tables["table 2"]["rows"]:
+        assert list(row["per_class"]) == sixteen
+        thirteen = [row["per_class"][CLASS_NAMES[i]] for i in CLASSES_13]
+        assert abs(statistics.mean(thirteen) - row["miou_13"]) < 0.11, row["method"]
+        checked += 1
+    assert checked == 18 + 16 + 5
+    assert paper.paper_row("gta5", "alignment")["miou"] == 48.04
+    assert paper.paper_row("synthia", "dacs")["miou_13"] == 54.81
+    assert paper.paper_row("synthia", "classmix") is None
