@@ -116,7 +116,7 @@ PAPER_OPTIONS = {
 
 # The demo: what the paper does, scaled to a laptop. Sizes are those of the rendered images. A small network from random
 # weights wants a higher learning rate and is less sure of itself (hardly a pixel would reach 0.968), and a teacher that
-# averages over a hundred steps would lag behind in a run of 600.
+# averages over a hundred steps lags behind in a short run.
 DEMO_OPTIONS = {
     "network": "tiny",
     "crop": "64x128",
@@ -124,15 +124,15 @@ DEMO_OPTIONS = {
     "target_size": "native",
     "evaluation": "native",
     "batch": 4,
-    "steps": 600,
+    "steps": 2400,
     "lr": 0.002,
     "threshold": 0.5,
     "backbone_updates": "once",
     "decay": 0.9,
     "workers": 0,
-    "eval_every": 300,
-    "save_every": 300,
-    "log_every": 20,
+    "eval_every": 1200,
+    "save_every": 1200,
+    "log_every": 50,
 }
 
 
