@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from crossmix.datasets import GTA5, Cityscapes, DataError, Sample, SegmentationFolder, StreetScenes, Synthia, write_png
 from crossmix.datasets._png import read_png
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES, CLASSES_13, CLASSES_16, PALETTE, label_ids, train_ids
+from crossmix.engine import KeyedCrops
 from oracles import seeded
 
 LABEL_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
@@ -221,6 +222,41 @@ def test_damaged_files__are_named_and_never_read(tmp_path: Path, kind: str, whic
     assert str(path) in str(caught.value)
     assert ";" in str(caught.value)  # and what to do
     assert data[0].name == "00000"
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("reader", ["gta5", "synthia", "cityscapes", "folder"])
+def test_damaged_files__under_both_policies(tmp_path: Path, kind: str, reader: str) -> None:
+    """Raised by default; left out, counted and capped when asked, and no pixel of it gets through."""
+    if reader == "gta5":
+        data, second = GTA5(gta5(tmp_path)), "labels/00001.png"
+    elif reader == "synthia":
+        data, second = Synthia(synthia(tmp_path, "16-bit RGB")), "GT/LABELS/0000001.png"
+    elif reader == "cityscapes":
+        data, second = (
+            Cityscapes(cityscapes(tmp_path), "val"),
+            "leftImg8bit/val/aachen/aachen_000002_000019_leftImg8bit.png",
+        )
+    else:
+        gta5(tmp_path)
+        data, second = SegmentationFolder(tmp_path / "images", tmp_path / "labels"), "images/00001.png"
+    whole = [data[i] for i in range(len(data))]
+    if kind == "16 bit" and reader == "synthia":
+        pytest.skip("16 bits are right here")
+    damage(tmp_path / second, kind)
+    strict, lenient = (KeyedCrops(data, (8, 8), seed=0, stream=0, skip=skip) for skip in (0, 1))
+    with pytest.raises(DataError, match=Path(second).name):
+        [strict[draw] for draw in range(len(data))]
+    for draw in range(20):
+        image, _ = lenient[draw]
+        assert any(
+            torch.equal(image, other[:, top : top + 8, left : left + 8])
+            for i, (other, _, _) in enumerate(whole)
+            if i != 1
+            for top in range(other.shape[1] - 7)
+            for left in range(other.shape[2] - 7)
+        )
+    assert list(lenient.skipped) == [1]
 
 
 @pytest.mark.parametrize(

@@ -78,14 +78,16 @@ class ConfusionMatrix(nn.Module):
         check_labels("labels", labels)
         check_same_shape("predictions", predictions.shape, "labels", labels.shape)
         check_same_device(labels=labels, predictions=predictions)
-        size = self.num_classes + 1  # the last row stands for ignored pixels, the last column for what is no class
-        index, predicted = (self._row(ids.flatten()) for ids in (labels, predictions))
-        index = torch.where(labels.flatten() == self.ignore_index, self.num_classes, index)
-        pairs = _count(index * size + predicted, size * size).view(size, size)[:-1].to(self.counts.device)
-        if pairs.device.type == "cpu" and pairs[:, -1].any():
+        size = self.num_classes + 2  # whatever is below the classes comes first, whatever is above them last
+        index = self._clamped(labels) * size + self._clamped(predictions)
+        pairs = _count(index.flatten(), size * size).view(size, size)[1:-1].to(self.counts.device)
+        if 0 <= self.ignore_index < self.num_classes:
+            pairs[self.ignore_index] = 0
+        counts, invalid = pairs[:, 1:-1], pairs[:, 0].sum() + pairs[:, -1].sum()
+        if invalid.device.type == "cpu" and invalid:
             self._refuse()
-        self.counts += pairs[:, :-1]
-        self.invalid += pairs[:, -1].sum()
+        self.counts += counts
+        self.invalid += invalid
         self._merged = None
 
     def merge(self) -> None:
@@ -126,10 +128,11 @@ class ConfusionMatrix(nn.Module):
             pixel_accuracy=float(hits.sum() / counts.sum()),
         )
 
-    def _row(self, ids: Tensor) -> Tensor:
-        """Class ids as int64, C for everything else."""
-        ids = ids.long()
-        return torch.where((ids >= 0) & (ids < self.num_classes), ids, self.num_classes)
+    def _clamped(self, ids: Tensor) -> Tensor:
+        """Class ids plus one as int32, 0 for what is below and C + 1 for what is above."""
+        if ids.dtype == torch.int64:
+            ids = ids.clamp(-1, self.num_classes)  # before it gets narrower
+        return ids.to(torch.int32).clamp(-1, self.num_classes) + 1
 
     def _refuse(self) -> None:
         raise ValueError(
@@ -146,4 +149,6 @@ def _count(ids: Tensor, size: int) -> Tensor:
     """How often each of 0..size - 1 occurs; `bincount` waits for a GPU."""
     if ids.device.type == "cpu":
         return torch.bincount(ids, minlength=size)
-    return torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
+    return torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_add_(
+        0, ids.long(), torch.ones_like(ids, dtype=torch.int64)
+    )
