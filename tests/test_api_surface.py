@@ -32,7 +32,10 @@ PUBLIC = {
     "crossmix.diagnostics": ["PseudoLabelMonitor", "PseudoLabelQuality"],
     "crossmix.optim": ["RepeatedSGD", "parameter_groups", "poly_lr"],
     "crossmix.visualize": ["colorize", "gallery"],
-    "crossmix.engine": ["CheckpointError", "CheckpointStore", "KeyedCrops", "RunLog", "keyed_generator", "resident"],
+    "crossmix.engine": [
+        "CheckpointError", "CheckpointStore", "FiniteGuard", "FolderLock", "KeyedCrops", "NonFiniteError", "Progress",
+        "RunLog", "StopRequest", "keyed_generator", "resident",
+    ],
 }  # fmt: skip
 
 SIGNATURES = {

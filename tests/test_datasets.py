@@ -296,7 +296,9 @@ def test_image_that_is_a_label__is_refused(tmp_path: Path) -> None:
 
 
 def test_folders__missing_empty_or_unpaired(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere: has no images; expected <root>/images/\*\.png"):
+    with pytest.raises(
+        DataError, match=r"nowhere: has no images \(there is no such folder\); expected <root>/images/\*\.png"
+    ):
         GTA5(tmp_path / "nowhere")
     root = gta5(tmp_path / "g")
     (root / "labels" / "00001.png").unlink()
@@ -306,9 +308,15 @@ def test_folders__missing_empty_or_unpaired(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(DataError, match="has 2 label maps but no images"):
         GTA5(root)
-    with pytest.raises(DataError, match=r"split 'val' has no images; expected <root>/leftImg8bit/<split>"):
+    with pytest.raises(
+        DataError, match=r"split 'val' has no images \(there is no such folder\); expected <root>/leftImg8bit/<split>"
+    ):
         Cityscapes(tmp_path / "c", "val")
     root = cityscapes(tmp_path / "c")
+    with pytest.raises(DataError, match=r"c: has no images \(it looks like Cityscapes\); expected <root>/images"):
+        GTA5(root)
+    with pytest.raises(DataError, match=r"split 'test' has no images; expected"):
+        Cityscapes(root, "test")
     (root / "gtFine/val/aachen/aachen_000002_000019_gtFine_labelIds.png").unlink()
     with pytest.raises(DataError, match=r"3 images and 2 label maps .* aachen/aachen_000002_000019 has no label map"):
         Cityscapes(root, "val")

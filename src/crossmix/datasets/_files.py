@@ -66,12 +66,31 @@ class FolderDataset(Dataset[Sample]):
         return Sample(image, None if ids is None else torch.from_numpy(self.label_format.table[ids.numpy()]), name)
 
 
+SIGNS = {"Cityscapes": ("leftImg8bit*", "gtFine*"), "SYNTHIA": ("RGB", "GT"), "GTA5": ("images", "labels")}
+"""Folders that tell a data set."""
+
+
+def _looks_like(root: Path, expected: str) -> str:
+    """What an unexpected folder seems to be, as a part of a message, or nothing."""
+    for name, patterns in SIGNS.items():
+        if name != expected and any(path.is_dir() for pattern in patterns for path in root.glob(pattern)):
+            return f" (it looks like {name})"
+    return "" if root.is_dir() else " (there is no such folder)"
+
+
 def paired(
-    where: str, images: Mapping[str, Path] | None, labels: Mapping[str, Path] | None, layout: str, *, strict: bool
+    where: str,
+    images: Mapping[str, Path] | None,
+    labels: Mapping[str, Path] | None,
+    layout: str,
+    *,
+    strict: bool = False,
+    root: tuple[Path, str] | None = None,
 ) -> list[Files]:
     """Pair images and label maps of the same key, sorted by key; either may be None, which is not to be read.
 
-    An image without a label map is an error, with `strict` the reverse too. `where` and `layout` are for messages.
+    An image without a label map is an error, with `strict` the reverse too. `where`, `layout` and `root`, a folder with
+    the data set that it should be, are for messages.
     """
     if images is None and labels is None:
         raise ValueError("`images` and `labels` must not both be False; read at least one of them.")
@@ -79,7 +98,7 @@ def paired(
     if not found:
         kind = "images" if images is not None else "label maps"
         other = f"{len(labels)} label maps but no images" if images is not None and labels else f"no {kind}"
-        raise DataError(f"{where} has {other}; {layout}.")
+        raise DataError(f"{where} has {other}{'' if root is None else _looks_like(*root)}; {layout}.")
     if images is not None and labels is not None:
         alone = sorted(images.keys() ^ labels.keys() if strict else images.keys() - labels.keys())
         if alone:

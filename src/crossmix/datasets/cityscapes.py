@@ -65,6 +65,7 @@ class Cityscapes(FolderDataset):
             find(self.root, split, kind, f"_{kind}_labelIds.png") if labels else None,
             LAYOUT,
             strict=True,
+            root=(self.root, "Cityscapes"),
         )
         super().__init__(listed(files, names), LABEL_IDS, size, "bilinear")
 

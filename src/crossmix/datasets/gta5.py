@@ -58,6 +58,6 @@ class GTA5(FolderDataset):
             pngs(self.root / "images") if images else None,
             pngs(self.root / "labels") if labels else None,
             LAYOUT,
-            strict=False,
+            root=(self.root, "GTA5"),
         )
         super().__init__(listed(files, names), LABEL_IDS, size, "bicubic")

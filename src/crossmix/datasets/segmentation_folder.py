@@ -66,7 +66,6 @@ class SegmentationFolder(FolderDataset):
             None if images is None else found(Path(images)),
             None if labels is None else found(Path(labels)),
             "expected PNG files of the same names in two folders, or two patterns with `*` for what they share",
-            strict=False,
         )
         super().__init__(listed(files, names), label_format, size, resampling)
 

@@ -63,6 +63,6 @@ class Synthia(FolderDataset):
             pngs(self.root / "RGB") if images else None,
             pngs(self.root / folder) if labels else None,
             LAYOUT,
-            strict=False,
+            root=(self.root, "SYNTHIA"),
         )
         super().__init__(listed(files, names), SYNTHIA_IDS, size, "bicubic")

@@ -1,10 +1,26 @@
-"""What a trainer needs around its loop: keyed sampling, a checkpoint store and a run log.
+"""What a trainer needs around its loop: sampling, checkpoints, a log, a lock, a way to stop, a guard.
 
 Nothing in here knows about mixing, networks or data sets.
 """
 
 from crossmix.engine.checkpoints import CheckpointError, CheckpointStore
+from crossmix.engine.finite import FiniteGuard, NonFiniteError
+from crossmix.engine.lock import FolderLock
+from crossmix.engine.progress import Progress
 from crossmix.engine.run_log import RunLog
 from crossmix.engine.sampling import KeyedCrops, keyed_generator, resident
+from crossmix.engine.stop import StopRequest
 
-__all__ = ["CheckpointError", "CheckpointStore", "KeyedCrops", "RunLog", "keyed_generator", "resident"]
+__all__ = [
+    "CheckpointError",
+    "CheckpointStore",
+    "FiniteGuard",
+    "FolderLock",
+    "KeyedCrops",
+    "NonFiniteError",
+    "Progress",
+    "RunLog",
+    "StopRequest",
+    "keyed_generator",
+    "resident",
+]

@@ -1,0 +1,62 @@
+"""One run per folder: a lock that dies with its process."""
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+try:
+    import fcntl
+except ImportError:  # Windows: an open file is lock enough there, it cannot be replaced
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["FolderLock"]
+
+
+class FolderLock:
+    """Hold a folder for as long as a `with` block, or the process, lasts.
+
+    The system drops the lock when the process ends in whatever way, so a crash leaves nothing to clean up.
+
+    Args:
+        folder: The folder; made where missing. The lock is a file `.lock` in it.
+
+    Raises:
+        RuntimeError: On entering, if another process holds it; the message names that process.
+
+    Example:
+        >>> import tempfile
+        >>> with FolderLock(tempfile.mkdtemp()) as lock:
+        ...     lock.path.name
+        '.lock'
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = Path(folder) / ".lock"
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self.path.open("a+", encoding="utf-8")
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise RuntimeError(
+                f"{self.path.parent}: is in use by {holder}; wait for it to end, or choose another folder."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()}\n")
+        file.flush()
+        self._file = file
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,63 @@
+"""Stop at the end of a step when asked to, on all ranks at the same one."""
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["StopRequest"]
+
+
+class StopRequest:
+    """Turn SIGTERM and Ctrl-C into a question that a training loop asks after each step.
+
+    The first signal is remembered; a second Ctrl-C ends the process at once. Handlers are those of before when the
+    `with` block is left. Outside the main thread, where there are no handlers, nothing is ever requested.
+
+    Args:
+        group: A process group on CPUs (gloo). `agreed` then asks all ranks, so that each of them has to call it at the
+            same step.
+
+    Example:
+        >>> import os, signal
+        >>> with StopRequest() as stop:
+        ...     os.kill(os.getpid(), signal.SIGTERM)
+        ...     stop.agreed()
+        True
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.requested = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._remember)
+            except ValueError:  # not the main thread
+                break
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def agreed(self) -> bool:
+        """Return whether any rank was asked to stop."""
+        if self.group is None:
+            return self.requested
+        flag = torch.tensor(int(self.requested))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return bool(flag)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            os._exit(130)
+        self.requested = True
