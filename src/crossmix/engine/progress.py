@@ -1,16 +1,12 @@
 """What a person sees of a run: a bar on a terminal, a line per interval in a file."""
 
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 try:
     from tqdm import tqdm
@@ -66,16 +62,10 @@ class Progress:
         """
         now = time.perf_counter()
         elapsed = max(now - self._then, 1e-9)
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            memory = torch.cuda.max_memory_allocated() / 1e6
-        elif resource is not None:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1e-6 if sys.platform == "darwin" else 1e-3)
-        else:
-            memory = 0.0
         record = {
             "it_per_s": round((done - self._done) / elapsed, 3),
             "data_wait": round(self._waited / elapsed, 3),
-            "memory_mb": round(memory, 1),
+            "memory_mb": round(_peak_memory(), 1),
         }
         if self._bar is not None:
             self._bar.update(done - self._done)
@@ -111,3 +101,15 @@ class Progress:
         """End the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _peak_memory() -> float:
+    """Of the GPU where one is in use, otherwise of this process, in MB."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e6
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return 0.0
+    import resource  # noqa: PLC0415 - not on every system
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1e-6 if sys.platform == "darwin" else 1e-3)
