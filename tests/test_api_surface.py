@@ -33,7 +33,7 @@ PUBLIC = {
     "crossmix.optim": ["RepeatedSGD", "parameter_groups", "poly_lr"],
     "crossmix.visualize": ["colorize", "gallery"],
     "crossmix.engine": [
-        "CheckpointError", "CheckpointStore", "FiniteGuard", "FolderLock", "KeyedCrops", "NonFiniteError", "Progress",
+        "BusyError", "CheckpointError", "CheckpointStore", "FiniteGuard", "FolderLock", "KeyedCrops", "NonFiniteError", "Progress",
         "RunLog", "StopRequest", "keyed_generator", "resident",
     ],
 }  # fmt: skip

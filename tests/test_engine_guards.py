@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crossmix import DistributionAlignment, MeanTeacher
-from crossmix.engine import FiniteGuard, FolderLock, NonFiniteError, StopRequest
+from crossmix.engine import BusyError, FiniteGuard, FolderLock, NonFiniteError, StopRequest
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:
@@ -46,13 +46,13 @@ def test_lock__one_process_and_gone_with_it(tmp_path: Path) -> None:
     process = start(HOLD, str(folder))
     wait_for(process, "held")
     with (
-        pytest.raises(RuntimeError, match=rf"run: is in use by process {process.pid}; wait for it to end"),
+        pytest.raises(BusyError, match=rf"run: is in use by process {process.pid}; wait for it to end"),
         FolderLock(folder),
     ):
         pass
     process.kill()  # without any chance to clean up
     process.communicate()
-    with FolderLock(folder), pytest.raises(RuntimeError, match=f"in use by process {os.getpid()}"), FolderLock(folder):
+    with FolderLock(folder), pytest.raises(BusyError, match=f"in use by process {os.getpid()}"), FolderLock(folder):
         pass
     with FolderLock(folder) as lock:
         assert lock.path.read_text() == f"process {os.getpid()}\n"

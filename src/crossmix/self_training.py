@@ -41,6 +41,19 @@ class SelfTrainingDraw(NamedTuple):
     scores: Tensor | None
     augment: AugmentDraw | None
 
+    def rows(self, rows: slice) -> "SelfTrainingDraw":
+        """Take the part of some images: one rank's of a draw for the batch of all ranks.
+
+        Args:
+            rows: Which images.
+
+        Returns:
+            Their draw.
+        """
+        scores = None if self.scores is None else self.scores[rows]
+        augment = None if self.augment is None else AugmentDraw(*(part[rows] for part in self.augment))
+        return SelfTrainingDraw(scores, augment)
+
 
 class SelfTrainingOutput(NamedTuple):
     """What one step computed.

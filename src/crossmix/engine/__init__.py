@@ -5,13 +5,14 @@ Nothing in here knows about mixing, networks or data sets.
 
 from crossmix.engine.checkpoints import CheckpointError, CheckpointStore
 from crossmix.engine.finite import FiniteGuard, NonFiniteError
-from crossmix.engine.lock import FolderLock
+from crossmix.engine.lock import BusyError, FolderLock
 from crossmix.engine.progress import Progress
 from crossmix.engine.run_log import RunLog
 from crossmix.engine.sampling import KeyedCrops, keyed_generator, resident
 from crossmix.engine.stop import StopRequest
 
 __all__ = [
+    "BusyError",
     "CheckpointError",
     "CheckpointStore",
     "FiniteGuard",

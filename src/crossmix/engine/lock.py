@@ -10,7 +10,11 @@ try:
 except ImportError:  # Windows: an open file is lock enough there, it cannot be replaced
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FolderLock"]
+__all__ = ["BusyError", "FolderLock"]
+
+
+class BusyError(RuntimeError):
+    """Another process holds the folder; the message names both."""
 
 
 class FolderLock:
@@ -22,7 +26,7 @@ class FolderLock:
         folder: The folder; made where missing. The lock is a file `.lock` in it.
 
     Raises:
-        RuntimeError: On entering, if another process holds it; the message names that process.
+        BusyError: On entering, if another process holds it; the message names that process.
 
     Example:
         >>> import tempfile
@@ -45,7 +49,7 @@ class FolderLock:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise RuntimeError(
+            raise BusyError(
                 f"{self.path.parent}: is in use by {holder}; wait for it to end, or choose another folder."
             ) from error
         file.truncate(0)

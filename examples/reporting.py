@@ -1,0 +1,139 @@
+"""What a run of the trainer shows: tables beside the paper's rows, pictures, and event files for TensorBoard."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as tf
+
+from crossmix import SelfTraining
+from crossmix.datasets import Sample
+from crossmix.datasets.classes import CLASS_NAMES
+from crossmix.visualize import colorize
+from evaluate import percent
+from paper import paper_row
+
+__all__ = ["mixed_rows", "predicted_rows", "table", "write_events"]
+
+TITLES = {"miou": "mIoU", "miou_16": "mIoU of 16", "miou_13": "mIoU of 13"}
+Results = dict[str, list[dict[str, Any]]]
+
+
+def table(results: Results, *, source: str, evaluation: str, beside_paper: bool) -> str:
+    """IoU of each method in percent, mean and deviation over runs, with the paper's rows where they compare.
+
+    Args:
+        results: What metrics.json holds, of each run of each method.
+        source: `"gta5"`, or `"synthia"`, whose mean is over 16 classes and over 13.
+        evaluation: The label size that counts.
+        beside_paper: Whether to add the paper's rows.
+    """
+    means = ("miou_16", "miou_13") if source == "synthia" else ("miou",)
+    columns = {method: [run["last"]["student"][evaluation] for run in runs] for method, runs in results.items()}
+    paper = {method: paper_row(source, method) or {"per_class": {}} for method in results if beside_paper}
+    lines = [_row("class", [*columns, *(f"{method} in the paper" for method in paper)])]
+    lines.append("|---" + "|---:" * (len(columns) + len(paper)) + "|")
+    for name in CLASS_NAMES:
+        ours = [_spread(run["per_class"][name] for run in runs) for runs in columns.values()]
+        lines.append(_row(name, [*ours, *(_plain(row["per_class"].get(name)) for row in paper.values())]))
+    for key in means:
+        ours = [_spread(run[key] for run in runs) for runs in columns.values()]
+        lines.append(_row(TITLES[key], [*ours, *(_plain(row.get(key)) for row in paper.values())]))
+    best = [_spread(run["best"]["student"][evaluation][means[0]] for run in runs) for runs in results.values()]
+    lines.append(_row(f"{TITLES[means[0]]}, best step", [*best, *("-" for _ in paper)]))
+    return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def mixed_rows(
+    training: SelfTraining,
+    student: nn.Module,
+    images: tuple[Tensor, Tensor, Tensor],
+    draw: Any,  # noqa: ANN401
+) -> list[list[Tensor]]:
+    """Source, target, mixed image and mixed label of a batch (Figure 4 of the paper), without moving any state.
+
+    Args:
+        training: The method.
+        student: Its network, without a wrapper.
+        images: Source images, source labels, target images.
+        draw: What `training.sample` returned.
+    """
+    source_images, source_labels, target_images = images
+    modes = {module: module.training for module in training.modules()}
+    shown = SelfTraining(
+        student, training.teacher, mix=training.mix, augment=training.augment, align=training.align
+    ).eval()
+    mixed = shown(source_images, source_labels, target_images, draw=draw).mixed
+    for module, mode in modes.items():
+        module.training = mode
+    pictures, labels = (source_images, source_labels) if mixed is None else (mixed.images, mixed.labels)
+    return [
+        [source, target, picture, colorize(label)]
+        for source, target, picture, label in zip(source_images, target_images, pictures, labels, strict=True)
+    ]
+
+
+@torch.no_grad()
+def predicted_rows(
+    student: nn.Module, samples: Iterable[Sample], shape: tuple[int, int], device: str
+) -> list[list[Tensor]]:
+    """Image, prediction and ground truth (Figure 6 of the paper), all of one shape.
+
+    Args:
+        student: The network, without a wrapper.
+        samples: Labelled images.
+        shape: Height and width that images are resized to.
+        device: Where the network is.
+    """
+    rows = []
+    mode = student.training
+    student.eval()
+    for image, label, _ in samples:
+        small = tf.interpolate(image[None], size=shape, mode="bilinear", antialias=True)
+        prediction = student(small.to(device).float() / 255)[0].argmax(0)
+        truth = torch.full(shape, 255) if label is None else _resized(label, shape)
+        rows.append([small[0], colorize(prediction), colorize(truth)])
+    student.train(mode)
+    return rows
+
+
+def first(samples: Any, count: int) -> Iterable[Sample]:  # noqa: ANN401 - any reader
+    """The first few samples of a reader."""
+    return (samples[i] for i in islice(range(len(samples)), count))
+
+
+def write_events(folder: Path, records: Sequence[dict[str, Any]]) -> None:
+    """The log once more, for TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package
+    except ImportError as error:
+        raise SystemExit("--tensorboard needs the package tensorboard: pip install tensorboard.") from error
+    with SummaryWriter(str(folder)) as writer:
+        for record in records:
+            for name, value in record.items():
+                writer.add_scalar(name, value, record["step"])
+
+
+def _resized(label: Tensor, shape: tuple[int, int]) -> Tensor:
+    return tf.interpolate(label[None, None], size=shape, mode="nearest-exact")[0, 0]
+
+
+def _row(title: str, cells: Iterable[str]) -> str:
+    return "| " + " | ".join([title, *cells]) + " |"
+
+
+def _spread(values: Iterable[float | None]) -> str:
+    """A fraction in percent; of several runs mean and standard deviation."""
+    present = [value for value in values if value is not None]
+    if len(present) < 2:
+        return percent(present[0] if present else None)
+    return f"{100 * statistics.mean(present):.2f} +- {100 * statistics.stdev(present):.2f}"
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,314 @@
+"""The trainer under kills, signals, several processes, bad numbers and bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from crossmix.datasets import StreetScenes
+from crossmix.engine import FolderLock
+from test_trainer import EXAMPLE, assert_same, final, folders, run, tensors, trainer
+
+__all__ = ["folders", "run", "trainer"]  # fixtures
+
+
+def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(EXAMPLE), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the log has a step."""
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < step:
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.02)
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+@pytest.mark.slow
+def test_kill_9__at_any_moment_changes_nothing(run: Callable[..., Path], folders: list[str], tmp_path: Path) -> None:
+    flags = ["--steps", "120", "--save-every", "3", "--eval-every", "60", "--log-every", "1"]
+    whole = run(*flags, out="whole")
+    out, moments = tmp_path / "killed", random.Random(0)  # noqa: S311 - when to kill
+    for attempt in range(20):
+        process = start(*folders, *flags, "--out", str(out), "--resume", "--workers", str(2 * (attempt % 2)))
+        begin = len((out / "log.jsonl").read_text().splitlines()) if (out / "log.jsonl").exists() else 0
+        wait_for_step(out, min(begin + 2, 119), process)
+        time.sleep(moments.random() * 0.15)
+        process.kill()
+        process.communicate()
+    done = run(*flags, "--resume", out="killed")
+    assert_same(final(whole, 120), final(done, 120))
+    steps = [json.loads(line)["step"] for line in (done / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 121))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal__finishes_the_step_saves_and_exits_with_0(
+    run: Callable[..., Path], folders: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    flags = ["--steps", "60", "--save-every", "1000", "--eval-every", "1000", "--log-every", "1"]
+    out = tmp_path / "stopped"
+    process = start(*folders, *flags, "--out", str(out), "--workers", "1")
+    wait_for_step(out, 3, process)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert "which is saved; the same command with --resume" in printed
+    (saved,) = (out / "checkpoints").glob("step-*.pt")
+    assert 3 <= int(saved.stem.removeprefix("step-")) < 60
+    resumed = run(*flags, "--resume", out="stopped")
+    assert_same(final(run(*flags, out="whole"), 60), final(resumed, 60))
+
+
+def test_lock__two_runs_in_one_folder(run: Callable[..., Path], tmp_path: Path) -> None:
+    with FolderLock(tmp_path / "run"), pytest.raises(SystemExit, match=f"run: is in use by process {os.getpid()}"):
+        run()
+    assert not (tmp_path / "run" / "config.json").exists()
+    run()
+
+
+def test_nonfinite__stops_with_step_and_samples_or_undoes_the_step(
+    trainer: ModuleType, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = trainer.crops
+
+    def poisoned(training: Any, stream: int, begin: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for step, (images, labels) in enumerate(real(training, stream, begin), begin):
+            yield images * torch.nan if (step, stream) == (2, 0) else images, labels
+
+    monkeypatch.setattr(trainer, "crops", poisoned)
+    with pytest.raises(
+        SystemExit, match=r"error: step 2: the loss or a gradient is not finite.* samples: (.*)\."
+    ) as error:
+        run("--save-every", "1")
+    names = str(error.value).rpartition("samples: ")[2].rstrip(".").split(", ")
+    assert [len(name) for name in names] == [5, 5, 20, 20]  # 00003 and street_000001_000019
+    saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
+    assert [path.name for path in saved] == ["step-0000001.pt", "step-0000002.pt"]
+    before = torch.load(saved[1], weights_only=True)
+    skipped = run("--save-every", "1", "--skip-steps", "1", out="skipped")
+    monkeypatch.undo()
+    assert_same(before["student"], final(skipped, 3)["student"])  # the bad step changed nothing
+    assert_same(before["optimizer"]["state"], final(skipped, 3)["optimizer"]["state"])
+    assert all(value.isfinite().all() for value in tensors(final(skipped)).values())
+    moved, stayed = final(run("--save-every", "1", "--resume"), 3)["student"], before["student"]  # without the poison
+    assert any(not torch.equal(moved[name], stayed[name]) for name in stayed)
+
+
+def test_disk_full__is_said_and_the_older_checkpoint_stays(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, saves = torch.save, []
+
+    def full(*arguments: Any) -> None:
+        saves.append(1)
+        if len(saves) > 2:  # the first step is also the best
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        run("--save-every", "1", "--eval-every", "4")
+    monkeypatch.undo()
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))) == 2
+    assert_same(
+        final(run("--resume", "--save-every", "1", "--eval-every", "4")),
+        final(run("--eval-every", "4", out="whole")),
+    )
+
+
+@pytest.mark.slow
+def test_torchrun__two_processes_share_the_batch_and_resume(folders: list[str], tmp_path: Path) -> None:
+    flags = ["--steps", "6", "--batch", "1", "--save-every", "3", "--eval-every", "6"]
+    for out, steps in (("whole", [6]), ("parts", [3, 6])):
+        for last in steps:
+            process = start(
+                *folders, *flags, "--steps", "6", "--out", str(tmp_path / out), "--resume", launcher=TORCHRUN
+            )
+            printed, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, printed
+            if last == 3:  # as if it had died there
+                for path in (tmp_path / out / "checkpoints").glob("*0000006*"):
+                    path.unlink()
+    assert_same(final(tmp_path / "whole", 6), final(tmp_path / "parts", 6))
+    assert len((tmp_path / "whole" / "log.jsonl").read_text().splitlines()) == 6  # one process writes
+
+
+@pytest.mark.slow
+def test_torchrun__a_signal_to_one_rank_stops_both_at_one_step(
+    folders: list[str], tmp_path: Path, run: Callable[..., Path]
+) -> None:
+    out = tmp_path / "run"
+    flags = ["--steps", "5000", "--batch", "1", "--save-every", "5000", "--eval-every", "5000", "--log-every", "1"]
+    process = start(*folders, *flags, "--out", str(out), launcher=TORCHRUN)
+    wait_for_step(out, 2, process)
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(listed.split()[-1]), signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    (saved,) = (out / "checkpoints").glob("step-*.pt")
+    step = int(saved.stem.removeprefix("step-"))
+    assert f"stopped after step {step}" in printed
+    one = run(*flags[2:], "--steps", "5000", "--batch", "2", "--dry-run", out="x")  # and one process could go on
+    assert one
+
+
+def test_runs__mean_and_deviation(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    out = run("--runs", "2", "--eval-every", "2")
+    printed = capsys.readouterr().out
+    assert "seed 0" in printed
+    assert "seed 1" in printed
+    scores = [
+        100 * json.loads((out / f"seed-{seed}" / "metrics.json").read_text())["last"]["student"]["32x64"]["miou"]
+        for seed in (0, 1)
+    ]
+    mean, deviation = sum(scores) / 2, abs(scores[0] - scores[1]) / 2**0.5
+    assert f"| mIoU | {mean:.2f} +- {deviation:.2f} |" in printed
+    assert "mIoU, best step" in printed
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--precision", "fp16"), ("--precision", "tf32"), ("--channels-last",), ("--deterministic",), ("--resident",),
+        ("--accumulate", "2"), ("--skip-files", "1"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_switches__run(run: Callable[..., Path], flags: tuple[str, ...]) -> None:
+    assert all(value.isfinite().all() for value in tensors(final(run(*flags))).values())
+    torch.use_deterministic_algorithms(mode=False)
+
+
+@pytest.mark.parametrize("flags", [("--resident",), ("--deterministic",), ("--precision", "tf32")], ids=" ".join)
+def test_switches__that_change_nothing_here(run: Callable[..., Path], flags: tuple[str, ...]) -> None:
+    one, two = final(run(out="plain")), final(run(*flags, out="switched"))
+    torch.use_deterministic_algorithms(mode=False)
+    assert_same(
+        {k: one[k] for k in ("student", "teacher", "optimizer")},
+        {k: two[k] for k in ("student", "teacher", "optimizer")},
+    )
+
+
+@pytest.mark.slow
+def test_compile__has_the_same_checkpoints(run: Callable[..., Path]) -> None:
+    torch.compiler.reset()
+    out = run("--compile", "--steps", "2", "--save-every", "1", "--eval-every", "2")
+    plain = run("--steps", "2", "--save-every", "1", "--eval-every", "2", out="plain")
+    one, two = final(out, 2), final(plain, 2)
+    assert one["student"].keys() == two["student"].keys()
+    for name, value in two["student"].items():
+        torch.testing.assert_close(one["student"][name], value, rtol=1e-3, atol=1e-4)
+    for path in (out / "checkpoints").glob("*0000002*"):
+        path.unlink()
+    run("--resume", "--steps", "2", "--save-every", "1", "--eval-every", "2")  # and goes on without compiling
+
+
+@pytest.mark.parametrize("recipe", ["released", "paper"])
+@pytest.mark.parametrize("method", ["dacs", "alignment"])
+def test_synthia__trains_and_reports_16_and_13_classes(
+    trainer: ModuleType,
+    folders: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    recipe: str,
+) -> None:
+    from test_datasets import deep_png, save
+
+    scenes = StreetScenes(4, size=(32, 64))
+    ids = torch.tensor([3, 4, 2, 21, 5, 7, 15, 9, 6, 0, 1, 10, 17, 8, 0, 19, 0, 12, 11] + [0] * 237)
+    for i in range(4):
+        save(tmp_path / "s" / "RGB" / f"{i}.png", scenes[i].image.permute(1, 2, 0).numpy())
+        deep_png(
+            tmp_path / "s" / "GT" / "LABELS" / f"{i}.png",
+            ids[scenes[i].label.long()][..., None].expand(-1, -1, 3).numpy(),
+        )
+    flags = folders[2:]
+    arguments = ["--synthia", str(tmp_path / "s"), *flags, "--method", method, "--recipe", recipe]
+    arguments += ["--source-size", "native", "--evaluation", "32x64"]
+    assert trainer.main([*arguments, "--out", str(tmp_path / "o")]) == 0
+    printed = capsys.readouterr().out
+    assert "| mIoU of 16 |" in printed
+    assert "| mIoU of 13 |" in printed
+    metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    best = max(entry["student"]["32x64"]["miou_16"] for entry in metrics["evaluations"])
+    assert metrics["best"]["student"]["32x64"]["miou_16"] == best
+
+
+def test_bad_input__is_said_in_one_line_and_nothing_is_written(
+    trainer: ModuleType, folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o"
+    cityscapes, gta5 = folders[3], folders[1]
+    for flags, message in (
+        (["--gta5", cityscapes], r"has no images \(it looks like Cityscapes\)"),
+        (["--crop", "40x32"], r"--crop 40x32 is larger than the source images, 32x64"),
+        (["--batch", "7"], "the source has 6 images, fewer than the 7 of a batch"),
+        (["--device", "cuda:9"], "--device cuda:9 cannot be used"),
+        (["--device", "nonsense"], "--device nonsense cannot be used"),
+        (["--eval-split", "test"], "split 'test' has no images"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--evaluation", "1x1"], "--evaluation must be one of the scored sizes"),
+        (["--config", str(tmp_path / "none.json")], r"none\.json: is no JSON object of options"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            trainer.main([*folders, "--out", str(out), *flags])
+        assert not (out / "config.json").exists()
+    file = tmp_path / "c.json"
+    file.write_text('{"tresh": 1}')
+    with pytest.raises(SystemExit, match=r"unknown option 'tresh'; did you mean 'threshold'\?"):
+        trainer.main(["--config", str(file)])
+    file.write_text("[1]")
+    with pytest.raises(SystemExit, match="is no JSON object"):
+        trainer.main(["--config", str(file)])
+    capsys.readouterr()
+    for flags, message in (
+        (["--gta5", gta5, "--synthia", gta5, "--cityscapes", cityscapes], "give --gta5 DIR or --synthia DIR"),
+        (["--gta5", gta5, "--cityscapes", cityscapes], "comes nowhere near its numbers; or --random-init"),
+        (["--demo", "--runs", "0"], "--runs must be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            trainer.main(flags)
+        assert message in capsys.readouterr().err
+
+
+def test_dry_run__says_what_is_there_and_what_it_takes(
+    trainer: ModuleType, folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trainer.main([*folders, "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["images"] == {"source": 6, "target": 5, "validation": 3}
+    assert plan["evaluations"] == 2
+    assert trainer.main(["--dry-run", "--gta5", "a", "--cityscapes", "b", "--random-init"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert "a: has no images (there is no such folder)" in plan["images"]
+    assert 1400 < plan["checkpoints_mb"] < 1700  # nine times 175 MB
+    assert 4000 < plan["memory_mb_computed_fp32"] < 11_000  # the paper's card has 11 GB
+
+
+# The first losses of a small DACS run, so that a change of the numbers is seen.
+RECORDED = [5.375759, 5.872133, 4.171379, 4.165672]
+
+
+def test_first_losses__are_those_on_record(run: Callable[..., Path]) -> None:
+    log = [json.loads(line) for line in (run("--lr", "0.001", "--threshold", "0.15") / "log.jsonl").read_text().splitlines()]
+    assert [record["loss"] for record in log] == pytest.approx(RECORDED, rel=1e-4)
