@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossmix.datasets.sample import DataError
 
-__all__ = ["read_png", "write_png"]
+__all__ = ["png_size", "read_png", "write_png"]
 
 MAX_PIXELS = 100_000_000
 """More is refused before decoding: a file of some hundred kilobytes can unfold to gigabytes."""
@@ -55,6 +55,12 @@ def read_png(path: str | Path) -> Tensor:
     except Exception as error:  # kornia_rs raises bare Exception
         raise DataError(f"{path}: cannot be decoded ({error}); download or write it again.") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Height and width by the file's header, without decoding it."""
+    header = _header(path)
+    return header.height, header.width
 
 
 def write_png(path: str | Path, pixels: Tensor) -> None:

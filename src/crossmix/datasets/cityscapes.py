@@ -1,6 +1,7 @@
 """Cityscapes (Cordts et al., CVPR 2016, https://www.cityscapes-dataset.com): street scenes of 50 cities."""
 
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -69,6 +70,10 @@ class Cityscapes(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         return read_sample(self.files[index], self.size, "bilinear")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what the samples depend on besides the files, for caches of them: a dict that JSON can hold."""
+        return {"reader": "Cityscapes", "size": self.size, "resampling": "bilinear"}
 
     def _find(self, folder: str, suffix: str) -> dict[str, Path]:
         """Files of the split by "<city>/<name>"."""

@@ -4,6 +4,7 @@ Richter et al., ECCV 2016, https://download.visinf.tu-darmstadt.de/data/from_gam
 """
 
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -61,3 +62,7 @@ class GTA5(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         return read_sample(self.files[index], self.size, "bicubic")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what the samples depend on besides the files, for caches of them: a dict that JSON can hold."""
+        return {"reader": "GTA5", "size": self.size, "resampling": "bicubic"}
