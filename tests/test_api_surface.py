@@ -23,7 +23,7 @@ PUBLIC = {
         "DeepLabV2", "LoadReport", "WeightsError", "deeplab_v2_resnet101", "deeplab_v2_tiny", "load_weights",
         "save_weights",
     ],
-    "crossmix.datasets": ["GTA5", "Cityscapes", "DataError", "Sample", "StreetScenes", "write_png"],
+    "crossmix.datasets": ["GTA5", "CachedSamples", "Cityscapes", "DataError", "Sample", "StreetScenes", "write_png"],
     "crossmix.metrics": ["ConfusionMatrix", "IoU"],
     "crossmix.evaluation": ["evaluate"],
     "crossmix.optim": ["RepeatedSGD", "parameter_groups", "poly_lr"],
@@ -62,6 +62,7 @@ SIGNATURES = {
     "crossmix.recipes.self_training":
         "student num_classes * method='dacs' recipe='released' prior=None sync=False **overrides",
     "crossmix.models.deeplab_v2_resnet101": "num_classes=19 * aspp_branches=4 freeze_bn_affine=True upsample=True",
+    "crossmix.datasets.CachedSamples": "samples folder * workers=0 progress=True",
     "crossmix.metrics.ConfusionMatrix": "num_classes * ignore_index=255",
 }  # fmt: skip
 
