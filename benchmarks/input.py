@@ -98,20 +98,24 @@ def real(data: Path, root: Path) -> str:
 
 
 def rendered(root: Path) -> str:
-    """Scenes rendered at half the size, enlarged, with noise."""
+    """A few scenes rendered at half the size, enlarged, with noise; under as many names as it takes."""
+    few = 4
+    generator = torch.Generator().manual_seed(0)
     for name, (height, width) in (("gta5", (1052, 1914)), ("cityscapes", (1024, 2048))):
-        scenes = StreetScenes(COUNT, domain="target", size=(height // 2, width // 2))
-        StreetScenes(COUNT, domain="target").write(root / name, layout=name, split="train")  # type: ignore[arg-type]
+        StreetScenes(COUNT).write(root / name, layout=name, split="train")  # type: ignore[arg-type]
         files = (GTA5(root / name) if name == "gta5" else Cityscapes(root / name)).files
-        generator = torch.Generator().manual_seed(0)
-        for i in range(COUNT):
+        scenes = StreetScenes(few, domain="target", size=(height // 2, width // 2))
+        for i in range(few):
             scene = scenes[i]
             image = functional.interpolate(scene.image[None].float(), size=(height, width), mode="bilinear")[0]
             image += 0.6 * torch.randn(image.shape, generator=generator)
+            ids = label_ids()[torch.as_tensor(scene.label).int()]
             write_png(files[i].image, image.round().clamp(0, 255).byte())
-            label = functional.interpolate(label_ids()[scene.label.int()][None, None], size=(height, width))[0, 0]
-            write_png(str(files[i].label), label)
-    return "rendered scenes, enlarged, with noise"
+            write_png(str(files[i].label), functional.interpolate(ids[None, None], size=(height, width))[0, 0])
+        for i in range(few, COUNT):
+            shutil.copy(files[i % few].image, files[i].image)
+            shutil.copy(str(files[i % few].label), str(files[i].label))
+    return f"{few} rendered scenes, enlarged, with noise, repeated"
 
 
 def loader(samples: Dataset[Sample], workers: int, count: int) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -148,11 +152,11 @@ def first_read(cached: CachedSamples) -> Callable[[], object]:
 
 
 def check_same_work(cached: Sample, read: Sample, pillow: Sample) -> None:
-    """Cache and reader agree in every byte, Pillow and they to one grey level and in all labels."""
+    """Cache and reader agree in every byte, Pillow and they in all labels and to a rounding of each of two passes."""
     if cached.label is None or read.label is None or pillow.label is None:
         raise RuntimeError(f"{read.name}: a label is missing")
     same = torch.equal(cached.image, read.image) and torch.equal(cached.label, read.label)
-    close = (read.image.int() - pillow.image.int()).abs().max() <= 1
+    close = (read.image.int() - pillow.image.int()).abs().max() <= 2
     if not (same and close and torch.equal(read.label, pillow.label)):
         raise RuntimeError(f"{read.name}: the pipelines differ")
 

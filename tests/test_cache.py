@@ -433,7 +433,7 @@ def test_moved__cache_and_sources_may_be(root: Path, tmp_path: Path, monkeypatch
             assert_equal(got, one)
 
 
-@pytest.mark.parametrize("name", ["holiday.jpg", "notes"])
+@pytest.mark.parametrize("name", ["holiday.jpg", "shard-00000.tar", "x.tmp.1"])
 def test_foreign__a_folder_that_holds_anything_else_is_left_alone(root: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()

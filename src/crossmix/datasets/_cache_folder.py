@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -36,6 +37,9 @@ FORMAT = 1
 """To be raised when files are laid out otherwise, or a reader comes to return other pixels of the same file."""
 
 MANIFEST, LOCK = "manifest.json", ".lock"
+OURS = re.compile(r"(manifest\.json|shard-\d{5,}\.(bin|json))(\.tmp\.\d+)?")
+LEFT_BEHIND = re.compile(OURS.pattern.removesuffix("?"))
+ELSEWHERE = "choose a folder that can be written to, or make this one so"
 
 
 class CacheFolder:
@@ -79,15 +83,15 @@ class CacheFolder:
                 self._read(shard)  # better refused now than after hours of building the others
             self._check_room(missing, progress=progress)
             try:
-                for stale in self.folder.glob("*.tmp.*"):
-                    stale.unlink()
+                for name in filter(LEFT_BEHIND.fullmatch, _listing(self.folder)):
+                    (self.folder / name).unlink()
                 if not has_manifest:
                     with whole_file(self.folder / MANIFEST) as file:
                         file.write(self.manifest)
                 self._fill(missing, workers, progress=progress)
                 sync_folder(self.folder)
             except OSError as error:
-                raise DataError(f"{self.folder}: cannot be written ({error.strerror}); {_ELSEWHERE}.") from error
+                raise DataError(f"{self.folder}: cannot be written ({error.strerror}); {ELSEWHERE}.") from error
 
     def _missing(self) -> list[int]:
         """The shards that are not finished."""
@@ -111,18 +115,17 @@ class CacheFolder:
                 advance(built)
 
     def _check_manifest(self) -> None:
-        path = self.folder / MANIFEST
-        if path.read_bytes() == self.manifest:
-            return
-        found = read_sealed(path, fix="if this folder is a cache, delete that file alone and open it again")
-        raise DataError(
-            f"{self.folder}: is a cache of other samples: {_difference(found, self.plan)}; choose another folder, or "
-            "delete this one to build it anew."
-        )
+        fix = "if this folder is a cache, delete that file alone and open it again"
+        found = read_sealed(self.folder / MANIFEST, fix=fix)
+        if found != self.plan:
+            raise DataError(
+                f"{self.folder}: is a cache of other samples: {_difference(found, self.plan)}; choose another folder, "
+                "or delete this one to build it anew."
+            )
 
     def _refuse_foreign(self) -> None:
-        names = {name for name in _listing(self.folder) if not name.startswith((".", "shard-"))}
-        foreign = sorted(name for name in names if not name.startswith(MANIFEST))
+        names = _listing(self.folder)
+        foreign = sorted(name for name in names if not (name.startswith(".") or OURS.fullmatch(name)))
         if foreign and MANIFEST not in names:
             raise DataError(
                 f"{self.folder}: holds {foreign[0]!r}, which is no file of a cache; choose a folder that is new or "
@@ -137,9 +140,6 @@ class CacheFolder:
             raise DataError(f"{text}; make room, choose another folder, or read at a smaller `size`.")
         if progress:
             _say(text)
-
-
-_ELSEWHERE = "choose a folder that can be written to, or make this one so"
 
 
 def _names(files: Sequence[Files]) -> list[list[str | None]]:
@@ -191,7 +191,7 @@ def _locked(folder: Path, *, progress: bool) -> Iterator[None]:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise DataError(
-            f"{folder}: is not a complete cache and cannot be written ({error.strerror}); {_ELSEWHERE}."
+            f"{folder}: is not a complete cache and cannot be written ({error.strerror}); {ELSEWHERE}."
         ) from error
     try:
         _lock(handle, folder, progress=progress)

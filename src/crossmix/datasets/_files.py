@@ -64,6 +64,8 @@ def read_label_ids(path: Path) -> Tensor:
             "colour-coded maps are not read."
         )
     ids = pixels[0]
+    if ids.numpy().max(initial=0) < 35:  # all official, as in most files, which counting tells 3 ms later
+        return ids
     present = set(np.flatnonzero(np.bincount(ids.numpy().ravel(), minlength=256)).tolist())
     unknown = sorted(present - KNOWN_LABEL_IDS)
     if unknown:

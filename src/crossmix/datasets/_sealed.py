@@ -52,6 +52,7 @@ def read_sealed(path: Path, *, fix: str = "delete it and open the cache again") 
             f"{path}: its contents do not match its sha256, so it is damaged, or no file of a cache; {fix}."
         )
     content: dict[str, Any] = json.loads(data)
+    del content["sha256"]
     return content
 
 
