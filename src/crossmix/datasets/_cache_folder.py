@@ -71,13 +71,11 @@ class CacheFolder:
 
     def build(self, workers: int, *, progress: bool) -> None:
         """Write what is missing; waits where another process is at it."""
-        self._refuse_foreign()
+        self._check_folder()
         with _locked(self.folder, progress=progress):
             if self.complete():  # by the process that was waited for
                 return
-            has_manifest = (self.folder / MANIFEST).exists()
-            if has_manifest:
-                self._check_manifest()
+            self._check_folder()
             missing = self._missing()
             for shard in sorted(set(range(len(self.shards))) - set(missing)):
                 self._read(shard)  # better refused now than after hours of building the others
@@ -85,7 +83,7 @@ class CacheFolder:
             try:
                 for name in filter(LEFT_BEHIND.fullmatch, _listing(self.folder)):
                     (self.folder / name).unlink()
-                if not has_manifest:
+                if not (self.folder / MANIFEST).exists():
                     with whole_file(self.folder / MANIFEST) as file:
                         file.write(self.manifest)
                 self._fill(missing, workers, progress=progress)
@@ -123,10 +121,14 @@ class CacheFolder:
                 "or delete this one to build it anew."
             )
 
-    def _refuse_foreign(self) -> None:
+    def _check_folder(self) -> None:
+        """Refuse to build in the cache of another reader, and in a folder that is none."""
         names = _listing(self.folder)
+        if MANIFEST in names:
+            self._check_manifest()
+            return
         foreign = sorted(name for name in names if not (name.startswith(".") or OURS.fullmatch(name)))
-        if foreign and MANIFEST not in names:
+        if foreign:
             raise DataError(
                 f"{self.folder}: holds {foreign[0]!r}, which is no file of a cache; choose a folder that is new or "
                 "empty."
