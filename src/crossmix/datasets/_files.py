@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,19 @@ class FolderDataset(Dataset[Sample]):
                 "pass `size=` to resize both to one size, or remove the pair."
             )
         return Sample(image, None if ids is None else torch.from_numpy(self.label_format.table[ids.numpy()]), name)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what the samples depend on besides the files, for caches of them.
+
+        Returns:
+            A dict that JSON can hold.
+        """
+        return {
+            "reader": type(self).__name__,
+            "size": self.size,
+            "resampling": self._resampling,
+            "labels": self.label_format.signature,
+        }
 
 
 SIGNS = {"Cityscapes": ("leftImg8bit*", "gtFine*"), "SYNTHIA": ("RGB", "GT"), "GTA5": ("images", "labels")}

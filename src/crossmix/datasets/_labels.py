@@ -38,6 +38,8 @@ class LabelFormat(NamedTuple):
 def _read_label_ids(path: Path) -> Tensor:
     """Cityscapes and GTA5: one channel of label ids."""
     ids = _only_channel(path, read_png(path))
+    if ids.numpy().max(initial=0) < 35:  # all official, as in most files, which counting would tell 3 ms later
+        return ids
     present = _present(ids)
     _refuse_unknown(path, present, KNOWN_LABEL_IDS, "Cityscapes label ids (0..34)", "the official label id files")
     if 255 in present and not any(18 < value < 255 for value in present):
