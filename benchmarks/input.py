@@ -53,7 +53,7 @@ class PillowSamples(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         files = self.files[index]
-        with Image.open(files.image) as image, Image.open(str(files.label)) as label:
+        with Image.open(str(files.image)) as image, Image.open(str(files.label)) as label:
             pixels = np.asarray(image.convert("RGB").resize(self.size, self.resampling))
             ids = np.asarray(label.resize(self.size, Image.Resampling.NEAREST))
         return Sample(torch.from_numpy(pixels.copy()).permute(2, 0, 1), torch.from_numpy(TRAIN_IDS[ids]), files.name)
@@ -110,10 +110,10 @@ def rendered(root: Path) -> str:
             image = functional.interpolate(scene.image[None].float(), size=(height, width), mode="bilinear")[0]
             image += 0.6 * torch.randn(image.shape, generator=generator)
             ids = label_ids()[torch.as_tensor(scene.label).int()]
-            write_png(files[i].image, image.round().clamp(0, 255).byte())
+            write_png(str(files[i].image), image.round().clamp(0, 255).byte())
             write_png(str(files[i].label), functional.interpolate(ids[None, None], size=(height, width))[0, 0])
         for i in range(few, COUNT):
-            shutil.copy(files[i % few].image, files[i].image)
+            shutil.copy(str(files[i % few].image), str(files[i].image))
             shutil.copy(str(files[i % few].label), str(files[i].label))
     return f"{few} rendered scenes, enlarged, with noise, repeated"
 
@@ -183,7 +183,7 @@ def measure(
     return {
         "images": type(reader).__name__,
         "size": size,
-        "bytes_per_png": statistics.mean(files.image.stat().st_size for files in reader.files),
+        "bytes_per_png": statistics.mean(Path(str(files.image)).stat().st_size for files in reader.files),
         "one_crop": rows,
         "crops_per_second_by_workers": rates,
         "built_per_second_with_2_workers": build,

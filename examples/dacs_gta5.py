@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 
 import crossmix
 from crossmix import SelfTraining, SelfTrainingOutput, recipes
-from crossmix.datasets import GTA5, Cityscapes, DataError, StreetScenes, Synthia, class_counts, write_png
+from crossmix.datasets import GTA5, CachedSamples, Cityscapes, DataError, StreetScenes, Synthia, class_counts, write_png
 from crossmix.datasets.classes import CLASS_NAMES
 from crossmix.engine import (
     BusyError,
@@ -95,6 +95,7 @@ class Config:
     channels_last: bool = False
     deterministic: bool = False  # on a GPU too, and slower
     workers: int = min(4, os.cpu_count() or 1)  # processes per data set
+    cache: str = ""  # folder for decoded and resized images, made when first used
     resident: bool = False  # keep both data sets in the device's memory
     skip_files: int = 0  # broken files that are left out before one is an error
     skip_steps: int = 0  # steps with a loss or gradient that is not finite that are undone before one is an error
@@ -119,7 +120,7 @@ class Config:
 
 
 FREE = {
-    "device", "workers", "resident", "eval_every", "save_every", "log_every", "tensorboard", "compile", "channels_last",
+    "device", "workers", "cache", "resident", "eval_every", "save_every", "log_every", "tensorboard", "compile", "channels_last",
     "deterministic", "batch",
 }  # fmt: skip
 """Options that a resumed run may change: they choose no data and no arithmetic. (The batch of all processes together is
@@ -494,10 +495,15 @@ class Draws:
 def crops(run: Run, stream: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of crops on the device, images in [0, 1], from a step on."""
     config = run.config
-    samples = run.data.source if stream == SOURCE else run.data.target
+    samples: Any = run.data.source if stream == SOURCE else run.data.target
+    if config.cache:
+        folder = Path(config.cache) / ("source" if stream == SOURCE else "target")
+        samples = CachedSamples(samples, folder, workers=config.workers, progress=run.ranks.first)
+    if config.resident:
+        samples = resident(samples, config.device)
     loader = DataLoader(
         KeyedCrops(
-            resident(samples, config.device) if config.resident else samples,
+            samples,
             height_and_width(config.crop),
             seed=config.seed,
             stream=stream,

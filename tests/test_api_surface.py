@@ -33,8 +33,8 @@ PUBLIC = {
     "crossmix.optim": ["RepeatedSGD", "parameter_groups", "poly_lr"],
     "crossmix.visualize": ["colorize", "gallery"],
     "crossmix.engine": [
-        "BusyError", "CheckpointError", "CheckpointStore", "FiniteGuard", "FolderLock", "KeyedCrops", "NonFiniteError", "Progress",
-        "RunLog", "StopRequest", "keyed_generator", "resident",
+        "BusyError", "CheckpointError", "CheckpointStore", "FiniteGuard", "FolderLock", "KeyedCrops",
+        "NonFiniteError", "Progress", "RunLog", "StopRequest", "keyed_generator", "resident",
     ],
 }  # fmt: skip
 

@@ -198,6 +198,17 @@ def test_switches__run(run: Callable[..., Path], flags: tuple[str, ...]) -> None
     torch.use_deterministic_algorithms(mode=False)
 
 
+def test_cache__is_built_once_and_changes_nothing(run: Callable[..., Path], tmp_path: Path) -> None:
+    one = final(run(out="plain"))
+    two = final(run("--cache", str(tmp_path / "cache"), out="cached"))
+    built = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")}
+    three = final(run("--cache", str(tmp_path / "cache"), "--resident", out="again"))
+    assert built == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")}
+    assert len(built) == 2
+    for other in (two, three):
+        assert_same(one["student"], other["student"])
+
+
 @pytest.mark.parametrize("flags", [("--resident",), ("--deterministic",), ("--precision", "tf32")], ids=" ".join)
 def test_switches__that_change_nothing_here(run: Callable[..., Path], flags: tuple[str, ...]) -> None:
     one, two = final(run(out="plain")), final(run(*flags, out="switched"))
@@ -310,5 +321,8 @@ RECORDED = [5.375759, 5.872133, 4.171379, 4.165672]
 
 
 def test_first_losses__are_those_on_record(run: Callable[..., Path]) -> None:
-    log = [json.loads(line) for line in (run("--lr", "0.001", "--threshold", "0.15") / "log.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (run("--lr", "0.001", "--threshold", "0.15") / "log.jsonl").read_text().splitlines()
+    ]
     assert [record["loss"] for record in log] == pytest.approx(RECORDED, rel=1e-4)
