@@ -229,13 +229,24 @@ def test_kill__again_and_again_until_it_is_built(root: Path, tmp_path: Path, wor
     assert contents(folder) == contents(tmp_path / "whole")
 
 
-def test_kill__workers_end_too_and_the_lock_with_them(root: Path, tmp_path: Path) -> None:
+def test_kill__workers_end_too(root: Path, tmp_path: Path) -> None:
     samples, folder = Slow(root, size=SIZE), tmp_path / "cache"
-    samples.pause = 0.3
+    samples.pause = 0.2
     process = start(samples, folder, workers=2)
     wait_until(lambda: len(stamps(folder, "*.bin.tmp.*")) == 2)
     kill(process)
-    build(GTA5(root, size=SIZE), folder)  # waits for the workers to find out, or they would write on
+    wait_until(lambda: not stamps(folder, "*.tmp.*"))
+    time.sleep(1)
+    assert stamps(folder).keys() == {".lock", "manifest.json"}  # or they would have gone on to the shards' ends
+
+
+def test_kill__workers_that_are_left_do_no_harm(root: Path, tmp_path: Path) -> None:
+    samples, folder = Slow(root, size=SIZE), tmp_path / "cache"
+    samples.pause = 0.2
+    process = start(samples, folder, workers=2)
+    wait_until(lambda: len(stamps(folder, "*.bin.tmp.*")) == 2)
+    kill(process)
+    build(GTA5(root, size=SIZE), folder)  # they have not noticed yet
     before = stamps(folder)
     time.sleep(1)
     assert stamps(folder) == before
@@ -264,13 +275,13 @@ _cache_folder.PER_SHARD = 4
 CachedSamples(GTA5({str(root)!r}), {str(folder)!r})
 """
     with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
         with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
             told = process.stderr.readline()
             assert told == f"{folder}: waiting for another process that builds this cache\n"
             shutil.copytree(tmp_path / "whole", folder, dirs_exist_ok=True)
-            fcntl.flock(lock, fcntl.LOCK_UN)
+            fcntl.lockf(lock, fcntl.LOCK_UN)
             assert not process.stderr.read()  # it built nothing
     assert process.returncode == 0
 
@@ -376,6 +387,7 @@ def test_stale__a_source_that_changed(root: Path, tmp_path: Path, change: str, c
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(DataError, match=rf"{path}: has changed since it was cached .*; delete .*shard-00001\.json"):
         build(GTA5(root), tmp_path / "cache")
+    assert (tmp_path / "cache" / "shard-00000.json").exists() is complete  # refused before building
     (tmp_path / "cache" / "shard-00001.json").unlink()  # the way out that the message names
     build(GTA5(root), tmp_path / "cache")
     now = contents(tmp_path / "cache")

@@ -19,7 +19,15 @@ from torch.utils.data import DataLoader
 from crossmix.datasets._files import Files
 from crossmix.datasets._png import read_header
 from crossmix.datasets._sealed import read_sealed, sealed, sync_folder, whole_file
-from crossmix.datasets._shards import PER_SHARD, FileSamples, Item, ShardBuilder, read_items, shard_path
+from crossmix.datasets._shards import (
+    PER_SHARD,
+    FileSamples,
+    Item,
+    ShardBuilder,
+    read_items,
+    shard_path,
+    stop_if_orphaned,
+)
 from crossmix.datasets.sample import DataError
 
 try:
@@ -105,7 +113,13 @@ class CacheFolder:
         builder = ShardBuilder(self.samples, self.folder, self.digest, [(i, self.shards[i]) for i in missing])
         todo = sum(len(self.shards[i]) for i in missing)
         # A generator of its own: a loader draws a seed for its workers, by default from the global one.
-        loader = DataLoader(builder, batch_size=None, num_workers=workers, generator=torch.Generator())
+        loader = DataLoader(
+            builder,
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=stop_if_orphaned,
+            generator=torch.Generator(),
+        )
         with _progress(self.folder, len(self.samples), len(self.samples) - todo, shown=progress) as advance:
             for built in loader:
                 if isinstance(built, DataError):
@@ -190,7 +204,7 @@ def _listing(folder: Path) -> set[str]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, progress: bool) -> Iterator[None]:
-    """Hold the folder's lock, which dies with the process and those that it started."""
+    """Hold the folder's lock, which dies with this process: unlike flock, forked workers do not inherit it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -202,22 +216,19 @@ def _locked(folder: Path, *, progress: bool) -> Iterator[None]:
         _lock(handle, folder, progress=progress)
         yield
     finally:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)  # also where a forked worker still has the handle
         os.close(handle)
 
 
 def _lock(handle: int, folder: Path, *, progress: bool) -> None:
     try:
         if fcntl is None:
-            raise OSError(None, "no flock on this system")
+            raise OSError(None, "no file locks on this system")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             if progress:
                 _say(f"{folder}: waiting for another process that builds this cache")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.lockf(handle, fcntl.LOCK_EX)
     except OSError as error:
         warnings.warn(
             f"{folder}: cannot be locked ({error.strerror}); let only one process build this cache", stacklevel=6

@@ -5,6 +5,7 @@ counts when both are there.
 """
 
 import multiprocessing
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from crossmix.datasets._files import Files
 from crossmix.datasets._sealed import read_sealed, whole_file, write_sealed
 from crossmix.datasets.sample import DataError, Sample
 
-__all__ = ["PER_SHARD", "FileSamples", "Item", "ShardBuilder", "read_items", "shard_path"]
+__all__ = ["PER_SHARD", "FileSamples", "Item", "ShardBuilder", "read_items", "shard_path", "stop_if_orphaned"]
 
 PER_SHARD = 32
 """Samples in a shard. A worker that is killed loses at most these: some seconds of work."""
@@ -95,7 +96,7 @@ class ShardBuilder(Dataset[int | DataError]):
         offset = 0
         with whole_file(path) as file:
             for i in span:
-                _stop_if_orphaned()
+                stop_if_orphaned()
                 sources = _sources(self.samples.files[i])  # before reading: a file that changes meanwhile is stale
                 sample = self.samples[i]
                 pixels = _pixels(sample)
@@ -177,8 +178,12 @@ def _sources(files: Files) -> list[list[int]]:
     return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
 
 
-def _stop_if_orphaned() -> None:
-    """A worker whose main process was killed would go on to the shard's end, and hold the lock as long."""
+def stop_if_orphaned(_: int = 0) -> None:
+    """End a worker whose main process was killed: it would go on to the shard's end, or wait for ever for the next."""
     parent = multiprocessing.parent_process() if get_worker_info() is not None else None
-    if parent is not None and not parent.is_alive():
+    if parent is None:
+        return
+    # That a parent is gone shows by a pipe, which younger workers keep open too if they were forked.
+    forked = multiprocessing.get_start_method() == "fork"
+    if not parent.is_alive() or (forked and os.getppid() != parent.pid):
         raise SystemExit(1)
