@@ -120,8 +120,8 @@ class Config:
 
 
 FREE = {
-    "device", "workers", "cache", "resident", "eval_every", "save_every", "log_every", "tensorboard", "compile", "channels_last",
-    "deterministic", "batch",
+    "device", "workers", "cache", "resident", "eval_every", "save_every", "log_every", "tensorboard", "compile",
+    "channels_last", "deterministic", "batch",
 }  # fmt: skip
 """Options that a resumed run may change: they choose no data and no arithmetic. (The batch of all processes together is
 compared apart.)"""
