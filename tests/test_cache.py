@@ -284,7 +284,10 @@ CachedSamples(GTA5({str(root)!r}), {str(folder)!r})
             assert process.stderr is not None
             told = process.stderr.readline()
             assert told == f"{folder}: waiting for another process that builds this cache\n"
-            shutil.copytree(tmp_path / "whole", folder, dirs_exist_ok=True)
+            for path in sorted((tmp_path / "whole").iterdir(), key=lambda path: path.suffix != ".bin"):
+                if path.name != ".lock":  # whole files, as a build leaves them, those that say so last
+                    shutil.copy2(path, tmp_path / "aside")
+                    (tmp_path / "aside").replace(folder / path.name)
             fcntl.lockf(lock, fcntl.LOCK_UN)
             assert not process.stderr.read()  # it built nothing
     assert process.returncode == 0
