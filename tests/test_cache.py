@@ -167,16 +167,19 @@ class Slow(GTA5):
 
 def start(samples: GTA5, folder: Path, workers: int) -> multiprocessing.process.BaseProcess:
     """Build in another process."""
-    process = multiprocessing.get_context("fork").Process(
-        target=CachedSamples, args=(samples, folder), kwargs={"workers": workers, "progress": False}
-    )
+
+    def work() -> None:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: waiting for them would never end
+        build(samples, folder, workers=workers)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     return process
 
 
 def kill(process: multiprocessing.process.BaseProcess) -> None:
     process.kill()
-    process.join()
+    process.join(60)
     assert process.exitcode == -signal.SIGKILL
 
 
@@ -262,7 +265,7 @@ def test_lock__processes_at_once_build_one_cache(root: Path, tmp_path: Path, wor
     samples, folder = Slow(root, size=SIZE), tmp_path / "cache"
     processes = [start(samples, folder, workers) for _ in range(3)]
     for process in processes:
-        process.join()
+        process.join(60)
         assert process.exitcode == 0
     build(GTA5(root, size=SIZE), tmp_path / "whole")
     assert contents(folder) == contents(tmp_path / "whole")
