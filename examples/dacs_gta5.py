@@ -11,7 +11,7 @@ GTA5 and Cityscapes, trains a small DeepLab-v2 from scratch on the source alone 
 
 OUT holds config.json (every option as it was), log.jsonl (one object per logged step), metrics.json (every evaluation),
 checkpoints/ and report/. Data and randomness are a pure function of (seed, step), so a resumed run equals one that
-never stopped, bit for bit on a CPU. SIGTERM and Ctrl-C finish the step, save, and exit with 0.
+never stopped, bit for bit on a CPU with as many threads. SIGTERM and Ctrl-C finish the step, save, and exit with 0.
 
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 """
