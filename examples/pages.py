@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES_16, PALETTE
 from crossmix.engine import Report, RunLog
+from crossmix.recipes import METHODS
 from evaluate import plain
 from paper import paper_tables
 from reporting import TITLES, spread
@@ -29,6 +30,11 @@ CHARTS = {
     "learning rate": {"backbone": "lr"},
     "steps per second": {"it/s": "it_per_s"},
     "share of the time spent waiting for data": {"waiting": "data_wait"},
+}
+COMPARED = {
+    "student's mIoU in percent": ("mIoU in percent", "student"),
+    "loss": ("loss", "loss"),
+    "lambda": ("confidence on target pixels", "lambda"),
 }
 MIXED = ("source", "target", "mixed image", "mixed label")
 MIXED_SOURCE = ("source", "target, not used", "what the student saw", "its label")
@@ -73,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods = [method for method, _ in found]
     groups = {
         method if methods.count(method) == 1 else f"{method}, {given}": folders
-        for (method, given), folders in found.items()
+        for (method, given), folders in sorted(found.items(), key=lambda group: METHODS.index(group[0][0]))
     }
     if args.out is None and len(folders := [folder for group in groups.values() for folder in group]) > 1:
         parser.error(f"give --out DIR for the page that compares {len(folders)} runs")
@@ -110,7 +116,7 @@ def run_page(folder: Path) -> Path:
     run = read_run(folder)
     config, metrics = run.config, run.metrics
     page = Report(f"{config['method']}, {run.benchmark}, seed {config['seed']}")
-    page.facts({"steps": f"{run.log[-1]['step'] if run.log else 0} of {config['steps']}", **key_figures(run)})
+    page.facts({"steps done": f"{run.log[-1]['step'] if run.log else 0} of {config['steps']}", **key_figures(run)})
     if metrics["last"] is not None:
         entries = {f"{title} step, {metrics[title]['step']}": [metrics[title]] for title in ("last", "best")}
         add_scores(page, entries, config)
@@ -158,7 +164,7 @@ def add_scores(page: Report, entries: Mapping[str, Sequence[dict[str, Any]]], co
                     scores = [run[who][size] for run in runs]
                     cells = [spread(score[key] for score in scores) for key in means]
                     cells += [spread(score["per_class"][name] for score in scores) for name in names]
-                    rows.append([f"{who}, {title}", *(cell.replace("+-", "±") for cell in cells)])
+                    rows.append([f"{title}: {who}", *(cell.replace(" +- ", "\n±") for cell in cells)])
         groups = {"": rows}
         page.heading(f"Scores on labels of {'their own size' if size == 'native' else size}")
         if size == deciding and config["network"] == "resnet101":
@@ -221,7 +227,6 @@ def comparison_page(groups: Mapping[str, Sequence[Path]], out: Path) -> Path:
         if (run.synthia, run.config["evaluation"]) != (first.synthia, first.config["evaluation"]):
             raise SystemExit(f"error: {run.folder}: has another source or label size than {first.folder}.")
     page = Report(f"{', '.join(runs)}: {first.benchmark}")
-    page.facts({name: ", ".join(str(run.folder) for run in group) for name, group in runs.items()})
     page.paragraph("Mean and standard deviation over the runs of each row, where there are several.")
     entries = {f"{name}, {title} step": [run.metrics[title] for run in group]
                for title in ("last", "best") for name, group in runs.items()}  # fmt: skip
@@ -233,18 +238,21 @@ def comparison_page(groups: Mapping[str, Sequence[Path]], out: Path) -> Path:
     configs = [group[0].config for group in runs.values()]
     options = [name for name in configs[0] if len({str(config.get(name)) for config in configs}) > 1]
     page.table(["option", *runs], [[name, *(str(config.get(name)) for config in configs)] for name in options])
+    page.heading("Runs")
+    page.facts({name: ", ".join(str(run.folder) for run in group) for name, group in runs.items()})
     out.mkdir(parents=True, exist_ok=True)
     return page.write(out / "index.html")
 
 
 def compared_charts(groups: Mapping[str, Sequence[Mapping[str, Mapping[str, Curve]]]]) -> dict[str, dict[str, Curve]]:
-    """Each chart's first line, a mean for each group; of confidence the second, lambda."""
+    """One line of some of the charts, a mean for each group; every group is listed, so that each keeps its colour."""
     found: dict[str, dict[str, Curve]] = {}
-    for title, line in (("mIoU in percent", "student"), ("loss", "loss"), ("confidence on target pixels", "lambda")):
-        for name, group in groups.items():
-            lines = [run[title][line] for run in group if line in run.get(title, {})]
-            if lines:
-                found.setdefault(f"{title}: {line}", {})[name] = mean_curve(lines)
+    for title, (chart, line) in COMPARED.items():
+        lines = {
+            name: [run[chart][line] for run in group if line in run.get(chart, {})] for name, group in groups.items()
+        }
+        if any(lines.values()):
+            found[title] = {name: mean_curve(own) if own else ([], []) for name, own in lines.items()}
     return found
 
 

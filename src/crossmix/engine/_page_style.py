@@ -10,19 +10,20 @@ STYLE = """
   --raised: #1d232b; --c0: #5ab4f2; --c1: #ff9a52; --c2: #3fcf9f; --c3: #dc9ad3; --c4: #e3c54a; --c5: #b6c0cd;
   --c6: #ff7d99; --c7: #a3b1ff } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem clamp(.8rem, 3vw, 2.5rem) 3rem; max-width: 88rem; color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem clamp(.8rem, 2.5vw, 2.5rem) 3rem; max-width: 88rem; color: var(--ink);
   background: var(--back); font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .6rem }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line) }
 p { max-width: 46rem; margin: .4rem 0; color: var(--faint) }
 .scroll { overflow-x: auto; margin: .6rem 0 }
 table { border-collapse: collapse; font-size: .8125rem; font-variant-numeric: tabular-nums }
-th, td { padding: .22rem .45rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th, td { padding: .22rem .3rem; text-align: right; white-space: pre; border-bottom: 1px solid var(--line) }
 tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--back); font-weight: 500 }
 thead th { vertical-align: bottom; color: var(--faint); font-weight: 500 }
+.narrow { font-size: .78rem } .narrow tr > :first-child { white-space: normal; min-width: 7rem; max-width: 11.5rem }
 .narrow thead th:not(:first-child) span { writing-mode: vertical-rl; transform: rotate(180deg) }
 tbody th[colspan] { padding-top: .8rem; color: var(--faint); font-weight: 600 }
-.first td, .first th { background: var(--raised) !important; font-weight: 600 }
+.first td, .first th { background: var(--raised) !important } .first th { font-weight: 600 }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 350px), 1fr)); gap: 1rem 1.5rem }
 figure { margin: 0 }
 figcaption { font-weight: 600 }
@@ -37,12 +38,13 @@ circle { fill: var(--c) }
 .s0 { --c: var(--c0) } .s1 { --c: var(--c1); --d: 7 3 } .s2 { --c: var(--c2); --d: 2 2 }
 .s3 { --c: var(--c3); --d: 10 3 2 3 } .s4 { --c: var(--c4); --d: 5 2 } .s5 { --c: var(--c5); --d: 1 3 }
 .s6 { --c: var(--c6); --d: 12 4 } .s7 { --c: var(--c7); --d: 4 2 1 2 }
-.pictures td { padding: 2px; border: 0 } .pictures th { border: 0; text-align: center !important; position: static }
-.pictures td { position: static !important }
-.pictures img { display: block; width: 100%; min-width: 8.5rem; max-width: 26rem; height: auto }
+.pictures { width: 100% }
+.pictures :is(td, th) { padding: 2px; border: 0; text-align: center; position: static; min-width: 0 }
+.pictures img { display: block; width: 100%; min-width: 8.5rem; height: auto }
 dl { columns: 22rem; column-gap: 2.5rem; margin: .6rem 0; font-size: .8125rem }
 dl div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid var(--line);
   padding: .15rem 0; break-inside: avoid }
 dt { color: var(--faint) } dd { margin: 0; text-align: right; overflow-wrap: anywhere }
+@media (max-width: 40rem) { tr > :first-child { white-space: normal; min-width: 7rem } }
 @media print { body { max-width: none } .scroll { overflow: visible } }
 """

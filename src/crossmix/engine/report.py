@@ -63,7 +63,7 @@ class Report:
 
         Args:
             header: Names of the columns.
-            rows: As many texts each; or groups of rows by title, the first set off.
+            rows: As many texts each, of one or more lines; or groups of rows by title, the first set off.
 
         Raises:
             ValueError: If a row has another length than the header.
@@ -140,8 +140,8 @@ class Report:
             body.append(f"<tr>{''.join(cells)}</tr>")
         names = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
         self._parts.append(
-            f'<div class="scroll"><table class="pictures"><thead><tr>{names}</tr></thead>'
-            f"<tbody>{''.join(body)}</tbody></table></div>"
+            f'<div class="scroll"><table class="pictures" style="max-width: {21 * len(header)}rem">'
+            f"<thead><tr>{names}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         )
 
     def colors(self, colors: Mapping[str, tuple[int, int, int]]) -> None:
