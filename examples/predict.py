@@ -127,7 +127,7 @@ def predict_all(model: DeepLabV2, targets: dict[Path, Path], args: argparse.Name
     progress.close()
     if skipped == len(targets):
         raise DataError("none of the images could be read.")
-    print(f"{len(targets) - skipped} images into {args.out}")
+    print(f"{len(targets) - skipped} of {len(targets)} images into {args.out}")
 
 
 @torch.no_grad()

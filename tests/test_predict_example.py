@@ -63,7 +63,7 @@ def test_predict__ids_colors_and_overlay(
     (folder / "notes.txt").write_text("no picture")
     out = tmp_path / "out"
     assert script.main(["--weights", weights, "--network", "tiny", str(folder), "--out", str(out), "--size", size]) == 0
-    assert f"2 images into {out}" in capsys.readouterr().out
+    assert f"2 of 2 images into {out}" in capsys.readouterr().out
     assert len([path for path in out.rglob("*") if path.is_file()]) == 6
     for name, image in images.items():
         want = expected(model, image, None if size == "native" else (32, 64))
@@ -140,7 +140,20 @@ def jpeg(width: int, height: int, channels: int) -> bytes:
         (jpeg(8, 8, 4), "is CMYK of 8 bits per channel"),
         (jpeg(8, 8, 3), "cannot be decoded"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=[
+        "empty",
+        "gif",
+        "png-short",
+        "palette",
+        "deep",
+        "png-huge",
+        "png-cut",
+        "jpeg-short",
+        "jpeg-length",
+        "jpeg-huge",
+        "cmyk",
+        "jpeg-cut",
+    ],
 )
 def test_unreadable_images__are_named_and_stop_or_are_skipped(
     data: bytes, message: str, script: ModuleType, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -167,7 +180,7 @@ def test_unreadable_images__are_named_and_stop_or_are_skipped(
     assert script.main([*command, "--skip"]) == 0
     printed = capsys.readouterr().out
     assert "skipped:" in printed
-    assert "1 images into" in printed
+    assert "1 of 2 images into" in printed
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         f"good_{kind}.png" for kind in ("color", "overlay", "trainIds")
     ]

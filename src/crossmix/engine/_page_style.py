@@ -1,6 +1,11 @@
 """What a report looks like: readable on paper, on a phone, in light and in dark."""
 
-__all__ = ["STYLE"]
+from html import escape
+
+__all__ = ["document"]
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""What a browser may load: nothing from outside, and no script."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --faint: #5b6675; --line: #d5dae1; --back: #fff; --raised: #f4f6f8;
@@ -48,3 +53,13 @@ dt { color: var(--faint) } dd { margin: 0; text-align: right; overflow-wrap: any
 @media (max-width: 40rem) { tr > :first-child { white-space: normal; min-width: 7rem } }
 @media print { body { max-width: none } .scroll { overflow: visible } }
 """
+
+
+def document(title: str, body: str) -> str:
+    """The whole file around a body."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )

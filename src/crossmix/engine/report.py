@@ -8,13 +8,11 @@ from html import escape
 from pathlib import Path
 
 from crossmix.engine._chart import STYLES, Curve, chart
-from crossmix.engine._page_style import STYLE
+from crossmix.engine._page_style import document
 
 __all__ = ["Report"]
 
 Row = Sequence[str]
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""What a browser may load: nothing from outside, and no script."""
 
 
 class Report:
@@ -177,15 +175,8 @@ class Report:
             The path.
         """
         path = Path(path)
-        head = (
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(self.title)}</title><style>{STYLE}</style></head><body>\n"
-        )
-        body = "\n".join(self._parts)
         aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-        aside.write_text(f"{head}{body}</body></html>\n", encoding="utf-8", errors="replace")
+        aside.write_text(document(self.title, "\n".join(self._parts)), encoding="utf-8", errors="replace")
         aside.replace(path)
         return path
 
