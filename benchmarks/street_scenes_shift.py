@@ -61,7 +61,7 @@ def main() -> None:
     """Print and save the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.002)
     parser.add_argument("--scenes", type=int, default=400)

@@ -156,14 +156,15 @@ DEMO_OPTIONS = {
     "target_size": "native",
     "evaluation": "native",
     "batch": 4,
-    "steps": 2200,
+    "steps": 1700,
     "lr": 0.002,
     "threshold": 0.5,
     "backbone_updates": "once",
     "decay": 0.9,
     "workers": 0,
-    "eval_every": 1100,
-    "save_every": 1100,
+    "channels_last": True,  # a sixth faster on a CPU
+    "eval_every": 850,
+    "save_every": 850,
     "log_every": 50,
 }
 
