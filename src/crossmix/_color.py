@@ -2,6 +2,9 @@
 
 An order is data, so the passes cannot follow it. Instead every image goes through the same series, which has room for
 all 24 orders, and small per-image numbers, planned beforehand, make the steps that an image does not need neutral.
+
+Red, green and blue are kept as three (N, H, W) tensors from the first step to the last: so the steps are pointwise, and
+`torch.compile` makes one kernel of them.
 """
 
 import torch
@@ -11,36 +14,39 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 GREY = (0.299, 0.587, 0.114)  # Rec. 601, as torchvision and kornia have it
 TINY = 1e-12  # stands for the chroma of a grey pixel, which has no hue
 
+Channels = tuple[Tensor, Tensor, Tensor]
 
-def additive_jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+
+def additive_jitter(channels: Channels, order: Tensor, factors: Tensor) -> Channels:
     """Old kornia's operations: affine, HSV, affine, HSV, affine.
 
     Brightness adds and contrast multiplies, so that two of them in a row, with their clamps, are one affine map between
     bounds. Saturation and hue change different components of HSV, so that next to each other they are one step.
 
     Args:
-        x: (N, 3, H, W) float in [0, 1].
+        channels: Three (N, H, W) float tensors in [0, 1].
         order: (N, 4) int64, a permutation of the operations per image, first one first.
-        factors: (4, N) in the dtype of `x`: brightness, contrast, saturation, hue.
+        factors: (4, N) in the dtype of the channels: brightness, contrast, saturation, hue.
 
     Returns:
-        (N, 3, H, W) in [0, 1].
+        Three (N, H, W) tensors in [0, 1].
     """
     when = order.argsort(1).T  # (4, N): when each operation comes
     first, last = when[SATURATION:].amin(0), when[SATURATION:].amax(0)
-    affine = _affine_maps(when, factors, (when[:SATURATION] > first).long() + (when[:SATURATION] > last))
-    later = (when[SATURATION:] == last) & (last > first + 1)  # (2, N)
+    slot = (when[:SATURATION] > first).long() + (when[:SATURATION] > last)
+    later = (when[SATURATION:] == last) & (last > first + 1)
     used = torch.stack([~later, later])  # (2, 2, N): HSV step, operation
-    saturation = _per_image(torch.where(used[:, 0], factors[SATURATION], 1))
-    turn = _per_image(torch.where(used[:, 1], factors[HUE], 0))
-    for i, (scale, shift, low, high) in enumerate(zip(*affine, strict=True)):
-        x = x.mul(scale).add_(shift).clamp_min_(low).clamp_max_(high)
-        if i < 2:
-            x = _hsv(x, saturation[i], turn[i])
-    return x
+    saturation = torch.where(used[:, 0], factors[SATURATION], 1)[..., None, None]
+    turn = torch.where(used[:, 1], factors[HUE], 0)[..., None, None]
+    affine = _affine_maps(when, factors, slot)
+    channels = _affine(channels, *affine[0])
+    for i in range(2):
+        channels = _hsv(channels, saturation[i], turn[i])
+        channels = _affine(channels, *affine[i + 1])
+    return channels
 
 
-def torchvision_jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+def torchvision_jitter(channels: Channels, order: Tensor, factors: Tensor) -> Channels:
     """Today's usual operations: on either side of the hue a brightness and two blends, each with a brightness after it.
 
     Contrast and saturation blend with the mean grey and with the grey image. Brightness scales what comes before it,
@@ -52,22 +58,23 @@ def torchvision_jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     blends, which = when[CONTRAST:HUE].sort(0)  # (2, N): contrast and saturation as they follow each other
     later = blends > when[HUE]
     used = torch.stack([~later, later])  # (2, 2, N): side of the hue, blend
-    amount = _per_image(torch.where(used, factors[CONTRAST:HUE].gather(0, which), 1))
+    amount = torch.where(used, factors[CONTRAST:HUE].gather(0, which), 1)[..., None, None]
     later = when[BRIGHTNESS] > when[HUE]
     place = (when[BRIGHTNESS] > blends).sum(0)  # 0: before both blends, 1: between, 2: after
-    used = torch.stack([~later, later])[:, None] & (place == torch.arange(3, device=x.device)[:, None])
-    gain = _per_image(torch.where(used, factors[BRIGHTNESS], 1))  # (2, 3, N, 1, 1, 1): side, place
-    contrast = _per_image(which == 0)
+    used = torch.stack([~later, later])[:, None] & (place == torch.arange(3, device=order.device)[:, None])
+    gain = torch.where(used, factors[BRIGHTNESS], 1)[..., None, None]  # (2, 3, N, 1, 1): side, place
+    contrast = (which == 0)[..., None, None]
+    turn = factors[HUE][:, None, None]
     for i in range(2):
-        x = x.mul(gain[i, 0]).clamp_max_(1)
+        channels = _affine(channels, gain[i, 0], 0, 0, 1)
         for j in range(2):
-            x = _blend(x, contrast[j], amount[i, j], gain[i, j + 1])
+            channels = _blend(channels, contrast[j], amount[i, j], gain[i, j + 1])
         if i == 0:
-            x = _hsv(x, torch.ones_like(gain[0, 0]), _per_image(factors[HUE]))
-    return x
+            channels = _hsv(channels, torch.ones_like(turn), turn)
+    return channels
 
 
-def _affine_maps(when: Tensor, factors: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _affine_maps(when: Tensor, factors: Tensor, slot: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Brightness and contrast before, between and after the HSV steps, as min(max(scale x + shift, low), high).
 
     With b added and c multiplied, clamp(c clamp(x + b)) = clamp(c x + c b, 0, clamp(c)), and clamp(clamp(c x) + b) =
@@ -79,7 +86,7 @@ def _affine_maps(when: Tensor, factors: Tensor, slot: Tensor) -> tuple[Tensor, T
         slot: (2, N) int64, in which of the three maps brightness and contrast fall.
 
     Returns:
-        scale, shift, low and high, each (3, N, 1, 1, 1).
+        Three times scale, shift, low and high, each (N, 1, 1).
     """
     here = slot[:, None] == torch.arange(3, device=slot.device)[:, None]  # (2, 3, N)
     added = torch.where(here[0], factors[BRIGHTNESS] - 1, 0)
@@ -88,25 +95,31 @@ def _affine_maps(when: Tensor, factors: Tensor, slot: Tensor) -> tuple[Tensor, T
     shift = torch.where(adds_first, scale * added, added)
     low = torch.where(adds_first, 0, added).clamp(0, 1)
     high = torch.where(adds_first, scale, 1 + added).clamp(0, 1)
-    return _per_image(scale), _per_image(shift), _per_image(low), _per_image(high)
+    return list(zip(*(value[..., None, None] for value in (scale, shift, low, high)), strict=True))
 
 
-def _blend(x: Tensor, contrast: Tensor, amount: Tensor, gain: Tensor) -> Tensor:
+def _affine(channels: Channels, scale: Tensor, shift: Tensor, low: Tensor, high: Tensor) -> Channels:
+    """min(max(scale x + shift, low), high)."""
+    red, green, blue = (x.mul(scale).add_(shift).clamp_min_(low).clamp_max_(high) for x in channels)
+    return red, green, blue
+
+
+def _blend(channels: Channels, contrast: Tensor, amount: Tensor, gain: Tensor) -> Channels:
     """Blend with the mean grey (contrast) or the grey image (saturation), clamp, then scale by the gain and clamp."""
-    red, green, blue = x.split(1, 1)
+    red, green, blue = channels
     grey = (GREY[0] * red).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
-    base = torch.where(contrast, grey.mean((2, 3), keepdim=True), grey).mul_(gain * (1 - amount))
-    return x.mul(gain * amount).add_(base).clamp_min_(0).clamp_max_(gain.clamp(max=1))
+    base = torch.where(contrast, grey.mean((1, 2), keepdim=True), grey).mul_(gain * (1 - amount))
+    return _affine(channels, gain * amount, base, 0, gain.clamp(max=1))
 
 
-def _hsv(x: Tensor, saturation: Tensor, turn: Tensor) -> Tensor:
+def _hsv(channels: Channels, saturation: Tensor, turn: Tensor) -> Channels:
     """Scale the saturation of HSV and turn the hue by a share of the circle, without going through HSV.
 
     With V the greatest channel and C, the chroma, the greatest less the least, a channel is V within a sixth of the
     circle around its own hue, V - C beyond a third, and linear between. So one hue is found, and three clamped distances
     on the circle give the channels.
     """
-    red, green, blue = x.split(1, 1)
+    red, green, blue = channels
     value = torch.maximum(torch.maximum(red, green), blue)
     least = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - least
@@ -114,13 +127,9 @@ def _hsv(x: Tensor, saturation: Tensor, turn: Tensor) -> Tensor:
     # So 2 + red - green - blue, of the weights, is the distance from cyan in sixths, and green against blue the side.
     hue = (red + least).sub_(green).sub_(blue).div_(chroma.clamp(min=TINY)).add_(2)
     hue = torch.copysign(hue, blue - green)
-    thirds = torch.arange(3, dtype=x.dtype, device=x.device)[:, None, None] / 3  # the channels' own hues
-    from_cyan = (turn - thirds).remainder(1) + 0.5  # with the hue at least 0, where the fraction is the remainder
-    distance = torch.add(from_cyan, hue, alpha=1 / 6).frac_().sub_(0.5).abs_().clamp_(1 / 6, 1 / 3)
+    hue = torch.add(turn.remainder(1) + 0.5, hue, alpha=1 / 6).frac_()  # at least 0, where the fraction is the remainder
     chroma = torch.minimum(chroma * saturation, value)  # the saturation C / V is at most 1
-    return torch.addcmul(value.sub(chroma, alpha=2), chroma, distance, value=6)
-
-
-def _per_image(values: Tensor) -> Tensor:
-    """(..., N) as (..., N, 1, 1, 1)."""
-    return values[..., None, None, None]
+    from_cyan, from_green, from_blue = ((hue - own).abs_().clamp_(1 / 6, 1 / 3) for own in (1 / 2, 1 / 3, 2 / 3))
+    red = torch.addcmul(torch.sub(value, chroma, alpha=2), chroma, from_cyan, value=6)  # opposite to cyan
+    top = value + chroma
+    return red, torch.addcmul(top, chroma, from_green, value=-6), torch.addcmul(top, chroma, from_blue, value=-6)

@@ -5,6 +5,7 @@ jittered and blurred. The strengths are those of the released code; the paper gi
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crossmix._checks import check_choice, check_fraction, check_images, check_same_device, check_tensor
-from crossmix._color import additive_jitter, torchvision_jitter
+from crossmix._color import Channels, additive_jitter, torchvision_jitter
 
 __all__ = ["AugmentDraw", "StrongAugment"]
 
@@ -165,9 +166,7 @@ class StrongAugment(nn.Module):
         x = (images if images.dtype == torch.float64 else images.float()).contiguous()
         with torch.autocast(images.device.type, enabled=False):
             if self.jitter_p > 0:
-                jitter = additive_jitter if self.flavor == "additive" else torchvision_jitter
-                factors = torch.stack([draw.brightness, draw.contrast, draw.saturation, draw.hue]).to(x.dtype)
-                x = torch.where(_per_image(draw.jitter), jitter(x, draw.order, factors), x)
+                x = _jitter(x, draw, additive_jitter if self.flavor == "additive" else torchvision_jitter)
             if self.blur_p > 0:
                 blurred = _blur(x, draw.sigma, radius=math.ceil(4.3 * self.blur_sigma[1]))
                 x = torch.where(_per_image(draw.blur), blurred.clamp(0, 1), x)  # taps sum to 1 but for rounding
@@ -180,6 +179,15 @@ class StrongAugment(nn.Module):
             f"jitter_p={self.jitter_p}, blur_p={self.blur_p}, blur_sigma={self.blur_sigma}, flavor={self.flavor!r}, "
             f"same_on_batch={self.same_on_batch}"
         )
+
+
+def _jitter(x: Tensor, draw: AugmentDraw, jitter: Callable[[Channels, Tensor, Tensor], Channels]) -> Tensor:
+    """Jitter the images that the draw names; the others are left bit by bit."""
+    factors = torch.stack([draw.brightness, draw.contrast, draw.saturation, draw.hue]).to(x.dtype)
+    red, green, blue = x.unbind(1)
+    channels = jitter((red, green, blue), draw.order, factors)
+    drawn = draw.jitter[:, None, None]
+    return torch.stack([torch.where(drawn, new, old) for new, old in zip(channels, x.unbind(1), strict=True)], 1)
 
 
 def _blur(x: Tensor, sigma: Tensor, *, radius: int) -> Tensor:
