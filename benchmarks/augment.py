@@ -11,7 +11,7 @@ operation at a time in the drawn order.
 """
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import kornia.augmentation
 import kornia.enhance
@@ -21,32 +21,28 @@ from torch import Tensor
 
 from common import arguments, interleave, save, show
 from crossmix import StrongAugment
-from crossmix.augment import AugmentDraw
 
 STRENGTH = 0.25
 SIGMA = (0.15, 1.15)
 TAPS = 51
-Augment = Callable[[Tensor, AugmentDraw], Tensor]
 
 
-def one_by_one(images: Tensor, draw: AugmentDraw) -> Tensor:
-    """kornia's functional operations, image by image, as drawn."""
+def one_by_one(images: Tensor, draw: tuple[Tensor, ...]) -> Tensor:
+    """Apply kornia's functional operations as drawn, image by image."""
+    jitter, order, brightness, contrast, saturation, hue, blur, sigma = draw
     done = []
     for i in range(len(images)):
-        brightness, contrast, saturation, hue, sigma = (
-            float(value[i]) for value in (draw.brightness, draw.contrast, draw.saturation, draw.hue, draw.sigma)
+        operations = (
+            partial(kornia.enhance.adjust_brightness, factor=float(brightness[i]) - 1),
+            partial(kornia.enhance.adjust_contrast, factor=float(contrast[i])),
+            partial(kornia.enhance.adjust_saturation, factor=float(saturation[i])),
+            partial(kornia.enhance.adjust_hue, factor=2 * math.pi * float(hue[i])),
         )
-        operations: list[Callable[[Tensor], Tensor]] = [
-            lambda x, by=brightness - 1: kornia.enhance.adjust_brightness(x, by),
-            lambda x, by=contrast: kornia.enhance.adjust_contrast(x, by),
-            lambda x, by=saturation: kornia.enhance.adjust_saturation(x, by),
-            lambda x, by=2 * math.pi * hue: kornia.enhance.adjust_hue(x, by),
-        ]
         image = images[i : i + 1]
-        for operation in draw.order[i].tolist() if bool(draw.jitter[i]) else ():
+        for operation in order[i].tolist() if bool(jitter[i]) else ():
             image = operations[operation](image)
-        if bool(draw.blur[i]):
-            image = kornia.filters.gaussian_blur2d(image, (TAPS, TAPS), (sigma, sigma))
+        if bool(blur[i]):
+            image = kornia.filters.gaussian_blur2d(image, (TAPS, TAPS), (float(sigma[i]), float(sigma[i])))
         done.append(image)
     return torch.cat(done)
 

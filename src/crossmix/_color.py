@@ -7,6 +7,8 @@ Red, green and blue are kept as three (N, H, W) tensors from the first step to t
 `torch.compile` makes one kernel of them.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,14 +16,14 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 GREY = (0.299, 0.587, 0.114)  # Rec. 601, as torchvision and kornia have it
 TINY = 1e-12  # stands for the chroma of a grey pixel, which has no hue
 
-Channels = tuple[Tensor, Tensor, Tensor]
+Channels = Sequence[Tensor]  # red, green, blue
 
 
 def additive_jitter(channels: Channels, order: Tensor, factors: Tensor) -> Channels:
     """Old kornia's operations: affine, HSV, affine, HSV, affine.
 
-    Brightness adds and contrast multiplies, so that two of them in a row, with their clamps, are one affine map between
-    bounds. Saturation and hue change different components of HSV, so that next to each other they are one step.
+    Brightness adds and contrast multiplies, so that two of them in a row, with their clamps, are one affine map with a
+    bound. Saturation and hue are the HSV steps, the one that comes first in the first.
 
     Args:
         channels: Three (N, H, W) float tensors in [0, 1].
@@ -32,13 +34,10 @@ def additive_jitter(channels: Channels, order: Tensor, factors: Tensor) -> Chann
         Three (N, H, W) tensors in [0, 1].
     """
     when = order.argsort(1).T  # (4, N): when each operation comes
-    first, last = when[SATURATION:].amin(0), when[SATURATION:].amax(0)
-    slot = (when[:SATURATION] > first).long() + (when[:SATURATION] > last)
-    later = (when[SATURATION:] == last) & (last > first + 1)
-    used = torch.stack([~later, later])  # (2, 2, N): HSV step, operation
-    saturation = torch.where(used[:, 0], factors[SATURATION], 1)[..., None, None]
-    turn = torch.where(used[:, 1], factors[HUE], 0)[..., None, None]
-    affine = _affine_maps(when, factors, slot)
+    hue_first = when[HUE] < when[SATURATION]
+    saturation = _at(torch.stack([~hue_first, hue_first]), factors[SATURATION], 1)
+    turn = _at(torch.stack([hue_first, ~hue_first]), factors[HUE], 0)
+    affine = _affine_maps(when, factors)
     channels = _affine(channels, *affine[0])
     for i in range(2):
         channels = _hsv(channels, saturation[i], turn[i])
@@ -56,17 +55,15 @@ def torchvision_jitter(channels: Channels, order: Tensor, factors: Tensor) -> Ch
     """
     when = order.argsort(1).T
     blends, which = when[CONTRAST:HUE].sort(0)  # (2, N): contrast and saturation as they follow each other
-    later = blends > when[HUE]
-    used = torch.stack([~later, later])  # (2, 2, N): side of the hue, blend
-    amount = torch.where(used, factors[CONTRAST:HUE].gather(0, which), 1)[..., None, None]
-    later = when[BRIGHTNESS] > when[HUE]
-    place = (when[BRIGHTNESS] > blends).sum(0)  # 0: before both blends, 1: between, 2: after
-    used = torch.stack([~later, later])[:, None] & (place == torch.arange(3, device=order.device)[:, None])
-    gain = torch.where(used, factors[BRIGHTNESS], 1)[..., None, None]  # (2, 3, N, 1, 1): side, place
+    after_hue = blends > when[HUE]
+    amount = _at(torch.stack([~after_hue, after_hue]), factors[CONTRAST:HUE].gather(0, which), 1)  # side, blend
+    after_hue = when[BRIGHTNESS] > when[HUE]
+    place = _one_hot((when[BRIGHTNESS] > blends).sum(0), 3)  # before both blends, between, after
+    gain = _at(torch.stack([place & ~after_hue, place & after_hue]), factors[BRIGHTNESS], 1)  # side, place
     contrast = (which == 0)[..., None, None]
     turn = factors[HUE][:, None, None]
     for i in range(2):
-        channels = _affine(channels, gain[i, 0], 0, 0, 1)
+        channels = [x.mul(gain[i, 0]).clamp_max_(1) for x in channels]
         for j in range(2):
             channels = _blend(channels, contrast[j], amount[i, j], gain[i, j + 1])
         if i == 0:
@@ -74,34 +71,35 @@ def torchvision_jitter(channels: Channels, order: Tensor, factors: Tensor) -> Ch
     return channels
 
 
-def _affine_maps(when: Tensor, factors: Tensor, slot: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Brightness and contrast before, between and after the HSV steps, as min(max(scale x + shift, low), high).
+def _affine_maps(when: Tensor, factors: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Brightness and contrast before, between and after the HSV steps, as clamp(scale x + shift, 0, high).
 
-    With b added and c multiplied, clamp(c clamp(x + b)) = clamp(c x + c b, 0, clamp(c)), and clamp(clamp(c x) + b) =
-    clamp(c x + b, clamp(b), clamp(1 + b)).
+    With b added and c multiplied, and x in [0, 1],
+
+        clamp(c clamp(x + b)) = clamp(c x + c b, 0, c)    and    clamp(clamp(c x) + b) = clamp(c x + b, 0, 1 + b),
+
+    both at most 1.
 
     Args:
         when: (4, N) int64, when each operation comes.
         factors: (4, N), their factors.
-        slot: (2, N) int64, in which of the three maps brightness and contrast fall.
 
     Returns:
-        Three times scale, shift, low and high, each (N, 1, 1).
+        Three times scale, shift and high, each (N, 1, 1).
     """
-    here = slot[:, None] == torch.arange(3, device=slot.device)[:, None]  # (2, 3, N)
-    added = torch.where(here[0], factors[BRIGHTNESS] - 1, 0)
-    scale = torch.where(here[1], factors[CONTRAST], 1)
+    slot = (when[:SATURATION, None] > when[None, SATURATION:]).sum(1)  # (2, N): after how many of the HSV steps
+    here = _one_hot(slot, 3)
+    added = torch.where(here[:, BRIGHTNESS], factors[BRIGHTNESS] - 1, 0)
+    scale = torch.where(here[:, CONTRAST], factors[CONTRAST], 1)
     adds_first = when[BRIGHTNESS] < when[CONTRAST]
     shift = torch.where(adds_first, scale * added, added)
-    low = torch.where(adds_first, 0, added).clamp(0, 1)
-    high = torch.where(adds_first, scale, 1 + added).clamp(0, 1)
-    return list(zip(*(value[..., None, None] for value in (scale, shift, low, high)), strict=True))
+    high = torch.where(adds_first, scale, 1 + added).clamp(max=1)
+    return list(zip(*(value[..., None, None] for value in (scale, shift, high)), strict=True))
 
 
-def _affine(channels: Channels, scale: Tensor, shift: Tensor, low: Tensor, high: Tensor) -> Channels:
-    """min(max(scale x + shift, low), high)."""
-    red, green, blue = (x.mul(scale).add_(shift).clamp_min_(low).clamp_max_(high) for x in channels)
-    return red, green, blue
+def _affine(channels: Channels, scale: Tensor, shift: Tensor, high: Tensor) -> Channels:
+    """clamp(scale x + shift, 0, high)."""
+    return [x.mul(scale).add_(shift).clamp_min_(0).clamp_max_(high) for x in channels]
 
 
 def _blend(channels: Channels, contrast: Tensor, amount: Tensor, gain: Tensor) -> Channels:
@@ -109,15 +107,15 @@ def _blend(channels: Channels, contrast: Tensor, amount: Tensor, gain: Tensor) -
     red, green, blue = channels
     grey = (GREY[0] * red).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
     base = torch.where(contrast, grey.mean((1, 2), keepdim=True), grey).mul_(gain * (1 - amount))
-    return _affine(channels, gain * amount, base, 0, gain.clamp(max=1))
+    return _affine(channels, gain * amount, base, gain.clamp(max=1))
 
 
 def _hsv(channels: Channels, saturation: Tensor, turn: Tensor) -> Channels:
     """Scale the saturation of HSV and turn the hue by a share of the circle, without going through HSV.
 
     With V the greatest channel and C, the chroma, the greatest less the least, a channel is V within a sixth of the
-    circle around its own hue, V - C beyond a third, and linear between. So one hue is found, and three clamped distances
-    on the circle give the channels.
+    circle around its own hue, V - C beyond a third, and linear between. So one hue is found, and three clamped
+    distances on the circle give the channels.
     """
     red, green, blue = channels
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -127,9 +125,21 @@ def _hsv(channels: Channels, saturation: Tensor, turn: Tensor) -> Channels:
     # So 2 + red - green - blue, of the weights, is the distance from cyan in sixths, and green against blue the side.
     hue = (red + least).sub_(green).sub_(blue).div_(chroma.clamp(min=TINY)).add_(2)
     hue = torch.copysign(hue, blue - green)
-    hue = torch.add(turn.remainder(1) + 0.5, hue, alpha=1 / 6).frac_()  # at least 0, where the fraction is the remainder
+    # Half a turn and more are added, so that the sum is at least 0, where the fraction is the remainder.
+    hue = torch.add(turn.remainder(1) + 0.5, hue, alpha=1 / 6).frac_()
     chroma = torch.minimum(chroma * saturation, value)  # the saturation C / V is at most 1
     from_cyan, from_green, from_blue = ((hue - own).abs_().clamp_(1 / 6, 1 / 3) for own in (1 / 2, 1 / 3, 2 / 3))
     red = torch.addcmul(torch.sub(value, chroma, alpha=2), chroma, from_cyan, value=6)  # opposite to cyan
     top = value + chroma
     return red, torch.addcmul(top, chroma, from_green, value=-6), torch.addcmul(top, chroma, from_blue, value=-6)
+
+
+def _one_hot(index: Tensor, size: int) -> Tensor:
+    """(..., N) int64 as (size, ..., N) bool."""
+    places = torch.arange(size, device=index.device)
+    return index == places.reshape(-1, *[1] * index.ndim)
+
+
+def _at(used: Tensor, value: Tensor, neutral: float) -> Tensor:
+    """The value where it is used, else what changes nothing: (..., N) as (..., N, 1, 1)."""
+    return torch.where(used, value, neutral)[..., None, None]
