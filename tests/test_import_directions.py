@@ -12,8 +12,10 @@ LEAVES = {"mixing", "augment", "teacher", "losses", "alignment"}
 # Room (a module file or a folder): the rooms of crossmix that it may import.
 ALLOWED: dict[str, set[str]] = {
     "_checks": set(),
+    "_color": set(),  # the pixel operations of `augment`, and of no other room
     "_distributed": set(),
     **{leaf: {"_checks", "_distributed"} for leaf in LEAVES},
+    "augment": {"_checks", "_color", "_distributed"},
     "metrics": {"_checks", "_distributed"},
     "self_training": {"_checks", *LEAVES},
     "recipes": {"_checks", "self_training", *LEAVES},
