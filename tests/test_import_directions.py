@@ -13,7 +13,9 @@ LEAVES = {"mixing", "augment", "teacher", "losses", "alignment"}
 ALLOWED: dict[str, set[str]] = {
     "_checks": set(),
     "_distributed": set(),
+    "_cross_entropy": set(),
     **{leaf: {"_checks", "_distributed"} for leaf in LEAVES},
+    "losses": {"_checks", "_distributed", "_cross_entropy"},
     "metrics": {"_checks", "_distributed"},
     "self_training": {"_checks", *LEAVES},
     "recipes": {"_checks", "self_training", *LEAVES},
