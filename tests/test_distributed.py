@@ -66,6 +66,15 @@ SCRIPT = textwrap.dedent(
         for p, q in zip(one.teacher.module.parameters(), two.teacher.module.parameters()):
             torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
 
+    small = torch.randn(4, 3, 2, 3, generator=g, dtype=torch.float64)
+    weights = torch.rand(4, 6, 8, generator=g, dtype=torch.float64)
+    for normalizer in ("all", "valid", "weights"):
+        everything, mine = small.clone().requires_grad_(), small[rows].clone().requires_grad_()
+        ConfidenceWeightedCE(normalizer=normalizer).upsampled(everything, labels, weights).backward()
+        criterion = ConfidenceWeightedCE(normalizer=normalizer, sync=True)
+        criterion.upsampled(mine, labels[rows], weights[rows]).backward()
+        torch.testing.assert_close(mine.grad / 2, everything.grad[rows], rtol=1e-10, atol=1e-14)
+
     probs = torch.rand(4, 3, 6, 8, generator=g).softmax(1)
     whole, part = DistributionAlignment(3), DistributionAlignment(3, sync=True)
     alone = DistributionAlignment(3)
