@@ -34,7 +34,7 @@ PUBLIC = {
     "crossmix.visualize": ["colorize", "gallery"],
     "crossmix.engine": [
         "BusyError", "CheckpointError", "CheckpointStore", "FiniteGuard", "FolderLock", "KeyedCrops",
-        "NonFiniteError", "Progress", "RunLog", "StopRequest", "keyed_generator", "resident",
+        "NonFiniteError", "Progress", "Report", "RunLog", "StopRequest", "keyed_generator", "resident",
     ],
 }  # fmt: skip
 
