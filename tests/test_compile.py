@@ -98,9 +98,10 @@ def test_self_training__of_small_logits_compiles() -> None:
     training = recipes.self_training(student, C, upsample=True).train()
     values = inputs()
     data, draw = (values["images"], values["labels"], values["images"].flip(0)), training.sample(2)
-    gradients = []
-    for step in (training, torch.compile(training, fullgraph=True, backend="aot_eager")):
-        gradients.append(torch.autograd.grad(step(*data, draw=draw).loss, list(student.parameters())))
+    gradients = [
+        torch.autograd.grad(step(*data, draw=draw).loss, list(student.parameters()))
+        for step in (training, torch.compile(training, fullgraph=True, backend="aot_eager"))
+    ]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 

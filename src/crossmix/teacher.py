@@ -284,19 +284,23 @@ def _unwrap(module: nn.Module) -> nn.Module:
 
 
 def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters and buffers by name, shared ones once: `named_parameters` and `named_buffers` in one walk.
+    """What `named_parameters` and `named_buffers` give, in one walk: their four are a tenth of an update on a CPU."""
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    seen = set()  # shared ones are averaged once
 
-    For ResNet-101 on a CPU, walking twice as often adds a tenth to the whole update.
-    """
-    found: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
-    seen: set[int] = set()
-    for prefix, part in module.named_modules():
-        for tensors, own in zip(found, (part._parameters, part._buffers), strict=True):
+    def walk(part: nn.Module, prefix: str) -> None:
+        for own, found in ((part._parameters, parameters), (part._buffers, buffers)):
             for name, value in own.items():
                 if value is not None and id(value) not in seen:
                     seen.add(id(value))
-                    tensors[f"{prefix}.{name}" if prefix else name] = value
-    return found
+                    found[prefix + name] = value
+        for name, child in part._modules.items():
+            if child is not None:
+                walk(child, f"{prefix}{name}.")
+
+    walk(module, "")
+    return parameters, buffers
 
 
 def _matched(averaged: dict[str, Tensor], current: dict[str, Tensor], kind: str) -> tuple[list[Tensor], list[Tensor]]:
