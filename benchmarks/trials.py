@@ -7,6 +7,7 @@ run again.
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -64,7 +65,7 @@ class Job:
     @property
     def file(self) -> str:
         """The file's name."""
-        return f"{self.row.replace(' ', '-')}--seed-{self.seed}.json"
+        return f"{re.sub('[^a-z0-9.]+', '-', self.row.lower()).strip('-')}--seed-{self.seed}.json"
 
     def options(self) -> dict[str, Any]:
         """All that the result depends on."""
@@ -256,10 +257,9 @@ def none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def best(document: dict[str, Any]) -> dict[str, Any]:
-    """The look at which the student scored best."""
-    look: dict[str, Any] = max(document["looks"], key=lambda look: look["student"]["miou"])
-    return look
+def best(looks: Sequence[dict[str, Any]], network: str = "student") -> dict[str, Any]:
+    """The look at which a network scored best."""
+    return max(looks, key=lambda look: float(look[network]["miou"]))
 
 
 # -------------------------------------------------------------------------------------------------------- many runs
@@ -273,7 +273,7 @@ def run_all(jobs: Sequence[Job], out: Path, workers: int) -> list[dict[str, Any]
         begin = time.perf_counter()
         for count, job in enumerate(completed(left, out, workers), 1):
             document = json.loads((out / job.file).read_text(encoding="utf-8"))
-            last, top = document["looks"][-1], best(document)
+            last, top = document["looks"][-1], best(document["looks"])
             minutes = (time.perf_counter() - begin) / count * (len(left) - count) / 60
             print(
                 f"[{len(jobs) - len(left) + count}/{len(jobs)}] {job.row}, seed {job.seed}: mIoU "
