@@ -22,6 +22,7 @@ class Panel(NamedTuple):
 
     title: str
     series: Mapping[str, Sequence[Sequence[float | None]]]
+    limit: float = 1  # the top of the plot; what is above is drawn there
     level: float | None = None  # a dashed line: what the curves should reach
 
 
@@ -77,7 +78,7 @@ def bars(title: str, rows: Mapping[str, Sequence[float]], *, unit: str = "%") ->
 
 
 def curves(title: str, steps: Sequence[int], panels: Sequence[Panel], *, columns: int) -> str:
-    """Panels in rows, all from 0 to 1 over the steps, with one legend."""
+    """Panels in rows, all over the steps, with one legend."""
     cell_width, cell_height, plot_width, plot_height = 230.0, 150.0, 180.0, 100.0
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
     width = max(cell_width * columns + 20, 480)
@@ -90,21 +91,21 @@ def curves(title: str, steps: Sequence[int], panels: Sequence[Panel], *, columns
     for i, panel in enumerate(panels):
         left, top = 40 + cell_width * (i % columns), 76 + cell_height * (i // columns)
         parts += [text(left + plot_width / 2, top - 6, panel.title, anchor="middle")]
-        for tick in (0.0, 0.5, 1.0):
-            y = top + plot_height * (1 - tick)
-            parts += [line(left, y, left + plot_width, y), text(left - 5, y + 4, f"{tick:g}", size=10, anchor="end")]
+        for part in (0.0, 0.5, 1.0):
+            y, tick = top + plot_height * (1 - part), f"{part * panel.limit:g}"
+            parts += [line(left, y, left + plot_width, y), text(left - 5, y + 4, tick, size=10, anchor="end")]
         parts += [
             text(left, top + plot_height + 14, "0", size=10, anchor="middle"),
             text(left + plot_width, top + plot_height + 14, f"{steps[-1]}", size=10, anchor="middle"),
         ]
         if panel.level is not None:
-            y = top + plot_height * (1 - panel.level)
+            y = top + plot_height * (1 - panel.level / panel.limit)
             parts.append(line(left, y, left + plot_width, y, color=INK, dash="4 3"))
         for name, runs in panel.series.items():
             color = COLORS.get(name, PLAIN)
             for values, stroke in [*((run, 0.6) for run in runs if len(runs) > 1), (mean_of(runs), 2.0)]:
                 points = [
-                    (left + plot_width * step / steps[-1], top + plot_height * (1 - value))
+                    (left + plot_width * step / steps[-1], top + plot_height * (1 - min(value / panel.limit, 1)))
                     for step, value in zip(steps, values, strict=True)
                     if value is not None
                 ]

@@ -145,11 +145,8 @@ def ablation(suite: str) -> list[str]:
     parts += ["### Expected and found\n", checks_table(document), *remarks(suite)]
     parts += ["### By class\n", "The student at the last step.\n", class_table(document)]
     if watched(rows):
-        parts += [
-            "### What the pseudo-labels did\n",
-            WATCHING.format(looks=len(document["looks"]), count=LOOKED_AT),
-            pseudo_label_table(rows),
-        ]
+        watching = WATCHING.format(looks=len(document["looks"]), count=LOOKED_AT)
+        parts += ["### What the pseudo-labels did\n", watching, pseudo_label_table(rows)]
         parts += [figure(f"{name}-course.svg", "Scores, lambda, agreement and errors over training")]
         parts += [figure(f"{name}-recall.svg", "Recall of the pseudo-labels over training, by class")]
         parts += [figure(f"{name}-share.svg", "Share of each class among the pseudo-labels over training")]
@@ -344,23 +341,19 @@ def course_figure(document: Document) -> str:
 
 
 def class_figure(document: Document, key: str) -> str:
-    """A panel per class, the mean over seeds; shares as multiples of the true share, 1 being half way up."""
-    panels = []
+    """A panel per class, the mean over seeds: recalls, or shares as multiples of the true share."""
+    panels, rows = [], watched(document["rows"])
     for i, name in enumerate(document["options"]["pair"]["classes"]):
-        series = {
-            row: [[scaled(values[i], document["true_share"][i], key) for values in entry["by_class"][key]]]
-            for row, entry in watched(document["rows"]).items()
-        }
-        panels.append(Panel(name, series, level=0.5 if key == "share" else None))
-    what = "recall of the pseudo-labels" if key == "recall" else "share over true share, dashed: 1, cut off at 2"
+        unit = document["true_share"][i] if key == "share" else 1.0
+        series = {row: [[ratio(values[i], unit) for values in entry["by_class"][key]]] for row, entry in rows.items()}
+        panels.append(Panel(name, series, limit=2, level=1) if key == "share" else Panel(name, series))
+    what = "recall of the pseudo-labels" if key == "recall" else "share of the pseudo-labels over the true share"
     return curves(f"{document['options']['pair']['name']}: {what}", document["looks"], panels, columns=4)
 
 
-def scaled(value: float | None, true_share: float, key: str) -> float | None:
-    """A recall as it is; a share so that the true one is at 0.5."""
-    if key == "recall" or value is None:
-        return value
-    return min(value / true_share / 2, 1.0) if true_share else None
+def ratio(value: float | None, unit: float) -> float | None:
+    """A number in another unit, where both are known."""
+    return value / unit if value is not None and unit else None
 
 
 if __name__ == "__main__":
