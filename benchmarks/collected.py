@@ -31,7 +31,7 @@ def seed_of(document: Document) -> dict[str, Any]:
     networks = [name for name in ("student", "teacher") if name in looks[-1]]
     entry: dict[str, Any] = {
         "seed": document["options"]["seed"],
-        "seconds": round(document["seconds"], 1),
+        "cpu_seconds": round(document["cpu_seconds"], 1),
         "last": {name: rounded(looks[-1][name], 5) for name in networks},
         "best": {name: highest(looks, name) for name in networks},
         "curves": {name: rounded([look[name]["miou"] for look in looks], 4) for name in networks},

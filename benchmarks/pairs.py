@@ -38,7 +38,7 @@ class Pair:
 
 PAIRS = {
     "streetscenes": Pair("streetscenes", CLASS_NAMES, crop=(64, 128), steps=2200),
-    "camvid": Pair("camvid", CAMVID_CLASSES, crop=(96, 128), steps=2200),
+    "camvid": Pair("camvid", CAMVID_CLASSES, crop=(96, 128), steps=1600),
 }
 
 
@@ -75,7 +75,8 @@ def camvid_folders(root: Path) -> list[SegmentationFolder]:
         ]
     else:
         patterns = [(root / part / "images", root / part / "labels") for part in ("day", "dusk-train", "dusk-test")]
-    mapping = {**{i: i for i in range(len(CAMVID_CLASSES))}, len(CAMVID_CLASSES): 255}  # 11 is unlabelled
+    unlabelled = len(CAMVID_CLASSES)  # id 11
+    mapping: dict[int | tuple[int, int, int], int] = {**{i: i for i in range(unlabelled)}, unlabelled: 255}
     return [SegmentationFolder(images, labels, mapping, size=(120, 160)) for images, labels in patterns]
 
 

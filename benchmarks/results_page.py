@@ -159,12 +159,13 @@ def setting(document: Document) -> str:
     options, machine = document["options"], document["machine"]
     pair, runs = options["pair"], [run for entry in document["rows"].values() for run in entry["runs"]]
     height, width = pair["crop"]
+    hours = sum(run["cpu_seconds"] for run in runs) / 3600
     return (
         f"`deeplab_v2_tiny` from random weights, {options['steps']} steps of {pair['batch']} source and "
         f"{pair['batch']} target crops of {height} x {width}, learning rate {pair['lr']} (head ten times that), "
         f"polynomial decay 0.9, weight decay 0.0005; the released recipe with threshold {pair['threshold']} and EMA "
-        f"decay {pair['decay']}. {len(runs)} runs took {sum(run['seconds'] for run in runs) / 3600:.1f} core hours of "
-        f"training on {machine['processor']}, torch {machine['torch']}, {document['date']}.\n"
+        f"decay {pair['decay']}. Training took {len(runs)} runs {hours:.1f} core "
+        f"hours on {machine['processor']}, torch {machine['torch']}, {document['date']}.\n"
     )
 
 

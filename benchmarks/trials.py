@@ -134,7 +134,7 @@ def run(job: Job) -> dict[str, Any]:
     seconds = 0.0
     training.train()
     for step in range(job.steps):
-        begin = time.perf_counter()
+        begin = time.process_time()
         for group in optimizer.param_groups:
             group["lr"] = poly_lr(step, job.steps, group["initial_lr"])
         target_images, target_labels = batch(target, step, pair.batch)
@@ -149,7 +149,7 @@ def run(job: Job) -> dict[str, Any]:
         output.loss.backward()
         optimizer.step()
         training.update()
-        seconds += time.perf_counter() - begin
+        seconds += time.process_time() - begin
         losses.append((output.source_loss.item(), output.mixed_loss.item()))
         if step + 1 in looked_at:
             look = {"step": step + 1, **scores(training, domains.test, len(pair.classes)), **means(losses)}
@@ -159,7 +159,7 @@ def run(job: Job) -> dict[str, Any]:
                 look["pseudo_labels"] = watch(training, domains.target[:LOOKED_AT], pair, variant)
             looks.append(look)
             losses.clear()
-    return {"options": job.options(), "torch": str(torch.__version__), "seconds": seconds, "looks": looks}
+    return {"options": job.options(), "torch": str(torch.__version__), "cpu_seconds": seconds, "looks": looks}
 
 
 def build(student: DeepLabV2, pair: Pair, variant: Variant, target_shares: Tensor) -> SelfTraining:
@@ -274,11 +274,12 @@ def run_all(jobs: Sequence[Job], out: Path, workers: int) -> list[dict[str, Any]
         for count, job in enumerate(completed(left, out, workers), 1):
             document = json.loads((out / job.file).read_text(encoding="utf-8"))
             last, top = document["looks"][-1], best(document["looks"])
+            speed = job.steps / document["cpu_seconds"]
             minutes = (time.perf_counter() - begin) / count * (len(left) - count) / 60
             print(
                 f"[{len(jobs) - len(left) + count}/{len(jobs)}] {job.row}, seed {job.seed}: mIoU "
                 f"{100 * last['student']['miou']:.2f} %, best {100 * top['student']['miou']:.2f} % at step "
-                f"{top['step']}, {job.steps / document['seconds']:.1f} it/s, about {minutes:.0f} min left",
+                f"{top['step']}, {speed:.1f} it/s of CPU time, about {minutes:.0f} min left",
                 flush=True,
             )
     return [json.loads((out / job.file).read_text(encoding="utf-8")) for job in jobs]
