@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from crossmix import CrossDomainMix, MeanTeacher, Mixed, SelfTraining, StrongAugment, recipes
+from crossmix import CrossDomainMix, MeanTeacher, Mixed, SelfTraining, SelfTrainingOutput, StrongAugment, recipes
 from crossmix import functional as F
 from crossmix.datasets import Sample
 from crossmix.diagnostics import PseudoLabelMonitor
@@ -130,7 +130,7 @@ def run(job: Job) -> dict[str, Any]:
     target = KeyedCrops(domains.target, pair.crop, seed=job.seed, stream=TARGET)
     looked_at = {math.ceil(job.steps * (i + 1) / LOOKS) for i in range(LOOKS)}
     looks: list[dict[str, Any]] = []
-    losses: list[tuple[float, float]] = []
+    noted: list[dict[str, float]] = []
     seconds = 0.0
     training.train()
     for step in range(job.steps):
@@ -150,15 +150,13 @@ def run(job: Job) -> dict[str, Any]:
         optimizer.step()
         training.update()
         seconds += time.process_time() - begin
-        losses.append((output.source_loss.item(), output.mixed_loss.item()))
+        noted.append(note(training, output, source_labels, target_labels))
         if step + 1 in looked_at:
-            look = {"step": step + 1, **scores(training, domains.test, len(pair.classes)), **means(losses)}
-            if output.mixed is not None:
-                truth = true_mixed_labels(training, output.mixed, source_labels, target_labels)
-                look["mixed_accuracy"] = accuracy(output.mixed.labels, truth)
+            look = {"step": step + 1, **means(noted), **scores(training, domains.test, len(pair.classes))}
+            if training.teacher is not None:
                 look["pseudo_labels"] = watch(training, domains.target[:LOOKED_AT], pair, variant)
             looks.append(look)
-            losses.clear()
+            noted.clear()
     return {"options": job.options(), "torch": str(torch.__version__), "cpu_seconds": seconds, "looks": looks}
 
 
@@ -233,6 +231,17 @@ def watch(training: SelfTraining, samples: list[Sample], pair: Pair, variant: Va
     }
 
 
+def note(
+    training: SelfTraining, output: SelfTrainingOutput, source_labels: Tensor, target_labels: Tensor
+) -> dict[str, float]:
+    """What is kept of a step: its losses, and the share of right labels in the mixed batch."""
+    noted = {"source_loss": output.source_loss.item(), "mixed_loss": output.mixed_loss.item()}
+    if output.mixed is not None:
+        truth = true_mixed_labels(training, output.mixed, source_labels, target_labels)
+        noted["mixed_accuracy"] = (output.mixed.labels == truth)[truth != 255].double().mean().item()
+    return noted
+
+
 def true_mixed_labels(training: SelfTraining, mixed: Mixed, source_labels: Tensor, target_labels: Tensor) -> Tensor:
     """What the labels of a mixed batch would be if the truth about the target were known."""
     if isinstance(training.mix, CrossDomainMix):
@@ -240,16 +249,9 @@ def true_mixed_labels(training: SelfTraining, mixed: Mixed, source_labels: Tenso
     return F.mix(target_labels, target_labels.roll(-1, 0), mixed.mask) if training.mix is not None else target_labels
 
 
-def accuracy(labels: Tensor, truth: Tensor) -> float:
-    """The share of pixels with a true label that carry it."""
-    known = truth != 255
-    return float((labels == truth)[known].double().mean())
-
-
-def means(losses: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """The mean losses since the last look."""
-    source, mixed = (sum(column) / len(losses) for column in zip(*losses, strict=True))
-    return {"source_loss": source, "mixed_loss": mixed}
+def means(noted: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The means over the steps since the last look."""
+    return {name: sum(step[name] for step in noted) / len(noted) for name in noted[0]}
 
 
 def none_if_nan(value: float) -> float | None:
