@@ -1,0 +1,361 @@
+"""Make docs/results.md and its figures from the committed result files.
+
+    python benchmarks/results_page.py            print the page
+    python benchmarks/results_page.py --write    write the page, the figures and the entry in docs/index.md
+
+A suite without a result file is named on the page as missing. What a person has to say about a suite stands in
+results/<suite>.md and is taken over as it is.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from charts import Panel, bars, curves
+from collected import mean_and_sd
+from expected import checks, mious
+from sensitivity import BASE, OPTIONS, row_name
+from trials import LOOKED_AT
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
+TITLES = {"ablation-streetscenes": "StreetScenes", "ablation-camvid": "CamVid, day to dusk"}
+SENSITIVITY = "sensitivity-streetscenes"
+Document = dict[str, Any]
+
+INTRODUCTION = """\
+# Results
+
+The paper's findings on two pairs of domains that anyone can get, with every seed. All scores are IoU in percent on
+held-out target images; ± is the standard deviation over seeds. This page and its figures are made from the files in
+`benchmarks/results/`:
+
+```bash
+python benchmarks/ablation.py --pair streetscenes --workers 2 --save
+python benchmarks/ablation.py --pair camvid --camvid CamVid --workers 2 --save
+python benchmarks/sensitivity.py --workers 2 --save
+python benchmarks/results_page.py --write
+```
+
+A run is a pure function of its options and its seed, to the bit on one machine. Every method of a seed has the same
+network from the same weights, the same number of steps and the same batches. The colour jitter and blur of DACS are
+applied to the mixed images of every method that has them, to the source images in `source + jitter`, and nowhere else.
+`alignment` knows the true class shares of the target and `oracle` trains on its labels: both are bounds, not methods.
+"""
+
+WATCHING = """\
+At {looks} points of training `PseudoLabelMonitor` held the teacher's labels on {count} training images of the target
+against the truth, which training never saw. Thin lines are seeds, thick ones their mean.
+"""
+
+BY_CLASS = """\
+Precision / recall of the pseudo-labels at the last step, by class, and in brackets the class's share among them; a
+precision of - means that the class is never predicted. Means over seeds.
+"""
+
+ONE_AT_A_TIME = """\
+One option at a time, on StreetScenes, {seeds} seeds of {steps} steps each. The difference is to the base, seed by seed.
+It is called clear where every seed moves the same way and the mean moves by more than twice its standard error; else it
+is within the spread of these seeds.
+"""
+
+PAIR_TEXT = {
+    "ablation-streetscenes": (
+        "Rendered scenes in two looks (`crossmix.datasets.StreetScenes`): 400 source and 400 target scenes of 64 x 128 "
+        "pixels, 100 more target scenes to score on. Shift and class balance were fixed by what a network trained on "
+        "target labels and one trained on source labels score (`benchmarks/street_scenes_shift.py`), before any other "
+        "method was run."
+    ),
+    "ablation-camvid": (
+        "Photographs from a moving car: drive 0006R0 by day is the source (101 images), the first half of drive 0001TP "
+        "at dusk the target (62), its second half is scored on (62). CamVid in the SegNet version, resized to "
+        "120 x 160. The hyper-parameters are those of StreetScenes."
+    ),
+}
+
+
+def main() -> None:
+    """Print or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    if not args.write:
+        print(page())
+        return
+    (DOCS / "results").mkdir(exist_ok=True)
+    (DOCS / "results.md").write_text(page(), encoding="utf-8")
+    for name, content in figures().items():
+        (DOCS / "results" / name).write_text(content, encoding="utf-8")
+    index = DOCS / "index.md"
+    listed = index.read_text(encoding="utf-8")
+    if "\nresults\n" not in listed:
+        index.write_text(listed.replace("\nreproduce\n", "\nreproduce\nresults\n"), encoding="utf-8")
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [INTRODUCTION]
+    for suite in TITLES:
+        parts += ablation(suite)
+    parts += sensitivity()
+    return "\n".join(parts).rstrip("\n") + "\n"
+
+
+def figures() -> dict[str, str]:
+    """Every figure as SVG, by file name."""
+    found = {}
+    for suite in TITLES:
+        document = read(suite)
+        if document is not None:
+            name = document["options"]["pair"]["name"]
+            found[f"{name}-miou.svg"] = miou_figure(document)
+            found[f"{name}-course.svg"] = course_figure(document)
+            found[f"{name}-recall.svg"] = class_figure(document, "recall")
+            found[f"{name}-share.svg"] = class_figure(document, "share")
+    document = read(SENSITIVITY)
+    if document is not None:
+        found["sensitivity-miou.svg"] = miou_figure(document)
+    return found
+
+
+def read(suite: str) -> Document | None:
+    """A result file, where it is there."""
+    path = RESULTS / f"{suite}.json"
+    if not path.exists():
+        return None
+    content: Document = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def ablation(suite: str) -> list[str]:
+    """The section of a pair."""
+    document = read(suite)
+    if document is None:
+        return [f"## {TITLES[suite]}\n\nNot run yet: there is no `benchmarks/results/{suite}.json`.\n"]
+    name, rows = document["options"]["pair"]["name"], document["rows"]
+    parts = [f"## {TITLES[suite]}\n", PAIR_TEXT[suite] + "\n", setting(document), scores_table(rows)]
+    parts += [figure(f"{name}-miou.svg", "mIoU of every method, a dot per seed")]
+    parts += ["### Expected and found\n", checks_table(document), *remarks(suite)]
+    parts += ["### By class\n", "The student at the last step.\n", class_table(document)]
+    if watched(rows):
+        watching = WATCHING.format(looks=len(document["looks"]), count=LOOKED_AT)
+        parts += ["### What the pseudo-labels did\n", watching, pseudo_label_table(rows)]
+        parts += [figure(f"{name}-course.svg", "Scores, lambda, agreement and errors over training")]
+        parts += [figure(f"{name}-recall.svg", "Recall of the pseudo-labels over training, by class")]
+        parts += [figure(f"{name}-share.svg", "Share of each class among the pseudo-labels over training")]
+        parts += [BY_CLASS, precision_table(document)]
+    return parts
+
+
+def setting(document: Document) -> str:
+    """What all runs had in common."""
+    options, machine = document["options"], document["machine"]
+    pair, runs = options["pair"], [run for entry in document["rows"].values() for run in entry["runs"]]
+    height, width = pair["crop"]
+    hours = sum(run["cpu_seconds"] for run in runs) / 3600
+    return (
+        f"`deeplab_v2_tiny` from random weights, {options['steps']} steps of {pair['batch']} source and "
+        f"{pair['batch']} target crops of {height} x {width}, learning rate {pair['lr']} (head ten times that), "
+        f"polynomial decay 0.9, weight decay 0.0005; the released recipe with threshold {pair['threshold']} and EMA "
+        f"decay {pair['decay']}. Training took {len(runs)} runs {hours:.1f} core "
+        f"hours on {machine['processor']}, torch {machine['torch']}, {document['date']}.\n"
+    )
+
+
+def scores_table(rows: Document) -> str:
+    """One line per method, every seed in it."""
+    lines = [
+        "| method | mIoU, last step | best step | teacher, last | teacher, best | seeds, last step |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for name, entry in rows.items():
+        cells = [
+            mean_and_sd([run[when][network]["miou"] for run in entry["runs"]])
+            if network in entry["runs"][0][when]
+            else "-"
+            for network in ("student", "teacher")
+            for when in ("last", "best")
+        ]
+        seeds = ", ".join(f"{100 * value:.2f}" for value in mious(rows, name))
+        lines.append(f"| {name} | {' | '.join(cells)} | {seeds} |")
+    return "\n".join([*lines, ""])
+
+
+def checks_table(document: Document) -> str:
+    """Every expectation with its figures, misses first in words."""
+    found = checks(document["rows"], document["options"]["pair"]["classes"], document["options"]["pair"]["name"])
+    missed = [check.claim for check in found if not check.holds]
+    verdict = f"{len(found) - len(missed)} of {len(found)} expectations hold."
+    if missed:
+        verdict += f" Missed: {'; '.join(missed)}."
+    lines = [verdict, "", "| expected | paper, GTA5 to Cityscapes | found | |", "|---|---|---|---|"]
+    lines += [f"| {c.claim} | {c.paper} | {c.found} | {'holds' if c.holds else '**missed**'} |" for c in found]
+    return "\n".join([*lines, ""])
+
+
+def remarks(suite: str) -> list[str]:
+    """What a person has to say."""
+    path = RESULTS / f"{suite}.md"
+    return [path.read_text(encoding="utf-8").rstrip("\n") + "\n"] if path.exists() else []
+
+
+def class_table(document: Document) -> str:
+    """Classes down, methods across."""
+    rows, classes = document["rows"], document["options"]["pair"]["classes"]
+    lines = ["| class | " + " | ".join(rows) + " |", "|---|" + "---:|" * len(rows)]
+    for i, name in enumerate(classes):
+        cells = [
+            mean_and_sd([run["last"]["student"]["per_class"][i] or 0.0 for run in entry["runs"]])
+            for entry in rows.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    cells = [f"**{mean_and_sd(mious(rows, name))}**" for name in rows]
+    return "\n".join([*lines, f"| **mIoU** | {' | '.join(cells)} |", ""])
+
+
+def watched(rows: Document) -> Document:
+    """The rows that have pseudo-labels."""
+    return {name: entry for name, entry in rows.items() if "by_class" in entry}
+
+
+def pseudo_label_table(rows: Document) -> str:
+    """One line per method, at the last step."""
+    columns: dict[str, Callable[[Document], float]] = {
+        "lambda": lambda run: last(run, "lambda"),
+        "teacher-student agreement": lambda run: last(run, "agreement"),
+        "divergence from the true shares": lambda run: last(run, "divergence"),
+        "correct labels in the mixed batches": lambda run: last(run, "mixed_accuracy"),
+        "mean recall": lambda run: statistics.mean(v for v in run["pseudo_labels"]["recall"] if v is not None),
+    }
+    lines = ["| method | " + " | ".join(columns) + " | classes with a recall under 1 % |", "|---|" + "---:|" * 6]
+    for name, entry in watched(rows).items():
+        runs = entry["runs"]
+        cells = [mean_and_sd([column(run) for run in runs]) for column in columns.values()]
+        lost = [sum(v is not None and v < 0.01 for v in run["pseudo_labels"]["recall"]) for run in runs]
+        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(map(str, lost))} |")
+    return "\n".join(["Percent at the last step, the last column by seed:\n", *lines, ""])
+
+
+def last(run: Document, curve: str) -> float:
+    """Where a curve ends."""
+    return float(run["curves"][curve][-1])
+
+
+def precision_table(document: Document) -> str:
+    """Classes down, methods across: precision / recall (share)."""
+    rows, shares = watched(document["rows"]), document["true_share"]
+    lines = ["| class | true share | " + " | ".join(rows) + " |", "|---|---:|" + "---:|" * len(rows)]
+    for i, name in enumerate(document["options"]["pair"]["classes"]):
+        cells = []
+        for entry in rows.values():
+            precision, recall, share = (entry["by_class"][key][-1][i] for key in ("precision", "recall", "share"))
+            cells.append(f"{percent(precision)} / {percent(recall)} ({percent(share)})")
+        lines.append(f"| {name} | {percent(shares[i])} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def percent(value: float | None) -> str:
+    """A fraction for a table."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def sensitivity() -> list[str]:
+    """The section of the sensitivity study."""
+    document = read(SENSITIVITY)
+    title = "## What matters to DACS, and what does not\n"
+    if document is None:
+        return [title, f"Not run yet: there is no `benchmarks/results/{SENSITIVITY}.json`.\n"]
+    rows, seeds = document["rows"], len(document["rows"]["dacs"]["runs"])
+    parts = [
+        title,
+        ONE_AT_A_TIME.format(seeds=seeds, steps=document["options"]["steps"]),
+        "| option | value | mIoU | difference from the base | | lambda at the end | seeds |",
+        "|---|---|---:|---:|---|---:|---|",
+    ]
+    base = mious(rows, "dacs")
+    for option, values in OPTIONS.items():
+        for value, variant in values.items():
+            name = "dacs" if variant == BASE else row_name(option, value)
+            if name in rows:
+                parts.append(sensitivity_line(option, value, rows, name, base))
+    return [*parts, "", figure("sensitivity-miou.svg", "mIoU of every variant, a dot per seed"), *remarks(SENSITIVITY)]
+
+
+def sensitivity_line(option: str, value: str, rows: Document, name: str, base: Sequence[float]) -> str:
+    """One value of an option."""
+    found = mious(rows, name)
+    confident = mean_and_sd([last(run, "lambda") for run in rows[name]["runs"]])
+    difference, verdict = "base", ""
+    if name != "dacs":
+        moved = [100 * (a - b) for a, b in zip(found, base, strict=True)]
+        difference, verdict = f"{statistics.mean(moved):+.2f}", clear(moved)
+        if len(moved) > 1:
+            difference += f" ± {statistics.stdev(moved):.2f}"
+    seeds = ", ".join(f"{100 * v:.2f}" for v in found)
+    return f"| {option} | {value} | {mean_and_sd(found)} | {difference} | {verdict} | {confident} | {seeds} |"
+
+
+def clear(moved: Sequence[float]) -> str:
+    """Whether a difference stands out of the spread over seeds."""
+    same_way = all(value > 0 for value in moved) or all(value < 0 for value in moved)
+    error = statistics.stdev(moved) / len(moved) ** 0.5 if len(moved) > 1 else float("inf")
+    return "clear" if same_way and abs(statistics.mean(moved)) > 2 * error else "within the spread"
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+def figure(name: str, words: str) -> str:
+    """A figure on the page."""
+    return f"![{words}](results/{name})\n"
+
+
+def miou_figure(document: Document) -> str:
+    """Bars."""
+    rows, name = document["rows"], document["options"]["pair"]["name"]
+    title = f"{name}: mIoU at the last step, percent, a dot per seed"
+    return bars(title, {row: [100 * value for value in mious(rows, row)] for row in rows})
+
+
+def course_figure(document: Document) -> str:
+    """The scores of every method over training, and what the pseudo-labels were like."""
+    rows = document["rows"]
+    titles = {
+        "student": "mIoU of the student",
+        "lambda": "lambda",
+        "agreement": "teacher-student agreement",
+        "divergence": "divergence from the true shares",
+        "mixed_accuracy": "correct labels in the mixed batch",
+    }
+    panels = []
+    for key, title in titles.items():
+        seeds = {name: [run["curves"].get(key) for run in entry["runs"]] for name, entry in rows.items()}
+        panels.append(Panel(title, {name: runs for name, runs in seeds.items() if runs[0] is not None}))
+    return curves(f"{document['options']['pair']['name']}: over training", document["looks"], panels, columns=3)
+
+
+def class_figure(document: Document, key: str) -> str:
+    """A panel per class, the mean over seeds: recalls, or shares as multiples of the true share."""
+    panels, rows = [], watched(document["rows"])
+    for i, name in enumerate(document["options"]["pair"]["classes"]):
+        unit = document["true_share"][i] if key == "share" else 1.0
+        series = {row: [[ratio(values[i], unit) for values in entry["by_class"][key]]] for row, entry in rows.items()}
+        panels.append(Panel(name, series, limit=2, level=1) if key == "share" else Panel(name, series))
+    what = "recall of the pseudo-labels" if key == "recall" else "share of the pseudo-labels over the true share"
+    return curves(f"{document['options']['pair']['name']}: {what}", document["looks"], panels, columns=4)
+
+
+def ratio(value: float | None, unit: float) -> float | None:
+    """A number in another unit, where both are known."""
+    return value / unit if value is not None and unit else None
+
+
+if __name__ == "__main__":
+    main()
