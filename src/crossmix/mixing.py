@@ -378,12 +378,11 @@ class _Words:
     """
 
     def __init__(self, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-        # Ids beyond the classes become bit `num_classes`, negative ones bit 31: -1 & 31. In place on a copy, and where
-        # that takes the fewest bytes: before a uint8 map is widened, after an int64 one is narrowed (to its low words).
+        # Ids beyond the classes become bit `num_classes`, negative ones bit 31: -1 & 31, in place on a tensor of our own.
         if labels.dtype == torch.uint8:
             columns = labels.clamp(max=num_classes).to(torch.int32)
         else:
-            columns = labels.to(torch.int32, copy=True).clamp_(-1, num_classes).bitwise_and_(31)
+            columns = labels.clamp(-1, num_classes).to(torch.int32).bitwise_and_(31)
         self.words = torch.bitwise_left_shift(1, columns)
         known = (1 << num_classes) - 1
         if 0 <= ignore_index < num_classes:
