@@ -378,7 +378,7 @@ class _Words:
     """
 
     def __init__(self, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-        # Ids beyond the classes become bit `num_classes`, negative ones bit 31: -1 & 31, in place on a tensor of our own.
+        # Ids beyond the classes become bit `num_classes`, negative ones bit 31: -1 & 31. In place on a copy.
         if labels.dtype == torch.uint8:
             columns = labels.clamp(max=num_classes).to(torch.int32)
         else:
