@@ -374,6 +374,8 @@ def check_device(device: str) -> None:
 def set_up_arithmetic(config: Config) -> None:
     """How exact float32 products are on a GPU, and whether every run gives the same bits there."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products ask for
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.deterministic = config.deterministic
     torch.backends.cudnn.benchmark = config.device.startswith("cuda") and not config.deterministic
@@ -388,7 +390,7 @@ def autocast(config: Config) -> torch.autocast:
 def build_network(config: Config, ranks: Ranks) -> DeepLabV2:
     """DeepLab-v2, from the given weights or from random ones."""
     build = deeplab_v2_resnet101 if config.network == "resnet101" else deeplab_v2_tiny
-    network = build(NUM_CLASSES, aspp_branches=config.aspp_branches)
+    network = build(NUM_CLASSES, aspp_branches=config.aspp_branches, upsample=False)  # the loss does it, in blocks
     if config.weights:
         report = load_weights(network, config.weights, strict=False)  # COCO and ImageNet files have another head
         if ranks.first:
@@ -413,6 +415,7 @@ def build_training(student: DeepLabV2, config: Config, ranks: Ranks) -> SelfTrai
         recipe=recipes.Recipe(**{field.name: getattr(config, field.name) for field in fields(recipes.Recipe)}),
         prior=prior,
         sync=ranks.world > 1,
+        upsample=True,
     )
     if config.compile:
         student.compile()

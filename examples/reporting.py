@@ -67,7 +67,12 @@ def mixed_rows(
     source_images, source_labels, target_images = images
     modes = {module: module.training for module in training.modules()}
     shown = SelfTraining(
-        student, training.teacher, mix=training.mix, augment=training.augment, align=training.align
+        student,
+        training.teacher,
+        mix=training.mix,
+        augment=training.augment,
+        align=training.align,
+        upsample=training.upsample,
     ).eval()
     mixed = shown(source_images, source_labels, target_images, draw=draw).mixed
     for module, mode in modes.items():
@@ -96,7 +101,8 @@ def predicted_rows(
     student.eval()
     for image, label, _ in samples:
         small = tf.interpolate(image[None], size=shape, mode="bilinear", antialias=True)
-        prediction = student(small.to(device).float() / 255)[0].argmax(0)
+        logits = student(small.to(device).float() / 255)
+        prediction = tf.interpolate(logits, size=shape, mode="bilinear", align_corners=True)[0].argmax(0)
         truth = torch.full(shape, 255) if label is None else _resized(label, shape)
         rows.append([small[0], colorize(prediction), colorize(truth)])
     student.train(mode)
