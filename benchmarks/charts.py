@@ -84,10 +84,10 @@ def curves(title: str, steps: Sequence[int], panels: Sequence[Panel], *, columns
     width = max(cell_width * columns + 20, 480)
     rows = -(-len(panels) // columns)
     parts = [text(width / 2, 22, title, size=15, anchor="middle", weight="bold")]
-    x = width / 2 - sum(34 + 7 * len(name) for name in names) / 2
+    x = width / 2 - sum(40 + 6.2 * len(name) for name in names) / 2
     for name in names:
         parts += [line(x, 40, x + 18, 40, color=COLORS.get(name, PLAIN), width=3), text(x + 22, 44, name)]
-        x += 34 + 7 * len(name)
+        x += 40 + 6.2 * len(name)
     for i, panel in enumerate(panels):
         left, top = 40 + cell_width * (i % columns), 76 + cell_height * (i // columns)
         parts += [text(left + plot_width / 2, top - 6, panel.title, anchor="middle")]

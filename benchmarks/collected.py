@@ -55,7 +55,7 @@ def highest(looks: Sequence[Document], network: str) -> dict[str, Any]:
 def by_class(seeds: Sequence[Sequence[float | None]]) -> list[float | None]:
     """The mean over the seeds in which a class has a number."""
     columns = [[value for value in column if value is not None] for column in zip(*seeds, strict=True)]
-    return [round(statistics.mean(column), 3) if column else None for column in columns]
+    return [round(statistics.mean(column), 4) if column else None for column in columns]
 
 
 def mean_and_sd(fractions: Sequence[float]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from charts import Panel, bars, curves
+from charts import Panel, bars, curves, nice
 from collected import mean_and_sd
 from expected import checks, mious
 from sensitivity import BASE, OPTIONS, row_name
@@ -337,7 +337,9 @@ def course_figure(document: Document) -> str:
     panels = []
     for key, title in titles.items():
         seeds = {name: [run["curves"].get(key) for run in entry["runs"]] for name, entry in rows.items()}
-        panels.append(Panel(title, {name: runs for name, runs in seeds.items() if runs[0] is not None}))
+        series = {name: runs for name, runs in seeds.items() if runs[0] is not None}
+        highest = max(value for runs in series.values() for run in runs for value in run)
+        panels.append(Panel(title, series, limit=nice(100 * highest) / 100 if key == "student" else 1))
     return curves(f"{document['options']['pair']['name']}: over training", document["looks"], panels, columns=3)
 
 
