@@ -1,5 +1,6 @@
 """The trainer under kills, signals, several processes, bad numbers and bad input."""
 
+import contextlib
 import json
 import os
 import random
@@ -36,7 +37,7 @@ def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[s
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *launcher, str(EXAMPLE), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
     )  # fmt: skip
 
 
@@ -56,13 +57,20 @@ def test_kill_9__at_any_moment_changes_nothing(run: Callable[..., Path], folders
     flags = ["--steps", "120", "--save-every", "3", "--eval-every", "60", "--log-every", "1"]
     whole = run(*flags, out="whole")
     out, moments = tmp_path / "killed", random.Random(0)  # noqa: S311 - when to kill
+    groups: list[int] = []
     for attempt in range(20):
         process = start(*folders, *flags, "--out", str(out), "--resume", "--workers", str(2 * (attempt % 2)))
         begin = len((out / "log.jsonl").read_text().splitlines()) if (out / "log.jsonl").exists() else 0
         wait_for_step(out, min(begin + 2, 119), process)
         time.sleep(moments.random() * 0.15)
         process.kill()
-        process.communicate()
+        process.wait(60)  # not for the end of its output: a worker that was just being started may outlive it
+        assert process.stdout is not None
+        process.stdout.close()
+        groups.append(process.pid)
+    for group in groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
     done = run(*flags, "--resume", out="killed")
     assert_same(final(whole, 120), final(done, 120))
     steps = [json.loads(line)["step"] for line in (done / "log.jsonl").read_text().splitlines()]
