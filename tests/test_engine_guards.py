@@ -58,6 +58,31 @@ def test_lock__one_process_and_gone_with_it(tmp_path: Path) -> None:
         assert lock.path.read_text() == f"process {os.getpid()}\n"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+def test_lock__is_not_kept_by_a_forked_process_that_outlives_its_holder(tmp_path: Path) -> None:
+    code = """
+        import os, sys, time
+        from crossmix.engine import FolderLock
+        with FolderLock(sys.argv[1]):
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+                os._exit(0)
+            print(child, flush=True)
+            time.sleep(60)
+    """
+    process = start(code, str(tmp_path))
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    with pytest.raises(BusyError), FolderLock(tmp_path):  # the child let go of its copy, not of the lock
+        pass
+    process.kill()
+    process.wait(60)
+    with FolderLock(tmp_path):
+        os.kill(child, 9)
+    process.communicate()
+
+
 LOOP = """
     import sys, time
     from crossmix.engine import StopRequest

@@ -1,6 +1,7 @@
 """One run per folder: a lock that dies with its process."""
 
 import os
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -20,7 +21,8 @@ class BusyError(RuntimeError):
 class FolderLock:
     """Hold a folder for as long as a `with` block, or the process, lasts.
 
-    The system drops the lock when the process ends in whatever way, so a crash leaves nothing to clean up.
+    The system drops the lock when the process ends in whatever way, so a crash leaves nothing to clean up. Processes
+    forked from it, such as a loader's workers, which may outlive it, do not hold it.
 
     Args:
         folder: The folder; made where missing. The lock is a file `.lock` in it.
@@ -56,6 +58,7 @@ class FolderLock:
         file.write(f"process {os.getpid()}\n")
         file.flush()
         self._file = file
+        _held.add(self)
         return self
 
     def __exit__(
@@ -64,3 +67,16 @@ class FolderLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked process: close its copies of the files, which would keep the locks when their holder is gone."""
+    for lock in _held:
+        lock.__exit__(None, None, None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
