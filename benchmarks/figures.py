@@ -1,4 +1,4 @@
-"""Print the README's figures from the committed result files, or write them into it with --write."""
+"""Print the figures of README and docs/performance.md from the result files, or write them there with --write."""
 
 import argparse
 import json
@@ -65,9 +65,54 @@ def mixing() -> list[str]:
     return lines
 
 
+def against(name: str, rows: dict[str, Any], baseline: str) -> list[str]:
+    """A suite's rows as multiples of one of them."""
+    lines = [f"| {name} | median | spread (IQR) | times {baseline} |", "|---|---:|---:|---:|"]
+    for candidate, row in rows.items():
+        ratio = row["median_ms"] / rows[baseline]["median_ms"]
+        lines.append(f"| {candidate} | {row['median_ms']:.2f} ms | {row['iqr_ms']:.2f} ms | {ratio:.3f} |")
+    return [*lines, ""]
+
+
+def crops(result: dict[str, Any]) -> list[str]:
+    """Crops per second by workers."""
+    height, width = result["size"]
+    rates = result["crops_per_second_by_workers"]
+    lines = [
+        f"| {result['images']} at {height} x {width}, crops per second | {' | '.join(rates['0'])} |",
+        "|---" + "|---:" * len(rates["0"]) + "|",
+    ]
+    for workers, row in rates.items():
+        cells = [f"{rate:.1f} ({rate / row['Pillow']:.1f} x)" for rate in row.values()]
+        lines.append(f"| {workers} workers | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def performance() -> str:
+    """The tables of docs/performance.md."""
+    lines = []
+    for result in read("mixing--cpu")["results"]:
+        lines += against(f"masks and mix, {result['labels']} labels", result["rows"], "floor")
+    for result in read("augment--cpu")["results"]:
+        lines += against(f"StrongAugment, {result['what']}", result["rows"], "kornia")
+    loss = read("loss--cpu")["results"]
+    lines += against("upsampling and loss", loss, "plain")
+    peaks = ", ".join(f"{name} {row['peak_mb']:.0f} MB" for name, row in loss.items())
+    lines += [f"Peak memory on top of the inputs: {peaks}.", ""]
+    lines += against("EMA of ResNet-101", read("teacher--cpu")["results"], "loop mul_/add_")
+    lines += against("optimizer step, ResNet-101", read("optimizer--cpu")["results"], "plain foreach")
+    for result in read("input--cpu")["results"]["data_sets"]:
+        lines += crops(result)
+    lines += against("confusion matrix, 1024 x 2048", read("evaluation--cpu")["results"]["rows"], "ConfusionMatrix")
+    return "\n".join(lines)
+
+
 def figures() -> str:
-    """All of it as Markdown."""
+    """The README's, as Markdown."""
     return "\n".join([*demo(), "", *shift(), "", *mixing(), ""])
+
+
+PAGES = {ROOT / "README.md": figures, ROOT / "docs" / "performance.md": performance}
 
 
 def main() -> None:
@@ -75,13 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    if not args.write:
-        print(figures())
-        return
-    path = ROOT / "README.md"
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n{figures()}\n{END}{after}", encoding="utf-8")
+    for path, made in PAGES.items():
+        if not args.write:
+            print(made())
+            continue
+        before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        path.write_text(f"{before}{BEGIN}\n{made()}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 - `crossmix`: `CrossDomainMix` as a user calls it, checks and random draw included.
 - `released loop`: our own statement of what the released DACS code does image by image: `unique`, a random choice on
-the
-  host, one comparison per drawn class, and three blends M * source + (1 - M) * target.
+  the host, one comparison per drawn class, and three blends M * source + (1 - M) * target.
 - `whole-batch unique`: the variant of its best-known descendants, which look for the classes in the whole batch, once
-per image. - `kornia transplant`: `RandomTransplantation`, the nearest operation in kornia: it pastes one class of the
-neighbouring
+  per image.
+- `kornia transplant`: `RandomTransplantation`, the nearest operation in kornia: it pastes one class of the neighbouring
   image, into images and labels alone, so it does less.
 - `floor`: one `torch.where` each over images, labels and weights with a ready mask.
 """

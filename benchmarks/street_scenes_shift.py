@@ -31,7 +31,7 @@ SIZE = (64, 128)
 
 
 def train(domain: str, seed: int, args: argparse.Namespace) -> DeepLabV2:
-    """Supervised training on one domain: scenes, budget and network as in the demo of the trainer."""
+    """Supervised training on one domain: scenes and network as in the demo of the trainer."""
     torch.manual_seed(seed)
     scenes = StreetScenes(args.scenes, domain=domain, seed=0 if domain == "source" else 1)  # type: ignore[arg-type]
     memory = [scenes[i] for i in range(len(scenes))]
@@ -61,7 +61,7 @@ def main() -> None:
     """Print and save the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.002)
     parser.add_argument("--scenes", type=int, default=400)

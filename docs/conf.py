@@ -23,5 +23,6 @@ napoleon_use_ivar = True
 # The docs build without a network, so other projects' names are not looked up.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|numpy|collections|typing|pathlib|os|argparse)\b.*"),
-    (r"py:.*", r"(Tensor|nn\.Module|optional|Path|Any|Sequence|crossmix\..*\.(Samples|Labelled|_\w+))"),
+    (r"py:.*", r"(Tensor|nn\.Module|optional|Path|Any|Sequence)"),
+    (r"py:.*", r"crossmix\..*\.(Samples|Labelled|Resident|FileSamples|FolderDataset|_\w+)"),
 ]

@@ -1,7 +1,7 @@
 """What a run of the trainer shows: tables beside the paper's rows, pictures, and event files for TensorBoard."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from crossmix import SelfTraining
-from crossmix.datasets import Sample
+from crossmix.datasets import Sample, write_png
 from crossmix.datasets.classes import CLASS_NAMES
-from crossmix.visualize import colorize
-from evaluate import percent
+from crossmix.visualize import colorize, gallery
+from evaluate import percent, plain
 from paper import paper_row
 
-__all__ = ["mixed_rows", "predicted_rows", "table", "write_events"]
+__all__ = ["TITLES", "first", "mixed_rows", "predicted_rows", "spread", "table", "write_events", "write_pictures"]
 
 TITLES = {"miou": "mIoU", "miou_16": "mIoU of 16", "miou_13": "mIoU of 13"}
+PICTURES = 4  # rows of a kind on a page
 Results = dict[str, list[dict[str, Any]]]
 
 
@@ -38,12 +39,12 @@ def table(results: Results, *, source: str, evaluation: str, beside_paper: bool)
     lines = [_row("class", [*columns, *(f"{method} in the paper" for method in paper)])]
     lines.append("|---" + "|---:" * (len(columns) + len(paper)) + "|")
     for name in CLASS_NAMES:
-        ours = [_spread(run["per_class"][name] for run in runs) for runs in columns.values()]
-        lines.append(_row(name, [*ours, *(_plain(row["per_class"].get(name)) for row in paper.values())]))
+        ours = [spread(run["per_class"][name] for run in runs) for runs in columns.values()]
+        lines.append(_row(name, [*ours, *(plain(row["per_class"].get(name)) for row in paper.values())]))
     for key in means:
-        ours = [_spread(run[key] for run in runs) for runs in columns.values()]
-        lines.append(_row(TITLES[key], [*ours, *(_plain(row.get(key)) for row in paper.values())]))
-    best = [_spread(run["best"]["student"][evaluation][means[0]] for run in runs) for runs in results.values()]
+        ours = [spread(run[key] for run in runs) for runs in columns.values()]
+        lines.append(_row(TITLES[key], [*ours, *(plain(row.get(key)) for row in paper.values())]))
+    best = [spread(run["best"]["student"][evaluation][means[0]] for run in runs) for runs in results.values()]
     lines.append(_row(f"{TITLES[means[0]]}, best step", [*best, *("-" for _ in paper)]))
     return "\n".join(lines) + "\n"
 
@@ -66,7 +67,12 @@ def mixed_rows(
     source_images, source_labels, target_images = images
     modes = {module: module.training for module in training.modules()}
     shown = SelfTraining(
-        student, training.teacher, mix=training.mix, augment=training.augment, align=training.align
+        student,
+        training.teacher,
+        mix=training.mix,
+        augment=training.augment,
+        align=training.align,
+        upsample=training.upsample,
     ).eval()
     mixed = shown(source_images, source_labels, target_images, draw=draw).mixed
     for module, mode in modes.items():
@@ -95,7 +101,8 @@ def predicted_rows(
     student.eval()
     for image, label, _ in samples:
         small = tf.interpolate(image[None], size=shape, mode="bilinear", antialias=True)
-        prediction = student(small.to(device).float() / 255)[0].argmax(0)
+        logits = student(small.to(device).float() / 255)
+        prediction = tf.interpolate(logits, size=shape, mode="bilinear", align_corners=True)[0].argmax(0)
         truth = torch.full(shape, 255) if label is None else _resized(label, shape)
         rows.append([small[0], colorize(prediction), colorize(truth)])
     student.train(mode)
@@ -105,6 +112,17 @@ def predicted_rows(
 def first(samples: Any, count: int) -> Iterable[Sample]:  # noqa: ANN401 - any reader
     """The first few samples of a reader."""
     return (samples[i] for i in islice(range(len(samples)), count))
+
+
+def write_pictures(folder: Path, kinds: Mapping[str, Sequence[Sequence[Tensor]]]) -> None:
+    """The first rows of each kind, a file for every picture: KIND-ROW-COLUMN.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    for kind, rows in kinds.items():
+        for i, row in enumerate(rows[:PICTURES]):
+            for j, picture in enumerate(row):
+                write_png(folder / f"{kind}-{i}-{j}.png", gallery([[picture]], gap=0))
 
 
 def write_events(folder: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -127,13 +145,9 @@ def _row(title: str, cells: Iterable[str]) -> str:
     return "| " + " | ".join([title, *cells]) + " |"
 
 
-def _spread(values: Iterable[float | None]) -> str:
+def spread(values: Iterable[float | None]) -> str:
     """A fraction in percent; of several runs mean and standard deviation."""
     present = [value for value in values if value is not None]
     if len(present) < 2:
         return percent(present[0] if present else None)
     return f"{100 * statistics.mean(present):.2f} +- {100 * statistics.stdev(present):.2f}"
-
-
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

@@ -3,9 +3,13 @@
 import math
 from collections.abc import Sequence
 
+import kornia.enhance
+import kornia.filters
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from crossmix.augment import AugmentDraw
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -123,3 +127,33 @@ def paste(pasted: Sequence[Tensor], base: Sequence[Tensor], mask: Tensor) -> lis
         m = (mask[:, None] if a.ndim == 4 else mask).to(a.dtype)
         out.append(m * a + (1 - m) * b)
     return out
+
+
+def augment_one_by_one(images: Tensor, draw: AugmentDraw, flavor: str) -> Tensor:
+    """The drawn operations by kornia, one image and one operation after the other, and a blur of 51 taps."""
+    out = []
+    for i in range(len(images)):
+        image = images[i : i + 1]
+        if draw.jitter[i]:
+            for operation in draw.order[i].tolist():
+                image = colour_operation(image, draw, i, operation, flavor)
+        if draw.blur[i]:
+            taps = [min(51, 2 * length - 1) for length in image.shape[2:]]  # kornia can only reflect
+            image = kornia.filters.gaussian_blur2d(image, taps, (float(draw.sigma[i]),) * 2)
+        out.append(image)
+    return torch.cat(out)
+
+
+def colour_operation(image: Tensor, draw: AugmentDraw, i: int, operation: int, flavor: str) -> Tensor:
+    brightness, contrast, saturation = (float(v[i]) for v in (draw.brightness, draw.contrast, draw.saturation))
+    grey = (image * image.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    additive = flavor == "additive"
+    if operation == 0:
+        return (image + (brightness - 1) if additive else image * brightness).clamp(0, 1)
+    if operation == 1:
+        return (image * contrast if additive else contrast * image + (1 - contrast) * grey.mean()).clamp(0, 1)
+    if operation == 2:
+        if additive:
+            return kornia.enhance.adjust_saturation(image, saturation)
+        return (saturation * image + (1 - saturation) * grey).clamp(0, 1)
+    return kornia.enhance.adjust_hue(image, float(draw.hue[i]) * 2 * math.pi)

@@ -34,7 +34,7 @@ PUBLIC = {
     "crossmix.visualize": ["colorize", "gallery"],
     "crossmix.engine": [
         "BusyError", "CheckpointError", "CheckpointStore", "FiniteGuard", "FolderLock", "KeyedCrops",
-        "NonFiniteError", "Progress", "RunLog", "StopRequest", "keyed_generator", "resident",
+        "NonFiniteError", "Progress", "Report", "RunLog", "StopRequest", "keyed_generator", "resident",
     ],
 }  # fmt: skip
 
@@ -67,7 +67,7 @@ SIGNATURES = {
     "crossmix.SelfTraining.forward":
         "self source_images source_labels target_images * target_weights=None generator=None draw=None",
     "crossmix.recipes.self_training":
-        "student num_classes * method='dacs' recipe='released' prior=None sync=False **overrides",
+        "student num_classes * method='dacs' recipe='released' prior=None sync=False upsample=False **overrides",
     "crossmix.models.deeplab_v2_resnet101": "num_classes=19 * aspp_branches=4 freeze_bn_affine=True upsample=True",
     "crossmix.metrics.ConfusionMatrix": "num_classes * ignore_index=255",
     "crossmix.diagnostics.PseudoLabelMonitor": "num_classes * threshold=0.968 ignore_index=255",

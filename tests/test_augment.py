@@ -4,51 +4,39 @@ import copy
 import itertools
 import math
 
-import kornia.enhance
-import kornia.filters
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from checks import channels_last, strided, transposed
 from crossmix import StrongAugment
 from crossmix.augment import AugmentDraw
+from oracles import augment_one_by_one, seeded
 
-GREY = torch.tensor([0.299, 0.587, 0.114])
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def one_image(image: Tensor, draw: AugmentDraw, i: int, flavor: str) -> Tensor:
-    """The drawn operations, one after the other, by kornia."""
-    if draw.jitter[i]:
-        for operation in draw.order[i].tolist():
-            image = one_operation(image, draw, i, operation, flavor)
-    if draw.blur[i]:
-        sigma = float(draw.sigma[i])
-        image = kornia.filters.gaussian_blur2d(image, (51, 51), (sigma, sigma))
-    return image
+FLAVORS = ("additive", "torchvision")
+ORDERS = torch.tensor(list(itertools.permutations(range(4))))
+LAYOUTS = {
+    "contiguous": Tensor.contiguous,
+    "transposed": transposed,
+    "strided": strided,
+    "channels last": channels_last,
+}
 
 
-def one_operation(image: Tensor, draw: AugmentDraw, i: int, operation: int, flavor: str) -> Tensor:
-    brightness, contrast, saturation = (float(v[i]) for v in (draw.brightness, draw.contrast, draw.saturation))
-    grey = (image * GREY.to(image.dtype)[None, :, None, None]).sum(1, keepdim=True)
-    additive = flavor == "additive"
-    if operation == 0:
-        return (image + (brightness - 1) if additive else image * brightness).clamp(0, 1)
-    if operation == 1:
-        return (image * contrast if additive else contrast * image + (1 - contrast) * grey.mean()).clamp(0, 1)
-    if operation == 2:
-        if additive:
-            return kornia.enhance.adjust_saturation(image, saturation)
-        return (saturation * image + (1 - saturation) * grey).clamp(0, 1)
-    return kornia.enhance.adjust_hue(image, float(draw.hue[i]) * 2 * math.pi)
+def every_order(augment: StrongAugment, seed: int) -> AugmentDraw:
+    return augment.sample(24, generator=seeded(seed))._replace(order=ORDERS)
 
 
-@pytest.mark.parametrize("flavor", ["additive", "torchvision"])
+def with_ties(n: int, size: tuple[int, int], seed: int) -> Tensor:
+    """Any colours, and in every other image few levels: grey, black, white and primary colours among them."""
+    images = torch.rand(n, 3, *size, generator=seeded(seed))
+    images[::2] = (images[::2] * 4).round() / 4
+    return images
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_forward__equals_kornia_image_by_image(flavor: str, dtype: torch.dtype) -> None:
     augment = StrongAugment(flavor=flavor, blur_p=0.5)
@@ -57,23 +45,67 @@ def test_forward__equals_kornia_image_by_image(flavor: str, dtype: torch.dtype) 
         images = torch.rand(8, 3, 57, 64, generator=seeded(seed)).to(dtype)
         draw = augment.sample(8, generator=seeded(100 + seed))
         got = augment(images, draw=draw)
-        for i in range(8):
-            want = one_image(images[i : i + 1], draw, i, flavor)
-            torch.testing.assert_close(got[i : i + 1], want, rtol=0, atol=3e-6)
-            orders.add(tuple(draw.order[i].tolist()))
+        torch.testing.assert_close(got, augment_one_by_one(images, draw, flavor), rtol=0, atol=3e-6)
+        orders |= {tuple(order) for order in draw.order.tolist()}
     assert len(orders) > 15
 
 
-@pytest.mark.parametrize("flavor", ["additive", "torchvision"])
-def test_forward__every_order_of_operations(flavor: str) -> None:
-    orders = torch.tensor(list(itertools.permutations(range(4))))
-    augment = StrongAugment(flavor=flavor, brightness=0.9, contrast=0.9, saturation=0.9, hue=0.5, jitter_p=1, blur_p=0)
-    draw = augment.sample(24, generator=seeded(0))._replace(order=orders)
-    images = torch.rand(24, 3, 9, 7, generator=seeded(1))
-    got = augment(images, draw=draw)
-    for i in range(24):
-        want = one_image(images[i : i + 1], draw, i, flavor)
-        torch.testing.assert_close(got[i : i + 1], want, rtol=0, atol=3e-6)
+@pytest.mark.parametrize("size", [(9, 7), (1, 1), (1, 13), (5, 6), (32, 17)])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 3e-6), (torch.float64, 1e-7)])  # kornia adds 1e-8 to V
+@pytest.mark.parametrize("strength", [0.25, 0.9])
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_jitter__every_order_equals_one_operation_after_the_other(
+    flavor: str, strength: float, dtype: torch.dtype, atol: float, size: tuple[int, int]
+) -> None:
+    augment = StrongAugment(
+        flavor=flavor,
+        brightness=strength,
+        contrast=strength,
+        saturation=strength,
+        hue=min(strength, 0.5),
+        jitter_p=1,
+        blur_p=0,
+    )
+    draw = every_order(augment, 0)
+    images = with_ties(24, size, 1).to(dtype)
+    want = augment_one_by_one(images, draw, flavor)
+    for name, layout in LAYOUTS.items():
+        got = augment(layout(images), draw=draw)
+        torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_jitter__extreme_factors(flavor: str) -> None:
+    """All brightness or none, no contrast, no colour, twice the colour, opposite hues: every clamp holds at once."""
+    augment = StrongAugment(flavor=flavor, jitter_p=1, blur_p=0)
+    images = with_ties(24, (6, 5), 1)
+    for brightness, contrast, saturation, hue in itertools.product((0.0, 2.0), (0.0, 2.0), (0.0, 2.0), (-0.5, 0.5)):
+        draw = every_order(augment, 0)._replace(
+            brightness=torch.full((24,), brightness),
+            contrast=torch.full((24,), contrast),
+            saturation=torch.full((24,), saturation),
+            hue=torch.full((24,), hue),
+        )
+        want = augment_one_by_one(images, draw, flavor)
+        torch.testing.assert_close(augment(images, draw=draw), want, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_forward__undrawn_images_come_back_bit_by_bit(flavor: str, layout: str, dtype: torch.dtype) -> None:
+    augment = StrongAugment(flavor=flavor)
+    images = LAYOUTS[layout](with_ties(24, (13, 12), 1).to(dtype))
+    before = images.clone()
+    draw = every_order(augment, 0)
+    draw = draw._replace(jitter=torch.arange(24) % 3 == 1, blur=torch.arange(24) % 3 == 2)
+    out = augment(images, draw=draw)
+    assert torch.equal(out[::3], images[::3])
+    assert not torch.equal(out[1::3], images[1::3])
+    assert not torch.equal(out[2::3], images[2::3])
+    assert torch.equal(images, before)
+    jittered = augment(images, draw=draw._replace(jitter=torch.ones(24, dtype=torch.bool)))
+    assert torch.equal(out[1::3], jittered[1::3])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (5, 3), (6, 6), (20, 4), (0, 4), (3, 0)])
@@ -98,7 +130,7 @@ def test_blur__repeats_the_edge_where_the_image_is_too_small_to_reflect() -> Non
     torch.testing.assert_close(augment(image, draw=draw)[0, 0, 0], torch.stack(want), rtol=0, atol=1e-12)
 
 
-@given(st.integers(0, 2**31), st.integers(1, 6), st.sampled_from(["additive", "torchvision"]), st.booleans())
+@given(st.integers(0, 2**31), st.integers(1, 6), st.sampled_from(FLAVORS), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_forward__stays_in_range_and_leaves_undrawn_images_alone(seed: int, n: int, flavor: str, same: bool) -> None:
     augment = StrongAugment(flavor=flavor, jitter_p=0.5, blur_p=0.5, same_on_batch=same)
@@ -204,7 +236,7 @@ def test_forward__nan_stays_in_its_image() -> None:
     torch.testing.assert_close(out[[0, 2]], want[[0, 2]], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("flavor", ["additive", "torchvision"])
+@pytest.mark.parametrize("flavor", FLAVORS)
 def test_forward__gradients_are_finite_and_right(flavor: str) -> None:
     augment = StrongAugment(flavor=flavor, jitter_p=1, blur_p=1)
     images = torch.rand(2, 3, 4, 4, dtype=torch.float64, generator=seeded(0)) * 0.4 + 0.3
@@ -218,13 +250,64 @@ def test_forward__gradients_are_finite_and_right(flavor: str) -> None:
         assert bool(flat.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("flavor", ["additive", "torchvision"])
-def test_forward__compiles_in_one_graph(flavor: str) -> None:
-    augment = StrongAugment(flavor=flavor)
-    images = torch.rand(3, 3, 16, 16, generator=seeded(0))
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_jitter__gradients_of_every_order(flavor: str) -> None:
+    augment = StrongAugment(flavor=flavor, jitter_p=1, blur_p=0)
+    images = torch.rand(24, 3, 2, 2, dtype=torch.float64, generator=seeded(0)) * 0.4 + 0.3
+    draw = every_order(augment, 1)
+    got = images.clone().requires_grad_()
+    want = images.clone().requires_grad_()
+    weights = torch.rand(24, 3, 2, 2, dtype=torch.float64, generator=seeded(2))
+    (augment(got, draw=draw) * weights).sum().backward()
+    (augment_one_by_one(want, draw, flavor) * weights).sum().backward()
+    assert got.grad is not None
+    torch.testing.assert_close(got.grad, want.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flavor", "size", "sigma"),
+    [
+        ("additive", (16, 17), (0.15, 1.15)),
+        ("torchvision", (4, 7), (0.15, 1.15)),  # too small to reflect
+        ("torchvision", (50, 9), (3, 9)),  # a kernel that is not unrolled
+    ],
+)
+def test_forward__compiles_in_one_graph(flavor: str, size: tuple[int, int], sigma: tuple[float, float]) -> None:
+    torch.compiler.reset()
+    augment = StrongAugment(flavor=flavor, blur_sigma=sigma)
+    images = torch.rand(3, 3, *size, dtype=torch.float64, generator=seeded(0))
     draw = augment.sample(3, generator=seeded(1))
     compiled = torch.compile(copy.deepcopy(augment), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images, draw=draw), augment(images, draw=draw), rtol=0, atol=1e-6)
+    torch.testing.assert_close(compiled(images, draw=draw), augment(images, draw=draw), rtol=0, atol=1e-12)
+    got = images.clone().requires_grad_()
+    want = images.clone().requires_grad_()
+    compiled(got, draw=draw).sum().backward()
+    augment(want, draw=draw).sum().backward()
+    assert got.grad is not None
+    torch.testing.assert_close(got.grad, want.grad, rtol=0, atol=1e-9)
+
+
+def test_forward__compiled_for_any_size() -> None:
+    torch.compiler.reset()
+    augment = StrongAugment()
+    compiled = torch.compile(copy.deepcopy(augment), fullgraph=True, backend="eager", dynamic=True)
+    for i, (n, height, width) in enumerate([(2, 16, 12), (3, 20, 31), (5, 13, 18)]):
+        images = torch.rand(n, 3, height, width, generator=seeded(i))
+        draw = augment.sample(n, generator=seeded(i))
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            got = compiled(images, draw=draw)
+        torch.testing.assert_close(got, augment(images, draw=draw), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it loads the compiler
+def test_forward__inductor_equals_one_operation_after_the_other() -> None:
+    torch.compiler.reset()
+    augment = StrongAugment(jitter_p=1, blur_p=0.5)
+    images = with_ties(24, (13, 37), 1)
+    draw = every_order(augment, 0)
+    got = torch.compile(copy.deepcopy(augment), fullgraph=True)(images, draw=draw)
+    torch.testing.assert_close(got, augment_one_by_one(images, draw, "additive"), rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize(

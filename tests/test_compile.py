@@ -91,6 +91,20 @@ def test_self_training__compiled_equals_eager_without_recompiling(method: str) -
             training.update()
 
 
+def test_self_training__of_small_logits_compiles() -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    student = nn.Conv2d(3, C, 3, stride=2)
+    training = recipes.self_training(student, C, upsample=True).train()
+    values = inputs()
+    data, draw = (values["images"], values["labels"], values["images"].flip(0)), training.sample(2)
+    gradients = [
+        torch.autograd.grad(step(*data, draw=draw).loss, list(student.parameters()))
+        for step in (training, torch.compile(training, fullgraph=True, backend="aot_eager"))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
 def test_teacher_and_alignment__compile() -> None:
     torch.compiler.reset()
     student = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C))

@@ -78,6 +78,11 @@ OPS: dict[str, tuple[Op, tuple[str, ...], bool]] = {
         ("logits", "labels"),
         True,
     ),
+    "upsampled_cross_entropy mean": (
+        lambda logits, labels, weights: F.upsampled_cross_entropy(logits[..., :3, :4], labels, weights),
+        ("logits", "other_labels", "weights"),
+        False,
+    ),
     "align_distribution": (F.align_distribution, ("probs", "prior", "running"), True),
     "DistributionAlignment": (DistributionAlignment(C, prior=range(1, C + 1)), ("probs",), True),
     "CrossDomainMix": (

@@ -176,6 +176,8 @@ def test_write_png__round_trip(tmp_path: Path) -> None:
         write_png(tmp_path / "w.png", torch.rand(3, 4, 4))
     with pytest.raises(ValueError, match=r"\(3, H, W\) or \(H, W\)"):
         write_png(tmp_path / "w.png", torch.zeros(4, 4, 4, dtype=torch.uint8))
+    with pytest.raises(OSError, match=r"nowhere/w\.png: cannot be written \(No such file"):
+        write_png(tmp_path / "nowhere" / "w.png", torch.zeros(4, 4, dtype=torch.uint8))
 
 
 def damage(path: Path, kind: str) -> None:

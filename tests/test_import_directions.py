@@ -12,8 +12,12 @@ LEAVES = {"mixing", "augment", "teacher", "losses", "alignment"}
 # Room (a module file or a folder): the rooms of crossmix that it may import.
 ALLOWED: dict[str, set[str]] = {
     "_checks": set(),
+    "_color": set(),  # the pixel operations of `augment`, and of no other room
     "_distributed": set(),
+    "_cross_entropy": set(),
     **{leaf: {"_checks", "_distributed"} for leaf in LEAVES},
+    "augment": {"_checks", "_color", "_distributed"},
+    "losses": {"_checks", "_distributed", "_cross_entropy"},
     "metrics": {"_checks", "_distributed"},
     "self_training": {"_checks", *LEAVES},
     "recipes": {"_checks", "self_training", *LEAVES},

@@ -135,29 +135,6 @@ def test_confidence_weight__empty_maps() -> None:
             assert F.confidence_weight(torch.rand(shape), scope=scope).shape == shape
 
 
-@pytest.mark.parametrize("size", [(3, 5), (1, 1), (12, 20)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_upsampled_cross_entropy__is_interpolation_then_loss(size: tuple[int, int], dtype: torch.dtype) -> None:
-    logits = torch.randn(2, 4, *size, generator=seeded(0)).to(dtype)
-    labels = torch.randint(0, 4, (2, 12, 20), generator=seeded(1))
-    labels[0, :3] = 255
-    weights = torch.rand(2, 12, 20, generator=seeded(2))
-    wide = logits if dtype == torch.float64 else logits.float()
-    up = tf.interpolate(wide, size=(12, 20), mode="bilinear", align_corners=True)
-    for normalizer in NORMALIZERS:
-        got = F.upsampled_cross_entropy(logits, labels, weights, normalizer=normalizer, label_smoothing=0.1)
-        want = F.weighted_cross_entropy(up, labels, weights, normalizer=normalizer, label_smoothing=0.1)
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-    criterion = ConfidenceWeightedCE()
-    torch.testing.assert_close(criterion.upsampled(logits, labels, weights), criterion(up, labels, weights))
-
-
-def test_upsampled_cross_entropy__gradcheck() -> None:
-    logits = torch.randn(1, 3, 2, 3, dtype=torch.float64, generator=seeded(0), requires_grad=True)
-    labels = torch.tensor([[[0, 1, 2, 255], [2, 2, 1, 0], [1, 1, 1, 1]]])
-    assert torch.autograd.gradcheck(lambda z: F.upsampled_cross_entropy(z, labels), logits)
-
-
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_criterion__is_the_function(normalizer: str, smoothing: float) -> None:

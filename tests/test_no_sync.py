@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossmix import functional as F
 from crossmix import recipes
+from crossmix._cross_entropy import sum_by_blocks
 from crossmix.diagnostics import PseudoLabelMonitor
 from oracles import seeded
 
@@ -92,6 +93,15 @@ def test_functional(num_classes: int) -> None:
                 F.weighted_cross_entropy(logits, pseudo.labels, weights, normalizer=normalizer)
                 F.upsampled_cross_entropy(logits[..., :3, :3], labels, weights, normalizer=normalizer)
         F.ema_update_(averaged, current, 0.9)
+        for smoothing in (0.0, 0.1):  # the guard does not see into the operator
+            sum_by_blocks(
+                logits[..., :3, :3],
+                labels,
+                labels / num_classes,
+                ignore_index=255,
+                label_smoothing=smoothing,
+                with_gradient=True,
+            )
 
 
 def test_pseudo_label_monitor() -> None:

@@ -20,6 +20,7 @@ from crossmix import (
     recipes,
 )
 from crossmix import functional as F
+from crossmix.models import deeplab_v2_tiny
 from oracles import (
     SlowNetwork,
     classes_by_loop,
@@ -333,6 +334,22 @@ def test_upsample__is_the_upsampled_network(custom: bool) -> None:
         outputs.append(training(source, labels, target, generator=seeded(2)))
     torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
     torch.testing.assert_close(outputs[0].confidence, outputs[1].confidence)
+
+
+@pytest.mark.parametrize("recipe", ["released", "paper"])
+@pytest.mark.parametrize("method", recipes.METHODS)
+def test_upsample__of_every_method_is_the_upsampled_network(method: str, recipe: str) -> None:
+    torch.manual_seed(0)
+    small, whole = (deeplab_v2_tiny(C, upsample=whole).double() for whole in (False, True))
+    whole.load_state_dict(small.state_dict())
+    source, target = torch.rand(2, N, 3, 45, 52, dtype=torch.float64, generator=seeded(0))
+    labels = torch.randint(0, C, (N, 45, 52), generator=seeded(1), dtype=torch.uint8)
+    gradients = []
+    for network, upsample in ((small, True), (whole, False)):
+        training = recipes.self_training(network, C, method=method, recipe=recipe, threshold=0.3, upsample=upsample)
+        training(source, labels, target, generator=seeded(2)).loss.backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-10)
 
 
 def test_augment__may_be_any_callable() -> None:

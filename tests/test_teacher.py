@@ -194,3 +194,26 @@ def test_update__refuses_another_network() -> None:
     ):
         teacher.update(other)
     assert teacher.num_updates == 0
+
+
+def test_update__averages_shared_tensors_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.second.weight = self.first.weight
+            self.again = self.first
+            self.nothing = None
+            self.register_parameter("none", None)
+            self.register_buffer("scale", torch.ones(2))
+            self.second.register_buffer("scale", self.scale)
+
+    student = Tied()
+    teacher = MeanTeacher(student, decay=0.5, warmup=False, buffers="average")
+    before = {name: value.clone() for name, value in teacher.module.state_dict().items()}
+    with torch.no_grad():
+        for value in (*student.parameters(), *student.buffers()):
+            value.add_(2.0)
+    teacher.update(student)
+    for name, value in teacher.module.state_dict().items():
+        torch.testing.assert_close(value, before[name] + 1.0)

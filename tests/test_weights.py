@@ -264,7 +264,7 @@ def test_torchvision__is_refused_or_converted_and_said(tmp_path: Path, caplog: p
     images = torch.rand(2, 3, 24, 40, dtype=torch.float64)
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).double()[..., None, None]
     stem = {name: state[name].double() for name in state if name.startswith(("conv1", "bn1"))}
-    want = nn.functional.conv2d((images - mean) / deviation, stem["conv1.weight"], padding=3)
+    want = nn.functional.conv2d((images - mean) / deviation, stem["conv1.weight"], stride=2, padding=3)
     want = nn.functional.batch_norm(
         want, stem["bn1.running_mean"], stem["bn1.running_var"], stem["bn1.weight"], stem["bn1.bias"]
     )

@@ -5,19 +5,19 @@ jittered and blurred. The strengths are those of the released code; the paper gi
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-from kornia.color import hsv_to_rgb, rgb_to_hsv
 from torch import Tensor, nn
 from torch.nn import functional
 
 from crossmix._checks import check_choice, check_fraction, check_images, check_same_device, check_tensor
+from crossmix._color import Channels, additive_jitter, torchvision_jitter
 
 __all__ = ["AugmentDraw", "StrongAugment"]
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-GREY = (0.299, 0.587, 0.114)  # Rec. 601, as torchvision and kornia have it
+MOST_UNROLLED = 63  # taps; the compiler makes one pass of so many, in a third of the convolution's time
 
 
 class AugmentDraw(NamedTuple):
@@ -165,14 +165,12 @@ class StrongAugment(nn.Module):
         _check_draw(draw, images)
         if images.numel() == 0:
             return images.clone()
-        x = images if images.dtype == torch.float64 else images.float()
+        x = (images if images.dtype == torch.float64 else images.float()).contiguous()
         with torch.autocast(images.device.type, enabled=False):
             if self.jitter_p > 0:
-                jittered = _additive_jitter(x, draw) if self.flavor == "additive" else _torchvision_jitter(x, draw)
-                x = torch.where(_per_image(draw.jitter), jittered, x)
+                x = _jitter(x, draw, additive_jitter if self.flavor == "additive" else torchvision_jitter)
             if self.blur_p > 0:
-                blurred = _blur(x, draw.sigma, radius=math.ceil(4.3 * self.blur_sigma[1]))
-                x = torch.where(_per_image(draw.blur), blurred.clamp(0, 1), x)  # taps sum to 1 but for rounding
+                x = _blur(x, draw, radius=math.ceil(4.3 * self.blur_sigma[1]))
         return x.to(images.dtype)
 
     def extra_repr(self) -> str:
@@ -184,103 +182,52 @@ class StrongAugment(nn.Module):
         )
 
 
-def _additive_jitter(x: Tensor, draw: AugmentDraw) -> Tensor:
-    """Old kornia's operations, in each image's order, in five passes whatever the order is.
-
-    Brightness and contrast are affine maps with a clamp, and two of them in a row are one; saturation and hue act on
-    different components of HSV, so next to each other they commute. Every order is then affine, HSV, affine, HSV,
-    affine.
-    """
-    position = draw.order.argsort(1)  # (N, 4): when each operation comes
-    first = position[:, SATURATION:].amin(1)
-    last = position[:, SATURATION:].amax(1)
-    adjacent = last == first + 1
-    for slot in range(3):
-        x = _affine(x, draw, position, slot=slot, first=first, last=last)
-        if slot < 2:
-            here = (first, last)[slot]
-            both = adjacent if slot == 0 else torch.zeros_like(adjacent)
-            used = ~adjacent if slot == 1 else torch.ones_like(adjacent)
-            saturates = used & (both | (position[:, SATURATION] == here))
-            turns = used & (both | (position[:, HUE] == here))
-            x = _hsv(x, torch.where(saturates, draw.saturation, 1.0), torch.where(turns, draw.hue, 0.0))
-    return x
+def _jitter(x: Tensor, draw: AugmentDraw, jitter: Callable[[Channels, Tensor, Tensor], Channels]) -> Tensor:
+    """Jitter the images that the draw names; the others are left bit by bit."""
+    factors = torch.stack([draw.brightness, draw.contrast, draw.saturation, draw.hue]).to(x.dtype)
+    channels = x.unbind(1)
+    drawn = draw.jitter[:, None, None]
+    jittered = jitter(channels, draw.order, factors)
+    return torch.stack([torch.where(drawn, new, old) for new, old in zip(jittered, channels, strict=True)], 1)
 
 
-def _affine(x: Tensor, draw: AugmentDraw, position: Tensor, *, slot: int, first: Tensor, last: Tensor) -> Tensor:
-    """Brightness and contrast where they come before, between or after the HSV operations: min(max(a x + t, l), h)."""
-
-    def falls_here(when: Tensor) -> Tensor:
-        return ((when > first).long() + (when > last).long()) == slot
-
-    when_b, when_c = position[:, BRIGHTNESS], position[:, CONTRAST]
-    shift = torch.where(falls_here(when_b), draw.brightness - 1, 0.0).to(x.dtype)
-    scale = torch.where(falls_here(when_c), draw.contrast, 1.0).to(x.dtype)
-    shift_first = when_b < when_c
-    # clamp(clamp(x + b) c) = clamp(c x + c b, 0, clamp(c)); clamp(clamp(c x) + b) = clamp(c x + b, clamp(b), clamp(1 +
-    # b))
-    offset = torch.where(shift_first, scale * shift, shift)
-    low = torch.where(shift_first, 0.0, shift).clamp(0, 1)
-    high = torch.where(shift_first, scale, 1 + shift).clamp(0, 1)
-    moved = torch.addcmul(_per_image(offset), x, _per_image(scale))
-    return torch.minimum(torch.maximum(moved, _per_image(low)), _per_image(high))
-
-
-def _torchvision_jitter(x: Tensor, draw: AugmentDraw) -> Tensor:
-    """Today's usual operations, in each image's order: blends before the hue, the hue, blends after it."""
-    position = draw.order.argsort(1)
-    when = position[:, HUE]
-    blends = position[:, :HUE].argsort(1)  # (N, 3): brightness, contrast and saturation as they follow each other
-    factors = torch.stack([draw.brightness, draw.contrast, draw.saturation], 1).to(x.dtype)
-    for before in (True, False):
-        for turn in range(3):
-            operation = blends[:, turn : turn + 1]
-            comes = position.gather(1, operation)[:, 0]
-            used = (comes < when) == before
-            factor = torch.where(used, factors.gather(1, operation)[:, 0], 1.0)
-            x = _blend(x, operation[:, 0], factor)
-        if before:
-            x = _hsv(x, torch.ones_like(draw.hue), draw.hue)
-    return x
-
-
-def _blend(x: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
-    """clamp(f x + (1 - f) base): the base is black for brightness, the mean grey for contrast, grey for saturation."""
-    red, green, blue = x.unbind(1)
-    grey = (GREY[0] * red + GREY[1] * green + GREY[2] * blue)[:, None]
-    mean = grey.mean((2, 3), keepdim=True)
-    base = torch.where(_per_image(operation == CONTRAST), mean, grey)
-    base = torch.where(_per_image(operation == BRIGHTNESS), 0.0, base)
-    factor = _per_image(factor)
-    return (factor * x + (1 - factor) * base).clamp(0, 1)
-
-
-def _hsv(x: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
-    """Scale the saturation and turn the hue by a share of the circle."""
-    h, s, v = rgb_to_hsv(x).unbind(1)
-    s = (s * saturation.to(x.dtype)[:, None, None]).clamp(0, 1)
-    h = torch.remainder(h + 2 * math.pi * hue.to(x.dtype)[:, None, None], 2 * math.pi)
-    rgb: Tensor = hsv_to_rgb(torch.stack([h, s, v], 1))
-    return rgb
-
-
-def _blur(x: Tensor, sigma: Tensor, *, radius: int) -> Tensor:
-    """Gaussian blur of each image by its own sigma, one axis after the other."""
-    n, channels, height, width = x.shape
+def _blur(x: Tensor, draw: AugmentDraw, *, radius: int) -> Tensor:
+    """Blur the images that the draw names, each by its own sigma; the others are left bit by bit."""
     taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
-    kernels = torch.exp(-0.5 * (taps / sigma.to(x.dtype)[:, None]) ** 2)
-    kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(channels, 0)
-    x = x.reshape(1, n * channels, height, width)
-    x = functional.pad(x, (radius, radius, 0, 0), mode=_border(width, radius))
-    x = functional.conv2d(x, kernels[:, None, None, :], groups=n * channels)
-    x = functional.pad(x, (0, 0, radius, radius), mode=_border(height, radius))
-    x = functional.conv2d(x, kernels[:, None, :, None], groups=n * channels)
-    return x.reshape(n, channels, height, width)
+    kernels = torch.exp(-0.5 * (taps / draw.sigma.to(x.dtype)[:, None]) ** 2)
+    kernels = kernels / kernels.sum(1, keepdim=True)
+    blurred = x
+    for axis in (3, 2):
+        blurred = _convolve(_extend(blurred, radius, axis), kernels, axis)
+    # The taps sum to 1 but for rounding.
+    return torch.where(draw.blur[:, None, None, None], blurred.clamp_(0, 1), x)
 
 
-def _border(length: int, radius: int) -> str:
+def _extend(x: Tensor, radius: int, axis: int) -> Tensor:
     """Reflect at the border where the image is long enough for it, else repeat the edge."""
-    return "reflect" if length > radius else "replicate"
+    length = x.shape[axis]
+    if length > radius:
+        before, after = (x.narrow(axis, start, radius).flip(axis) for start in (1, length - 1 - radius))
+    else:
+        before, after = (x.narrow(axis, at, 1).repeat_interleave(radius, axis) for at in (0, length - 1))
+    return torch.cat([before, x, after], axis)
+
+
+def _convolve(x: Tensor, kernels: Tensor, axis: int) -> Tensor:
+    """Each image with its own symmetric kernel, (N, taps), along one axis, without padding."""
+    n, channels, height, width = x.shape
+    taps = kernels.shape[1]
+    if torch.compiler.is_compiling() and taps <= MOST_UNROLLED:
+        length = x.shape[axis] - taps + 1
+        out = x.narrow(axis, taps // 2, length) * _per_image(kernels[:, taps // 2])
+        for i in range(taps // 2):
+            pair = x.narrow(axis, i, length) + x.narrow(axis, taps - 1 - i, length)
+            out = out + pair * _per_image(kernels[:, i])
+        return out
+    kernels = kernels.repeat_interleave(channels, 0)[:, None, None]
+    kernels = kernels if axis == 3 else kernels.mT
+    x = functional.conv2d(x.reshape(1, n * channels, height, width), kernels, groups=n * channels)
+    return x.reshape(n, channels, *x.shape[2:])
 
 
 def _per_image(values: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ def self_training(
     recipe: Literal["released", "paper"] | Recipe = "released",
     prior: Tensor | Sequence[float] | None = None,
     sync: bool = False,
+    upsample: bool = False,
     **overrides: str | float,
 ) -> SelfTraining:
     """Build a method of the paper's Table 3 in one of the two recipes.
@@ -120,6 +121,7 @@ def self_training(
             `.align.update_prior(source_labels)` is called in the training loop; the paper's row takes the target's own
             distribution, an oracle.
         sync: Whether divisors, lambda and alignment averages are those of the batch over all ranks.
+        upsample: Whether the student may return logits smaller than the images; see `SelfTraining`.
         **overrides: Fields of `Recipe` by name, e.g. `lambda_scope="image"`.
 
     Returns:
@@ -142,7 +144,9 @@ def self_training(
     criterion = ConfidenceWeightedCE(choice.threshold, scope=choice.lambda_scope, normalizer="all", sync=sync)
     source_criterion = ConfidenceWeightedCE(normalizer=choice.source_loss_mean, sync=sync)
     if method == "source":
-        training = SelfTraining(student, None, mix=None, criterion=criterion, source_criterion=source_criterion)
+        training = SelfTraining(
+            student, None, mix=None, criterion=criterion, source_criterion=source_criterion, upsample=upsample
+        )
         training.num_classes = num_classes
         return training
     mix: CrossDomainMix | ClassMix | None = None
@@ -160,6 +164,7 @@ def self_training(
         source_criterion=source_criterion,
         align=align,
         weigh=choice.mixed_loss_weights,
+        upsample=upsample,
     )
     training.num_classes = num_classes  # pseudo-labelling has no part that knows it
     return training

@@ -213,12 +213,9 @@ class MeanTeacher(nn.Module):
         """
         student = _unwrap(student)
         decay = min(1.0 - 1.0 / (self.num_updates + 1), self.decay) if self.warmup else self.decay
-        averaged, current = _matched(
-            dict(self.module.named_parameters()), dict(student.named_parameters()), "parameter"
-        )
-        old, new = _matched(dict(self.module.named_buffers()), dict(student.named_buffers()), "buffer")
-        ema_update_(averaged, current, decay)
-        ema_update_(old, new, decay if self.buffers_mode == "average" else 0.0)
+        mine, theirs = _tensors(self.module), _tensors(student)
+        ema_update_(*_matched(mine[0], theirs[0], "parameter"), decay)
+        ema_update_(*_matched(mine[1], theirs[1], "buffer"), decay if self.buffers_mode == "average" else 0.0)
         self.num_updates += 1
 
     def update_parameters(self, model: nn.Module) -> None:
@@ -284,6 +281,26 @@ def _unwrap(module: nn.Module) -> nn.Module:
             module = inner
         else:
             return module
+
+
+def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `named_parameters` and `named_buffers` give, in one walk: their four are a tenth of an update on a CPU."""
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    seen = set()  # shared ones are averaged once
+
+    def walk(part: nn.Module, prefix: str) -> None:
+        for own, found in ((part._parameters, parameters), (part._buffers, buffers)):
+            for name, value in own.items():
+                if value is not None and id(value) not in seen:
+                    seen.add(id(value))
+                    found[prefix + name] = value
+        for name, child in part._modules.items():
+            if child is not None:
+                walk(child, f"{prefix}{name}.")
+
+    walk(module, "")
+    return parameters, buffers
 
 
 def _matched(averaged: dict[str, Tensor], current: dict[str, Tensor], kind: str) -> tuple[list[Tensor], list[Tensor]]:

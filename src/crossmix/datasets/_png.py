@@ -70,6 +70,7 @@ def write_png(path: str | Path, pixels: Tensor) -> None:
         pixels: (3, H, W) or (H, W) uint8.
 
     Raises:
+        OSError: If the file cannot be written.
         TypeError: If `pixels` is not uint8.
         ValueError: If its shape is wrong.
 
@@ -88,7 +89,10 @@ def write_png(path: str | Path, pixels: Tensor) -> None:
         mode = "rgb"
     else:
         raise ValueError(f"`pixels` must have shape (3, H, W) or (H, W), got {tuple(pixels.shape)}; write one picture.")
-    io.write_image_png_u8(str(path), pixels.permute(1, 2, 0).contiguous().cpu().numpy(), mode)
+    try:
+        io.write_image_png_u8(str(path), pixels.permute(1, 2, 0).contiguous().cpu().numpy(), mode)
+    except Exception as error:  # kornia_rs raises bare Exception
+        raise OSError(f"{path}: cannot be written ({error}); check the folder and the space on the disk.") from error
 
 
 def read_header(path: Path) -> Header:

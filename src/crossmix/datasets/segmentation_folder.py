@@ -25,7 +25,8 @@ class SegmentationFolder(FolderDataset):
         labels: Folder or pattern of label maps; None reads images alone, and `label` is then None.
         mapping: From the ids in the files (8 or 16 bits), or from (R, G, B) colours, to train ids; 255 is ignored. None
             takes 8-bit ids as they are.
-        unlisted: Whether an id that `mapping` does not list is an error that names the file, or `"ignore"`d.
+        unlisted: `"raise"`: an id that `mapping` does not list is an error that names the file. `"ignore"`: it becomes
+            255.
         size: (height, width) that images (antialiased) and labels (nearest) are resized to; None keeps their own size.
         resampling: `"bilinear"` or `"bicubic"`, for images.
         names: A text file that lists the images to take, a name per line; what `*` stands for is the name.

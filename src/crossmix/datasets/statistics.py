@@ -32,7 +32,7 @@ def class_counts(dataset: FolderDataset, *, cache: str | os.PathLike[str] | None
         workers: Processes; 0 counts in this one.
 
     Returns:
-        (N, 256) int64, a row for each sample: train ids 0 to 254, then ignored pixels in the last column.
+        A row for each sample, (N, 256) int64. Columns are train ids 0 to 254, then ignored pixels.
 
     Raises:
         DataError: If a map is missing, damaged, or holds an id in no table, or `cache` is no such file.

@@ -158,7 +158,7 @@ def deeplab_v2_tiny(
 ) -> DeepLabV2:
     """Build a small network of the same design for laptops, tests and demos, to be trained from random weights.
 
-    One bottleneck per stage, a quarter of the width, output stride 8, dilations 1, 3, 6 and 9 in the head.
+    One bottleneck per stage, three sixteenths of the width, output stride 8, dilations 1, 3, 6 and 9 in the head.
 
     Args:
         num_classes: The number of classes C.
@@ -179,7 +179,7 @@ def deeplab_v2_tiny(
     network = DeepLabV2(
         num_classes,
         blocks=(1, 1, 1, 1),
-        width=16,
+        width=12,
         stem_stride=2,
         dilations=(1, 3, 6, 9),
         aspp_branches=aspp_branches,

@@ -1,0 +1,97 @@
+"""Colour jitter and Gaussian blur of every image, against kornia's modules.
+
+- `kornia`: `ColorJiggle`, the old semantics, which draws one order of the operations for the whole batch, and
+  `RandomGaussianBlur` with the 51 taps per axis of the released code.
+- `crossmix eager`, `crossmix compiled`: `StrongAugment` as a user calls it, checks and random draw included, with an
+  order per image. The compiled one gets its draw from outside, since generators cannot be traced.
+- `copy`: `clone` of the images, the least that any augmentation does.
+
+Before it is timed, each crossmix candidate is compared with kornia's functional operations, one image and one
+operation at a time in the drawn order.
+"""
+
+import math
+from functools import partial
+
+import kornia.augmentation
+import kornia.enhance
+import kornia.filters
+import torch
+from torch import Tensor
+
+from common import arguments, interleave, save, show
+from crossmix import StrongAugment
+
+STRENGTH = 0.25
+SIGMA = (0.15, 1.15)
+TAPS = 51
+
+
+def one_by_one(images: Tensor, draw: tuple[Tensor, ...]) -> Tensor:
+    """Apply kornia's functional operations as drawn, image by image."""
+    jitter, order, brightness, contrast, saturation, hue, blur, sigma = draw
+    done = []
+    for i in range(len(images)):
+        operations = (
+            partial(kornia.enhance.adjust_brightness, factor=float(brightness[i]) - 1),
+            partial(kornia.enhance.adjust_contrast, factor=float(contrast[i])),
+            partial(kornia.enhance.adjust_saturation, factor=float(saturation[i])),
+            partial(kornia.enhance.adjust_hue, factor=2 * math.pi * float(hue[i])),
+        )
+        image = images[i : i + 1]
+        for operation in order[i].tolist() if bool(jitter[i]) else ():
+            image = operations[operation](image)
+        if bool(blur[i]):
+            image = kornia.filters.gaussian_blur2d(image, (TAPS, TAPS), (float(sigma[i]), float(sigma[i])))
+        done.append(image)
+    return torch.cat(done)
+
+
+def measure(
+    images: Tensor, *, jitter: bool, blur: bool, rounds: int, device: str
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """One table, and how far each candidate is from the slow statement: all candidates on the same batch."""
+    n = len(images)
+    augment = StrongAugment(jitter_p=float(jitter), blur_p=float(blur))
+    jiggle = kornia.augmentation.ColorJiggle(STRENGTH, STRENGTH, STRENGTH, STRENGTH, p=float(jitter))
+    gauss = kornia.augmentation.RandomGaussianBlur((TAPS, TAPS), SIGMA, p=float(blur))
+    modules = torch.nn.Sequential(*[module for module, used in ((jiggle, jitter), (gauss, blur)) if used])
+    compiled = torch.compile(augment, fullgraph=True)
+
+    draw = augment.sample(n, device=device)
+    want = one_by_one(images, draw)
+    errors = {
+        name: float((candidate(images, draw=draw) - want).abs().max())
+        for name, candidate in (("crossmix eager", augment), ("crossmix compiled", compiled))
+    }
+    rows = interleave(
+        {
+            "copy": images.clone,
+            "kornia": lambda: modules(images),
+            "crossmix eager": lambda: augment(images),
+            "crossmix compiled": lambda: compiled(images, draw=augment.sample(n, device=device)),
+        },
+        rounds=rounds,
+        device=device,
+    )
+    return rows, errors
+
+
+def main() -> None:
+    """Print the tables; save them where asked."""
+    args = arguments(__doc__)
+    torch.manual_seed(0)
+    images = torch.rand(8, 3, 512, 512).to(args.device)
+    results = []
+    for name, jitter, blur in (("whole", True, True), ("jitter", True, False), ("blur", False, True)):
+        rows, errors = measure(images, jitter=jitter, blur=blur, rounds=args.rounds, device=args.device)
+        show(f"{name}, 8 x 3 x 512 x 512, {args.device}", rows, "kornia")
+        print(", ".join(f"error of {candidate} {error:.1e}" for candidate, error in errors.items()))
+        ratios = {key: rows[key]["median_ms"] / rows["kornia"]["median_ms"] for key in errors}
+        results.append({"what": name, "batch": 8, "size": 512, "rows": rows, "of_kornia": ratios, "error": errors})
+    if args.save:
+        save("augment", args.device, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Weighted cross-entropy from 1/8 logits, forward and backward: N = 2, 19 classes, 65 x 65 to 512 x 512.
+
+- `plain`: bilinear upsampling, then the weighted cross-entropy of the full-size logits.
+- `crossmix`: `upsampled_cross_entropy`, which does it by blocks of rows.
+- `compiled plain`: the first under `torch.compile`.
+
+All return the loss and the gradient of the small logits, whose error is taken against the plain form in float64,
+relative to its largest entry. `peak_mb` is what one call takes at most on top of what was there before. On a CPU each
+candidate is measured in a fresh process after two calls: the resident memory's high-water mark (VmHWM of Linux, set
+back before the call) minus the resident memory before, with every large block given back when it is freed. On a GPU it
+is the allocator's maximum.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from common import arguments, interleave, save, show
+from crossmix.functional import upsampled_cross_entropy, weighted_cross_entropy
+
+N, CLASSES, SMALL, FULL = 2, 19, 65, 512
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def plain(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Upsample, then compare."""
+    full = functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=True)
+    return weighted_cross_entropy(full, labels, weights)
+
+
+def candidates() -> dict[str, Loss]:
+    """What is compared."""
+    return {"plain": plain, "crossmix": upsampled_cross_entropy, "compiled plain": torch.compile(plain)}
+
+
+def inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits that are sure of themselves in places, labels with an ignored border, and weights."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(N, CLASSES, SMALL, SMALL, generator=generator)
+    labels = torch.randint(0, CLASSES, (N, FULL, FULL), generator=generator)
+    labels[:, :8] = 255
+    weights = torch.rand(N, FULL, FULL, generator=generator)
+    return logits.to(device).requires_grad_(), labels.to(device), weights.to(device)
+
+
+def step(loss: Loss, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Forward and backward; the gradient of the logits."""
+    (gradient,) = torch.autograd.grad(loss(*batch), batch[0])
+    return gradient
+
+
+def peak_mb(name: str, device: str) -> float:
+    """What one call takes at most, in this process."""
+    torch.set_num_threads(1)
+    loss, batch = candidates()[name], inputs(device)
+    for _ in range(2):
+        step(loss, batch)
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step(loss, batch)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
+    before = resident_bytes("VmRSS")
+    step(loss, batch)
+    return (resident_bytes("VmHWM") - before) / 1e6
+
+
+def resident_bytes(field: str) -> int:
+    """A size out of the process's status."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def fresh_peak_mb(name: str, device: str) -> float:
+    """The same in a fresh process that gives large blocks back to the system."""
+    code = f"import loss; print(loss.peak_mb({name!r}, {device!r}))"
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(  # noqa: S603 - this very file
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, stdout=subprocess.PIPE, check=True
+    )
+    return float(done.stdout)
+
+
+def main() -> None:
+    """Measure, print, and save."""
+    args = arguments(__doc__)
+    losses, batch = candidates(), inputs(args.device)
+    exact = step(plain, (batch[0].detach().double().requires_grad_(), batch[1], batch[2].double()))
+    rows = interleave(
+        {name: lambda loss=loss: step(loss, batch) for name, loss in losses.items()},  # type: ignore[misc]
+        rounds=args.rounds,
+        device=args.device,
+    )
+    show(f"{N} x {CLASSES} x {SMALL} x {SMALL} to {FULL} x {FULL}, {args.device}", rows, "plain")
+    for name, loss in losses.items():
+        error = (step(loss, batch) - exact).abs().max() / exact.abs().max()
+        rows[name] |= {"peak_mb": fresh_peak_mb(name, args.device), "gradient_error": error.item()}
+        share = rows[name]["peak_mb"] / rows["plain"]["peak_mb"]
+        print(f"  {name:14}  {rows[name]['peak_mb']:6.1f} MB  {share:5.3f} x plain  gradient error {error:.1e}")
+    if args.save:
+        save("loss", args.device, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The teacher's average over ResNet-101: one update of 43.9 million parameters.
+
+- `MeanTeacher.update`: as a user calls it: names and shapes matched, buffers copied.
+- `ema_update_`: the function under it, on the parameters alone.
+- `loop mul_/add_`: `average.mul_(decay).add_(current, alpha=1 - decay)`, parameter by parameter.
+- `loop data[:] =`: our own statement of what the released DACS code does: a new tensor per parameter, copied in.
+- `AveragedModel`: torch's own, with `get_ema_multi_avg_fn`, on the parameters alone.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from common import arguments, interleave, save, show
+from crossmix import MeanTeacher
+from crossmix.functional import ema_update_
+from crossmix.models import deeplab_v2_resnet101
+
+DECAY = 0.99
+
+
+@torch.no_grad()
+def mul_add(averaged: Sequence[Tensor], current: Sequence[Tensor]) -> None:
+    """In place, two passes per parameter."""
+    for old, new in zip(averaged, current, strict=True):
+        old.mul_(DECAY).add_(new, alpha=1 - DECAY)
+
+
+@torch.no_grad()
+def released(averaged: Sequence[Tensor], current: Sequence[Tensor]) -> None:
+    """A new tensor per parameter."""
+    for old, new in zip(averaged, current, strict=True):
+        old.data[:] = DECAY * old.data[:] + (1 - DECAY) * new.data[:]
+
+
+def main() -> None:
+    """Measure, print, and save."""
+    args = arguments(__doc__)
+    torch.manual_seed(0)
+    student = deeplab_v2_resnet101(19).to(args.device)
+    teacher = MeanTeacher(student, decay=DECAY, warmup=False)
+    torchs = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(DECAY))  # type: ignore[no-untyped-call]
+    averaged, current = list(teacher.module.parameters()), list(student.parameters())
+    torchs.update_parameters(student)  # the first call copies
+    rows = interleave(
+        {
+            "MeanTeacher.update": lambda: teacher.update(student),
+            "ema_update_": lambda: ema_update_(averaged, current, DECAY),
+            "loop mul_/add_": lambda: mul_add(averaged, current),
+            "loop data[:] =": lambda: released(averaged, current),
+            "AveragedModel": lambda: torchs.update_parameters(student),
+        },
+        rounds=args.rounds,
+        device=args.device,
+    )
+    millions = sum(parameter.numel() for parameter in current) / 1e6
+    show(f"one update, {millions:.1f} million parameters, {args.device}", rows, "loop mul_/add_")
+    if args.save:
+        save("teacher", args.device, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Segment any images: train ids, colour maps and overlays.
+
+    python examples/predict.py --weights dacs.pth photo.jpg --out predicted                   a released checkpoint
+    python examples/predict.py --weights RUN/checkpoints/X.pt --entry teacher FOLDER --out predicted
+
+For each image, of a folder's in its subfolders too, OUT gets NAME_trainIds.png (a byte per pixel, the train id),
+NAME_color.png (in the colours of Cityscapes) and NAME_overlay.png (half image, half colour), of the image's own size.
+Images are resized to the size that the published network was trained at, 512 x 1024; its logits are then upsampled.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as tf
+
+from crossmix.datasets import DataError, write_png
+from crossmix.engine import Progress
+from crossmix.models import DeepLabV2, WeightsError
+from crossmix.visualize import colorize
+from evaluate import load_network
+from photos import ENDINGS, read_photo
+
+KINDS = ("ids", "color", "overlay")
+SUFFIXES = {"ids": "_trainIds.png", "color": "_color.png", "overlay": "_overlay.png"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parse(argv)
+    try:
+        targets = planned(args.images, args.out, args.what)
+        model = load_network(args.weights, args.entry, network=args.network, aspp_branches=args.aspp_branches)
+        predict_all(model.to(args.device), targets, args)
+    except (DataError, WeightsError, OSError, torch.OutOfMemoryError) as error:
+        raise SystemExit(f"error: {error}") from error
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="PNG or JPEG")
+    parser.add_argument("--weights", required=True, help="a file or URL")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    parser.add_argument("--what", nargs="+", choices=KINDS, default=KINDS, help="default: all of them")
+    parser.add_argument("--entry", default="student", help="part of a checkpoint: student, teacher")
+    parser.add_argument("--network", choices=("resnet101", "tiny"), help="default: the run's, or resnet101")
+    parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
+    parser.add_argument(
+        "--size", type=height_and_width, default="512x1024", help="HxW that images are resized to, or native"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--skip", action="store_true", help="go on after an image that cannot be read")
+    args = parser.parse_args(argv)
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}; try --device cpu")
+    return args
+
+
+def height_and_width(text: str) -> tuple[int, int] | None:
+    """'512x1024' as (512, 1024), 'native' as None."""
+    if text == "native":
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) * int(width)):
+        raise argparse.ArgumentTypeError(f"expected HxW in pixels, such as 512x1024, or native, got {text!r}")
+    return int(height), int(width)
+
+
+def planned(given: Sequence[Path], out: Path, what: Sequence[str]) -> dict[Path, Path]:
+    """Where each image's results go, without an ending: all that can be refused before the first image is read."""
+    targets: dict[Path, Path] = {}
+    for path in given:
+        if path.is_dir():
+            if out.resolve().is_relative_to(path.resolve()):
+                raise DataError(f"{out}: lies in {path}, whose images are the input; give an --out elsewhere.")
+            images = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+            if not images:
+                raise DataError(f"{path}: holds no images; expected files that end in {', '.join(sorted(ENDINGS))}.")
+            targets.update((image, out / image.relative_to(path).with_suffix("")) for image in images)
+        elif path.is_file():
+            targets[path] = out / path.stem
+        else:
+            raise DataError(f"{path}: no such file or folder; check the path.")
+    refuse_clashes(targets, what)
+    return targets
+
+
+def refuse_clashes(targets: dict[Path, Path], what: Sequence[str]) -> None:
+    """No result is written over another one, or over an image."""
+    inputs = {image.resolve() for image in targets}
+    taken: dict[Path, Path] = {}
+    for image, target in targets.items():
+        if other := taken.get(target):
+            raise DataError(f"{other} and {image}: would both become {target}_*.png; predict them apart.")
+        taken[target] = image
+        for file in (with_suffix(target, kind) for kind in what):
+            if file.resolve() in inputs:
+                raise DataError(f"{file}: is an input and would be written over; give another --out.")
+
+
+def predict_all(model: DeepLabV2, targets: dict[Path, Path], args: argparse.Namespace) -> None:
+    """Segment one image after the other."""
+    progress = Progress(len(targets), title="predict")
+    every = 1 if sys.stderr.isatty() else -(-len(targets) // 20)
+    skipped = 0
+    for done, (path, target) in enumerate(targets.items(), 1):
+        try:
+            with progress.waiting():
+                image = read_photo(path)
+        except DataError as error:
+            if not args.skip:
+                raise
+            progress.say(f"skipped: {error}")
+            skipped += 1
+            continue
+        write_results(target, image, predicted(model, image, args.size, args.precision), args.what)
+        if done % every == 0 or done == len(targets):
+            progress.show({"step": done, **progress.measured(done)})
+    progress.close()
+    if skipped == len(targets):
+        raise DataError("none of the images could be read.")
+    print(f"{len(targets) - skipped} of {len(targets)} images into {args.out}")
+
+
+@torch.no_grad()
+def predicted(model: DeepLabV2, image: Tensor, size: tuple[int, int] | None, precision: str = "fp32") -> Tensor:
+    """Train ids of an image.
+
+    Args:
+        model: The network, in eval mode.
+        image: (3, H, W) uint8.
+        size: Height and width that it is resized to for the network, bilinear and antialiased; None leaves it.
+        precision: `"fp32"`, or `"bf16"` or `"fp16"` for autocast.
+
+    Returns:
+        (H, W) uint8, on the CPU.
+    """
+    device = next(model.parameters()).device
+    small = image[None] if size is None else tf.interpolate(image[None], size=size, mode="bilinear", antialias=True)
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        logits = model.forward_features(small.to(device).float() / 255)
+    return argmax_at(logits.float(), (image.shape[1], image.shape[2])).cpu()
+
+
+def argmax_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The best class of (1, C, h, w) logits at another size, class by class: a photograph's would take gigabytes."""
+    ids = torch.zeros(size, dtype=torch.uint8, device=logits.device)
+    best = torch.full(size, -torch.inf, device=logits.device)
+    for k in range(logits.shape[1]):
+        scores = tf.interpolate(logits[:, k : k + 1], size=size, mode="bilinear", align_corners=True)[0, 0]
+        ids.masked_fill_(scores > best, k)
+        best = torch.maximum(best, scores)
+    return ids
+
+
+def write_results(target: Path, image: Tensor, ids: Tensor, what: Sequence[str]) -> None:
+    """Write what was asked for."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    color = colorize(ids)
+    pictures = {"ids": ids, "color": color, "overlay": ((image.int() + color.int() + 1) // 2).to(torch.uint8)}
+    for kind in what:
+        write_png(with_suffix(target, kind), pictures[kind])
+
+
+def with_suffix(target: Path, kind: str) -> Path:
+    """The file of a kind of result."""
+    return target.with_name(target.name + SUFFIXES[kind])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
