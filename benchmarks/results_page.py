@@ -25,6 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
 TITLES = {"ablation-streetscenes": "StreetScenes", "ablation-camvid": "CamVid, day to dusk"}
 SENSITIVITY = "sensitivity-streetscenes"
+STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t(0.975), by seeds
 Document = dict[str, Any]
 
 INTRODUCTION = """\
@@ -59,8 +60,8 @@ precision of - means that the class is never predicted. Means over seeds.
 
 ONE_AT_A_TIME = """\
 One option at a time, on StreetScenes, {seeds} seeds of {steps} steps each. The difference is to the base, seed by seed.
-It is called clear where every seed moves the same way and the mean moves by more than twice its standard error; else it
-is within the spread of these seeds.
+It is called clear where 0 is outside of the 95 % interval of its mean (Student's t over the seeds); else it is within
+the spread of these seeds. With this many rows, one of twenty would look clear by chance.
 """
 
 PAIR_TEXT = {
@@ -304,9 +305,10 @@ def sensitivity_line(option: str, value: str, rows: Document, name: str, base: S
 
 def clear(moved: Sequence[float]) -> str:
     """Whether a difference stands out of the spread over seeds."""
-    same_way = all(value > 0 for value in moved) or all(value < 0 for value in moved)
-    error = statistics.stdev(moved) / len(moved) ** 0.5 if len(moved) > 1 else float("inf")
-    return "clear" if same_way and abs(statistics.mean(moved)) > 2 * error else "within the spread"
+    if len(moved) not in STUDENT:
+        return "too few seeds"
+    half = STUDENT[len(moved)] * statistics.stdev(moved) / len(moved) ** 0.5
+    return "clear" if abs(statistics.mean(moved)) > half else "within the spread"
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
