@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from crossmix import CrossDomainMix, MeanTeacher, Mixed, SelfTraining, SelfTrainingOutput, StrongAugment, recipes
 from crossmix import functional as F
@@ -122,7 +123,8 @@ def run(job: Job) -> dict[str, Any]:
     pair, variant = PAIRS[job.pair], job.variant
     domains = load(job.pair, job.camvid)
     torch.manual_seed(job.seed)  # the network's initial weights; all else is keyed
-    student = deeplab_v2_tiny(len(pair.classes), aspp_branches=variant.aspp_branches)
+    student = deeplab_v2_tiny(len(pair.classes), aspp_branches=variant.aspp_branches, upsample=False)
+    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the trainer's demo: faster
     training = build(student, pair, variant, class_shares(domains.target, len(pair.classes)))
     jitter = StrongAugment(same_on_batch=True)  # of the released recipe
     optimizer = torch.optim.SGD(parameter_groups(student, pair.lr), pair.lr, momentum=0.9, weight_decay=5e-4)
@@ -173,6 +175,7 @@ def build(student: DeepLabV2, pair: Pair, variant: Variant, target_shares: Tenso
         decay=decay,
         lambda_scope=variant.lambda_scope,
         classes_drawn=variant.classes_drawn,
+        upsample=True,  # the loss does it, in blocks
     )
     if isinstance(training.mix, CrossDomainMix):
         mix = BoxMix if variant.boxes else CrossDomainMix
@@ -185,7 +188,12 @@ def build(student: DeepLabV2, pair: Pair, variant: Variant, target_shares: Tenso
 def batch(crops: KeyedCrops, step: int, size: int) -> tuple[Tensor, Tensor]:
     """The images, in [0, 1], and labels of a step."""
     images, labels = zip(*(crops[step * size + i] for i in range(size)), strict=True)
-    return torch.stack(images).float() / 255, torch.stack(labels)
+    return as_input(torch.stack(images)), torch.stack(labels)
+
+
+def as_input(images: Tensor) -> Tensor:
+    """Bytes as the network wants them."""
+    return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
 def scores(training: SelfTraining, test: list[Sample], num_classes: int) -> dict[str, Any]:
@@ -211,12 +219,12 @@ def watch(training: SelfTraining, samples: list[Sample], pair: Pair, variant: Va
     training.student.eval()  # or BatchNorm would average these images into its statistics
     for i in range(0, len(samples), pair.batch):
         group = samples[i : i + pair.batch]
-        images = torch.stack([sample.image for sample in group]).float() / 255
+        images = as_input(torch.stack([sample.image for sample in group]))
         truth = torch.stack([sample.label for sample in group if sample.label is not None])
-        probs = teacher(images).softmax(1)
+        probs = upsampled(teacher(images), truth).softmax(1)
         if training.align is not None:
             probs = training.align(probs)
-        student = training.student(images).argmax(1)
+        student = upsampled(training.student(images), truth).argmax(1)
         monitor.update(*F.pseudo_label_from_probs(probs), truth=truth, student=student)
     training.student.train()
     quality = monitor.compute()
@@ -229,6 +237,11 @@ def watch(training: SelfTraining, samples: list[Sample], pair: Pair, variant: Va
         "share": quality.share.tolist(),
         "true_share": quality.expected_share.tolist(),
     }
+
+
+def upsampled(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits at the labels' size, as in training."""
+    return functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=True)
 
 
 def note(
