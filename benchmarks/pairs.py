@@ -38,7 +38,7 @@ class Pair:
 
 PAIRS = {
     "streetscenes": Pair("streetscenes", CLASS_NAMES, crop=(64, 128), steps=3000),
-    "camvid": Pair("camvid", CAMVID_CLASSES, crop=(96, 128), steps=1600),
+    "camvid": Pair("camvid", CAMVID_CLASSES, crop=(96, 128), steps=1000),
 }
 
 

@@ -120,10 +120,29 @@ def test_teacher_and_alignment__compile() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it loads the compiler
-def test_cross_domain_mix__inductor_equals_eager() -> None:
+@pytest.mark.parametrize(
+    ("mixer", "labels", "images", "channels", "layout"),
+    [
+        (CrossDomainMix(C), torch.int64, torch.float32, 3, torch.contiguous_format),
+        (ClassMix(C, include_ignored=True), torch.uint8, torch.float32, 3, torch.channels_last),
+        (ClassMix(C), torch.int16, torch.bfloat16, 5, torch.contiguous_format),
+        (CrossDomainMix(C, include_ignored=True), torch.int32, torch.float64, 1, torch.contiguous_format),
+    ],
+)
+def test_mixing__inductor_equals_eager(
+    mixer: ClassMix | CrossDomainMix,
+    labels: torch.dtype,
+    images: torch.dtype,
+    channels: int,
+    layout: torch.memory_format,
+) -> None:
     torch.compiler.reset()
     values = inputs()
-    for labels in (values["labels"], values["labels"].to(torch.uint8)):
-        values["labels"] = labels
-        compiled = torch.compile(FUNCTIONS["CrossDomainMix"], fullgraph=True)
-        torch.testing.assert_close(compiled(values, C), FUNCTIONS["CrossDomainMix"](values, C), rtol=0, atol=0)
+    source = torch.rand(2, channels, 8, 9, generator=seeded(3)).to(images, memory_format=layout)
+    ids = values["labels"].to(labels)
+    other = () if isinstance(mixer, ClassMix) else (source.flip(0), ids.flip(0))
+    compiled = torch.compile(mixer, fullgraph=True)
+    for weights in (values["weights"], values["weights"][:, 0, 0], None):
+        got = compiled(source, ids, *other, weights, scores=values["scores"])
+        want = mixer(source, ids, *other, weights, scores=values["scores"])
+        torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)

@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crossmix import ClassMix, CrossDomainMix
+from crossmix import ClassMix, CrossDomainMix, mixing
 from crossmix import functional as F
 from oracles import classes_by_loop, mask_by_loop, seeded
 
@@ -36,8 +36,14 @@ def label_maps(draw: st.DrawFn) -> tuple[torch.Tensor, int, int]:
     return labels.to(dtype), num_classes, ignore_index
 
 
+@pytest.fixture(params=[1 << 18, 5], ids=["in one part", "in parts of five pixels"])
+def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixing, "PART", request.param)
+
+
+@pytest.mark.usefixtures("part")
 @given(label_maps(), st.floats(0, 1), st.booleans(), st.integers(0, 2**31))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_sample_classes_and_class_mask__equal_the_loops(
     maps: tuple[torch.Tensor, int, int], ratio: float, ignored: bool, seed: int
 ) -> None:

@@ -21,6 +21,8 @@ from crossmix._checks import (
 
 __all__ = ["ClassMix", "CrossDomainMix", "Mixed", "class_mask", "mix", "sample_classes"]
 
+PART = 1 << 18  # pixels: a megabyte of words
+
 
 class Mixed(NamedTuple):
     """A mixed batch: every pixel, its label and its weight come from one side together.
@@ -151,8 +153,35 @@ def mix(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
             "give both the same channels."
         )
     dims = max(pasted.ndim, base.ndim, 3)
+    pasted, base = _broadcast(pasted, dims), _broadcast(base, dims)
+    if torch.compiler.is_compiling() and mask.device.type == "cpu":
+        return _mix_compiled(pasted, base, mask)
     shape = (mask.shape[0], *[1] * (dims - 3), *mask.shape[1:])
-    return torch.where(mask.reshape(shape), _broadcast(pasted, dims), _broadcast(base, dims))
+    return torch.where(mask.reshape(shape), pasted, base)
+
+
+def _mix_compiled(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
+    """The same, in a form of which the compiler makes one pass of vector code over images, labels and weights.
+
+    The channels of an image are kept apart: with a dimension for them the pass would be one of its own, and read the
+    mask back. Small integers are widened, since the compiler's masks over bytes are a loop.
+    """
+    if pasted.shape == base.shape and pasted.ndim == 4 and pasted.shape[1] <= 4 and base.is_contiguous():
+        channels = zip(pasted.unbind(1), base.unbind(1), strict=True)
+        return torch.stack([torch.where(mask, a, b) for a, b in channels], 1)
+    mask = mask.reshape(mask.shape[0], *[1] * (base.ndim - 3), *mask.shape[1:])
+    dtype = torch.promote_types(pasted.dtype, base.dtype)
+    if dtype in {torch.uint8, torch.int8, torch.int16}:
+        return torch.where(mask, pasted.to(torch.int32), base.to(torch.int32)).to(dtype)
+    return torch.where(mask, pasted, base)
+
+
+def _stored(mask: Tensor) -> Tensor:
+    """The mask as a result. The compiler stores bools of a CPU one by one, and what it stores it also reads back."""
+    if not torch.compiler.is_compiling() or mask.device.type != "cpu":
+        return mask
+    one = torch.ones((), dtype=torch.int32)
+    return torch.where(mask, one, torch.zeros_like(one)).to(torch.uint8).view(torch.bool)
 
 
 class ClassMix(nn.Module):
@@ -245,10 +274,10 @@ class ClassMix(nn.Module):
         check_same_device(images=images, labels=labels, weights=weights)
         mask = _sample_mask(self, labels, classes, scores, generator)
         return Mixed(
+            labels=mix(labels, labels.roll(-1, 0), mask),  # first, while the cache holds them
             images=mix(images, images.roll(-1, 0), mask),
-            labels=mix(labels, labels.roll(-1, 0), mask),
             weights=mix(weights, weights.roll(-1, 0), mask),
-            mask=mask,
+            mask=_stored(mask),
         )
 
     def extra_repr(self) -> str:
@@ -359,10 +388,10 @@ class CrossDomainMix(nn.Module):
         )
         mask = _sample_mask(self, source_labels, classes, scores, generator)
         return Mixed(
+            labels=mix(source_labels, target_labels, mask),  # first, while the cache holds them
             images=mix(source_images, target_images, mask),
-            labels=mix(source_labels, target_labels, mask),
             weights=mix(weights.new_ones(len(weights)), weights, mask),
-            mask=mask,
+            mask=_stored(mask),
         )
 
     def extra_repr(self) -> str:
@@ -374,26 +403,28 @@ class _Words:
     """Label maps as one bit per pixel in an int32: which classes occur is an OR, which pixels are chosen an AND.
 
     Bit c stands for class c; an ignored pixel carries a bit outside `known`. Holds up to 31 classes, and reads the maps
-    in fewer passes than a scatter into a table and a gather out of it.
+    in fewer passes than a scatter into a table and a gather out of it. On a CPU the pixels are taken in parts, so that
+    what lies between the labels and their words stays in its cache; a compiler fuses it away. `mask` uses the words up.
     """
 
     def __init__(self, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-        # Ids beyond the classes become bit `num_classes`, negative ones bit 31: -1 & 31. In place on a copy.
-        if labels.dtype == torch.uint8:
-            columns = labels.clamp(max=num_classes).to(torch.int32)
-        else:
-            columns = labels.clamp(-1, num_classes).to(torch.int32).bitwise_and_(31)
-        self.words = torch.bitwise_left_shift(1, columns)
+        pixels = labels.flatten(1)
+        parts = 1 if torch.compiler.is_compiling() or labels.device.type != "cpu" else -(-pixels.numel() // PART) or 1
+        self.parts = [_words(part, num_classes) for part in pixels.chunk(parts, 1)]
         known = (1 << num_classes) - 1
         if 0 <= ignore_index < num_classes:
             known &= ~(1 << ignore_index)
+        self.shape = labels.shape
         self.num_classes = num_classes
         self.known = known
         self.ignored = ~known  # a negative Python int: all bits of the word that are no class
 
     def present(self) -> Tensor:
         """Which classes occur, (N, C + 1) bool."""
-        folded = self.words.flatten(1)
+        folded, *others = self.parts
+        folded = folded.clone() if others else folded
+        for part in others:
+            folded[:, : part.shape[1]] |= part
         # OR the map onto itself, half by half; the halves of an odd length overlap by one, which OR does not mind.
         while folded.shape[1] > 32:
             half = (folded.shape[1] + 1) // 2
@@ -402,14 +433,26 @@ class _Words:
 
     def mask(self, classes: Tensor) -> Tensor:
         """Where a chosen class is, (N, H, W) bool."""
-        chosen = (classes * self._columns()).sum(1).to(torch.int32)  # bits are disjoint: the sum is an OR
-        return (self.words & chosen[:, None, None]).bool()  # a sixth of the time of `!= 0`
+        chosen = (classes * self._columns()).sum(1).to(torch.int32)[:, None]  # bits are disjoint: the sum is an OR
+        if torch.compiler.is_compiling():
+            return ((self.parts[0] & chosen) != 0).reshape(self.shape)
+        masks = [part.bitwise_and_(chosen).bool() for part in self.parts]  # a sixth of the time of `!= 0`
+        return torch.cat(masks, 1).reshape(self.shape)
 
     def _columns(self) -> Tensor:
         """The bits of each column of a (N, C + 1) table of classes."""
-        column = torch.arange(self.num_classes + 1, device=self.words.device, dtype=torch.int32)
+        column = torch.arange(self.num_classes + 1, device=self.parts[0].device, dtype=torch.int32)
         bits = torch.bitwise_left_shift(1, column.clamp(max=31)) & self.known
         return torch.where(column == self.num_classes, self.ignored, bits)
+
+
+def _words(labels: Tensor, num_classes: int) -> Tensor:
+    """The bit of each label in an int32: ids beyond the classes become bit `num_classes`, negative ones bit 31."""
+    if labels.dtype == torch.uint8:
+        columns = labels.clamp(max=num_classes).to(torch.int32)
+    else:
+        columns = labels.clamp(-1, num_classes).to(torch.int32).bitwise_and_(31)  # in place on a copy; -1 & 31 is 31
+    return torch.bitwise_left_shift(1, columns)
 
 
 class _Indices:
