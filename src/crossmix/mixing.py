@@ -456,22 +456,31 @@ def _words(labels: Tensor, num_classes: int) -> Tensor:
 
 
 class _Indices:
-    """Label maps as indices into a table of classes, for any number of classes; C stands for ignored."""
+    """Label maps as indices into a table of classes, for any number of classes.
+
+    Class c has column c + 1; the first column stands for negative ids and the last one for those beyond the classes.
+    """
 
     def __init__(self, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-        index = labels.long()
-        known = (index >= 0) & (index < num_classes) & (index != ignore_index)
-        self.index = index.masked_fill(~known, num_classes)
+        kind = torch.iinfo(labels.dtype)
+        self.index = labels.flatten(1).clamp(max(-1, kind.min), min(num_classes, kind.max)).long() + 1
+        self.labelled = torch.arange(num_classes, device=labels.device) != ignore_index
+        self.shape = labels.shape
         self.num_classes = num_classes
 
     def present(self) -> Tensor:
         """Which classes occur, (N, C + 1) bool."""
-        table = self.index.new_zeros(len(self.index), self.num_classes + 1, dtype=torch.bool)
-        return table.scatter(1, self.index.flatten(1), value=True)
+        table = self.index.new_zeros(len(self.index), self.num_classes + 2, dtype=torch.bool)
+        table = table.scatter(1, self.index, value=True)
+        known = table[:, 1:-1]
+        ignored = table[:, 0] | table[:, -1] | (known & ~self.labelled).any(1)
+        return torch.cat([known & self.labelled, ignored[:, None]], 1)
 
     def mask(self, classes: Tensor) -> Tensor:
         """Where a chosen class is, (N, H, W) bool."""
-        return classes.gather(1, self.index.flatten(1)).reshape(self.index.shape)
+        known, ignored = classes[:, :-1], classes[:, -1:]
+        table = torch.cat([ignored, torch.where(self.labelled, known, ignored), ignored], 1)
+        return table.gather(1, self.index).reshape(self.shape)
 
 
 def _pixel_classes(labels: Tensor, num_classes: int, ignore_index: int) -> _Words | _Indices:
