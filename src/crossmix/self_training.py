@@ -351,7 +351,8 @@ class SelfTraining(nn.Module):
         if target_weights is not None:
             check_tensor("target_weights", target_weights)
             n, _, height, width = target_images.shape
-            if tuple(target_weights.shape) not in {(n, height, width), (n,)}:
+            shapes = ((n, height, width), (n,))  # no set: a hashed size is compiled as a constant
+            if tuple(target_weights.shape) not in shapes:
                 raise ValueError(
                     f"`target_weights` must have shape (N, H, W) = {(n, height, width)} or (N,), "
                     f"got {tuple(target_weights.shape)}; crop them with the target images."

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # what torch.compiler.disable is, without importing the compiler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -201,6 +202,7 @@ class MeanTeacher(nn.Module):
         """
         return pseudo_label(self(images))
 
+    @_disable_dynamo  # decay and count are Python numbers: it would be compiled anew at each step
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Average the student in: call it after each optimizer step, and not after a step that was skipped.
