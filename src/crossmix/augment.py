@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from crossmix._checks import check_choice, check_fraction, check_images, check_same_device, check_tensor
 from crossmix._color import Channels, additive_jitter, torchvision_jitter
+from crossmix._draws import uniform
 
 __all__ = ["AugmentDraw", "StrongAugment"]
 
@@ -126,9 +127,7 @@ class StrongAugment(nn.Module):
         Returns:
             The draw; its rows can be sliced to split a batch.
         """
-        drawn_on = device if generator is None else generator.device
-        device = drawn_on if device is None else device
-        numbers = torch.rand(11, n, generator=generator, device=drawn_on).to(device, non_blocking=True)
+        numbers = uniform((11, n), generator=generator, device=device)
         decisions = numbers[:2, :1].expand(2, n) if self.same_on_batch else numbers[:2]
         low, high = self.blur_sigma
         return AugmentDraw(

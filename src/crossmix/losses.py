@@ -352,7 +352,8 @@ def _check_loss_inputs(logits: Tensor, labels: Tensor, weights: Tensor | None) -
         check_tensor("weights", weights)
         if not weights.is_floating_point():
             raise TypeError(f"`weights` must be floating, got {weights.dtype}; convert with `.float()`.")
-        if tuple(weights.shape) not in {tuple(labels.shape), tuple(labels.shape[:1])}:
+        shapes = (tuple(labels.shape), tuple(labels.shape[:1]))  # no set: a hashed size is compiled as a constant
+        if tuple(weights.shape) not in shapes:
             raise ValueError(
                 f"`weights` must have shape (N, H, W) = {tuple(labels.shape)} or (N,), got {tuple(weights.shape)}; "
                 "squeeze the channel dimension or crop them to the labels."

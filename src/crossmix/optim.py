@@ -76,7 +76,8 @@ class RepeatedSGD(torch.optim.SGD):
 
     Args:
         params: Parameters or groups, such as `parameter_groups(model, lr, repeated=True)`.
-        lr: Learning rate of groups without one of their own.
+        lr: Learning rate of groups without one of their own. In a group it can be a tensor on the device of the
+            parameters: a captured step then follows it.
         momentum: Momentum factor; 0.9 in the paper.
         weight_decay: L2 penalty, applied at every repetition; 5e-4 in the paper.
         nesterov: Whether to use Nesterov momentum: the paper's text does, the released code does not.

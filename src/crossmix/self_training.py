@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crossmix._checks import check_choice, check_images, check_labels, check_same_device, check_same_shape, check_tensor
+from crossmix._draws import uniform
 from crossmix.alignment import DistributionAlignment
 from crossmix.augment import AugmentDraw, StrongAugment
 from crossmix.losses import ConfidenceWeightedCE
@@ -177,12 +178,9 @@ class SelfTraining(nn.Module):
         Returns:
             The draw, for `forward(draw=...)`.
         """
-        drawn_on = device if generator is None else generator.device
-        device = drawn_on if device is None else device
         scores = augment = None
         if self.mix is not None:
-            shape = (n, self.mix.num_classes + 1)
-            scores = torch.rand(shape, generator=generator, device=drawn_on).to(device, non_blocking=True)
+            scores = uniform((n, self.mix.num_classes + 1), generator=generator, device=device)
         if isinstance(self.augment, StrongAugment):
             augment = self.augment.sample(n, generator=generator, device=device)
         return SelfTrainingDraw(scores, augment)
@@ -353,7 +351,8 @@ class SelfTraining(nn.Module):
         if target_weights is not None:
             check_tensor("target_weights", target_weights)
             n, _, height, width = target_images.shape
-            if tuple(target_weights.shape) not in {(n, height, width), (n,)}:
+            shapes = ((n, height, width), (n,))  # no set: a hashed size is compiled as a constant
+            if tuple(target_weights.shape) not in shapes:
                 raise ValueError(
                     f"`target_weights` must have shape (N, H, W) = {(n, height, width)} or (N,), "
                     f"got {tuple(target_weights.shape)}; crop them with the target images."

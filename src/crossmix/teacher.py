@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # what torch.compiler.disable is, without importing the compiler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -201,18 +202,28 @@ class MeanTeacher(nn.Module):
         """
         return pseudo_label(self(images))
 
+    @_disable_dynamo  # decay and count are Python numbers: it would be compiled anew at each step
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Average the student in: call it after each optimizer step, and not after a step that was skipped.
+
+        Runs eagerly inside a compiled function. Replays of a CUDA graph use the decay of the captured update and do not
+        count: set `num_updates` to the steps made before saving.
 
         Args:
             student: The network given to the constructor, wrapped or not.
 
         Raises:
             ValueError: If its parameters or buffers do not match the teacher's by name and shape.
+            RuntimeError: If a CUDA graph is being captured while the decay still rises.
         """
         student = _unwrap(student)
         decay = min(1.0 - 1.0 / (self.num_updates + 1), self.decay) if self.warmup else self.decay
+        if decay < self.decay and _capturing():
+            raise RuntimeError(
+                f"A captured `update` must have a decay that no longer changes, got {decay:.4g} on the way to "
+                f"{self.decay} after {self.num_updates} updates; warm up eagerly first, or build with `warmup=False`."
+            )
         mine, theirs = _tensors(self.module), _tensors(student)
         ema_update_(*_matched(mine[0], theirs[0], "parameter"), decay)
         ema_update_(*_matched(mine[1], theirs[1], "buffer"), decay if self.buffers_mode == "average" else 0.0)
@@ -270,6 +281,10 @@ class MeanTeacher(nn.Module):
 
 def _averages(value: Tensor) -> bool:
     return value.is_floating_point() or value.is_complex()
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
