@@ -141,14 +141,8 @@ def test_self_training__twenty_steps_by_one_graph(method: str, upsample: bool) -
             twins.step(number)
 
 
-UNHASHED = pytest.mark.xfail(strict=True, reason="the mix looks for a shape in a set, which fixes the batch size")
-
-
 @pytest.mark.parametrize("upsample", [False, True])
-@pytest.mark.parametrize(
-    "method",
-    ["source", "pseudo-label", *(pytest.param(name, marks=UNHASHED) for name in ("classmix", "alignment", "dacs"))],
-)
+@pytest.mark.parametrize("method", recipes.METHODS)
 def test_self_training__any_batch_size_by_one_graph(method: str, upsample: bool) -> None:
     torch.compiler.reset()
     student = network(stride=2 if upsample else 1)

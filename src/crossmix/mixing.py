@@ -18,6 +18,7 @@ from crossmix._checks import (
     check_same_shape,
     check_tensor,
 )
+from crossmix._draws import uniform
 
 __all__ = ["ClassMix", "CrossDomainMix", "Mixed", "class_mask", "mix", "sample_classes"]
 
@@ -523,8 +524,7 @@ def _sample_mask(
 def _scores(labels: Tensor, num_classes: int, scores: Tensor | None, generator: torch.Generator | None) -> Tensor:
     shape = (len(labels), num_classes + 1)
     if scores is None:
-        device = labels.device if generator is None else generator.device
-        return torch.rand(shape, generator=generator, device=device).to(labels.device, non_blocking=True)
+        return uniform(shape, generator=generator, device=labels.device)
     check_tensor("scores", scores)
     if tuple(scores.shape) != shape:
         raise ValueError(
@@ -560,7 +560,7 @@ def _weights(name: str, weights: Tensor | None, images: Tensor, labels: Tensor) 
     check_tensor(name, weights)
     if not weights.is_floating_point():
         raise TypeError(f"`{name}` must be floating, got {weights.dtype}; convert with `.float()`.")
-    if tuple(weights.shape) not in {tuple(labels.shape), tuple(labels.shape[:1])}:
+    if tuple(weights.shape) not in (tuple(labels.shape), tuple(labels.shape[:1])):  # no set: sizes may be symbolic
         raise ValueError(
             f"`{name}` must have shape (N, H, W) = {tuple(labels.shape)} or (N,), got {tuple(weights.shape)}; "
             "squeeze the channel dimension or crop it to the images."
