@@ -39,6 +39,8 @@ def arguments(options: argparse.ArgumentParser) -> argparse.Namespace:
         args.rounds = 5 if args.quick else 21
     if args.rounds < 2:
         options.error(f"--rounds must be at least 2, so that there is a spread, got {args.rounds}")
+    if args.save and args.quick and args.out == RESULTS:
+        options.error("--save with --quick needs an --out: the committed results are those of full runs")
     if not args.default_malloc and os.environ.get("MALLOC_TRIM_THRESHOLD_") != BIG:
         os.environ.update(MALLOC_MMAP_THRESHOLD_=BIG, MALLOC_TRIM_THRESHOLD_=BIG)  # read when a process starts
         os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606 - this very script

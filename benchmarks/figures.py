@@ -230,6 +230,7 @@ def augment_on_gpu(document: dict[str, Any]) -> list[str]:
 GPU_TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step": step,
     "step-compiled": step,
+    "step-whole": step,
     "step-memory": memory,
     "mixing": mixing_on_gpu,
     "augment": augment_on_gpu,

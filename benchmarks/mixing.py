@@ -74,7 +74,7 @@ def per_image_loop(
     return torch.stack(mixed[0]), torch.stack(mixed[1]), torch.stack(mixed[2])
 
 
-def table(n: int, size: int, dtype: torch.dtype, rounds: int, device: str, *, compiled: bool) -> Rows:
+def table(n: int, size: int, dtype: torch.dtype, rounds: int, device: str) -> Rows:
     """All candidates on the same batch."""
     batch = street_like(n, (size, size), dtype, device)
     images, labels, target_images, target_labels, weights = batch
@@ -91,34 +91,32 @@ def table(n: int, size: int, dtype: torch.dtype, rounds: int, device: str, *, co
             torch.where(mask, 1.0, weights),
         )
 
+    torch.compiler.reset()  # or a second size would be compiled for any size
+    fast, fast_floor = torch.compile(mixer, fullgraph=True), torch.compile(floor, fullgraph=True)
     candidates: dict[str, Callable[[], object]] = {
         "copy": lambda: (images.clone(), labels.clone(), weights.clone()),
         "floor": floor,
+        "floor compiled": fast_floor,
         "crossmix": lambda: mixer(*batch),
+        "crossmix compiled": lambda: fast(*batch, scores=torch.rand(n, CLASSES + 1, device=device)),
         "released loop": lambda: per_image_loop(batch),
         "whole-batch unique": lambda: per_image_loop(batch, whole_batch=True),
         "kornia transplant": lambda: transplant(pairs[:n], pair_labels[:n]),
     }
-    if compiled:
-        torch.compiler.reset()  # or a second size would be compiled for any size
-        fast, fast_floor = torch.compile(mixer, fullgraph=True), torch.compile(floor, fullgraph=True)
-        candidates["floor compiled"] = fast_floor
-        candidates["crossmix compiled"] = lambda: fast(*batch, scores=torch.rand(n, CLASSES + 1, device=device))
     rows = interleave(candidates, rounds=rounds, device=device)
     copied = 2 * sum(tensor.nbytes for tensor in (images, labels, weights)) / rows["copy"]["median_ms"]
-    moved = {"floor": 3 * (images.nbytes + labels.nbytes) + 2 * weights.nbytes + mask.nbytes}
-    moved |= dict.fromkeys(("crossmix", "floor compiled", "crossmix compiled"), moved["floor"])  # the mask comes out
-    for name in moved.keys() & rows.keys():
-        rows[name]["share_of_copy"] = moved[name] / rows[name]["median_ms"] / copied
+    moved = 3 * (images.nbytes + labels.nbytes) + 2 * weights.nbytes + mask.nbytes
+    for name in ("floor", "floor compiled", "crossmix", "crossmix compiled"):
+        rows[name]["share_of_copy"] = moved / rows[name]["median_ms"] / copied
     return rows
 
 
-def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]:
-    """Both label types, on a GPU with larger batches too; with little time nothing compiled."""
+def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]:  # noqa: ARG001 - quick enough
+    """Both label types, on a GPU with larger batches too."""
     results: list[dict[str, object]] = []
     for n in (8, 32, 64) if torch.device(device).type == "cuda" else (8,):
         for dtype in (torch.int64, torch.uint8):
-            rows = table(n, 512, dtype, rounds, device, compiled=not quick)
+            rows = table(n, 512, dtype, rounds, device)
             name = str(dtype).removeprefix("torch.")
             show(f"{n} x 3 x 512 x 512, {name} labels, {device}", rows, "crossmix")
             ratio = rows["released loop"]["median_ms"] / rows["crossmix"]["median_ms"]

@@ -51,17 +51,6 @@ from mixing import CLASSES
 from step_forms import NETWORKS, Form, Size, Step, Training, build, forms, move, precision, stepper
 
 
-def losses(form: Form, size: Size, steps: int) -> list[float]:
-    """The losses of the first steps, on draws that depend on the step alone."""
-    work, step = stepper(form, size)
-    found = []
-    for number in range(steps):
-        generator = torch.Generator().manual_seed(number)
-        draw = work.training.sample(size.batch, generator=generator, device=size.device)
-        found.append(float(step(draw)))
-    return found
-
-
 def first_loss(work: Training, step: Step, size: Size) -> float:
     """The loss of the first step, on the draw of seed 0."""
     generator = torch.Generator().manual_seed(0)

@@ -103,7 +103,8 @@ class Training:
 def build(form: Form, size: Size) -> Training:
     """Networks from random weights, the same in every form."""
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True  # as the trainer
+    torch.backends.cudnn.deterministic = torch.are_deterministic_algorithms_enabled()  # as the trainer has it
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
     layout = torch.channels_last if form.channels_last else torch.contiguous_format
     student = NETWORKS[size.network](CLASSES, aspp_branches=2, upsample=not form.small_logits)
     student = student.to(size.device, memory_format=layout)  # type: ignore[call-overload]
@@ -251,3 +252,14 @@ def chosen_by(scores: Tensor) -> Callable[[Tensor, int], Tensor]:
         return classes[order[: (len(classes) + 1) // 2]]
 
     return choose
+
+
+def losses(form: Form, size: Size, steps: int) -> list[float]:
+    """The losses of the first steps, on draws that depend on the step alone."""
+    work, step = stepper(form, size)
+    found = []
+    for number in range(steps):
+        generator = torch.Generator().manual_seed(number)
+        draw = work.training.sample(size.batch, generator=generator, device=size.device)
+        found.append(float(step(draw)))
+    return found

@@ -158,6 +158,7 @@ LINES: dict[str, Callable[..., list[Line]]] = {
     "input": crops,
     "step": step,
     "step-compiled": step,
+    "step-whole": step,
     "step-memory": memory,
     "scaling": scaling,
 }
