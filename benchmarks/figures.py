@@ -56,17 +56,24 @@ def shift() -> list[str]:
 def mixing() -> list[str]:
     """Class masks and the mix against the loop and the floor."""
     document = read("mixing--cpu")
+    columns = {
+        "crossmix compiled": "compiled",
+        "floor": "`torch.where` floor",
+        "released loop": "released loop",
+        "whole-batch unique": "whole-batch `unique`",
+        "kornia transplant": "kornia transplant",
+    }
+    columns = {name: title for name, title in columns.items() if name in document["results"][0]["rows"]}
     lines = [
         "Class masks and the mix of 8 x 3 x 512 x 512 images, labels and weights on one CPU thread, and what others",
         "take as multiples of it (`python benchmarks/mixing.py --save`):",
         "",
-        "| labels | crossmix | `torch.where` floor | released loop | whole-batch `unique` | kornia transplant |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| labels | crossmix | {' | '.join(columns.values())} |",
+        "|---|---:" + "|---:" * len(columns) + "|",
     ]
     for result in document["results"]:
         median = {name: row["median_ms"] for name, row in result["rows"].items()}
-        names = ("floor", "released loop", "whole-batch unique", "kornia transplant")
-        ratios = " | ".join(f"{median[name] / median['crossmix']:.2f} x" for name in names)
+        ratios = " | ".join(f"{median[name] / median['crossmix']:.2f} x" for name in columns)
         lines.append(f"| {result['labels']} | {median['crossmix']:.1f} ms | {ratios} |")
     return lines
 
@@ -161,45 +168,6 @@ def scaling_figure() -> str:
     return growth("Cost per pixel on one CPU thread: level where the cost is in proportion", "ns per pixel", panels)
 
 
-def gpu() -> list[str]:
-    """What was measured on a GPU, suite by suite."""
-    lines: list[str] = []
-    for suite, table in GPU_TABLES.items():
-        if (RESULTS / f"{suite}--cuda.json").exists():
-            document = read(f"{suite}--cuda")
-            machine = document["machine"]
-            lines += [f"On {machine['gpu']}, torch {machine['torch']}, {document['date']}:", "", *table(document)]
-    return lines
-
-
-def performance() -> str:
-    """The tables of docs/performance.md."""
-    lines = []
-    for result in read("mixing--cpu")["results"]:
-        lines += against(f"masks and mix, {result['labels']} labels", result["rows"], "floor")
-    for result in read("augment--cpu")["results"]:
-        lines += against(f"StrongAugment, {result['what']}", result["rows"], "kornia")
-    loss = read("loss--cpu")["results"]
-    lines += against("upsampling and loss", loss, "plain")
-    peaks = ", ".join(f"{name} {row['peak_mb']:.0f} MB" for name, row in loss.items())
-    lines += [f"Peak memory on top of the inputs: {peaks}.", ""]
-    lines += against("EMA of ResNet-101", read("teacher--cpu")["results"], "loop mul_/add_")
-    lines += against("optimizer step, ResNet-101", read("optimizer--cpu")["results"], "plain foreach")
-    for result in read("input--cpu")["results"]["data_sets"]:
-        lines += crops(result)
-    lines += against("confusion matrix, 1024 x 2048", read("evaluation--cpu")["results"]["rows"], "ConfusionMatrix")
-    lines += step(read("step--cpu"))
-    if (RESULTS / "step-memory--cpu.json").exists():
-        lines += memory(read("step-memory--cpu"))
-    lines += scaling(read("scaling--cpu"))
-    return "\n".join([*lines, *gpu()])
-
-
-def figures() -> str:
-    """The README's, as Markdown."""
-    return "\n".join([*demo(), "", *shift(), "", *mixing(), ""])
-
-
 def mixing_on_gpu(document: dict[str, Any]) -> list[str]:
     """By batch and label type, with the share of a copy's bandwidth."""
     lines = []
@@ -239,6 +207,47 @@ GPU_TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "optimizer": lambda document: against("optimizer step, ResNet-101", document["results"], "plain foreach"),
     "scaling": scaling,
 }
+
+
+def gpu() -> list[str]:
+    """What was measured on a GPU, suite by suite."""
+    lines: list[str] = []
+    for suite, table in GPU_TABLES.items():
+        if (RESULTS / f"{suite}--cuda.json").exists():
+            document = read(f"{suite}--cuda")
+            machine = document["machine"]
+            lines += [f"On {machine['gpu']}, torch {machine['torch']}, {document['date']}:", "", *table(document)]
+    return lines or ["No GPU has been measured yet.", ""]
+
+
+def performance() -> str:
+    """The tables of docs/performance.md."""
+    lines = []
+    for result in read("mixing--cpu")["results"]:
+        lines += against(f"masks and mix, {result['labels']} labels", result["rows"], "floor")
+    for result in read("augment--cpu")["results"]:
+        lines += against(f"StrongAugment, {result['what']}", result["rows"], "kornia")
+    loss = read("loss--cpu")["results"]
+    lines += against("upsampling and loss", loss, "plain")
+    peaks = ", ".join(f"{name} {row['peak_mb']:.0f} MB" for name, row in loss.items())
+    lines += [f"Peak memory on top of the inputs: {peaks}.", ""]
+    lines += against("EMA of ResNet-101", read("teacher--cpu")["results"], "loop mul_/add_")
+    lines += against("optimizer step, ResNet-101", read("optimizer--cpu")["results"], "plain foreach")
+    for result in read("input--cpu")["results"]["data_sets"]:
+        lines += crops(result)
+    lines += against("confusion matrix, 1024 x 2048", read("evaluation--cpu")["results"]["rows"], "ConfusionMatrix")
+    lines += step(read("step--cpu"))
+    if (RESULTS / "step-memory--cpu.json").exists():
+        lines += memory(read("step-memory--cpu"))
+    lines += scaling(read("scaling--cpu"))
+    return "\n".join([*lines, *gpu()])
+
+
+def figures() -> str:
+    """The README's, as Markdown."""
+    return "\n".join([*demo(), "", *shift(), "", *mixing(), ""])
+
+
 PICTURES = {ROOT / "docs" / "scaling.svg": scaling_figure}
 PAGES = {ROOT / "README.md": figures, ROOT / "docs" / "performance.md": performance}
 

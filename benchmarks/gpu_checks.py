@@ -35,9 +35,8 @@ def need_cuda(device: str) -> None:
 
 def close(found: Sequence[float], wanted: Sequence[float], tolerance: float) -> None:
     """Compare losses."""
-    worst = max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
-    if not worst <= tolerance:
-        raise RuntimeError(f"losses {found} differ from {wanted} by {worst:.1e}, more than {tolerance:.0e}")
+    if not all(abs(a - b) <= tolerance * abs(b) for a, b in zip(found, wanted, strict=True)):  # NaN is not close
+        raise RuntimeError(f"the losses {found} differ from {wanted} by more than {tolerance:g}, relatively")
 
 
 def no_sync(device: str) -> None:

@@ -45,10 +45,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import arguments, interleave, parser, save, show
 from crossmix import functional as F
 from crossmix.models import DeepLabV2
-from crossmix.self_training import SelfTrainingDraw
 from loss import resident_bytes
 from mixing import CLASSES
-from step_forms import NETWORKS, Form, Size, Step, Training, build, forms, move, precision, stepper
+from step_forms import NETWORKS, Draw, Form, Size, Step, Training, build, forms, move, precision, stepper
 
 
 def first_loss(work: Training, step: Step, size: Size) -> float:
@@ -68,7 +67,7 @@ def parts_of(form: Form, size: Size, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seen.items()}
 
 
-def marked_step(work: Training, draw: SelfTrainingDraw, size: Size) -> tuple[Tensor, dict[str, float]]:
+def marked_step(work: Training, draw: Draw, size: Size) -> tuple[Tensor, dict[str, float]]:
     """One step, part by part by the public names, with the time of each."""
     training, (source_images, source_labels, target_images) = work.training, work.batch
     student, teacher, mix, augment = training.student, training.teacher, training.mix, training.augment

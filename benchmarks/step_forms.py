@@ -14,13 +14,14 @@ from crossmix import SelfTraining, recipes
 from crossmix.engine import FiniteGuard
 from crossmix.models import deeplab_v2_resnet101, deeplab_v2_tiny
 from crossmix.optim import RepeatedSGD, parameter_groups
-from crossmix.self_training import SelfTrainingDraw
 from mixing import CLASSES, per_image_loop, street_like
 from teacher import released as released_average
 
 LR, MOMENTUM, DECAY = 2.5e-4, 0.9, 5e-4  # of the optimizer; the head learns ten times as fast
 THRESHOLD = recipes.RELEASED.threshold
 NETWORKS = {"resnet101": deeplab_v2_resnet101, "tiny": deeplab_v2_tiny}
+
+Draw = Any  # what `SelfTraining.sample` returns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Training:
     steps: int = 0
     momentum: dict[Tensor, Tensor] = field(default_factory=dict)  # of the released style's loop
 
-    def sample(self) -> SelfTrainingDraw:
+    def sample(self) -> Draw:
         """Everything random in a step."""
         images = self.batch.target_images
         return self.training.sample(len(images), device=images.device)
@@ -136,7 +137,7 @@ def precision(form: Form, device: str) -> Iterator[None]:
         yield
 
 
-Step = Callable[[SelfTrainingDraw], Tensor]
+Step = Callable[[Draw], Tensor]
 
 
 def stepper(form: Form, size: Size) -> tuple[Training, Step]:
@@ -146,7 +147,7 @@ def stepper(form: Form, size: Size) -> tuple[Training, Step]:
         return work, lambda draw: released_step(work, draw)
     gradients = captured(work, size) if form.graph else lambda draw: forward_backward(work, draw, size)
 
-    def step(draw: SelfTrainingDraw) -> Tensor:
+    def step(draw: Draw) -> Tensor:
         loss = gradients(draw)
         work.guard.check(loss, work.steps)
         move(work)
@@ -158,7 +159,7 @@ def stepper(form: Form, size: Size) -> tuple[Training, Step]:
     return work, step
 
 
-def forward_backward(work: Training, draw: SelfTrainingDraw, size: Size) -> Tensor:
+def forward_backward(work: Training, draw: Draw, size: Size) -> Tensor:
     """Everything up to the gradients."""
     work.optimizer.zero_grad(set_to_none=True)
     with precision(work.form, size.device):
@@ -204,7 +205,7 @@ def captured(work: Training, size: Size) -> Step:
     with torch.cuda.graph(graph):
         loss = forward_backward(work, still, size)
 
-    def replay(draw: SelfTrainingDraw) -> Tensor:
+    def replay(draw: Draw) -> Tensor:
         for kept, new in zip(tensors(still), tensors(draw), strict=True):
             kept.copy_(new)
         graph.replay()
@@ -213,12 +214,12 @@ def captured(work: Training, size: Size) -> Step:
     return replay
 
 
-def tensors(draw: SelfTrainingDraw) -> list[Tensor]:
+def tensors(draw: Draw) -> list[Tensor]:
     """A draw as a flat list."""
     return [part for part in (draw.scores, *(draw.augment or ())) if part is not None]
 
 
-def released_step(work: Training, draw: SelfTrainingDraw) -> Tensor:
+def released_step(work: Training, draw: Draw) -> Tensor:
     """What the released code does, on the draw that the other forms get."""
     training, (source_images, source_labels, target_images) = work.training, work.batch
     teacher, scores, augment = training.teacher, draw.scores, draw.augment
