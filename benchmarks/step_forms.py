@@ -109,7 +109,9 @@ def build(form: Form, size: Size) -> Training:
     layout = torch.channels_last if form.channels_last else torch.contiguous_format
     student = NETWORKS[size.network](CLASSES, aspp_branches=2, upsample=not form.small_logits)
     student = student.to(size.device, memory_format=layout)  # type: ignore[call-overload]
-    training = recipes.self_training(student, CLASSES, upsample=form.small_logits).to(size.device).train()
+    training = (
+        recipes.self_training(student, CLASSES, upsample=form.small_logits, threshold=THRESHOLD).to(size.device).train()
+    )
     source_images, source_labels, target_images, _, _ = street_like(size.batch, size.crop, torch.uint8, size.device)
     batch = Batch(
         source_images.contiguous(memory_format=layout), source_labels, target_images.contiguous(memory_format=layout)

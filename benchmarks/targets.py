@@ -88,9 +88,8 @@ def teacher(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSO
     time = {name: row["median_ms"] for name, row in results.items()}
     names = ("MeanTeacher.update", "ema_update_")
     lines = [share(f"EMA, {name}", time[name], time["loop mul_/add_"], "loop mul_/add_", 0.85) for name in names]
-    if cuda:
-        lines += [share(f"EMA, {name}", results[name]["launches"], 20, "target", 1, unit="launches") for name in names]
-    return lines
+    counted = [(name, results[name]["launches"]) for name in names if cuda and "launches" in results[name]]
+    return lines + [share(f"EMA, {name}", count, 20, "target", 1, unit="launches") for name, count in counted]
 
 
 def optimizer(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU

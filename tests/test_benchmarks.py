@@ -21,6 +21,7 @@ MODULES = (
     "augment", "charts", "common", "evaluation", "figures", "gpu", "gpu_checks", "input", "loss", "mixing", "optimizer",
     "run", "scaling", "step", "step_forms", "targets", "teacher",
 )  # fmt: skip
+THRESHOLD = 0.13  # of confidence: a network from random weights is this sure of about half of the pixels
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,9 @@ def bench() -> Iterator[dict[str, ModuleType]]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        yield {name: importlib.import_module(name) for name in MODULES}
+        modules = {name: importlib.import_module(name) for name in MODULES}
+        patch.setattr(modules["step_forms"], "THRESHOLD", THRESHOLD)
+        yield modules
     for name in MODULES:
         sys.modules.pop(name, None)
     torch.set_num_threads(threads)
@@ -59,6 +62,13 @@ def test_step__every_form_trains_as_the_released_style(
     found = bench["step_forms"].losses(bench["step_forms"].forms("cpu")[name], small, 4)
     torch.testing.assert_close(found, released, rtol=1e-4, atol=0)
     assert len({round(loss, 3) for loss in released}) == 4  # they move, so that equality says something
+
+
+def test_step__some_pixels_are_confident_and_some_are_not(bench: Any, small: Any) -> None:
+    forms = bench["step_forms"]
+    work = forms.build(forms.Form(), small)
+    confidence = work.training(*work.batch, draw=work.sample()).confidence
+    assert 0.2 < float((confidence >= THRESHOLD).float().mean()) < 0.8  # or lambda would hide in the losses
 
 
 def test_step__forms_that_do_less_begin_alike_and_part(bench: Any, small: Any, released: list[float]) -> None:
@@ -247,6 +257,18 @@ def test_gpu__runs_on_a_cpu(tmp_path: Path) -> None:
     assert "check repeatable: ok" in done.stdout
     assert "mix by batch" in done.stdout
     assert json.loads((tmp_path / "scaling--cpu.json").read_text(encoding="utf-8"))["suite"] == "scaling"
+
+
+def test_gpu__stages_name_what_exists(bench: Any) -> None:
+    made = bench["gpu"].stages("cuda", Path("out"), quick=False)
+    assert [stage.name for stage in made if stage.check] == ["tests", "checks"]
+    known = bench["step_forms"].forms("cuda")
+    for stage in made:
+        words = list(stage.command)
+        assert all(Path(word).exists() for word in words if word.endswith(".py"))
+        forms = words[words.index("--forms") + 1 :] if "--forms" in words else []
+        assert set(forms) <= known.keys()
+        assert stage.check or stage.name in bench["targets"].LINES
 
 
 @pytest.mark.parametrize(("check", "code"), [(True, 1), (False, 0)])
