@@ -19,7 +19,7 @@ import kornia.filters
 import torch
 from torch import Tensor
 
-from common import arguments, interleave, save, show
+from common import command, interleave, show
 from crossmix import StrongAugment
 
 STRENGTH = 0.25
@@ -47,7 +47,7 @@ def one_by_one(images: Tensor, draw: tuple[Tensor, ...]) -> Tensor:
     return torch.cat(done)
 
 
-def measure(
+def table(
     images: Tensor, *, jitter: bool, blur: bool, rounds: int, device: str
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """One table, and how far each candidate is from the slow statement: all candidates on the same batch."""
@@ -77,21 +77,21 @@ def measure(
     return rows, errors
 
 
-def main() -> None:
-    """Print the tables; save them where asked."""
-    args = arguments(__doc__)
+def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]:
+    """The whole, and with more time its two halves apart."""
     torch.manual_seed(0)
-    images = torch.rand(8, 3, 512, 512).to(args.device)
-    results = []
-    for name, jitter, blur in (("whole", True, True), ("jitter", True, False), ("blur", False, True)):
-        rows, errors = measure(images, jitter=jitter, blur=blur, rounds=args.rounds, device=args.device)
-        show(f"{name}, 8 x 3 x 512 x 512, {args.device}", rows, "kornia")
+    images = torch.rand(8, 3, 512, 512).to(device)
+    results: list[dict[str, object]] = []
+    parts = (("whole", True, True), ("jitter", True, False), ("blur", False, True))
+    for name, jitter, blur in parts[:1] if quick else parts:
+        torch.compiler.reset()
+        rows, errors = table(images, jitter=jitter, blur=blur, rounds=rounds, device=device)
+        show(f"{name}, 8 x 3 x 512 x 512, {device}", rows, "kornia")
         print(", ".join(f"error of {candidate} {error:.1e}" for candidate, error in errors.items()))
         ratios = {key: rows[key]["median_ms"] / rows["kornia"]["median_ms"] for key in errors}
         results.append({"what": name, "batch": 8, "size": 512, "rows": rows, "of_kornia": ratios, "error": errors})
-    if args.save:
-        save("augment", args.device, results)
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    command("augment", __doc__, measure)

@@ -1,5 +1,6 @@
-"""Bar charts and line charts as SVG, written by hand: the figures of docs/results.md without a plotting library."""
+"""Bar charts and line charts as SVG, written by hand: the figures of the docs without a plotting library."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
@@ -12,6 +13,10 @@ COLORS = {
     "alignment": "#009e73",
     "dacs": "#d55e00",
     "oracle": "#0072b2",
+    "mix": "#d55e00",
+    "augment": "#0072b2",
+    "loss": "#009e73",
+    "pseudo-labels": "#e69f00",
 }  # Okabe and Ito's, which colour-blind readers can tell apart
 PLAIN = "#7a9cc6"
 INK, FAINT = "#222222", "#dddddd"
@@ -111,6 +116,47 @@ def curves(title: str, steps: Sequence[int], panels: Sequence[Panel], *, columns
                 ]
                 parts.append(polyline(points, color, stroke))
     return svg(width, 80 + cell_height * rows, parts, title)
+
+
+Points = Sequence[tuple[float, float]]
+
+
+def growth(title: str, unit: str, panels: Mapping[str, Mapping[str, Points]]) -> str:
+    """Panels side by side with one legend, both axes logarithmic and the vertical one the same in all of them."""
+    plot_width, plot_height, top = 250.0, 190.0, 84.0
+    width = 70 + (plot_width + 30) * len(panels)
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    heights = [y for series in panels.values() for points in series.values() for _, y in points]
+    low, high = math.floor(math.log10(min(heights))), math.ceil(math.log10(max(heights)))
+    parts = [text(width / 2, 22, title, size=15, anchor="middle", weight="bold")]
+    x = width / 2 - sum(40 + 6.2 * len(name) for name in names) / 2
+    for name in names:
+        parts += [line(x, 44, x + 18, 44, color=COLORS.get(name, PLAIN), width=3), text(x + 22, 48, name)]
+        x += 40 + 6.2 * len(name)
+    for i, (axis, series) in enumerate(panels.items()):
+        left, bottom = 60 + (plot_width + 30) * i, top + plot_height
+        grown = sorted({x for points in series.values() for x, _ in points})
+        first, last = math.log2(grown[0]), math.log2(grown[-1])
+        parts.append(text(left + plot_width / 2, top - 8, f"{unit} by {axis}", anchor="middle"))
+        for power in range(low, high + 1):
+            y = bottom - plot_height * (power - low) / (high - low)
+            parts.append(line(left, y, left + plot_width, y))
+            if i == 0:
+                parts.append(text(left - 6, y + 4, f"{10.0**power:g}", size=10, anchor="end"))
+        for x, value, anchor in ((left, grown[0], "start"), (left + plot_width, grown[-1], "end")):
+            parts.append(text(x, bottom + 14, f"{value:.0f}", size=10, anchor=anchor))
+        for name, points in series.items():
+            spots = [
+                (
+                    left + plot_width * (math.log2(x) - first) / (last - first),
+                    bottom - plot_height * (math.log10(y) - low) / (high - low),
+                )
+                for x, y in points
+            ]
+            color = COLORS.get(name, PLAIN)
+            parts.append(polyline(spots, color, 2.0))
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in spots]
+    return svg(width, top + plot_height + 30, parts, title)
 
 
 def polyline(points: Sequence[tuple[float, float]], color: str, stroke: float) -> str:

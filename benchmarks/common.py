@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import kornia
 import torch
@@ -19,14 +20,27 @@ RESULTS = Path(__file__).parent / "results"
 BIG = str(1 << 32)
 
 
-def arguments(description: str | None) -> argparse.Namespace:
+def parser(description: str | None) -> argparse.ArgumentParser:
     """The options of every suite."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<suite>--<device>.json")
-    parser.add_argument("--default-malloc", action="store_true", help="leave glibc's allocator as it is")
-    args = parser.parse_args()
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--rounds", type=int, help="21, or 5 with --quick")
+    options.add_argument("--quick", action="store_true", help="few rounds, without the slowest candidates")
+    options.add_argument("--save", action="store_true", help="write benchmarks/results/<suite>--<device>.json")
+    options.add_argument("--out", type=Path, default=RESULTS, help="the folder that --save writes to")
+    options.add_argument("--default-malloc", action="store_true", help="leave glibc's allocator as it is")
+    return options
+
+
+def arguments(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line, and start again with an allocator that keeps its memory."""
+    args = options.parse_args()
+    if args.rounds is None:
+        args.rounds = 5 if args.quick else 21
+    if args.rounds < 2:
+        options.error(f"--rounds must be at least 2, so that there is a spread, got {args.rounds}")
+    if args.save and args.quick and args.out == RESULTS:
+        options.error("--save with --quick needs an --out: the committed results are those of full runs")
     if not args.default_malloc and os.environ.get("MALLOC_TRIM_THRESHOLD_") != BIG:
         os.environ.update(MALLOC_MMAP_THRESHOLD_=BIG, MALLOC_TRIM_THRESHOLD_=BIG)  # read when a process starts
         os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606 - this very script
@@ -60,7 +74,22 @@ def show(title: str, rows: Mapping[str, Mapping[str, float]], baseline: str) -> 
         print(f"  {name:{width}}  {row['median_ms']:9.3f} ms  (IQR {row['iqr_ms']:7.3f})  {ratio:8.3f} x {baseline}")
 
 
-def save(suite: str, device: str, results: object) -> None:
+class Measure(Protocol):
+    """What a suite is."""
+
+    def __call__(self, device: str, rounds: int, *, quick: bool) -> object:
+        """Measure, print, and return what the result file holds."""
+
+
+def command(suite: str, description: str | None, measure: Measure) -> None:
+    """Run a suite that has no options of its own, and save where asked."""
+    args = arguments(parser(description))
+    results = measure(args.device, args.rounds, quick=args.quick)
+    if args.save:
+        save(suite, args.device, results, args.out)
+
+
+def save(suite: str, device: str, results: object, folder: Path = RESULTS) -> None:
     """Write the results with all that they depend on."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
     document = {
@@ -70,8 +99,8 @@ def save(suite: str, device: str, results: object) -> None:
         "machine": machine(device),
         "results": results,
     }
-    path = RESULTS / f"{suite}--{torch.device(device).type}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = folder / f"{suite}--{torch.device(device).type}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(f"\nwrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 

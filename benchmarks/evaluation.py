@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from common import arguments, interleave, save, show
+from common import command, interleave, show
 from crossmix.metrics import ConfusionMatrix
 
 CLASSES = 19
@@ -18,9 +18,8 @@ HEIGHT, WIDTH = 1024, 2048
 SMALL = 64, 128
 
 
-def main() -> None:
-    """Measure, print, and save."""
-    args = arguments(__doc__)
+def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, object]]:  # noqa: ARG001 - quick enough
+    """All candidates on one map."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, CLASSES, (1, HEIGHT // 32, WIDTH // 32), generator=generator)
     labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2).to(torch.uint8)
@@ -28,15 +27,15 @@ def main() -> None:
     predictions = torch.where(
         torch.rand(labels.shape, generator=generator) < 0.1, 0, labels.long().clamp(max=CLASSES - 1)
     )
-    labels, predictions = labels.to(args.device), predictions.to(args.device)
-    matrix = ConfusionMatrix(CLASSES).to(args.device)
+    labels, predictions = labels.to(device), predictions.to(device)
+    matrix = ConfusionMatrix(CLASSES).to(device)
     small = labels[0, : SMALL[0], : SMALL[1]].cpu().numpy(), predictions[0, : SMALL[0], : SMALL[1]].cpu().numpy()
     candidates: dict[str, Callable[[], object]] = {
         "ConfusionMatrix": lambda: matrix.update(predictions, labels),
         "masked bincount": lambda: masked_bincount(predictions[0].cpu().numpy(), labels[0].cpu().numpy()),
         "pixel loop, 64 x 128": lambda: pixel_loop(*small),
     }
-    rows = interleave(candidates, rounds=args.rounds, device=args.device)
+    rows = interleave(candidates, rounds=rounds, device=device)
     scale = HEIGHT * WIDTH / (SMALL[0] * SMALL[1])
     cut = rows.pop("pixel loop, 64 x 128")
     rows["pixel loop, scaled"] = {key: scale * value for key, value in cut.items()}
@@ -44,8 +43,7 @@ def main() -> None:
     per_second = {name: 1000 / row["median_ms"] for name, row in rows.items()}
     for name, value in per_second.items():
         print(f"  {name}: {value:.3g} images per second")
-    if args.save:
-        save("evaluation", args.device, {"rows": rows, "images_per_second": per_second})
+    return {"rows": dict(rows), "images_per_second": dict(per_second)}
 
 
 def masked_bincount(predictions: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]", labels: object) -> object:
@@ -66,4 +64,4 @@ def pixel_loop(labels: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]", predic
 
 
 if __name__ == "__main__":
-    main()
+    command("evaluation", __doc__, measure)

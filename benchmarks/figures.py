@@ -1,10 +1,16 @@
-"""Print the figures of README and docs/performance.md from the result files, or write them there with --write."""
+"""Print the figures of README and docs/performance.md from the result files, or write them there with --write.
+
+The picture docs/scaling.svg is written too. Of a GPU there are tables for the result files that are there.
+"""
 
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from charts import growth
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,17 +56,24 @@ def shift() -> list[str]:
 def mixing() -> list[str]:
     """Class masks and the mix against the loop and the floor."""
     document = read("mixing--cpu")
+    columns = {
+        "crossmix compiled": "compiled",
+        "floor": "`torch.where` floor",
+        "released loop": "released loop",
+        "whole-batch unique": "whole-batch `unique`",
+        "kornia transplant": "kornia transplant",
+    }
+    columns = {name: title for name, title in columns.items() if name in document["results"][0]["rows"]}
     lines = [
         "Class masks and the mix of 8 x 3 x 512 x 512 images, labels and weights on one CPU thread, and what others",
         "take as multiples of it (`python benchmarks/mixing.py --save`):",
         "",
-        "| labels | crossmix | `torch.where` floor | released loop | whole-batch `unique` | kornia transplant |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| labels | crossmix | {' | '.join(columns.values())} |",
+        "|---|---:" + "|---:" * len(columns) + "|",
     ]
     for result in document["results"]:
         median = {name: row["median_ms"] for name, row in result["rows"].items()}
-        names = ("floor", "released loop", "whole-batch unique", "kornia transplant")
-        ratios = " | ".join(f"{median[name] / median['crossmix']:.2f} x" for name in names)
+        ratios = " | ".join(f"{median[name] / median['crossmix']:.2f} x" for name in columns)
         lines.append(f"| {result['labels']} | {median['crossmix']:.1f} ms | {ratios} |")
     return lines
 
@@ -88,6 +101,126 @@ def crops(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def step(document: dict[str, Any]) -> list[str]:
+    """The forms of a training step and the parts of some."""
+    result = document["results"]
+    rows, (height, width) = result["rows"], result["crop"]
+    baseline = next(iter(rows))
+    what = f"{result['network']}, {result['batch']} + {result['batch']} crops of {height} x {width}"
+    lines = [
+        f"| one step, {what} | median | spread (IQR) | times {baseline} | it/s | TFLOP/s | peak memory |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        cells = (
+            f"{row['median_ms']:.1f} ms",
+            f"{row['iqr_ms']:.1f} ms",
+            f"{row['median_ms'] / rows[baseline]['median_ms']:.3f}",
+            f"{row['it_per_s']:.1f}",
+            f"{row['tflop_per_s']:.3g}",
+            f"{row['peak_mb']:.0f} MB" if "peak_mb" in row else "",
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    rates = ", ".join(f"{rate:.3g} in {kind}" for kind, rate in result["matmul_tflop_per_s"].items())
+    lines += ["", f"A step is {result['tflop']:.3g} TFLOP; matrix products reach {rates} TFLOP/s.", ""]
+    return lines + (parts(result["parts"]) if result["parts"] else [])
+
+
+def parts(found: dict[str, dict[str, float]]) -> list[str]:
+    """The parts of a step, with their shares."""
+    lines = [f"| parts of a step | {' | '.join(found)} |", "|---" + "|---:" * len(found) + "|"]
+    for part in next(iter(found.values())):
+        cells = [f"{times[part]:.2f} ms ({100 * times[part] / sum(times.values()):.1f} %)" for times in found.values()]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def memory(document: dict[str, Any]) -> list[str]:
+    """What a step takes."""
+    result = document["results"]
+    height, width = result["crop"]
+    what = f"{result['network']}, {result['batch']} + {result['batch']} crops of {height} x {width}"
+    peaks = ", ".join(f"{name} {row['peak_mb'] / 1e3:.2f} GB" for name, row in result["rows"].items())
+    return [f"Peak memory of one step, {what}: {peaks}.", ""]
+
+
+def scaling(document: dict[str, Any]) -> list[str]:
+    """The exponents."""
+    lines = [
+        "| cost grows with the power | batch | pixels | classes |",
+        "|---|---:|---:|---:|",
+    ]
+    series = {(one["operation"], one["axis"]): one for one in document["results"]}
+    for name in dict.fromkeys(name for name, _ in series):
+        found = [series.get((name, axis)) for axis in ("batch", "pixels", "classes")]
+        cells = ["" if one is None else f"{one['exponent_last']:.2f} ({one['exponent']:.2f})" for one in found]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def scaling_figure() -> str:
+    """Cost per pixel of all operations."""
+    document = read("scaling--cpu")
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for one in document["results"]:
+        points = [(x, point["ns_per_pixel"]) for x, point in zip(one["grown"], one["points"], strict=True)]
+        panels.setdefault(one["axis"], {})[one["operation"]] = points
+    return growth("Cost per pixel on one CPU thread: level where the cost is in proportion", "ns per pixel", panels)
+
+
+def mixing_on_gpu(document: dict[str, Any]) -> list[str]:
+    """By batch and label type, with the share of a copy's bandwidth."""
+    lines = []
+    for result in document["results"]:
+        rows = result["rows"]
+        lines += against(f"masks and mix, N = {result['batch']}, {result['labels']} labels", rows, "crossmix")[:-1]
+        shares = (f"{name} {100 * row['share_of_copy']:.0f} %" for name, row in rows.items() if "share_of_copy" in row)
+        lines += ["", f"Share of a copy's bandwidth: {', '.join(shares)}.", ""]
+    return lines
+
+
+def teacher_on_gpu(document: dict[str, Any]) -> list[str]:
+    """Times and launches."""
+    rows = document["results"]
+    launched = ", ".join(f"{name} {row['launches']}" for name, row in rows.items() if "launches" in row)
+    said = [f"Launches of one update: {launched}.", ""] if launched else []
+    return against("EMA of ResNet-101", rows, "loop mul_/add_") + said
+
+
+def augment_on_gpu(document: dict[str, Any]) -> list[str]:
+    """The whole and its parts."""
+    return [
+        text
+        for result in document["results"]
+        for text in against(f"StrongAugment, {result['what']}", result["rows"], "kornia")
+    ]
+
+
+GPU_TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "step": step,
+    "step-compiled": step,
+    "step-whole": step,
+    "step-memory": memory,
+    "mixing": mixing_on_gpu,
+    "augment": augment_on_gpu,
+    "loss": lambda document: against("upsampling and loss", document["results"], "plain"),
+    "teacher": teacher_on_gpu,
+    "optimizer": lambda document: against("optimizer step, ResNet-101", document["results"], "plain foreach"),
+    "scaling": scaling,
+}
+
+
+def gpu() -> list[str]:
+    """What was measured on a GPU, suite by suite."""
+    lines: list[str] = []
+    for suite, table in GPU_TABLES.items():
+        if (RESULTS / f"{suite}--cuda.json").exists():
+            document = read(f"{suite}--cuda")
+            machine = document["machine"]
+            lines += [f"On {machine['gpu']}, torch {machine['torch']}, {document['date']}:", "", *table(document)]
+    return lines or ["No GPU has been measured yet.", ""]
+
+
 def performance() -> str:
     """The tables of docs/performance.md."""
     lines = []
@@ -104,7 +237,11 @@ def performance() -> str:
     for result in read("input--cpu")["results"]["data_sets"]:
         lines += crops(result)
     lines += against("confusion matrix, 1024 x 2048", read("evaluation--cpu")["results"]["rows"], "ConfusionMatrix")
-    return "\n".join(lines)
+    lines += step(read("step--cpu"))
+    if (RESULTS / "step-memory--cpu.json").exists():
+        lines += memory(read("step-memory--cpu"))
+    lines += scaling(read("scaling--cpu"))
+    return "\n".join([*lines, *gpu()])
 
 
 def figures() -> str:
@@ -112,6 +249,7 @@ def figures() -> str:
     return "\n".join([*demo(), "", *shift(), "", *mixing(), ""])
 
 
+PICTURES = {ROOT / "docs" / "scaling.svg": scaling_figure}
 PAGES = {ROOT / "README.md": figures, ROOT / "docs" / "performance.md": performance}
 
 
@@ -127,6 +265,8 @@ def main() -> None:
         before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
         _, _, after = rest.partition(END)
         path.write_text(f"{before}{BEGIN}\n{made()}\n{END}{after}", encoding="utf-8")
+    for path, made in PICTURES.items() if args.write else ():
+        path.write_text(made(), encoding="utf-8")
 
 
 if __name__ == "__main__":

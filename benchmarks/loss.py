@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common import arguments, interleave, save, show
+from common import command, interleave, show
 from crossmix.functional import upsampled_cross_entropy, weighted_cross_entropy
 
 N, CLASSES, SMALL, FULL = 2, 19, 65, 512
@@ -88,25 +88,25 @@ def fresh_peak_mb(name: str, device: str) -> float:
     return float(done.stdout)
 
 
-def main() -> None:
-    """Measure, print, and save."""
-    args = arguments(__doc__)
-    losses, batch = candidates(), inputs(args.device)
+def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, float]]:
+    """Time, memory and error of each candidate; with little time without the compiled one."""
+    losses, batch = candidates(), inputs(device)
+    if quick:
+        del losses["compiled plain"]
     exact = step(plain, (batch[0].detach().double().requires_grad_(), batch[1], batch[2].double()))
     rows = interleave(
         {name: lambda loss=loss: step(loss, batch) for name, loss in losses.items()},  # type: ignore[misc]
-        rounds=args.rounds,
-        device=args.device,
+        rounds=rounds,
+        device=device,
     )
-    show(f"{N} x {CLASSES} x {SMALL} x {SMALL} to {FULL} x {FULL}, {args.device}", rows, "plain")
+    show(f"{N} x {CLASSES} x {SMALL} x {SMALL} to {FULL} x {FULL}, {device}", rows, "plain")
     for name, loss in losses.items():
         error = (step(loss, batch) - exact).abs().max() / exact.abs().max()
-        rows[name] |= {"peak_mb": fresh_peak_mb(name, args.device), "gradient_error": error.item()}
+        rows[name] |= {"peak_mb": fresh_peak_mb(name, device), "gradient_error": error.item()}
         share = rows[name]["peak_mb"] / rows["plain"]["peak_mb"]
         print(f"  {name:14}  {rows[name]['peak_mb']:6.1f} MB  {share:5.3f} x plain  gradient error {error:.1e}")
-    if args.save:
-        save("loss", args.device, rows)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    command("loss", __doc__, measure)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import arguments, interleave, save, show
+from common import command, interleave, show
 from crossmix.models import deeplab_v2_resnet101
 from crossmix.optim import RepeatedSGD, parameter_groups
 
@@ -48,11 +48,10 @@ def stepwise(model: nn.Module) -> Callable[[], None]:
     return step
 
 
-def main() -> None:
-    """Measure, print, and save."""
-    args = arguments(__doc__)
+def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, float]]:  # noqa: ARG001 - quick enough
+    """Those that step once on one network, those that repeat on another."""
     torch.manual_seed(0)
-    one, two = network(args.device), network(args.device)
+    one, two = network(device), network(device)
     candidates: dict[str, Callable[[], object]] = {
         "plain foreach": plain(parameter_groups(one, 1e-4), foreach=True).step,
         "plain fused": plain(parameter_groups(one, 1e-4), fused=True).step,
@@ -60,11 +59,10 @@ def main() -> None:
         "RepeatedSGD": repeated(two).step,
         "repeated foreach": stepwise(two),
     }
-    rows = interleave(candidates, rounds=args.rounds, device=args.device)
+    rows = interleave(candidates, rounds=rounds, device=device)
     show("one step, 43.8 million parameters", rows, "plain foreach")
-    if args.save:
-        save("optimizer", args.device, rows)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    command("optimizer", __doc__, measure)

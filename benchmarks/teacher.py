@@ -5,15 +5,18 @@
 - `loop mul_/add_`: `average.mul_(decay).add_(current, alpha=1 - decay)`, parameter by parameter.
 - `loop data[:] =`: our own statement of what the released DACS code does: a new tensor per parameter, copied in.
 - `AveragedModel`: torch's own, with `get_ema_multi_avg_fn`, on the parameters alone.
+
+On a GPU the kernels and copies that one update launches are counted too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.profiler import ProfilerActivity
 
-from common import arguments, interleave, save, show
+from common import command, interleave, show
 from crossmix import MeanTeacher
 from crossmix.functional import ema_update_
 from crossmix.models import deeplab_v2_resnet101
@@ -29,37 +32,46 @@ def mul_add(averaged: Sequence[Tensor], current: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def released(averaged: Sequence[Tensor], current: Sequence[Tensor]) -> None:
+def released(averaged: Sequence[Tensor], current: Sequence[Tensor], decay: float = DECAY) -> None:
     """A new tensor per parameter."""
     for old, new in zip(averaged, current, strict=True):
-        old.data[:] = DECAY * old.data[:] + (1 - DECAY) * new.data[:]
+        old.data[:] = decay * old.data[:] + (1 - decay) * new.data[:]
 
 
-def main() -> None:
-    """Measure, print, and save."""
-    args = arguments(__doc__)
+def launches(run: Callable[[], object]) -> int:
+    """How many kernels and copies one call sends to the GPU."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    sent = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
+    return sum(event.count for event in profile.key_averages() if event.key.startswith(sent))
+
+
+def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, float]]:  # noqa: ARG001 - quick enough
+    """All candidates on the published network."""
     torch.manual_seed(0)
-    student = deeplab_v2_resnet101(19).to(args.device)
+    student = deeplab_v2_resnet101(19).to(device)
     teacher = MeanTeacher(student, decay=DECAY, warmup=False)
     torchs = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(DECAY))  # type: ignore[no-untyped-call]
     averaged, current = list(teacher.module.parameters()), list(student.parameters())
     torchs.update_parameters(student)  # the first call copies
-    rows = interleave(
-        {
-            "MeanTeacher.update": lambda: teacher.update(student),
-            "ema_update_": lambda: ema_update_(averaged, current, DECAY),
-            "loop mul_/add_": lambda: mul_add(averaged, current),
-            "loop data[:] =": lambda: released(averaged, current),
-            "AveragedModel": lambda: torchs.update_parameters(student),
-        },
-        rounds=args.rounds,
-        device=args.device,
-    )
+    candidates: dict[str, Callable[[], object]] = {
+        "MeanTeacher.update": lambda: teacher.update(student),
+        "ema_update_": lambda: ema_update_(averaged, current, DECAY),
+        "loop mul_/add_": lambda: mul_add(averaged, current),
+        "loop data[:] =": lambda: released(averaged, current),
+        "AveragedModel": lambda: torchs.update_parameters(student),
+    }
+    rows = interleave(candidates, rounds=rounds, device=device)
     millions = sum(parameter.numel() for parameter in current) / 1e6
-    show(f"one update, {millions:.1f} million parameters, {args.device}", rows, "loop mul_/add_")
-    if args.save:
-        save("teacher", args.device, rows)
+    show(f"one update, {millions:.1f} million parameters, {device}", rows, "loop mul_/add_")
+    if torch.device(device).type == "cuda":
+        for name, run in candidates.items():
+            if count := launches(run):  # none, where the profiler may not look
+                rows[name]["launches"] = count
+                print(f"  {name}: {count} launches")
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    command("teacher", __doc__, measure)

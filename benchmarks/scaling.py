@@ -1,0 +1,140 @@
+"""How the cost of the operations grows with the batch, with the size of the images and with the number of classes.
+
+- `mix`: `CrossDomainMix`, class masks and random draw included.
+- `augment`: `StrongAugment`.
+- `loss`: `upsampled_cross_entropy` from 1/8 logits, forward and backward.
+- `pseudo-labels`: softmax, maximum and confidence weights of full-size logits.
+
+Each series has one thing grow. `exponent` is the slope of log(time) over log(that thing) by least squares: 1 is linear,
+0 is no growth; `exponent_last` is that of the last three points, where the fixed cost of a call has faded. A batch and
+a size should cost in proportion. So should the classes in loss and pseudo-labels, which read a number for each of them;
+the mix reads one label per pixel whatever their number, by bits for up to 31 classes and through a table beyond.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from common import command, interleave
+from crossmix import CrossDomainMix, StrongAugment
+from crossmix import functional as F
+from mixing import street_like
+
+
+class Shape(NamedTuple):
+    """A batch."""
+
+    batch: int
+    size: tuple[int, int]
+    classes: int = 19
+
+    @property
+    def pixels(self) -> int:
+        """Of all images."""
+        return self.batch * self.size[0] * self.size[1]
+
+
+Call = Callable[[], object]
+
+
+def mix(shape: Shape, device: str) -> Call:
+    """Masks and mix."""
+    batch = street_like(shape.batch, shape.size, torch.uint8, device, num_classes=shape.classes)
+    mixer = CrossDomainMix(shape.classes, include_ignored=True)
+    return lambda: mixer(*batch)
+
+
+def augment(shape: Shape, device: str) -> Call:
+    """Jitter and blur."""
+    images = torch.rand(shape.batch, 3, *shape.size, device=device)
+    strong = StrongAugment()
+    return lambda: strong(images)
+
+
+def loss(shape: Shape, device: str) -> Call:
+    """Forward and backward."""
+    _, labels, _, _, weights = street_like(shape.batch, shape.size, torch.uint8, device, num_classes=shape.classes)
+    small = [side // 8 + 1 for side in shape.size]
+    logits = torch.randn(shape.batch, shape.classes, *small, device=device, requires_grad=True)
+    return lambda: torch.autograd.grad(F.upsampled_cross_entropy(logits, labels, weights), logits)
+
+
+def pseudo_labels(shape: Shape, device: str) -> Call:
+    """Labels and weights from logits."""
+    logits = torch.randn(shape.batch, shape.classes, *shape.size, device=device)
+    return lambda: F.confidence_weight(F.pseudo_label(logits).confidence)
+
+
+OPERATIONS = {"mix": mix, "augment": augment, "loss": loss, "pseudo-labels": pseudo_labels}
+CLASS_COUNTS = (19, 31, 32, 63, 150)
+MOST = {"mix": 64, "augment": 16, "loss": 16, "pseudo-labels": 16}  # images of a batch
+
+
+def series(device: str, *, quick: bool) -> dict[tuple[str, str], list[Shape]]:
+    """What grows in which operation; on a CPU on smaller images, with little time by fewer and smaller steps."""
+    size = (512, 512) if torch.device(device).type == "cuda" else (64, 128) if quick else (128, 256)
+    heights = [32, 64, 128] if quick else [64, 128, 256, 512, 1024]
+    found = {}
+    for name, most in MOST.items():
+        batches = [2**i for i in range(0, most.bit_length(), 2 if quick else 1)]
+        found[name, "batch"] = [Shape(n, size) for n in batches]
+        found[name, "pixels"] = [Shape(2, (height, 2 * height)) for height in heights]
+        if name != "augment":
+            found[name, "classes"] = [Shape(2, size, count) for count in CLASS_COUNTS]
+    return found
+
+
+def grown(axis: str, shape: Shape) -> int:
+    """How much there is of what grows."""
+    return {"batch": shape.batch, "pixels": shape.size[0] * shape.size[1], "classes": shape.classes}[axis]
+
+
+def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Of log(y) over log(x), by least squares."""
+    logs = [(math.log(x), math.log(y)) for x, y in zip(xs, ys, strict=True)]
+    mean_x, mean_y = (math.fsum(column) / len(logs) for column in zip(*logs, strict=True))
+    across = math.fsum((x - mean_x) * (y - mean_y) for x, y in logs)
+    return across / math.fsum((x - mean_x) ** 2 for x, _ in logs)
+
+
+def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]:
+    """All series, the points of each interleaved."""
+    torch.manual_seed(0)
+    results: list[dict[str, object]] = []
+    for (name, axis), shapes in series(device, quick=quick).items():
+        rows = interleave(
+            {str(i): OPERATIONS[name](shape, device) for i, shape in enumerate(shapes)}, rounds=rounds, device=device
+        )
+        points = [
+            {
+                "batch": shape.batch,
+                "size": shape.size,
+                "classes": shape.classes,
+                **row,
+                "ns_per_pixel": 1e6 * row["median_ms"] / shape.pixels,
+            }
+            for shape, row in zip(shapes, rows.values(), strict=True)
+        ]
+        xs, times = [grown(axis, shape) for shape in shapes], [row["median_ms"] for row in rows.values()]
+        whole, last = slope(xs, times), slope(xs[-3:], times[-3:])
+        print(f"\n{name} by {axis}, {device}: exponent {whole:.2f}, of the last three points {last:.2f}")
+        for x, row, shape in zip(xs, rows.values(), shapes, strict=True):
+            each = 1e6 * row["median_ms"] / shape.pixels
+            print(f"  {x:9}  {row['median_ms']:9.3f} ms  (IQR {row['iqr_ms']:7.3f})  {each:8.3f} ns per pixel")
+        results.append(
+            {
+                "operation": name,
+                "axis": axis,
+                "grown": xs,
+                "points": points,
+                "exponent": whole,
+                "exponent_last": last,
+            }
+        )
+    return results
+
+
+if __name__ == "__main__":
+    command("scaling", __doc__, measure)

@@ -1,0 +1,323 @@
+"""A whole training step of DACS in the released recipe, from the batch on the device to the moved teacher.
+
+The forms add one thing at a time; all see the same batch and the same draws:
+
+- `released style`: our own statement of the released step: the mix of `mixing.py` image by image, kornia's functional
+  jitter and 51-tap blur image by image, full-size logits, lambda as a number on the host, every listed parameter
+  updated by itself, the teacher's average as `data[:] =`, and no guard.
+- `plain`: `SelfTraining` on networks that return full-size logits, a guard, and the parameters updated one by one.
+- `small logits`: the networks return 1/8 logits, the loss upsamples them.
+- `channels last`: networks and images in that layout.
+- `RepeatedSGD`: fused updates: what the trainer does in fp32 with `--channels-last`.
+- `updated once`: as the former, but `torch.optim.SGD(fused=True)` once per parameter, so it does less.
+- `tf32`: as `RepeatedSGD`, on a GPU alone. `bf16`: under autocast.
+- `networks compiled`, `step compiled`: student and teacher as `--compile` does it, and the whole `SelfTraining` in one
+  graph with its draw handed in; in bf16 on a GPU, in fp32 on a CPU.
+- `graph`, `graph, networks compiled`: everything up to the gradients as one CUDA graph; guard, optimizer and average,
+  whose decay and learning rate change, stay outside.
+
+`loss` is that of the first step, equal in all forms but for rounding. `peak_mb` is all that a form takes, weights and
+optimizer included, in a fresh process, in its second step: on a CPU the resident memory's high-water mark minus what
+was there before the networks, on a GPU the allocator's maximum, and `reserved_mb` what it asked the driver for. `parts`
+are the parts of one step in order, each with all that it launches. `tflop` is the arithmetic of the convolutions by
+torch's own counter: two forward and backward passes and the teacher's. `matmul_tflop_per_s` is what a product of two
+large matrices reaches on the device, the rate that a step of nothing but arithmetic would have.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from common import arguments, interleave, parser, save, show
+from crossmix import functional as F
+from crossmix.models import DeepLabV2
+from loss import resident_bytes
+from mixing import CLASSES
+from step_forms import NETWORKS, Draw, Form, Size, Step, Training, build, forms, move, precision, stepper
+
+
+def first_loss(work: Training, step: Step, size: Size) -> float:
+    """The loss of the first step, on the draw of seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    return float(step(work.training.sample(size.batch, generator=generator, device=size.device)))
+
+
+def parts_of(form: Form, size: Size, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each part of a step that is not captured or compiled as a whole."""
+    work = build(form, size)
+    seen: dict[str, list[float]] = {}
+    for i in range(3 + rounds):
+        for name, elapsed in marked_step(work, work.sample(), size)[1].items():
+            if i >= 3:
+                seen.setdefault(name, []).append(elapsed)
+    return {name: statistics.median(values) for name, values in seen.items()}
+
+
+def marked_step(work: Training, draw: Draw, size: Size) -> tuple[Tensor, dict[str, float]]:
+    """One step, part by part by the public names, with the time of each."""
+    training, (source_images, source_labels, target_images) = work.training, work.batch
+    student, teacher, mix, augment = training.student, training.teacher, training.mix, training.augment
+    clock = Clock(size.device)
+    work.optimizer.zero_grad(set_to_none=True)
+    with precision(work.form, size.device):
+        source_loss = loss_of(training.source_criterion, student(source_images), source_labels)
+        clock.mark("source forward and loss")
+        if teacher is None or mix is None or augment is None or draw.scores is None:
+            raise TypeError("the marked step has a teacher, a mix and an augmentation")
+        logits = full_size(teacher(target_images), target_images)
+        pseudo_labels, confidence = F.pseudo_label(logits)
+        weights = training.criterion.weights(confidence)
+        clock.mark("teacher and pseudo-labels")
+        mixed = mix(source_images, source_labels, target_images, pseudo_labels, weights, scores=draw.scores)
+        clock.mark("mix")
+        images = augment(mixed.images, draw=draw.augment)  # type: ignore[call-arg]
+        clock.mark("augment")
+        mixed_loss = loss_of(training.criterion, student(images), mixed.labels, mixed.weights)
+        loss = source_loss + mixed_loss
+        clock.mark("mixed forward and loss")
+    loss.backward()  # type: ignore[no-untyped-call]
+    clock.mark("backward")
+    work.guard.check(loss, work.steps)
+    clock.mark("guard: check")
+    move(work)
+    clock.mark("optimizer")
+    training.update()
+    clock.mark("EMA")
+    work.guard.restore()
+    clock.mark("guard: restore")
+    work.steps += 1
+    return loss.detach(), clock.parts()
+
+
+def loss_of(criterion: Any, logits: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:  # noqa: ANN401 - either loss
+    """The loss of logits of any size."""
+    form = criterion if logits.shape[-2:] == labels.shape[-2:] else criterion.upsampled
+    loss: Tensor = form(logits, labels, *weights)
+    return loss
+
+
+def full_size(logits: Tensor, images: Tensor) -> Tensor:
+    """Logits at the images' size."""
+    return functional.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=True)
+
+
+class Clock:
+    """The time between marks, of this thread, or on a GPU between events."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = torch.device(device).type == "cuda"
+        self.names: list[str] = []
+        self.moments = [self.now()]
+
+    def now(self) -> Any:  # noqa: ANN401 - an event or seconds
+        """This moment."""
+        if not self.cuda:
+            return time.thread_time()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def mark(self, name: str) -> None:
+        """End a part."""
+        self.names.append(name)
+        self.moments.append(self.now())
+
+    def parts(self) -> dict[str, float]:
+        """Milliseconds of each part."""
+        pairs = zip(self.moments, self.moments[1:], strict=False)
+        if self.cuda:
+            torch.cuda.synchronize()
+            spent = [begin.elapsed_time(end) for begin, end in pairs]
+        else:
+            spent = [1e3 * (end - begin) for begin, end in pairs]
+        return dict(zip(self.names, spent, strict=True))
+
+
+def tflop(size: Size) -> float:
+    """The arithmetic of one step, in 10^12 floating-point operations, without doing it."""
+    with torch.device("meta"):
+        network: DeepLabV2 = NETWORKS[size.network](CLASSES, aspp_branches=2, upsample=False)
+        images = torch.empty(size.batch, 3, *size.crop)
+    with FlopCounterMode(display=False) as counted:
+        with torch.no_grad():
+            network(images)
+        for _ in range(2):
+            network(images).sum().backward()
+    return float(counted.get_total_flops()) / 1e12
+
+
+def matmul_rates(device: str, rounds: int) -> dict[str, float]:
+    """TFLOP/s of a large matrix product by precision."""
+    cuda = torch.device(device).type == "cuda"
+    side = 8192 if cuda else 1024
+    rates = {}
+    for kind in ("fp32", "tf32", "bf16") if cuda else ("fp32", "bf16"):
+        factor = torch.rand(side, side, device=device, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+        torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+        row = interleave({kind: lambda factor=factor: factor @ factor}, rounds=rounds, device=device)[kind]  # type: ignore[misc]
+        rates[kind] = 2 * side**3 / row["median_ms"] / 1e9
+    return rates
+
+
+def peak(name: str, size: Size) -> dict[str, float]:
+    """What the second step of a form takes at most, in this process, which has done nothing yet."""
+    torch.set_num_threads(1)
+    cuda = torch.device(size.device).type == "cuda"
+    before = 0 if cuda else resident_bytes("VmRSS")
+    work, step = stepper(forms(size.device)[name], size)
+    step(work.sample())
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step(work.sample())
+        return {
+            "peak_mb": torch.cuda.max_memory_allocated() / 1e6,
+            "reserved_mb": torch.cuda.max_memory_reserved() / 1e6,
+        }
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
+    step(work.sample())
+    return {"peak_mb": (resident_bytes("VmHWM") - before) / 1e6}
+
+
+def fresh_peak(name: str, size: Size) -> dict[str, float]:
+    """The same in a fresh process that gives large blocks back to the system."""
+    code = f"import json, step; print(json.dumps(step.peak({name!r}, step.Size(**{asdict(size)!r}))))"
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(  # noqa: S603 - this very file
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, stdout=subprocess.PIPE, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(
+    device: str,
+    rounds: int,
+    *,
+    quick: bool,
+    size: Size | None = None,
+    names: Sequence[str] = (),
+    memory: Sequence[str] | None = None,
+) -> dict[str, object]:
+    """Time all forms, or those named, the parts of some, and the memory of some; with little time nothing compiled."""
+    size = size or default_size(device)
+    known = forms(device)
+    few = [name for name in known if not (quick and (known[name].compiled or known[name].graph))]
+    names = list(names or few)
+    work = operations(size)
+    made = {name: stepper(known[name], size) for name in names}
+    first = {name: first_loss(*made[name], size) for name in names}
+    rows = interleave(
+        {name: lambda work=work, step=step: step(work.sample()) for name, (work, step) in made.items()},  # type: ignore[misc]
+        rounds=rounds,
+        device=device,
+    )
+    made.clear()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # for the processes that measure memory
+    height, width = size.crop
+    title = f"one step of {size.network}, {size.batch} + {size.batch} crops of {height} x {width}, {device}"
+    show(title, rows, names[0])
+    if memory is None:
+        memory = [name for name in ("released style", "RepeatedSGD") if name in names] if quick else names
+    peaks = {name: fresh_peak(name, size) for name in memory}
+    for name, row in rows.items():
+        rate = 1e3 / row["median_ms"]
+        row.update(loss=first[name], it_per_s=rate, tflop_per_s=rate * work, **peaks.get(name, {}))
+        used = f"  {row['peak_mb']:8.1f} MB" if "peak_mb" in row else ""
+        print(f"  {name:24}  {rate:7.2f} it/s  {rate * work:7.2f} TFLOP/s  loss {row['loss']:.6f}{used}")
+    parts = {name: parts_of(known[name], size, rounds) for name in ("RepeatedSGD", "bf16") if name in names}
+    for name, times in parts.items():
+        show_parts(name, times)
+    rates = matmul_rates(device, rounds)
+    print(f"\nmatrix products reach {', '.join(f'{rate:.3g} TFLOP/s in {kind}' for kind, rate in rates.items())}")
+    return {**asdict(size), "tflop": work, "matmul_tflop_per_s": rates, "rows": rows, "parts": parts}
+
+
+def show_parts(name: str, times: dict[str, float]) -> None:
+    """Print the parts of a step with their shares."""
+    whole = math.fsum(times.values())
+    print(f"\nthe parts of `{name}`, {whole:.2f} ms")
+    for part, value in times.items():
+        print(f"  {part:26}  {value:9.3f} ms  {100 * value / whole:5.1f} %")
+
+
+def operations(size: Size) -> float:
+    """The same as `tflop`, said aloud."""
+    work = tflop(size)
+    print(f"{work:.4g} TFLOP a step")
+    return work
+
+
+def default_size(device: str) -> Size:
+    """The paper's on a GPU, the demo's on a CPU."""
+    if torch.device(device).type == "cuda":
+        return Size(network="resnet101", crop=(512, 512), batch=2, device=device)
+    return Size(device=device)
+
+
+def main() -> None:
+    """Measure, print, and save."""
+    options = parser(__doc__)
+    options.add_argument("--network", choices=NETWORKS, help="resnet101 on a GPU, tiny on a CPU")
+    options.add_argument("--crop", type=height_and_width, help="H x W: 512x512 on a GPU, 64x128 on a CPU")
+    options.add_argument("--batch", type=int, help="source images, and as many target images: 2 on a GPU, 4 on a CPU")
+    options.add_argument("--forms", nargs="+", default=[], metavar="NAME", help="only these forms, the first is 1.0")
+    options.add_argument("--no-memory", action="store_true", help="leave out the memory, a fresh process per form")
+    options.add_argument("--memory", action="store_true", help="only the memory")
+    options.add_argument("--suite", default="step", help="the name of the result file")
+    args = arguments(options)
+    given = {name: getattr(args, name) for name in ("network", "crop", "batch") if getattr(args, name) is not None}
+    size = replace(default_size(args.device), **given)
+    if unknown := [name for name in args.forms if name not in forms(args.device)]:
+        options.error(f"--forms knows {', '.join(map(repr, forms(args.device)))}, got {unknown[0]!r}")
+    results: dict[str, object]
+    if args.memory:
+        results = memory_alone(args.forms or ["released style", "plain", "RepeatedSGD"], size)
+    else:
+        results = measure(
+            args.device,
+            args.rounds,
+            quick=args.quick,
+            size=size,
+            names=args.forms,
+            memory=() if args.no_memory else None,
+        )
+    if args.save:
+        save("step-memory" if args.memory else args.suite, args.device, results, args.out)
+
+
+def memory_alone(names: Sequence[str], size: Size) -> dict[str, object]:
+    """Of the named forms."""
+    rows = {}
+    for name in names:
+        rows[name] = fresh_peak(name, size)
+        print(f"  {name:24}  {', '.join(f'{key} {value:.0f}' for key, value in rows[name].items())}")
+    return {**asdict(size), "rows": rows}
+
+
+def height_and_width(text: str) -> tuple[int, int]:
+    """'64x128' as (64, 128)."""
+    try:
+        height, width = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a size such as 64x128, got {text!r}") from None
+    return height, width
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""What results say about the numbers that the project wants to reach: a line per claim."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+
+class Line(NamedTuple):
+    """One claim."""
+
+    what: str
+    unit: str
+    ours: float
+    baseline: float
+    against: str  # what the baseline is
+    ratio: float
+    target: float | None = None  # of the ratio
+    at_least: bool = False  # whether the ratio is to be at least or at most that
+
+    @property
+    def verdict(self) -> str:
+        """Whether the target is reached."""
+        if self.target is None:
+            return ""
+        reached = self.ratio >= self.target if self.at_least else self.ratio <= self.target
+        return f"{'>=' if self.at_least else '<='} {self.target:<5g} {'reached' if reached else 'MISSED'}"
+
+
+def faster(what: str, ours: float, baseline: float, against: str, target: float) -> Line:
+    """Milliseconds: so many times as fast."""
+    return Line(what, "ms", ours, baseline, against, baseline / ours, target, at_least=True)
+
+
+def share(what: str, ours: float, baseline: float, against: str, target: float, *, unit: str = "ms") -> Line:
+    """So large a part of the baseline."""
+    return Line(what, unit, ours, baseline, against, ours / baseline, target)
+
+
+def rate(what: str, ours: float, wanted: float, unit: str) -> Line:
+    """At least so many a second."""
+    return Line(what, unit, ours, wanted, "target", ours / wanted, 1, at_least=True)
+
+
+def mixing(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON has it
+    """The loop, the whole-batch variant, the floor, and the bandwidth."""
+    lines = []
+    for result in results:
+        rows, labels, n = result["rows"], result["labels"], result["batch"]
+        time = {name: row["median_ms"] for name, row in rows.items()}
+        what = f"mix, N = {n}, {labels}"
+        loop = 20 if cuda else 3.2 if labels == "int64" else 2.5
+        lines += [
+            faster(what, time["crossmix"], time["released loop"], "released loop", loop),
+            faster(what, time["crossmix"], time["whole-batch unique"], "whole-batch unique", 30),
+            share(what, time["crossmix"], time["floor"], "floor", 1.35),
+        ]
+        if "crossmix compiled" in rows:
+            lines.append(share(f"{what}, compiled", time["crossmix compiled"], time["floor"], "floor", 1))
+        if cuda and n >= 32:
+            best = max(row["share_of_copy"] for name, row in rows.items() if name.startswith("crossmix"))
+            lines.append(Line(f"{what}, bandwidth", "of copy", best, 1, "copy", best, 0.8, at_least=True))
+    return lines
+
+
+def augment(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
+    """Time and error against kornia."""
+    result = results[0]
+    time = {name: row["median_ms"] for name, row in result["rows"].items()}
+    lines = []
+    for form, target in (("eager", 0.35), ("compiled", 0.12)):
+        name = f"crossmix {form}"
+        lines.append(share(f"augment, {form}", time[name], time["kornia"], "kornia", target))
+        lines.append(share(f"augment, {form}, error", result["error"][name], 1e-5, "target", 1, unit=""))
+    return lines
+
+
+def loss(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
+    """Time, memory and error against the plain form."""
+    ours, plain = results["crossmix"], results["plain"]
+    return [
+        share("loss, time", ours["median_ms"], plain["median_ms"], "plain", 0.35),
+        share("loss, memory", ours["peak_mb"], plain["peak_mb"], "plain", 0.25, unit="MB"),
+        share("loss, gradient error", ours["gradient_error"], 1e-5, "target", 1, unit=""),
+    ]
+
+
+def teacher(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON has it
+    """Against the loop in place; on a GPU the launches too."""
+    time = {name: row["median_ms"] for name, row in results.items()}
+    names = ("MeanTeacher.update", "ema_update_")
+    lines = [share(f"EMA, {name}", time[name], time["loop mul_/add_"], "loop mul_/add_", 0.85) for name in names]
+    counted = [(name, results[name]["launches"]) for name in names if cuda and "launches" in results[name]]
+    return lines + [share(f"EMA, {name}", count, 20, "target", 1, unit="launches") for name, count in counted]
+
+
+def optimizer(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
+    """The repetitions fused against foreach; no target."""
+    ours, other = results["RepeatedSGD"]["median_ms"], results["repeated foreach"]["median_ms"]
+    return [Line("optimizer, RepeatedSGD", "ms", ours, other, "repeated foreach", ours / other)]
+
+
+def evaluation(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - no GPU in it
+    """Against numpy's few lines; no target."""
+    ours, other = (results["rows"][name]["median_ms"] for name in ("ConfusionMatrix", "masked bincount"))
+    return [Line("confusion matrix", "ms", ours, other, "masked bincount", ours / other)]
+
+
+def crops(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - no GPU in it
+    """Crops per second of two processes, and from the cache of one."""
+    lines = []
+    for result in results["data_sets"]:
+        rates, what = result["crops_per_second_by_workers"]["2"], f"input, {result['images']}"
+        png, pillow = rates["PNG"], rates["Pillow"]
+        lines += [
+            rate(f"{what}, PNG", png, 35, "crops/s"),
+            Line(f"{what}, PNG", "crops/s", png, pillow, "Pillow", png / pillow, 2, at_least=True),
+            rate(f"{what}, cache", 1e3 / result["one_crop"]["cache"]["median_ms"], 1000, "crops/s"),
+        ]
+    return lines
+
+
+def step(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON has it
+    """The best form, against the released style where that was measured, and on a GPU against the rate to reach."""
+    rows = results["rows"]
+    best = min(rows, key=lambda name: rows[name]["median_ms"])
+    ours, lines = rows[best]["median_ms"], []
+    if "released style" in rows:
+        other = rows["released style"]["median_ms"]
+        lines.append(Line(f"step, {best}", "ms", ours, other, "released style", ours / other))
+    return [*lines, rate(f"step, {best}", rows[best]["it_per_s"], 40, "it/s")] if cuda else lines
+
+
+def memory(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
+    """Of the paper's step in fp32, on the paper's card."""
+    if results["network"] != "resnet101" or "RepeatedSGD" not in results["rows"]:
+        return []
+    row = results["rows"]["RepeatedSGD"]
+    used = row.get("reserved_mb", row["peak_mb"])
+    return [share("step, fp32, memory", used, 11_000, "11 GB", 1, unit="MB")]
+
+
+def scaling(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
+    """Batch and pixels cost in proportion at most."""
+    return [
+        share(f"{one['operation']} by {one['axis']}", one["exponent_last"], 1, "linear", 1.1, unit="exponent")
+        for one in results
+        if one["axis"] != "classes"
+    ]
+
+
+LINES: dict[str, Callable[..., list[Line]]] = {
+    "mixing": mixing,
+    "augment": augment,
+    "loss": loss,
+    "teacher": teacher,
+    "optimizer": optimizer,
+    "evaluation": evaluation,
+    "input": crops,
+    "step": step,
+    "step-compiled": step,
+    "step-whole": step,
+    "step-memory": memory,
+    "scaling": scaling,
+}
+
+
+def table(lines: Sequence[Line]) -> str:
+    """For the terminal."""
+    rows = [("what", "ours", "baseline", "", "ratio", "target")]
+    rows += [
+        (
+            line.what,
+            f"{line.ours:.4g} {line.unit}",
+            f"{line.baseline:.4g} {line.unit}",
+            line.against,
+            f"{line.ratio:.3f}",
+            line.verdict,
+        )
+        for line in lines
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
