@@ -17,7 +17,18 @@ from crossmix.datasets import StreetScenes
 from oracles import seeded
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("ablation", "charts", "collected", "common", "expected", "pairs", "results_page", "sensitivity", "trials")
+MODULES = (
+    "ablation",
+    "causes",
+    "charts",
+    "collected",
+    "common",
+    "expected",
+    "pairs",
+    "results_page",
+    "sensitivity",
+    "trials",
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +73,9 @@ def dacs(trials: ModuleType, seed: int = 0, steps: int = 40) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_benchmark__fails_when_the_algorithm_is_broken(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss, mix = ConfidenceWeightedCE.forward, CrossDomainMix.forward
+    loss, mix = ConfidenceWeightedCE.upsampled, CrossDomainMix.forward
     breaks = {
-        "the loss has its sign flipped": (ConfidenceWeightedCE, "forward", lambda *args: -loss(*args)),
+        "the loss has its sign flipped": (ConfidenceWeightedCE, "upsampled", lambda *args: -loss(*args)),
         "the teacher never updates": (MeanTeacher, "update", lambda *args: None),
         "the mask is for images alone": (
             CrossDomainMix,
@@ -253,9 +264,19 @@ def test_page__shows_a_suite_and_names_a_missing_one(
     assert "| pole | 10.0 | - / 0.0 (0.0) |" in text
     assert "there is no `benchmarks/results/ablation-camvid.json`" in text
     assert "there is no `benchmarks/results/sensitivity-streetscenes.json`" in text
+    assert "there is no `benchmarks/results/causes-streetscenes.json`" in text
     for name, content in page.figures().items():
         assert f"](results/{name})" in text
         ET.fromstring(content)  # noqa: S314 - our own
+
+    causes = bench["causes"]
+    monkeypatch.setattr(causes, "run_all", lambda jobs, *_: [fake(job) for job in jobs])
+    monkeypatch.setattr(sys, "argv", ["causes.py", "--seeds", "2", "--save"])
+    causes.main()
+    text = page.page()
+    assert "over seeds 0, 1 ±" in text
+    assert "| classmix above source | 2.00 ± 0.00 | 2.00 ± 0.00 |" in text
+    assert "| classmix, threshold 0.968 above source | 19.00 ± 0.00 | - |" in text
 
 
 def test_page__is_what_the_result_files_say(bench: Any) -> None:
