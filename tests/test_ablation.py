@@ -270,13 +270,15 @@ def test_page__shows_a_suite_and_names_a_missing_one(
         ET.fromstring(content)  # noqa: S314 - our own
 
     causes = bench["causes"]
+    monkeypatch.setattr(causes, "load", lambda *_: None)
     monkeypatch.setattr(causes, "run_all", lambda jobs, *_: [fake(job) for job in jobs])
     monkeypatch.setattr(sys, "argv", ["causes.py", "--seeds", "2", "--save"])
     causes.main()
     text = page.page()
-    assert "over seeds 0, 1 ±" in text
-    assert "| classmix above source | 2.00 ± 0.00 | 2.00 ± 0.00 |" in text
-    assert "| classmix, threshold 0.968 above source | 19.00 ± 0.00 | - |" in text
+    assert "over seeds 0, 1, in points" in text
+    assert "| classmix | 1000 | 23.00 ± 7.07 | 2.00 ± 0.00 | -7.00 ± 0.00 |" in text
+    assert "| classmix | 2 | 23.00 ± 7.07 | 2.00 ± 0.00 | -7.00 ± 0.00 |" in text
+    assert "| classmix, threshold 0.968 | 1000 | 40.00 ± 7.07 | 19.00 ± 0.00 | 10.00 ± 0.00 |" in text
 
 
 def test_page__is_what_the_result_files_say(bench: Any) -> None:
