@@ -6,8 +6,8 @@
 - Less training (StreetScenes): if a margin grows with the budget, the budget is a cause.
 - The threshold of the paper's code, 0.968: with 0.5 nearly every pixel counts, right or wrong.
 - The decay of the paper's code, 0.99: a slower teacher.
-- `dacs + jitter`: the source images jittered as those of `source + jitter`. If it gains, DACS lacks jitter on the half of
-  its images that has none.
+- `dacs + jitter`: the source images jittered as those of `source + jitter`. If it gains, DACS lacks jitter on the half
+  of its images that has none.
 
 Runs are resumable and repeatable as those of ablation.py, whose rows of the same seeds they are held against on
 docs/results.md. The base is the one of sensitivity.py, whose runs are shared where --out is the same.

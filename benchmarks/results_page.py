@@ -62,8 +62,8 @@ precision of - means that the class is never predicted. Means over seeds.
 """
 
 TRIED = """\
-What was tried to find the causes (`benchmarks/causes.py`), over seeds {seeds}, in points of mIoU. The differences are to
-the baselines of the same seeds and as many steps:
+What was tried to find the causes (`benchmarks/causes.py`), over seeds {seeds}, in points of mIoU. The differences are
+to the baselines of the same seeds and as many steps:
 """
 
 ONE_AT_A_TIME = """\
