@@ -91,11 +91,10 @@ def command(suite: str, description: str | None, measure: Measure) -> None:
 
 def save(suite: str, device: str, results: object, folder: Path = RESULTS) -> None:
     """Write the results with all that they depend on."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
     document = {
         "suite": suite,
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "machine": machine(device),
         "results": results,
     }
@@ -103,6 +102,17 @@ def save(suite: str, device: str, results: object, folder: Path = RESULTS) -> No
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(f"\nwrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+def commit() -> str | None:
+    """The commit that was measured, with a + where the code has changed since."""
+    head = _git("rev-parse", "HEAD").stdout.strip()
+    changed = _git("diff", "--quiet", "HEAD", "--", "src", ":(glob)benchmarks/*.py").returncode != 0
+    return f"{head}{'+' if changed else ''}" if head else None
+
+
+def _git(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *words], cwd=RESULTS.parent.parent, capture_output=True, text=True, check=False)  # noqa: S603, S607
 
 
 def machine(device: str) -> dict[str, object]:

@@ -1,5 +1,7 @@
 """What has to hold before a figure of a GPU means anything, on the training step of the small network.
 
+- `pseudo-labels count`: some target pixels are confident and some are not; else the other checks would not see the
+  teacher.
 - `no host sync`: under `torch.cuda.set_sync_debug_mode("error")` nothing in a step waits for the device.
 - `CUDA = CPU`: the losses of three steps agree.
 - `graph = eager`: a captured step replays to the losses of an eager one.
@@ -17,7 +19,7 @@ from dataclasses import replace
 
 import torch
 
-from step_forms import Size, forms, losses, stepper
+from step_forms import THRESHOLD, Size, forms, losses, stepper
 
 SIZE = Size(crop=(64, 128), batch=2)
 STEPS = 3
@@ -39,6 +41,15 @@ def close(found: Sequence[float], wanted: Sequence[float], tolerance: float) -> 
         raise RuntimeError(f"the losses {found} differ from {wanted} by more than {tolerance:g}, relatively")
 
 
+def some_count(device: str) -> None:
+    """Lambda is neither 0 nor 1."""
+    work, _ = stepper(forms(device)["RepeatedSGD"], replace(SIZE, device=device))
+    output = work.training(*work.batch, draw=work.sample())
+    share = float((output.confidence >= THRESHOLD).float().mean())
+    if not 0.1 < share < 0.9:
+        raise RuntimeError(f"{100 * share:.0f} % of the target pixels are confident; choose another threshold")
+
+
 def no_sync(device: str) -> None:
     """The first step may allocate and tune; the others must not wait."""
     need_cuda(device)
@@ -50,6 +61,7 @@ def no_sync(device: str) -> None:
         try:
             for _ in range(2):
                 step(work.sample())
+            step(work.training.sample(SIZE.batch, generator=torch.Generator(), device=device))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -79,6 +91,7 @@ def repeatable(device: str) -> None:
 
 
 CHECKS: dict[str, Callable[[str], None]] = {
+    "pseudo-labels count": some_count,
     "no host sync": no_sync,
     "CUDA = CPU": cuda_is_cpu,
     "graph = eager": graph_is_eager,

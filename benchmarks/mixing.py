@@ -114,7 +114,7 @@ def table(n: int, size: int, dtype: torch.dtype, rounds: int, device: str) -> Ro
 def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]:  # noqa: ARG001 - quick enough
     """Both label types, on a GPU with larger batches too."""
     results: list[dict[str, object]] = []
-    for n in (8, 32, 64) if torch.device(device).type == "cuda" else (8,):
+    for n in (8, 32) if torch.device(device).type == "cuda" else (8,):
         for dtype in (torch.int64, torch.uint8):
             rows = table(n, 512, dtype, rounds, device)
             name = str(dtype).removeprefix("torch.")

@@ -30,9 +30,9 @@ def main() -> int:
         print(f"\n=== {suite}", flush=True)
         try:
             results = importlib.import_module(suite).measure(args.device, args.rounds, quick=args.quick)
-            lines += LINES[suite](results, cuda=args.device.startswith("cuda"))
             if args.save:
                 save(suite, args.device, results, args.out)
+            lines += LINES[suite](results, cuda=args.device.startswith("cuda"))
         except Exception:  # noqa: BLE001 - whatever it is, the other suites are to run
             traceback.print_exc()
             failed.append(suite)

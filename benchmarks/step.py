@@ -2,6 +2,9 @@
 
 The forms add one thing at a time; all see the same batch and the same draws:
 
+The threshold of confidence is one that half of the pixels of the small network reach at random, so that pseudo-labels
+count.
+
 - `released style`: our own statement of the released step: the mix of `mixing.py` image by image, kornia's functional
   jitter and 51-tap blur image by image, full-size logits, lambda as a number on the host, every listed parameter
   updated by itself, the teacher's average as `data[:] =`, and no guard.
@@ -18,8 +21,9 @@ The forms add one thing at a time; all see the same batch and the same draws:
 
 `loss` is that of the first step, equal in all forms but for rounding. `peak_mb` is all that a form takes, weights and
 optimizer included, in a fresh process, in its second step: on a CPU the resident memory's high-water mark minus what
-was there before the networks, on a GPU the allocator's maximum, and `reserved_mb` what it asked the driver for. `parts`
-are the parts of one step in order, each with all that it launches. `tflop` is the arithmetic of the convolutions by
+was there before the networks (with the compiler, where a form needs it), on a GPU the allocator's maximum, and
+`reserved_mb` what it asked the driver for. `parts` are the parts of one step in order, each with all that it launches.
+`tflop` is the arithmetic of the convolutions by
 torch's own counter: two forward and backward passes and the teacher's. `matmul_tflop_per_s` is what a product of two
 large matrices reaches on the device, the rate that a step of nothing but arithmetic would have.
 """
@@ -177,6 +181,7 @@ def peak(name: str, size: Size) -> dict[str, float]:
     """What the second step of a form takes at most, in this process, which has done nothing yet."""
     torch.set_num_threads(1)
     cuda = torch.device(size.device).type == "cuda"
+    torch.optim.SGD([torch.zeros(1)], 0.1)  # torch imports its compiler for the first optimizer
     before = 0 if cuda else resident_bytes("VmRSS")
     work, step = stepper(forms(size.device)[name], size)
     step(work.sample())

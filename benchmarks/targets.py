@@ -121,7 +121,8 @@ def crops(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - 
 def step(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON has it
     """The best form, against the released style where that was measured, and on a GPU against the rate to reach."""
     rows = results["rows"]
-    best = min(rows, key=lambda name: rows[name]["median_ms"])
+    whole = [name for name in rows if name != "updated once"]  # which does less
+    best = min(whole, key=lambda name: rows[name]["median_ms"])
     ours, lines = rows[best]["median_ms"], []
     if "released style" in rows:
         other = rows["released style"]["median_ms"]

@@ -21,7 +21,6 @@ MODULES = (
     "augment", "charts", "common", "evaluation", "figures", "gpu", "gpu_checks", "input", "loss", "mixing", "optimizer",
     "run", "scaling", "step", "step_forms", "targets", "teacher",
 )  # fmt: skip
-THRESHOLD = 0.13  # of confidence: a network from random weights is this sure of about half of the pixels
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +30,7 @@ def bench() -> Iterator[dict[str, ModuleType]]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        modules = {name: importlib.import_module(name) for name in MODULES}
-        patch.setattr(modules["step_forms"], "THRESHOLD", THRESHOLD)
-        yield modules
+        yield {name: importlib.import_module(name) for name in MODULES}
     for name in MODULES:
         sys.modules.pop(name, None)
     torch.set_num_threads(threads)
@@ -68,7 +65,7 @@ def test_step__some_pixels_are_confident_and_some_are_not(bench: Any, small: Any
     forms = bench["step_forms"]
     work = forms.build(forms.Form(), small)
     confidence = work.training(*work.batch, draw=work.sample()).confidence
-    assert 0.2 < float((confidence >= THRESHOLD).float().mean()) < 0.8  # or lambda would hide in the losses
+    assert 0.2 < float((confidence >= forms.THRESHOLD).float().mean()) < 0.8  # or lambda would hide in the losses
 
 
 def test_step__forms_that_do_less_begin_alike_and_part(bench: Any, small: Any, released: list[float]) -> None:
@@ -254,7 +251,8 @@ def test_gpu__runs_on_a_cpu(tmp_path: Path) -> None:
     assert "tests: skipped, need a GPU" in done.stdout
     for name in ("no host sync", "CUDA = CPU", "graph = eager"):
         assert f"check {name}: skipped, needs a GPU" in done.stdout
-    assert "check repeatable: ok" in done.stdout
+    for name in ("pseudo-labels count", "repeatable"):
+        assert f"check {name}: ok" in done.stdout
     assert "mix by batch" in done.stdout
     assert json.loads((tmp_path / "scaling--cpu.json").read_text(encoding="utf-8"))["suite"] == "scaling"
 
@@ -296,6 +294,7 @@ def test_gpu__stages_fail_or_are_late_alone(
     assert "late: OUT OF TIME after 1 s" in printed
     assert "good: ok" in printed
     assert "  | fine\n" in printed
+    assert gpu.run(made[2], -1, tmp_path / "log") == "SKIPPED, no time left"
 
 
 def test_checks__can_fail(bench: Any) -> None:

@@ -122,7 +122,7 @@ class StrongAugment(nn.Module):
         Args:
             n: The number of images.
             generator: Source of randomness, used on its own device; None uses the global one.
-            device: Where the draw shall be; the generator's device, or the CPU, when not given.
+            device: Where the draw shall be; the generator's device, or torch's default one, when not given.
 
         Returns:
             The draw; its rows can be sliced to split a batch.

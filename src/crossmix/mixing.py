@@ -167,7 +167,8 @@ def _mix_compiled(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
     The channels of an image are kept apart: with a dimension for them the pass would be one of its own, and read the
     mask back. Small integers are widened, since the compiler's masks over bytes are a loop.
     """
-    if pasted.shape == base.shape and pasted.ndim == 4 and pasted.shape[1] <= 4 and base.is_contiguous():
+    contiguous = pasted.is_contiguous() and base.is_contiguous()
+    if pasted.shape == base.shape and pasted.ndim == 4 and 1 <= pasted.shape[1] <= 4 and contiguous:
         channels = zip(pasted.unbind(1), base.unbind(1), strict=True)
         return torch.stack([torch.where(mask, a, b) for a, b in channels], 1)
     mask = mask.reshape(mask.shape[0], *[1] * (base.ndim - 3), *mask.shape[1:])
@@ -181,7 +182,7 @@ def _stored(mask: Tensor) -> Tensor:
     """The mask as a result. The compiler stores bools of a CPU one by one, and what it stores it also reads back."""
     if not torch.compiler.is_compiling() or mask.device.type != "cpu":
         return mask
-    one = torch.ones((), dtype=torch.int32)
+    one = torch.ones((), dtype=torch.int32, device=mask.device)
     return torch.where(mask, one, torch.zeros_like(one)).to(torch.uint8).view(torch.bool)
 
 
@@ -438,7 +439,7 @@ class _Words:
         if torch.compiler.is_compiling():
             return ((self.parts[0] & chosen) != 0).reshape(self.shape)
         masks = [part.bitwise_and_(chosen).bool() for part in self.parts]  # a sixth of the time of `!= 0`
-        return torch.cat(masks, 1).reshape(self.shape)
+        return (torch.cat(masks, 1) if len(masks) > 1 else masks[0]).reshape(self.shape)
 
     def _columns(self) -> Tensor:
         """The bits of each column of a (N, C + 1) table of classes."""
