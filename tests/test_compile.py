@@ -77,6 +77,20 @@ def test_functional__compiled_equals_eager(name: str, num_classes: int) -> None:
     torch.testing.assert_close(compiled(values, num_classes), FUNCTIONS[name](values, num_classes))
 
 
+def test_mixing__compiled_under_another_default_device_and_without_channels() -> None:
+    torch.compiler.reset()
+    values = inputs()
+    arguments = (values["images"], values["labels"], values["images"].flip(0), values["labels"].flip(0))
+    compiled = torch.compile(CrossDomainMix(C), fullgraph=True, backend="aot_eager")
+    want = CrossDomainMix(C)(*arguments, scores=values["scores"])
+    with torch.device("meta"):
+        got = compiled(*arguments, scores=values["scores"])
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
+    nothing = torch.empty(2, 0, 8, 9)
+    mix = torch.compile(F.mix, fullgraph=True, backend="aot_eager")
+    assert mix(nothing, nothing, want.mask).shape == nothing.shape
+
+
 def test_ema_update__compiled_equals_eager() -> None:
     averaged, current = [torch.rand(3, generator=seeded(0)) for _ in range(2)], [torch.ones(3), torch.zeros(3)]
     want = [0.9 * a + 0.1 * c for a, c in zip(averaged, current, strict=True)]
