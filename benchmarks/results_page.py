@@ -222,8 +222,8 @@ def tried(whole: Document) -> list[str]:
     seeds = [run["seed"] for run in next(iter(rows.values()))["runs"]]
     lines = [
         TRIED.format(seeds=", ".join(map(str, seeds))),
-        "| row | steps | mIoU | above source | above source + jitter |",
-        "|---|---:|---:|---:|---:|",
+        "| row | steps | mIoU | above source | above source + jitter | seeds |",
+        "|---|---:|---:|---:|---:|---|",
         *(tried_line(name, steps, mious(rows, name), baselines) for name in rows if name not in BASELINES),
         *(tried_line(name, full, mious(beside, name)[: len(seeds)], whole["rows"]) for name in beside),
     ]
@@ -236,7 +236,8 @@ def tried_line(name: str, steps: int, found: Sequence[float], base: Document) ->
         mean_and_sd([a - b for a, b in zip(found, mious(base, other), strict=False)]) if other in base else "-"
         for other in BASELINES
     ]
-    return f"| {' | '.join([name, str(steps), mean_and_sd(found), *above])} |"
+    seeds = ", ".join(f"{100 * value:.2f}" for value in found)
+    return f"| {' | '.join([name, str(steps), mean_and_sd(found), *above, seeds])} |"
 
 
 def remarks(suite: str) -> list[str]:
