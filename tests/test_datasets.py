@@ -131,12 +131,12 @@ def test_size__is_pillows_resize(tmp_path: Path, size: tuple[int, int]) -> None:
     ("old", "new"), [((1052, 1914), (720, 1280)), ((1024, 2048), (512, 1024)), ((761, 1280), (760, 1280))]
 )
 def test_label_resize__is_pillows_nearest_at_real_sizes(old: tuple[int, int], new: tuple[int, int]) -> None:
-    from crossmix.datasets._files import _resize_label
+    from crossmix._tensors import nearest
 
     rows, columns = np.indices(old)
     for coordinate in ((rows % 251).astype(np.uint8), (columns % 251).astype(np.uint8)):
         want = np.asarray(Image.fromarray(coordinate).resize((new[1], new[0]), Image.Resampling.NEAREST))
-        assert np.array_equal(_resize_label(torch.from_numpy(coordinate), new).numpy(), want)
+        assert np.array_equal(nearest(torch.from_numpy(coordinate), new).numpy(), want)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

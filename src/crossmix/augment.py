@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from crossmix._checks import check_choice, check_fraction, check_images, check_same_device, check_tensor
 from crossmix._color import Channels, additive_jitter, torchvision_jitter
-from crossmix._draws import uniform
+from crossmix._tensors import uniform
 
 __all__ = ["AugmentDraw", "StrongAugment"]
 

@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from crossmix._distributed import rank, world_size
+from crossmix._tensors import nearest
 from crossmix.metrics import ConfusionMatrix
 
 __all__ = ["evaluate"]
@@ -116,7 +117,8 @@ def evaluate(
                     f"`model` returned {logits.shape[1]} classes but `num_classes` is {num_classes}; make both one."
                 )
             for size, matrix in zip(label_sizes, matrices.values(), strict=True):
-                labels = _nearest(sample.label, size)[None].to(device)
+                labels = sample.label.cpu() if size is None else nearest(sample.label.cpu(), size)
+                labels = labels[None].to(device)
                 matrix.update(_predict(logits, labels), labels)
             seen += 1
     finally:
@@ -165,15 +167,3 @@ def _resized(images: Tensor, size: Size | None) -> Tensor:
         return functional.interpolate(images, size=size, mode="bilinear", antialias=True)
     # Only CPUs resize bytes; rounding gives the bytes that they would give.
     return functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True).round()
-
-
-def _nearest(label: Tensor, size: Size | None) -> Tensor:
-    """The label at another size, by the centres of the new pixels."""
-    label = label.cpu()
-    if size is None:
-        return label
-    rows, columns = (
-        ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new)).long()
-        for new, old in zip(size, label.shape, strict=True)
-    )
-    return label[rows[:, None], columns]

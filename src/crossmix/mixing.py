@@ -18,7 +18,7 @@ from crossmix._checks import (
     check_same_shape,
     check_tensor,
 )
-from crossmix._draws import uniform
+from crossmix._tensors import uniform
 
 __all__ = ["ClassMix", "CrossDomainMix", "Mixed", "class_mask", "mix", "sample_classes"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crossmix._checks import check_choice, check_images, check_labels, check_same_device, check_same_shape, check_tensor
-from crossmix._draws import uniform
+from crossmix._tensors import uniform
 from crossmix.alignment import DistributionAlignment
 from crossmix.augment import AugmentDraw, StrongAugment
 from crossmix.losses import ConfidenceWeightedCE

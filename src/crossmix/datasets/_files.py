@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from crossmix._tensors import nearest
 from crossmix.datasets._labels import LabelFormat
 from crossmix.datasets._png import read_png
 from crossmix.datasets.sample import DataError, Sample
@@ -57,7 +58,7 @@ class FolderDataset(Dataset[Sample]):
         ids = None if label_path is None else self.label_format.read(label_path)
         if self.size is not None:
             image = image if image_path is None else _resize_image(image, self.size, self._resampling)
-            ids = None if ids is None else _resize_label(ids, self.size)
+            ids = None if ids is None else nearest(ids, self.size)
         elif image_path is not None and ids is not None and image.shape[-2:] != ids.shape:
             raise DataError(
                 f"{label_path}: is {ids.shape[0]} x {ids.shape[1]} but its image {image.shape[1]} x {image.shape[2]}; "
@@ -166,16 +167,3 @@ def check_size(size: tuple[int, int] | None) -> None:
 def _resize_image(image: Tensor, size: tuple[int, int], resampling: Filter) -> Tensor:
     """Resize with antialiasing, as Pillow does to within one grey level."""
     return functional.interpolate(image[None], size=size, mode=resampling, antialias=True, align_corners=False)[0]
-
-
-def _resize_label(ids: Tensor, size: tuple[int, int]) -> Tensor:
-    """Take the nearest pixel, as Pillow's NEAREST does."""
-    rows, columns = (_nearest(old, new) for old, new in zip(ids.shape, size, strict=True))
-    return ids[rows[:, None], columns]
-
-
-def _nearest(old: int, new: int) -> Tensor:
-    """The old pixel under the centre of each new one; centres are added up as Pillow does it, which decides ties."""
-    steps = torch.full((new,), old / new, dtype=torch.float64)
-    steps[0] = old / new * 0.5
-    return steps.cumsum(0).long()

@@ -1,0 +1,70 @@
+"""Small tensor operations that several rooms share: arithmetic dtypes, weight maps, resizing, random numbers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["arithmetic", "at_least_float32", "nearest", "uniform", "upsample", "weight_maps"]
+
+
+def arithmetic(*values: Tensor | None) -> torch.dtype:
+    """The dtype to compute in: float64 where an input is float64, otherwise float32."""
+    double = any(value is not None and value.dtype == torch.float64 for value in values)
+    return torch.float64 if double else torch.float32
+
+
+def at_least_float32(value: Tensor) -> Tensor:
+    """A floating tensor in float32, or as it is in float64."""
+    return value.to(arithmetic(value))
+
+
+def weight_maps(weights: Tensor, like: Tensor) -> Tensor:
+    """Weights (N,) or (N, H, W) as (N, H, W), the shape of `like`."""
+    return (weights[:, None, None] if weights.ndim == 1 else weights).expand(like.shape)
+
+
+def upsample(logits: Tensor, size: Sequence[int], *, align_corners: bool = True) -> Tensor:
+    """Logits (N, C, h, w) at another size (H, W), bilinearly, in float32 or float64."""
+    logits = at_least_float32(logits)
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    return functional.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def nearest(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """Label maps (..., H, W) at another size (H', W'): each new pixel takes the old one under its centre.
+
+    The one definition for readers, evaluation and pictures. It is Pillow's NEAREST, with which the released code
+    resizes labels, to the pixel: halving keeps pixels 1, 3, 5, ...
+    """
+    for axis, new in zip((-2, -1), size, strict=True):
+        if labels.shape[axis] != new:
+            labels = labels.index_select(axis, _centres(labels.shape[axis], new).to(labels.device))
+    return labels
+
+
+def _centres(old: int, new: int) -> Tensor:
+    """The old pixel under each new centre. Pillow adds the steps up in double precision, which decides ties."""
+    steps = torch.full((new,), old / new, dtype=torch.float64, device="cpu")
+    steps[:1] *= 0.5
+    return steps.cumsum(0).long().clamp(max=old - 1)
+
+
+def uniform(
+    shape: Sequence[int], *, generator: torch.Generator | None, device: torch.device | str | None = None
+) -> Tensor:
+    """Uniform numbers in [0, 1) on `device`, or where they were drawn; a generator draws on its own device."""
+    if generator is None:
+        return torch.rand(shape, device=device)
+    if torch.compiler.is_compiling():  # without fullgraph=True the compiler catches this, and the draw is made eagerly
+        raise TypeError(
+            "`generator` must be None inside a compiled function, since torch.compile cannot trace a torch.Generator; "
+            "make the draw outside with `sample` and hand it in, or `scores`."
+        )
+    target = generator.device if device is None else torch.device(device)
+    # A GPU copies from pinned memory alone without the host; a copy to the CPU that nobody waits for has not arrived.
+    pinned = generator.device.type == "cpu" and target.type == "cuda"
+    numbers = torch.rand(shape, generator=generator, device=generator.device, pin_memory=pinned)
+    return numbers.to(target, non_blocking=pinned)
