@@ -29,14 +29,14 @@ OPTIONS: dict[str, dict[str, Variant]] = {
         f"{value:g}": BASE if value == PAIR.decay else replace(BASE, decay=value) for value in (0.0, 0.9, 0.99, 0.999)
     },
     "ratio of classes": {f"{value:g}": replace(BASE, ratio=value) for value in (0.25, 0.5, 0.75)},
-    "lambda scope": {scope: replace(BASE, lambda_scope=scope) for scope in ("image", "batch", "pixel", "none")},
+    "lambda scope": {scope: replace(BASE, scope=scope) for scope in ("image", "batch", "pixel", "none")},
     "ignored pixels": {
-        "can be drawn": replace(BASE, classes_drawn="with-ignored"),
-        "never drawn": replace(BASE, classes_drawn="labelled"),
+        "can be drawn": replace(BASE, include_ignored=True),
+        "never drawn": replace(BASE, include_ignored=False),
     },
     "teacher's BatchNorm": {
-        "batch statistics": replace(BASE, teacher_mode="train"),
-        "running statistics": replace(BASE, teacher_mode="eval"),
+        "batch statistics": replace(BASE, mode="train"),
+        "running statistics": replace(BASE, mode="eval"),
     },
     "ASPP branches": {"2": replace(BASE, aspp_branches=2), "4": replace(BASE, aspp_branches=4)},
     "what is pasted": {"classes": BASE, "a box (CutMix)": replace(BASE, boxes=True)},

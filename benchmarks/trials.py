@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from crossmix import CrossDomainMix, MeanTeacher, Mixed, SelfTraining, SelfTrainingOutput, StrongAugment, recipes
+from crossmix import CrossDomainMix, Mixed, SelfTraining, SelfTrainingOutput, StrongAugment, recipes
 from crossmix import functional as F
 from crossmix.datasets import Sample
 from crossmix.diagnostics import PseudoLabelMonitor
@@ -44,10 +44,10 @@ class Variant:
     jitter_source: bool = False  # the colour jitter and blur that other methods apply to mixed images alone
     threshold: float | None = None  # the pair's
     decay: float | None = None  # the pair's
-    lambda_scope: str = recipes.RELEASED.lambda_scope
-    classes_drawn: str = recipes.RELEASED.classes_drawn
+    scope: str = recipes.RELEASED.scope
+    include_ignored: bool = recipes.RELEASED.include_ignored
     ratio: float = 0.5
-    teacher_mode: Literal["train", "eval"] = "train"
+    mode: Literal["train", "eval"] = "train"
     aspp_branches: int = 2
     boxes: bool = False  # CutMix: paste a box in place of classes
 
@@ -165,23 +165,21 @@ def run(job: Job) -> dict[str, Any]:
 def build(student: DeepLabV2, pair: Pair, variant: Variant, target_shares: Tensor) -> SelfTraining:
     """The method in the released recipe, with every option where the variant has it."""
     num_classes = len(pair.classes)
-    decay = pair.decay if variant.decay is None else variant.decay
     training = recipes.self_training(
         student,
         num_classes,
         method=variant.method,
         prior=target_shares if variant.method == "alignment" else None,  # the oracle of the paper's experiment
         threshold=pair.threshold if variant.threshold is None else variant.threshold,
-        decay=decay,
-        lambda_scope=variant.lambda_scope,
-        classes_drawn=variant.classes_drawn,
+        decay=pair.decay if variant.decay is None else variant.decay,
+        mode=variant.mode,
+        scope=variant.scope,
+        include_ignored=variant.include_ignored,
         upsample=True,  # the loss does it, in blocks
     )
     if isinstance(training.mix, CrossDomainMix):
         mix = BoxMix if variant.boxes else CrossDomainMix
         training.mix = mix(num_classes, ratio=variant.ratio, include_ignored=training.mix.include_ignored)
-    if training.teacher is not None and variant.teacher_mode == "eval":
-        training.teacher = MeanTeacher(student, decay=decay, mode="eval")
     return training
 
 

@@ -105,17 +105,18 @@ class Config:
     log_every: int = 100  # steps
     tensorboard: bool = False  # write event files too
 
-    mixed_loss_weights: str = recipes.RELEASED.mixed_loss_weights
-    lambda_scope: str = recipes.RELEASED.lambda_scope
-    source_loss_mean: str = recipes.RELEASED.source_loss_mean
-    classes_drawn: str = recipes.RELEASED.classes_drawn
-    teacher: str = recipes.RELEASED.teacher
-    jitter: str = recipes.RELEASED.jitter
+    weigh: str = recipes.RELEASED.weigh
+    scope: str = recipes.RELEASED.scope
+    source_normalizer: str = recipes.RELEASED.source_normalizer
+    include_ignored: bool = recipes.RELEASED.include_ignored
     threshold: float = recipes.RELEASED.threshold  # a pixel counts for lambda from this confidence on
     decay: float = recipes.RELEASED.decay  # share of the teacher that a step keeps
+    mode: str = recipes.RELEASED.mode  # of the teacher's BatchNorm
+    flavor: str = recipes.RELEASED.flavor
+    same_on_batch: bool = recipes.RELEASED.same_on_batch
     aspp_branches: int = 2
     nesterov: bool = False
-    backbone_updates: str = "repeated"  # each parameter as often as the released code lists it, or "once"
+    repeated: bool = True  # update each backbone parameter as often as the released code lists it
     source_size: str = "720x1280"  # source images are resized to this
     evaluation: str = "512x1024"  # the label size that decides the best step; both are always reported
 
@@ -134,14 +135,13 @@ CHOICES = {
     "network": ("resnet101", "tiny"),
     "precision": ("fp32", "tf32", "bf16", "fp16"),
     "aspp_branches": (2, 4),
-    "backbone_updates": ("repeated", "once"),
 }
 
 PAPER_OPTIONS = {
     **asdict(recipes.PAPER),
     "aspp_branches": 4,
     "nesterov": True,
-    "backbone_updates": "once",
+    "repeated": False,
     "source_size": "760x1280",
     "evaluation": "1024x2048",
 }
@@ -159,7 +159,7 @@ DEMO_OPTIONS = {
     "steps": 1700,
     "lr": 0.002,
     "threshold": 0.5,
-    "backbone_updates": "once",
+    "repeated": False,
     "decay": 0.9,
     "workers": 0,
     "channels_last": True,  # a sixth faster on a CPU
@@ -440,10 +440,9 @@ def share_buffers(student: nn.Module, ranks: Ranks) -> None:
 
 def build_optimizer(student: DeepLabV2, config: Config) -> torch.optim.SGD:
     """SGD with ten times the learning rate in the head, and the released code's repeated updates where asked."""
-    repeated = config.backbone_updates == "repeated"
-    optimizer = RepeatedSGD if repeated else torch.optim.SGD
+    optimizer = RepeatedSGD if config.repeated else torch.optim.SGD
     return optimizer(
-        parameter_groups(student, config.lr, repeated=repeated),
+        parameter_groups(student, config.lr, repeated=config.repeated),
         config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,

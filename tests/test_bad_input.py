@@ -399,9 +399,9 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
     ),
     (
         "value",
-        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, jitter="none"),
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, flavor="none"),
         ValueError,
-        "`jitter` must be one of",
+        "`flavor` must be one of",
     ),
     (
         "prior",

@@ -222,7 +222,7 @@ def test_criteria__defaults_are_lambda_per_image_and_the_mean_over_valid_source_
 
 
 def test_target_weights__one_per_image_and_zero_is_no_loss() -> None:
-    training = build("pseudo-label", jitter="torchvision")
+    training = build("pseudo-label", flavor="torchvision", same_on_batch=False)
     data = batch(1)
     vector = training(*data, target_weights=torch.tensor([0.0, 1.0]), generator=seeded(0))
     maps = training(*data, target_weights=torch.tensor([0.0, 1.0])[:, None, None].expand(N, H, W), generator=seeded(0))
@@ -461,19 +461,20 @@ def test_update__moves_the_teacher_or_does_nothing() -> None:
     build("source").update()
 
 
-SWITCHES: list[tuple[str, str, str, Callable[[SelfTraining], object]]] = [
-    ("mixed_loss_weights", "target", "mixed", lambda t: t.weigh),
-    ("lambda_scope", "batch", "image", lambda t: t.criterion.scope),
-    ("source_loss_mean", "valid", "all", lambda t: t.source_criterion.normalizer),
-    ("classes_drawn", "with-ignored", "labelled", lambda t: t.mix.include_ignored),
-    ("teacher", "ema", "network", lambda t: t.teacher.decay),
-    ("jitter", "additive", "torchvision", lambda t: (t.augment.flavor, t.augment.same_on_batch)),
+SWITCHES: list[tuple[str, object, object, Callable[[SelfTraining], object]]] = [
+    ("weigh", "target", "mixed", lambda t: t.weigh),
+    ("scope", "batch", "image", lambda t: t.criterion.scope),
+    ("source_normalizer", "valid", "all", lambda t: t.source_criterion.normalizer),
+    ("include_ignored", True, False, lambda t: t.mix.include_ignored),
+    ("decay", 0.99, 0.0, lambda t: t.teacher.decay),
+    ("flavor", "additive", "torchvision", lambda t: t.augment.flavor),
+    ("same_on_batch", True, False, lambda t: t.augment.same_on_batch),
 ]
 
 
 @pytest.mark.parametrize(("name", "released", "paper", "read"), SWITCHES)
 def test_recipes__every_switch_has_both_values(
-    name: str, released: str, paper: str, read: Callable[[SelfTraining], object]
+    name: str, released: object, paper: object, read: Callable[[SelfTraining], object]
 ) -> None:
     assert getattr(recipes.RELEASED, name) == released
     assert getattr(recipes.PAPER, name) == paper
@@ -497,4 +498,4 @@ def test_recipes__settings_of_the_released_code() -> None:
     assert not math.isnan(float(build("alignment")(*batch(0)).loss.detach()))
     assert recipes.self_training(confident_network(), C, recipe=recipes.PAPER).weigh == "mixed"
     assert build("dacs", decay=0.9).teacher.decay == 0.9
-    assert build("dacs", decay=0.9, teacher="network").teacher.decay == 0.0
+    assert build("dacs", mode="eval").teacher.mode == "eval"

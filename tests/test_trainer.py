@@ -103,7 +103,7 @@ def test_methods_and_outputs(run: Callable[..., Path], method: str, recipe: str)
     assert ("teacher" in metrics["last"]) == (method != "source")
     config = json.loads((out / "config.json").read_text())
     assert config["method"] == method
-    assert config["lambda_scope"] == ("batch" if recipe == "released" else "image")
+    assert config["scope"] == ("batch" if recipe == "released" else "image")
     assert config["versions"]["torch"] == str(torch.__version__)
     picture = read_png(out / "report" / "gallery.png")
     assert picture.shape == (3, 4 + 2 * 36, 4 + 7 * 36)
@@ -137,8 +137,8 @@ def test_resume__with_nothing_saved_starts_at_0(run: Callable[..., Path], capsys
 
 def test_resume__refuses_changed_options_and_damaged_checkpoints(run: Callable[..., Path]) -> None:
     out = run()
-    with pytest.raises(SystemExit, match="lambda_scope 'batch' is now 'image'; give the old ones, or another --out"):
-        run("--resume", "--lambda-scope", "image")
+    with pytest.raises(SystemExit, match="scope 'batch' is now 'image'; give the old ones, or another --out"):
+        run("--resume", "--scope", "image")
     for path in (out / "checkpoints").glob("step*.pt"):
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(SystemExit, match="No checkpoint can be read"):
@@ -180,9 +180,9 @@ def test_weights__start_the_student_and_the_head_may_differ(
             assert torch.equal(student[name], p), name
 
 
-@pytest.mark.parametrize(("choice", "optimizer"), [("repeated", RepeatedSGD), ("once", torch.optim.SGD)])
-def test_backbone_updates__both_values(trainer: ModuleType, choice: str, optimizer: type) -> None:
-    built = trainer.build_optimizer(deeplab_v2_tiny(), trainer.Config(backbone_updates=choice))
+@pytest.mark.parametrize(("choice", "optimizer"), [(True, RepeatedSGD), (False, torch.optim.SGD)])
+def test_repeated__both_values(trainer: ModuleType, *, choice: bool, optimizer: type) -> None:
+    built = trainer.build_optimizer(deeplab_v2_tiny(), trainer.Config(repeated=choice))
     assert type(built) is optimizer
 
 
@@ -204,17 +204,19 @@ def test_options__flags_over_file_over_recipe(
     released, paper = resolved(trainer, capsys, *base), resolved(trainer, capsys, *base, "--recipe", "paper")
     switches = {name for name in released if released[name] != paper[name]}
     assert switches == {
-        "recipe", "mixed_loss_weights", "lambda_scope", "source_loss_mean", "classes_drawn", "teacher", "jitter",
-        "aspp_branches", "nesterov", "backbone_updates", "source_size", "evaluation",
+        "recipe", "weigh", "scope", "source_normalizer", "include_ignored", "decay", "flavor", "same_on_batch",
+        "aspp_branches", "nesterov", "repeated", "source_size", "evaluation",
     }  # fmt: skip
     for name in switches - {"recipe"}:  # each is one flag
         flag = "--" + name.replace("_", "-")
-        value = [flag] if paper[name] is True else [flag, str(paper[name])]
+        value = [flag, str(paper[name])]
+        if isinstance(paper[name], bool):
+            value = [flag if paper[name] else flag.replace("--", "--no-")]
         assert resolved(trainer, capsys, *base, *value)[name] == paper[name]
     file = tmp_path / "c.json"
-    file.write_text(json.dumps({"recipe": "paper", "teacher": "ema", "steps": 7, "gta5": "a", "cityscapes": "b"}))
+    file.write_text(json.dumps({"recipe": "paper", "decay": 0.99, "steps": 7, "gta5": "a", "cityscapes": "b"}))
     mixed = resolved(trainer, capsys, "--config", str(file), "--steps", "9")
-    assert (mixed["lambda_scope"], mixed["teacher"], mixed["steps"]) == ("image", "ema", 9)
+    assert (mixed["scope"], mixed["decay"], mixed["steps"]) == ("image", 0.99, 9)
     file.write_text('{"lambda": 1}')
     with pytest.raises(SystemExit, match="unknown option 'lambda'"):
         trainer.main(["--dry-run", "--config", str(file)])

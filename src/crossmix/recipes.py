@@ -29,66 +29,71 @@ METHODS: tuple[Method, ...] = ("source", "pseudo-label", "classmix", "alignment"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The choices in which the released code and the paper's text differ.
+    """The choices in which the released code and the paper's text differ, by the names of the constructor arguments.
 
     Attributes:
-        mixed_loss_weights: `"target"`: lambda on target pixels and 1 on source pixels; `"mixed"`: lambda on the whole
-            mixed image.
-        lambda_scope: What lambda, the share of confident pixels, is taken over: `"batch"`, `"image"`, or, in neither,
-            `"pixel"` or `"none"`.
-        source_loss_mean: Whether the source loss is averaged over `"valid"` pixels or `"all"` of them.
-        classes_drawn: Whether ignored source pixels can be drawn as a class: `"with-ignored"`, or `"labelled"` for
-            never.
-        teacher: `"ema"`: an average of the student with a ramp, running on batch statistics; `"network"`:
-            the network itself, as Algorithm 1 has it.
-        jitter: `"additive"`: old kornia's, with one decision per batch to jitter or blur; `"torchvision"`: today's
-            usual one, decided per image.
-        threshold: Confidence from which a pixel counts for lambda; the same in both, and not stated in the paper.
-        decay: Share of an `"ema"` teacher that a step keeps, once the ramp is over; the same in both.
+        weigh: Of `SelfTraining`: lambda on `"target"` pixels and 1 on source pixels, or on the whole `"mixed"` image.
+        scope: Of `ConfidenceWeightedCE`, for mixed images: what lambda, the share of confident pixels, is taken over:
+            `"batch"`, `"image"`, or, in neither, `"pixel"` or `"none"`.
+        source_normalizer: `normalizer` of the source loss: the mean over `"valid"` pixels, `"all"` pixels, or by
+            `"weights"`.
+        include_ignored: Of `CrossDomainMix`: whether ignored source pixels can be drawn as a class.
+        decay: Of `MeanTeacher`: share of the teacher that an update keeps; 0 makes it the network itself, as in
+            Algorithm 1.
+        mode: Of `MeanTeacher`: `"train"` for batch statistics, in both, or `"eval"`.
+        flavor: Of `StrongAugment`: `"additive"` jitter, as in old kornia, or `"torchvision"`.
+        same_on_batch: Of `StrongAugment`: one decision per batch to jitter or blur, or one per image.
+        threshold: Of `ConfidenceWeightedCE`: the confidence from which a pixel counts for lambda; the same in both, and
+            not stated in the paper.
 
     Example:
-        >>> RELEASED.lambda_scope, PAPER.lambda_scope
+        >>> RELEASED.scope, PAPER.scope
         ('batch', 'image')
     """
 
-    mixed_loss_weights: Literal["target", "mixed"]
-    lambda_scope: Literal["batch", "image", "pixel", "none"]
-    source_loss_mean: Literal["valid", "all"]
-    classes_drawn: Literal["with-ignored", "labelled"]
-    teacher: Literal["ema", "network"]
-    jitter: Literal["additive", "torchvision"]
+    weigh: Literal["target", "mixed"]
+    scope: Literal["batch", "image", "pixel", "none"]
+    source_normalizer: Literal["valid", "all", "weights"]
+    include_ignored: bool
+    decay: float
+    mode: Literal["train", "eval"] = "train"
+    flavor: Literal["additive", "torchvision"]
+    same_on_batch: bool
     threshold: float = 0.968
-    decay: float = 0.99
 
     def __post_init__(self) -> None:
         """Refuse unknown values."""
-        check_choice("mixed_loss_weights", self.mixed_loss_weights, ("target", "mixed"))
-        check_choice("lambda_scope", self.lambda_scope, ("batch", "image", "pixel", "none"))
-        check_choice("source_loss_mean", self.source_loss_mean, ("valid", "all"))
-        check_choice("classes_drawn", self.classes_drawn, ("with-ignored", "labelled"))
-        check_choice("teacher", self.teacher, ("ema", "network"))
-        check_choice("jitter", self.jitter, ("additive", "torchvision"))
+        check_choice("weigh", self.weigh, ("target", "mixed"))
+        check_choice("scope", self.scope, ("batch", "image", "pixel", "none"))
+        check_choice("source_normalizer", self.source_normalizer, ("valid", "all", "weights"))
+        check_choice("mode", self.mode, ("train", "eval"))
+        check_choice("flavor", self.flavor, ("additive", "torchvision"))
         check_fraction("threshold", self.threshold)
         check_fraction("decay", self.decay)
+        for name in ("include_ignored", "same_on_batch"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
 
 RELEASED = Recipe(
-    mixed_loss_weights="target",
-    lambda_scope="batch",
-    source_loss_mean="valid",
-    classes_drawn="with-ignored",
-    teacher="ema",
-    jitter="additive",
+    weigh="target",
+    scope="batch",
+    source_normalizer="valid",
+    include_ignored=True,
+    decay=0.99,
+    flavor="additive",
+    same_on_batch=True,
 )
 """What the code behind the published 52.14 does."""
 
 PAPER = Recipe(
-    mixed_loss_weights="mixed",
-    lambda_scope="image",
-    source_loss_mean="all",
-    classes_drawn="labelled",
-    teacher="network",
-    jitter="torchvision",
+    weigh="mixed",
+    scope="image",
+    source_normalizer="all",
+    include_ignored=False,
+    decay=0.0,
+    flavor="torchvision",
+    same_on_batch=False,
 )
 """What the paper's text says."""
 
@@ -102,7 +107,7 @@ def self_training(
     prior: Tensor | Sequence[float] | None = None,
     sync: bool = False,
     upsample: bool = False,
-    **overrides: str | float,
+    **overrides: str | float | bool,
 ) -> SelfTraining:
     """Build a method of the paper's Table 3 in one of the two recipes.
 
@@ -122,7 +127,7 @@ def self_training(
             distribution, an oracle.
         sync: Whether divisors, lambda and alignment averages are those of the batch over all ranks.
         upsample: Whether the student may return logits smaller than the images; see `SelfTraining`.
-        **overrides: Fields of `Recipe` by name, e.g. `lambda_scope="image"`.
+        **overrides: Fields of `Recipe` by name, e.g. `scope="image"`.
 
     Returns:
         A `SelfTraining`; its student is `student` itself, not a copy.
@@ -132,7 +137,7 @@ def self_training(
         ValueError: If a method, a recipe or a value is unknown, or `prior` is given to a method without alignment.
 
     Example:
-        >>> training = self_training(nn.Conv2d(3, 19, 1), 19, recipe="paper", lambda_scope="batch")
+        >>> training = self_training(nn.Conv2d(3, 19, 1), 19, recipe="paper", scope="batch")
         >>> training.weigh, training.criterion.scope
         ('mixed', 'batch')
     """
@@ -141,8 +146,8 @@ def self_training(
     if prior is not None and method != "alignment":
         raise ValueError(f"`prior` belongs to method='alignment', got method={method!r}; leave it out.")
     choice = _resolve(recipe, overrides)
-    criterion = ConfidenceWeightedCE(choice.threshold, scope=choice.lambda_scope, normalizer="all", sync=sync)
-    source_criterion = ConfidenceWeightedCE(normalizer=choice.source_loss_mean, sync=sync)
+    criterion = ConfidenceWeightedCE(choice.threshold, scope=choice.scope, normalizer="all", sync=sync)
+    source_criterion = ConfidenceWeightedCE(normalizer=choice.source_normalizer, sync=sync)
     if method == "source":
         training = SelfTraining(
             student, None, mix=None, criterion=criterion, source_criterion=source_criterion, upsample=upsample
@@ -151,26 +156,26 @@ def self_training(
         return training
     mix: CrossDomainMix | ClassMix | None = None
     if method == "dacs":
-        mix = CrossDomainMix(num_classes, include_ignored=choice.classes_drawn == "with-ignored")
+        mix = CrossDomainMix(num_classes, include_ignored=choice.include_ignored)
     elif method in {"classmix", "alignment"}:
         mix = ClassMix(num_classes)
     align = DistributionAlignment(num_classes, prior=prior, sync=sync) if method == "alignment" else None
     training = SelfTraining(
         student,
-        MeanTeacher(student, decay=choice.decay if choice.teacher == "ema" else 0.0, mode="train"),
+        MeanTeacher(student, decay=choice.decay, mode=choice.mode),
         mix=mix,
-        augment=StrongAugment(flavor=choice.jitter, same_on_batch=choice.jitter == "additive"),
+        augment=StrongAugment(flavor=choice.flavor, same_on_batch=choice.same_on_batch),
         criterion=criterion,
         source_criterion=source_criterion,
         align=align,
-        weigh=choice.mixed_loss_weights,
+        weigh=choice.weigh,
         upsample=upsample,
     )
     training.num_classes = num_classes  # pseudo-labelling has no part that knows it
     return training
 
 
-def _resolve(recipe: str | Recipe, overrides: dict[str, str | float]) -> Recipe:
+def _resolve(recipe: str | Recipe, overrides: dict[str, str | float | bool]) -> Recipe:
     if isinstance(recipe, str):
         check_choice("recipe", recipe, ("released", "paper"))
         recipe = RELEASED if recipe == "released" else PAPER
