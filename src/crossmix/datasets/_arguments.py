@@ -15,11 +15,8 @@ def check_count(name: str, value: int, *, least: int = 0) -> int:
     return number
 
 
-def check_size(size: tuple[int, int] | None, *, least: int = 1, landscape: bool = False) -> tuple[int, int] | None:
-    """Refuse anything but None or (height, width), whole numbers of at least `least`.
-
-    With `landscape`, for frames of a car's camera, also a height above the width, which is a swapped pair.
-    """
+def check_size(size: object, *, least: int = 1) -> tuple[int, int] | None:
+    """Refuse anything but None or (height, width), whole numbers of at least `least`."""
     if size is None:
         return None
     if not isinstance(size, tuple | list) or len(size) != 2:
@@ -29,11 +26,6 @@ def check_size(size: tuple[int, int] | None, *, least: int = 1, landscape: bool 
     height, width = map(operator.index, size)
     if min(height, width) < least:
         raise ValueError(f"`size` must be (height, width) of at least {least} pixels, got {(height, width)}.")
-    if landscape and height > width:
-        raise ValueError(
-            f"`size` is (height, width), and these frames are wider than high, got {(height, width)}; did you mean "
-            f"{(width, height)}?"
-        )
     return height, width
 
 

@@ -244,7 +244,7 @@ def _agreement(line: str, key: str, file: Path) -> float:
         return math.inf
     if line.startswith("/") or line[1:3] == ":/":
         return float(line in {bare(file.absolute().as_posix()), bare(file.resolve().as_posix())})
-    if bare(file.absolute().as_posix()).endswith(f"/{line}"):
+    if any(whole.endswith(f"/{line}") for whole in (key, bare(file.absolute().as_posix()))):
         return 1e9
     return len(key) if line.endswith(f"/{key}") else 0
 

@@ -70,7 +70,8 @@ def image_files(folder: str | Path, *, recursive: bool = True, only: Callable[[s
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; check the path.")
-    files, left_out = [], []
+    files: list[Path] = []
+    left_out: list[Path] = []
     for name, entry in _entries(folder, recursive=recursive):
         if only is None or only(name):
             (files if _is_image(entry) else left_out).append(Path(entry.path))
@@ -93,7 +94,7 @@ def described(left_out: Sequence[Path]) -> str:
 
 def _entries(folder: Path, *, recursive: bool) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """The visible files in and below a folder, with their paths from there."""
-    waiting = [(folder, "", (_identity(folder),))]
+    waiting: list[tuple[Path, str, tuple[tuple[int, int], ...]]] = [(folder, "", (_identity(folder),))]
     while waiting:
         where, prefix, above = waiting.pop()
         try:

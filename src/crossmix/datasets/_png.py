@@ -126,7 +126,7 @@ def read_header(path: Path) -> Header:
         raise DataError(f"{path}: is a JPEG file, which changes ids a little everywhere; save label maps as PNG.")
     if len(start) < 33 or not start.startswith(SIGNATURE) or start[12:16] != b"IHDR":
         raise DataError(
-            f"{path}: expected a PNG file, got {len(start)} bytes that do not start like one; download it again."
+            f"{path}: expected a PNG or JPEG file, got {len(start)} bytes that do not begin so; download it again."
         )
     header = Header(*struct.unpack(">IIBBBBB", start[16:29]))
     check_pixels(path, header.width, header.height)

@@ -37,7 +37,7 @@ class Cityscapes(FolderDataset):
         DataError: If the split is missing or empty or images and label maps do not pair up, or `names` lists what is
             not there; on access, if a file is damaged or holds ids that are no label ids.
         TypeError: If `size` is no pair of ints.
-        ValueError: If `size` is not positive or higher than wide, or neither images nor labels are read.
+        ValueError: If `size` is not positive, or neither images nor labels are read.
 
     Example:
         >>> import tempfile
@@ -59,7 +59,7 @@ class Cityscapes(FolderDataset):
         images: bool = True,
         labels: bool = True,
     ) -> None:
-        size = check_size(size, landscape=True)
+        size = check_size(size)
         self.root = Path(root)
         self.split = split
         kind = labels_of(split)

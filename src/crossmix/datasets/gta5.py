@@ -33,7 +33,7 @@ class GTA5(FolderDataset):
             access, if a file is damaged, holds ids that are no label ids, or the two files of a pair differ in size and
             `size` is None.
         TypeError: If `size` is no pair of ints.
-        ValueError: If `size` is not positive or higher than wide, or neither images nor labels are read.
+        ValueError: If `size` is not positive, or neither images nor labels are read.
 
     Example:
         >>> import tempfile
@@ -54,7 +54,7 @@ class GTA5(FolderDataset):
         images: bool = True,
         labels: bool = True,
     ) -> None:
-        size = check_size(size, landscape=True)
+        size = check_size(size)
         self.root = Path(root)
         files = paired(
             f"{self.root}:",

@@ -35,7 +35,7 @@ class Synthia(FolderDataset):
         DataError: If a folder is missing or empty, an image has no label map, or `names` lists what is not there; on
             access, if a file is damaged, was saved from the high bytes, or holds ids that are not SYNTHIA's.
         TypeError: If `size` is no pair of ints.
-        ValueError: If `size` is not positive or higher than wide, or neither images nor labels are read.
+        ValueError: If `size` is not positive, or neither images nor labels are read.
 
     Example:
         >>> import tempfile, torch
@@ -57,7 +57,7 @@ class Synthia(FolderDataset):
         images: bool = True,
         labels: bool = True,
     ) -> None:
-        size = check_size(size, landscape=True)
+        size = check_size(size)
         self.root = Path(root)
         folder = next((name for name in LABEL_FOLDERS if (self.root / name).is_dir()), LABEL_FOLDERS[0])
         files = paired(

@@ -119,13 +119,9 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         if len(samples) == 0:
             raise ValueError("`samples` must not be empty; check the folder that they are read from.")
-        if not isinstance(size, tuple | list) or len(size) != 2 or not all(hasattr(side, "__index__") for side in size):
-            raise TypeError(f"`size` must be (height, width) in whole pixels, got {size!r}; pass a pair of ints.")
-        if min(size) < 1:
-            raise ValueError(f"`size` must be positive (H, W), got {size}.")
         keyed_generator(seed, stream)  # refuses a negative one here, and not in a worker
         self.samples = samples
-        self.size = (operator.index(size[0]), operator.index(size[1]))
+        self.size = _checked(size)
         self.seed = seed
         self.stream = stream
         if skip < 0:
@@ -257,3 +253,14 @@ def resident(samples: Samples, device: torch.device | str) -> list[Resident]:
         label = None if sample.label is None else sample.label.to(device)
         kept.append(Resident(sample.image.to(device), label, sample.name))
     return kept
+
+
+def _checked(size: object) -> tuple[int, int]:
+    """A crop's size as two ints."""
+    sides = list(size) if isinstance(size, tuple | list) else []
+    if len(sides) != 2 or not all(hasattr(side, "__index__") and side is not True for side in sides):
+        raise TypeError(f"`size` must be (height, width) in whole pixels, got {size!r}; pass a pair of ints.")
+    height, width = map(operator.index, sides)
+    if min(height, width) < 1:
+        raise ValueError(f"`size` must be positive (H, W), got {(height, width)}.")
+    return height, width
