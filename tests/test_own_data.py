@@ -279,7 +279,7 @@ def test_lists__in_every_form(
         ("000000", "names 000000, which may be seq1/000000 or seq10/000000; write the folder too"),
         ("seq3/000000", "names seq3/000000, which is not there, as 1 of 1"),
         ("q1/000001", "names q1/000001, which is not there"),
-        ("../images/seq1/000001.png", r"names \.\./images/seq1/000001, which leads out of the folder"),
+        ("../images/seq1/000001.png", r"names \.\./images/seq1/000001\.png, which leads out of the folder"),
         ("/etc/seq1/000001.png", "names /etc/seq1/000001, which is not there"),
         ("C:\\\\seq1\\\\000001.png", "names C:/seq1/000001, which is not there"),
         ("seq1/000001\nimages/seq1/000001", "names seq1/000001 and images/seq1/000001, but there is only"),
@@ -303,6 +303,9 @@ def test_lists__of_whole_paths_and_of_parts_that_tell(tmp_path: Path) -> None:
     for root in (tmp_path, linked):
         path.write_text(str(tmp_path / "images" / "seq10" / "000000.png"), encoding="utf-8")
         assert [file.name for file in SegmentationFolder(root, names=path).files] == ["seq10/000000"]
+    pairs(tmp_path / "dots", ["a.v1", "a.v2", "b"])
+    path.write_text("a.v2\nb.png\nb\n", encoding="utf-8")
+    assert [file.name for file in SegmentationFolder(tmp_path / "dots", names=path).files] == ["a.v2", "b"]
     path.write_text("000001", encoding="utf-8")  # there is only one
     assert [file.name for file in SegmentationFolder(tmp_path, names=path).files] == ["seq1/000001"]
 
@@ -323,7 +326,7 @@ def test_lists__two_lines_for_one_file_are_not_taken_for_two(tmp_path: Path) -> 
     StreetScenes(2).write(tmp_path, layout="gta5")
     path = tmp_path / "list.txt"
     path.write_text("seq1/00001.png\nseq2/00001.png\n", encoding="utf-8")
-    with pytest.raises(DataError, match="names seq1/00001 and seq2/00001, but there is only"):
+    with pytest.raises(DataError, match=r"names seq1/00001\.png and seq2/00001\.png, but there is only"):
         GTA5(tmp_path, names=path)
 
 

@@ -203,16 +203,13 @@ def listed(path: Path, files: Mapping[str, Path]) -> set[str]:
     lines: dict[str, str] = {}
     wanted, absent = _lines(path), []
     for line in wanted:
-        ranks = {key: _agreement(line, key, files[key]) for key in by_stem.get(line.rpartition("/")[2], ())}
-        best = max(ranks.values(), default=0)
-        keys = sorted(key for key, rank in ranks.items() if rank == best > 0)
+        keys = _meant(line, files, by_stem) or _meant(bare(line), files, by_stem)  # a dot need not begin an ending
         if len(keys) > 1:
             raise DataError(f"{path}: names {line}, which may be {keys[0]} or {keys[1]}; write the folder too.")
         for key in keys:
-            if key in lines:
+            if bare(lines.setdefault(key, line)) != bare(line):
                 raise DataError(f"{path}: names {lines[key]} and {line}, but there is only {files[key]}; name it once.")
-            lines[key] = line
-        absent += [] if keys else [line]
+        absent += [] if keys else [bare(line)]
     if absent or not wanted:
         what = (
             f"names {absent[0]}, which is not there, as {len(absent)} of {len(wanted)}" if absent else "names nothing"
@@ -222,7 +219,7 @@ def listed(path: Path, files: Mapping[str, Path]) -> set[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The names in a list, without endings, in UTF-8, or UTF-16 where a byte-order mark says so."""
+    """The names in a list, in UTF-8, or UTF-16 where a byte-order mark says so."""
     try:
         data = path.read_bytes()
         text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
@@ -231,11 +228,18 @@ def _lines(path: Path) -> list[str]:
             f"{path}: cannot be read as a list of names ({error}); pass a text file, a name per line."
         ) from error
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
-    names = [bare(PurePosixPath(line.replace("\\", "/")).as_posix()) for line in lines if line and line[0] != "#"]
+    names = [PurePosixPath(line.replace("\\", "/")).as_posix() for line in lines if line and line[0] != "#"]
     for name in names:
         if ".." in name.split("/"):
             raise DataError(f"{path}: names {name}, which leads out of the folder; name files below it.")
     return list(dict.fromkeys(names))
+
+
+def _meant(line: str, files: Mapping[str, Path], by_stem: Mapping[str, set[str]]) -> list[str]:
+    """The keys that a line agrees with best."""
+    ranks = {key: _agreement(line, key, files[key]) for key in by_stem.get(line.rpartition("/")[2], ())}
+    best = max(ranks.values(), default=0)
+    return sorted(key for key, rank in ranks.items() if rank == best > 0)
 
 
 def _agreement(line: str, key: str, file: Path) -> float:
