@@ -17,7 +17,7 @@ from crossmix._tensors import nearest
 from crossmix.datasets._arguments import check_index
 from crossmix.datasets._images import read_image
 from crossmix.datasets._labels import LabelFormat
-from crossmix.datasets._listing import bare, described, image_files
+from crossmix.datasets._listing import bare, described, named_images
 from crossmix.datasets.sample import DataError, Sample
 
 __all__ = ["Files", "FolderDataset", "Found", "by_key", "find", "listed", "paired"]
@@ -111,9 +111,8 @@ def find(
     """The images of a folder by their path from there, without the ending and `suffix`; nothing without a folder."""
     if not folder.is_dir():
         return Found({})
-    images = image_files(folder, recursive=recursive, only=only)
-    keys = (bare(path.relative_to(folder).as_posix()).removesuffix(suffix) for path in images.files)
-    return Found(by_key(zip(keys, images.files, strict=True)), images.left_out)
+    images, left_out = named_images(folder, recursive=recursive, only=only)
+    return Found(by_key((bare(name).removesuffix(suffix), path) for name, path in images.items()), tuple(left_out))
 
 
 def by_key(pairs: Iterable[tuple[str, Path]]) -> dict[str, Path]:

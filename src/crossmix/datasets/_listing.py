@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from crossmix.datasets.sample import DataError
 
-__all__ = ["OTHER_IMAGES", "ImageFiles", "bare", "described", "image_files"]
+__all__ = ["OTHER_IMAGES", "ImageFiles", "bare", "described", "image_files", "named_images"]
 
-ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".jfif"))
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif")
 OTHER_IMAGES = frozenset(
     (".avif", ".bmp", ".exr", ".gif", ".heic", ".heif", ".jp2", ".pgm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 )
@@ -67,15 +67,25 @@ def image_files(folder: str | Path, *, recursive: bool = True, only: Callable[[s
         >>> [path.name for path in found.files], [path.name for path in found.left_out]
         (['a.png', 'b.JPG'], ['c.tif'])
     """
-    folder = Path(folder)
+    images, left_out = named_images(Path(folder), recursive=recursive, only=only)
+    return ImageFiles(tuple(images.values()), tuple(left_out))
+
+
+def named_images(
+    folder: Path, *, recursive: bool, only: Callable[[str], bool] | None
+) -> tuple[dict[str, Path], list[Path]]:
+    """The same, images by their paths below the folder."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; check the path.")
-    files: list[Path] = []
+    images: dict[str, Path] = {}
     left_out: list[Path] = []
-    for name, entry in _entries(folder, recursive=recursive):
-        if only is None or only(name):
-            (files if _is_image(entry) else left_out).append(Path(entry.path))
-    return ImageFiles(tuple(sorted(files)), tuple(sorted(left_out)))
+    wanted = ((name, one) for name, one in _entries(folder, recursive=recursive) if only is None or only(name))
+    for name, entry in sorted(wanted, key=lambda pair: pair[0].split("/")):
+        if _is_image(entry):
+            images[name] = folder / name
+        else:
+            left_out.append(folder / name)
+    return images, left_out
 
 
 def bare(name: str) -> str:
@@ -123,13 +133,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
     """By the ending where that tells, else by the first bytes. A link that is broken counts: reading it says so."""
-    path = Path(entry)
+    by_ending = entry.name.lower().endswith(ENDINGS)
     try:
-        if not entry.is_file() and path.exists():  # a pipe, a device
+        if not entry.is_file() and Path(entry).exists():  # a pipe, a device
             return False
-        if path.suffix.lower() in ENDINGS:
+        if by_ending:
             return True
-        with path.open("rb") as file:
+        with Path(entry).open("rb") as file:
             return file.read(8).startswith(STARTS)
     except OSError:
-        return path.suffix.lower() in ENDINGS
+        return by_ending

@@ -11,7 +11,7 @@ from crossmix._checks import check_choice
 from crossmix.datasets._arguments import check_count, check_size
 from crossmix.datasets._files import FolderDataset, Found, by_key, find, paired
 from crossmix.datasets._labels import custom_format
-from crossmix.datasets._listing import ImageFiles, bare, image_files
+from crossmix.datasets._listing import bare, named_images
 from crossmix.datasets.sample import DataError, Sample
 
 __all__ = ["SegmentationFolder", "found"]
@@ -167,11 +167,10 @@ def _looked_up(where: Path) -> Found:
     base = Path(*where.parts[: next(i for i, part in enumerate(where.parts) if "*" in part)])
     pattern = where.relative_to(base).as_posix()
     regex = _regex(pattern)
-    matching = ImageFiles((), ())
-    if base.is_dir():
-        matching = image_files(base, recursive="/" in pattern, only=lambda path: regex.fullmatch(path) is not None)
-    keys = [_stars(regex, path.relative_to(base).as_posix()) for path in matching.files]
-    return Found(by_key(zip(keys, matching.files, strict=True)), matching.left_out)
+    if not base.is_dir():
+        return Found({})
+    images, left_out = named_images(base, recursive="/" in pattern, only=lambda path: regex.fullmatch(path) is not None)
+    return Found(by_key((_stars(regex, name), path) for name, path in images.items()), tuple(left_out))
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
