@@ -128,9 +128,8 @@ def found(images: str | Path | None, labels: str | Path | None) -> tuple[Found |
     if images is None or labels is not None:
         if images is not None and labels is not None and Path(images).absolute() == Path(labels).absolute():
             raise DataError(f"{images}: is given for both images and labels; {LAYOUT}.")
-        return None if images is None else _looked_up(Path(images)), None if labels is None else _looked_up(
-            Path(labels)
-        )
+        of_images, of_labels = (None if where is None else _looked_up(Path(where)) for where in (images, labels))
+        return of_images, of_labels
     root = Path(images)
     if not ((root / IMAGES).is_dir() and (root / LABELS).is_dir()):
         alone = _looked_up(root)
