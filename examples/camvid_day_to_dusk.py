@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from crossmix import StrongAugment, recipes
+from crossmix.datasets import image_files
 from crossmix.metrics import ConfusionMatrix
 
 CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
@@ -63,7 +64,7 @@ def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 def load(folder: Path) -> tuple[Tensor, Tensor]:
     """All images (N, 3, H, W) uint8 and labels (N, H, W) uint8 of a folder, in small; 255 where unlabelled."""
-    names = sorted(path.name for path in (folder / "images").glob("*.png"))
+    names = [path.name for path in image_files(folder / "images").files] if (folder / "images").is_dir() else []
     if not names:
         raise SystemExit(
             f"{folder}: no images/*.png; expected CAMVID/{{day,dusk-train,dusk-test}}/{{images,labels}}/*.png"

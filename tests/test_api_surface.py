@@ -24,8 +24,8 @@ PUBLIC = {
         "save_weights",
     ],
     "crossmix.datasets": [
-        "GTA5", "CachedSamples", "Cityscapes", "DataError", "Sample", "SegmentationFolder", "StreetScenes", "Synthia",
-        "class_counts", "write_png",
+        "GTA5", "CachedSamples", "Cityscapes", "Classes", "DataError", "ImageFiles", "Sample", "SegmentationFolder",
+        "StreetScenes", "Synthia", "class_counts", "image_files", "read_classes", "write_png",
     ],
     "crossmix.metrics": ["ConfusionMatrix", "IoU"],
     "crossmix.evaluation": ["evaluate"],

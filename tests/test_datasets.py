@@ -424,7 +424,7 @@ def test_readers__a_list_of_names_and_either_half_alone(tmp_path: Path, reader: 
     chosen.write_text("0.png\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"list\.txt: names 0, which is not there, as 1 of 1"):
         reader(root, names=chosen)
-    chosen.write_bytes(b"\xff\xfe")
+    chosen.write_bytes(b"\xff")
     for bad in (chosen, tmp_path / "none.txt"):
         with pytest.raises(DataError, match=r"cannot be read as a list of names"):
             reader(root, names=bad)
@@ -453,15 +453,15 @@ def test_folder__by_folders_of_any_depth(tmp_path: Path) -> None:
         save(tmp_path / "x" / f"{key}.png", picture(8, 12, seed=ord(key[0])))
         save(tmp_path / "y" / f"{key}.png", np.full((8, 12), ord(key[0]) - ord("a"), np.uint8))
     data = SegmentationFolder(tmp_path / "x", tmp_path / "y")
-    assert [(data[i].name, int(data[i].label.unique())) for i in range(3)] == [("1", 0), ("2", 0), ("1", 1)]
+    assert [(data[i].name, int(data[i].label.unique())) for i in range(3)] == [("a/1", 0), ("a/2", 0), ("b/1", 1)]
     assert len(SegmentationFolder(tmp_path / "x")) == 3
     assert SegmentationFolder(tmp_path / "x", size=(4, 6))[0].image.shape == (3, 4, 6)
     (tmp_path / "y" / "a" / "2.png").unlink()
     with pytest.raises(DataError, match="3 images and 2 label maps that do not pair up, a/2 has no label map"):
         SegmentationFolder(tmp_path / "x", tmp_path / "y")
-    with pytest.raises(DataError, match="no such folder; pass a folder of PNG files, or a pattern"):
+    with pytest.raises(DataError, match="no such folder; pass a folder of image files, or a pattern"):
         SegmentationFolder(tmp_path / "z")
-    with pytest.raises(DataError, match="has no images; expected PNG files"):
+    with pytest.raises(DataError, match="has no images; expected PNG or JPEG images"):
         SegmentationFolder(tmp_path / "x" / "*_img.png")
 
 

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"_checks", "_tensors"},
     "datasets": {"_checks", "_tensors"},
     "optim": set(),
-    "engine": set(),
+    "engine": {"datasets.sample"},
     "evaluation": {"_checks", "_distributed", "_tensors", "metrics", "datasets.classes"},
     "diagnostics": {"_checks", "_distributed", "_tensors", "metrics", "datasets.classes"},
     "visualize": {"_checks", "_tensors", "metrics", "datasets.classes"},

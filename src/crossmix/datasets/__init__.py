@@ -1,5 +1,7 @@
 """Readers of the field's data sets: label ids become Cityscapes train ids, and a wrong file is named."""
 
+from crossmix.datasets._class_file import Classes, read_classes
+from crossmix.datasets._listing import ImageFiles, image_files
 from crossmix.datasets._png import write_png
 from crossmix.datasets.cache import CachedSamples
 from crossmix.datasets.cityscapes import Cityscapes
@@ -14,11 +16,15 @@ __all__ = [
     "GTA5",
     "CachedSamples",
     "Cityscapes",
+    "Classes",
     "DataError",
+    "ImageFiles",
     "Sample",
     "SegmentationFolder",
     "StreetScenes",
     "Synthia",
     "class_counts",
+    "image_files",
+    "read_classes",
     "write_png",
 ]

@@ -3,21 +3,30 @@
     python -m crossmix.datasets check ROOT     say what it is, and list every bad, missing or suspicious file
     python -m crossmix.datasets stats ROOT     count the pixels of every class
 
-ROOT is GTA5, SYNTHIA-RAND-CITYSCAPES or Cityscapes as unpacked. For data of your own give --images and --labels, each a
-folder or a pattern, and --mapping, a JSON file from ids to train ids.
+ROOT is GTA5, SYNTHIA-RAND-CITYSCAPES or Cityscapes as unpacked. For data of your own give --classes, a JSON file, with
+ROOT, a folder that holds `images` and `labels`, or with --images and --labels, each a folder or a pattern. The file
+holds one of
+
+    ["road", "car"]                            names; label maps hold 0 and 1, and 255 for ignored pixels
+    {"7": 0, "26": 1, "0": 255}                from ids to train ids; ids it lacks are errors
+    {"#804080": 0, "0, 0, 142": 1}             from colours to train ids
+    {"classes": [...], "mapping": {...}}       both, with train ids or names in the mapping
 
 The exit code is 0 where all is well, 1 where files are listed, 2 where there is nothing to look at.
 """
 
 import argparse
-import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossmix.datasets._check import problems
+from crossmix.datasets._check import others, problems
+from crossmix.datasets._class_file import read_classes
+from crossmix.datasets._files import Found
 from crossmix.datasets._labels import custom_format
-from crossmix.datasets._layouts import Part, parts
+from crossmix.datasets._layouts import Part, part, parts
+from crossmix.datasets._listing import described
 from crossmix.datasets.classes import CLASS_NAMES, IGNORED
 from crossmix.datasets.sample import DataError
 from crossmix.datasets.segmentation_folder import found
@@ -31,34 +40,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=("check", "stats"))
     parser.add_argument("root", nargs="?", type=Path, metavar="ROOT")
-    parser.add_argument("--images", help="folder or pattern of images, in place of ROOT")
-    parser.add_argument("--labels", help="folder or pattern of label maps, in place of ROOT")
-    parser.add_argument("--mapping", type=Path, help="JSON object from ids to train ids; ids it lacks are errors")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode (default: this one)")
+    parser.add_argument("--images", type=Path, help="folder or pattern of images, in place of ROOT")
+    parser.add_argument("--labels", type=Path, help="folder or pattern of label maps, in place of ROOT")
+    parser.add_argument(
+        "--classes", "--mapping", type=Path, help="JSON file of the classes of your own data, see above"
+    )
+    parser.add_argument("--crop", type=_size, help="HxW in pixels: check lists images smaller than that too")
+    parser.add_argument("--workers", type=_count, default=0, help="processes that decode (default: 0, this one)")
     parser.add_argument("--out", type=Path, help="file that keeps the counts (default: ROOT/crossmix-stats.jsonl)")
     args = parser.parse_args(argv)
     if (args.root is None) == (args.images is None and args.labels is None):
         parser.error("give either ROOT, or --images and --labels")
     try:
-        chosen = parts(args.root) if args.root is not None else [_own(args)]
-        listed = check(chosen, args.workers) if args.command == "check" else stats(chosen, args)
-    except DataError as error:
+        own = args.root is None or args.classes is not None
+        chosen = [_own(args)] if own else parts(args.root)
+        listed = check(chosen, args) if args.command == "check" else stats(chosen, args)
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 1 if listed else 0
 
 
-def check(chosen: list[Part], workers: int) -> int:
+def check(chosen: list[Part], args: argparse.Namespace) -> int:
     """Print what every part is and what is wrong with it; return how many lines that took."""
     lines = 0
-    for part in chosen:
-        whole = f" (the whole data set has {part.expected})" if part.expected is not None else ""
+    for one in chosen:
+        whole = f" (the whole data set has {one.expected})" if one.expected is not None else ""
         print(
-            f"{part.title}: {len(part.images)} images{whole}, {len(part.labels)} label maps of {part.labelled.name}, "
-            f"{len(part.images.keys() & part.labels.keys())} pairs",
+            f"{one.title}: {len(one.images)} images{whole}, {len(one.labels)} label maps of {one.labelled.name}, "
+            f"{len(one.images.keys() & one.labels.keys())} pairs",
             flush=True,
         )
-        for line in problems(part, workers=workers):
+        if text := others(one):
+            print(f"  ({text})", flush=True)
+        for line in problems(one, crop=args.crop, workers=args.workers):
             print(f"  {line}", flush=True)
             lines += 1
     print(f"{lines} problems" if lines else "no problems")
@@ -66,39 +81,51 @@ def check(chosen: list[Part], workers: int) -> int:
 
 
 def stats(chosen: list[Part], args: argparse.Namespace) -> int:
-    """Print how often every class occurs."""
-    for part in chosen:
-        if not part.labels:
+    """Print how often every class occurs, and what was left out."""
+    names = CLASS_NAMES if args.classes is None else read_classes(args.classes).names
+    for one in chosen:
+        if not one.labels:
             continue
         cache = args.out or (None if args.root is None else args.root / "crossmix-stats.jsonl")
-        counts = count_files(sorted(part.labels.values()), part.labelled, cache, workers=args.workers)
+        counts = count_files(sorted(one.labels.values()), one.labelled, cache, workers=args.workers)
         pixels, maps = counts.sum(0), (counts > 0).sum(0)
         labelled = int(pixels[:IGNORED].sum())
-        print(f"{part.title}: {len(counts)} label maps, {int(pixels.sum())} pixels, {int(pixels[IGNORED])} ignored")
+        print(f"{one.title}: {len(counts)} label maps, {int(pixels.sum())} pixels, {int(pixels[IGNORED])} ignored")
+        if one.left_out:
+            print(f" {described(one.left_out)}")
         print(f"  {'class':<16}{'pixels':>16}{'share':>9}{'maps':>8}")
         for value in range(IGNORED):
-            if value < len(CLASS_NAMES) or pixels[value]:
-                name = CLASS_NAMES[value] if value < len(CLASS_NAMES) else str(value)
+            if value < len(names) or pixels[value]:
+                name = names[value] if value < len(names) else str(value)
                 share = 100 * int(pixels[value]) / max(labelled, 1)
                 print(f"  {name:<16}{int(pixels[value]):>16}{share:>8.3f}%{int(maps[value]):>8}")
     return 0
 
 
 def _own(args: argparse.Namespace) -> Part:
-    """The part that --images, --labels and --mapping describe."""
-    mapping: dict[int | tuple[int, int, int], int] | None = None
-    if args.mapping is not None:
-        try:
-            mapping = {int(key): int(value) for key, value in json.loads(args.mapping.read_text("utf-8")).items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{args.mapping}: is no JSON object from ids to train ids ({error}).") from error
-    images, labels = ({} if where is None else found(Path(where)) for where in (args.images, args.labels))
-    if not images and not labels:
-        raise DataError("no PNG file was found by --images or --labels; pass folders, or patterns in quotes.")
-    try:
-        return Part("your own", images, labels, custom_format(mapping, "raise"))
-    except ValueError as error:
-        raise DataError(f"{args.mapping}: {error}") from error
+    """The part that ROOT or --images and --labels, and --classes describe."""
+    names, mapping = (None, None) if args.classes is None else read_classes(args.classes)
+    of_images, of_labels = (one or Found({}) for one in found(args.root or args.images, args.labels))
+    if not of_images.files and not of_labels.files:
+        where = args.root or args.images or args.labels
+        left_out = described((*of_images.left_out, *of_labels.left_out))
+        raise DataError(f"{where}: has no PNG or JPEG files{left_out}; pass folders, or patterns in quotes.")
+    labelled = custom_format(mapping, "raise", None if names is None else len(names))
+    return part("your own", of_images, of_labels, labelled)._replace(any_kind=True)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """'512x1024' as (512, 1024), '512' as (512, 512)."""
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected HxW in pixels, such as 512x1024, got {text!r}")
+    return int(match[1]), int(match[2] or match[1])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from crossmix.datasets._files import Files
-from crossmix.datasets._png import read_header
+from crossmix.datasets._images import read_header
 from crossmix.datasets._sealed import read_sealed, sealed, sync_folder, whole_file
 from crossmix.datasets._shards import (
     PER_SHARD,

@@ -1,7 +1,11 @@
 """What the readers share: from two files to a `Sample`."""
 
-from collections.abc import Mapping
-from pathlib import Path
+import codecs
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,11 +14,13 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from crossmix._tensors import nearest
+from crossmix.datasets._arguments import check_index
+from crossmix.datasets._images import read_image
 from crossmix.datasets._labels import LabelFormat
-from crossmix.datasets._png import read_png
+from crossmix.datasets._listing import bare, described, named_images
 from crossmix.datasets.sample import DataError, Sample
 
-__all__ = ["Files", "FolderDataset", "check_size", "listed", "paired", "pngs"]
+__all__ = ["Files", "FolderDataset", "Found", "by_key", "find", "listed", "paired"]
 
 Filter = Literal["bilinear", "bicubic"]
 
@@ -34,15 +40,24 @@ class FolderDataset(Dataset[Sample]):
         files: Where each sample is.
         label_format: How its label maps are read.
         size: (height, width) that samples are resized to, or None.
+
+    With `any_kind`, images need not be RGB (see `read_image`).
     """
 
     def __init__(
-        self, files: list[Files], labels: LabelFormat, size: tuple[int, int] | None, resampling: Filter
+        self,
+        files: list[Files],
+        labels: LabelFormat,
+        size: tuple[int, int] | None,
+        resampling: Filter,
+        *,
+        any_kind: bool = False,
     ) -> None:
         self.files = files
         self.size = size
         self.label_format = labels
         self._resampling: Filter = resampling
+        self._any_kind = any_kind
 
     def __len__(self) -> int:
         return len(self.files)
@@ -53,8 +68,11 @@ class FolderDataset(Dataset[Sample]):
         Without a size the two must be equally large; with one, each is resized, as the released code does with the few
         GTA5 pairs that differ.
         """
-        image_path, label_path, name = self.files[index]
-        image = torch.empty(3, 0, 0, dtype=torch.uint8) if image_path is None else read_image(image_path)
+        image_path, label_path, name = self.files[check_index(index, len(self.files))]
+        if image_path is None:
+            image = torch.empty(3, 0, 0, dtype=torch.uint8)
+        else:
+            image = read_image(image_path, any_kind=self._any_kind)
         ids = None if label_path is None else self.label_format.read(label_path)
         if self.size is not None:
             image = image if image_path is None else _resize_image(image, self.size, self._resampling)
@@ -80,88 +98,158 @@ class FolderDataset(Dataset[Sample]):
         }
 
 
+class Found(NamedTuple):
+    """Image files by what pairs them, and what was left out where they were looked for."""
+
+    files: dict[str, Path]
+    left_out: tuple[Path, ...] = ()
+
+
+def find(
+    folder: Path, *, recursive: bool = False, only: Callable[[str], bool] | None = None, suffix: str = ""
+) -> Found:
+    """The images of a folder by their path from there, without the ending and `suffix`; nothing without a folder."""
+    if not folder.is_dir():
+        return Found({})
+    images, left_out = named_images(folder, recursive=recursive, only=only)
+    return Found(by_key((bare(name).removesuffix(suffix), path) for name, path in images.items()), tuple(left_out))
+
+
+def by_key(pairs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """Paths by their keys, refusing two of one key; upper and lower case are one, as on many disks."""
+    files: dict[str, Path] = {}
+    taken: dict[str, Path] = {}
+    for key, path in pairs:
+        if other := taken.get(key.casefold()):
+            raise DataError(
+                f"{other} and {path}: are two files of one name; keep one of them, or, where one is a label map, keep "
+                "it in another folder."
+            )
+        taken[key.casefold()] = files[key] = path
+    return files
+
+
 SIGNS = {"Cityscapes": ("leftImg8bit*", "gtFine*"), "SYNTHIA": ("RGB", "GT"), "GTA5": ("images", "labels")}
 """Folders that tell a data set."""
 
 
 def _looks_like(root: Path, expected: str) -> str:
-    """What an unexpected folder seems to be, as a part of a message, or nothing."""
+    """What an unexpected folder seems to be, or where the expected one seems to be, as a part of a message."""
+    if not root.is_dir():
+        return " (there is no such folder)"
     for name, patterns in SIGNS.items():
         if name != expected and any(path.is_dir() for pattern in patterns for path in root.glob(pattern)):
             return f" (it looks like {name})"
-    return "" if root.is_dir() else " (there is no such folder)"
+    below = sorted({path.parent for pattern in SIGNS[expected] for path in root.glob(f"*/{pattern}") if path.is_dir()})
+    return f" (did you mean {below[0]}?)" if below else ""
 
 
 def paired(
     where: str,
-    images: Mapping[str, Path] | None,
-    labels: Mapping[str, Path] | None,
+    images: Found | None,
+    labels: Found | None,
     layout: str,
     *,
+    names: str | Path | None = None,
     strict: bool = False,
     root: tuple[Path, str] | None = None,
 ) -> list[Files]:
     """Pair images and label maps of the same key, sorted by key; either may be None, which is not to be read.
 
-    An image without a label map is an error, with `strict` the reverse too. `where`, `layout` and `root`, a folder with
-    the data set that it should be, are for messages.
+    An image without a label map is an error, with `strict` the reverse too. `names` is a list of those to keep.
+    `where`, `layout` and `root`, a folder with the data set that it should be, are for messages. A sample's name is the
+    last part of its key, or all of it where two samples would have one name.
     """
     if images is None and labels is None:
         raise ValueError("`images` and `labels` must not both be False; read at least one of them.")
-    found = images if images is not None else labels or {}
-    if not found:
+    wanted = [found for found in (images, labels) if found is not None]
+    keys = wanted[0].files.keys()
+    if not keys:
         kind = "images" if images is not None else "label maps"
-        other = f"{len(labels)} label maps but no images" if images is not None and labels else f"no {kind}"
-        raise DataError(f"{where} has {other}{'' if root is None else _looks_like(*root)}; {layout}.")
+        other = f"{len(labels.files)} label maps but no images" if images and labels and labels.files else f"no {kind}"
+        looks = "" if root is None else _looks_like(*root)
+        raise DataError(f"{where} has {other}{looks}{described(wanted[0].left_out)}; {layout}.")
     if images is not None and labels is not None:
-        alone = sorted(images.keys() ^ labels.keys() if strict else images.keys() - labels.keys())
+        alone = sorted(keys ^ labels.files.keys() if strict else keys - labels.files.keys())
         if alone:
-            missing = "label map" if alone[0] in images else "image"
+            lacking, missing = (labels, "label map") if alone[0] in keys else (images, "image")
             raise DataError(
-                f"{where} has {len(images)} images and {len(labels)} label maps that do not pair up, {alone[0]} has no "
-                f"{missing}; {layout}."
+                f"{where} has {len(keys)} images and {len(labels.files)} label maps that do not pair up, {alone[0]} "
+                f"has no {missing}{described(lacking.left_out)}; {layout}."
             )
-    return [Files((images or {}).get(key), (labels or {}).get(key), key.rpartition("/")[2]) for key in sorted(found)]
+    stems = Counter(key.rpartition("/")[2] for key in keys)
+    whole = max(stems.values()) > 1
+    return [
+        Files(
+            None if images is None else images.files[key],
+            None if labels is None else labels.files.get(key),
+            key if whole else key.rpartition("/")[2],
+        )
+        for key in sorted(keys if names is None else listed(Path(names), wanted[0].files))
+    ]
 
 
-def pngs(folder: Path) -> dict[str, Path]:
-    """The PNG files of a folder by name, without the ending."""
-    return {path.stem: path for path in folder.glob("*.png")}
+def listed(path: Path, files: Mapping[str, Path]) -> set[str]:
+    """The keys that a list names, one per line.
 
-
-def listed(files: list[Files], names: str | Path | None) -> list[Files]:
-    """Keep the files that a list names, one per line, in the order of the files; folders in its lines do not count."""
-    if names is None:
-        return files
-    path = Path(names)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot be read as a list of names ({error}); pass a text file, a name per line."
-        ) from error
-    wanted = {line.strip().rpartition("/")[2].removesuffix(".png") for line in lines if line.strip()}
-    absent = sorted(wanted - {file.name for file in files})
+    A line is a sample's key, or as much of its path as tells it from others, with or without the ending; folders in
+    front of the key, as in lists that name the data set, do not count. Empty lines and comments (#) are left out.
+    """
+    by_stem: dict[str, set[str]] = {}
+    for key, file in files.items():
+        for stem in {key.rpartition("/")[2], bare(file.name)}:
+            by_stem.setdefault(stem, set()).add(key)
+    lines: dict[str, str] = {}
+    wanted, absent = _lines(path), []
+    for line in wanted:
+        keys = _meant(line, files, by_stem) or _meant(bare(line), files, by_stem)  # a dot need not begin an ending
+        if len(keys) > 1:
+            raise DataError(f"{path}: names {line}, which may be {keys[0]} or {keys[1]}; write the folder too.")
+        for key in keys:
+            if bare(lines.setdefault(key, line)) != bare(line):
+                raise DataError(f"{path}: names {lines[key]} and {line}, but there is only {files[key]}; name it once.")
+        absent += [] if keys else [bare(line)]
     if absent or not wanted:
         what = (
             f"names {absent[0]}, which is not there, as {len(absent)} of {len(wanted)}" if absent else "names nothing"
         )
         raise DataError(f"{path}: {what}; pass the list that belongs to this folder.")
-    return [file for file in files if file.name in wanted]
+    return set(lines)
 
 
-def read_image(path: Path) -> Tensor:
-    """Read an RGB image, (3, H, W) uint8; an alpha channel is left out."""
-    pixels = read_png(path)
-    if pixels.shape[0] not in {3, 4}:
-        raise DataError(f"{path}: expected an RGB image, got {pixels.shape[0]} channels; is this a label map?")
-    return pixels[:3]
+def _lines(path: Path) -> list[str]:
+    """The names in a list, in UTF-8, or UTF-16 where a byte-order mark says so."""
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: cannot be read as a list of names ({error}); pass a text file, a name per line."
+        ) from error
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
+    names = [PurePosixPath(line.replace("\\", "/")).as_posix() for line in lines if line and line[0] != "#"]
+    for name in names:
+        if ".." in name.split("/"):
+            raise DataError(f"{path}: names {name}, which leads out of the folder; name files below it.")
+    return list(dict.fromkeys(names))
 
 
-def check_size(size: tuple[int, int] | None) -> None:
-    """Refuse anything but None or two positive ints."""
-    if size is not None and min(size) < 1:
-        raise ValueError(f"`size` must be (height, width) in pixels, both positive, got {size}.")
+def _meant(line: str, files: Mapping[str, Path], by_stem: Mapping[str, set[str]]) -> list[str]:
+    """The keys that a line agrees with best."""
+    ranks = {key: _agreement(line, key, files[key]) for key in by_stem.get(line.rpartition("/")[2], ())}
+    best = max(ranks.values(), default=0)
+    return sorted(key for key, rank in ranks.items() if rank == best > 0)
+
+
+def _agreement(line: str, key: str, file: Path) -> float:
+    """How far a line of a list means a sample; 0: not at all."""
+    if line == key:
+        return math.inf
+    if line.startswith("/") or line[1:3] == ":/":
+        return float(line in {bare(file.absolute().as_posix()), bare(file.resolve().as_posix())})
+    if any(whole.endswith(f"/{line}") for whole in (key, bare(file.absolute().as_posix()))):
+        return 1e9
+    return len(key) if line.endswith(f"/{key}") else 0
 
 
 def _resize_image(image: Tensor, size: tuple[int, int], resampling: Filter) -> Tensor:

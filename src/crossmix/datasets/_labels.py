@@ -27,12 +27,16 @@ class LabelFormat(NamedTuple):
         table: (256,) uint8, id to train id. Applied last, when the map has been resized.
         name: Of the ids.
         signature: Equal for two formats that make the same train ids of a file.
+        num_classes: C where train ids are known to be 0..C-1 or `ignored`, else None.
+        ignored: The train id of pixels that count nowhere.
     """
 
     read: Callable[[Path], Tensor]
     table: Bytes
     name: str
     signature: str
+    num_classes: int | None = None
+    ignored: int = IGNORED
 
 
 def _read_label_ids(path: Path) -> Tensor:
@@ -85,13 +89,24 @@ SYNTHIA_IDS = LabelFormat(_read_synthia_ids, train_ids("synthia").numpy(), "SYNT
 
 
 class _Mapped:
-    """Reads files whose ids, or colours, a user's mapping names."""
+    """Reads files whose ids, or colours, a user's mapping names; without one, ids that are train ids already."""
 
-    def __init__(self, mapping: Mapping[Key, int] | None, unlisted: Literal["raise", "ignore"]) -> None:
+    def __init__(
+        self,
+        mapping: Mapping[Key, int] | None,
+        unlisted: Literal["raise", "ignore"],
+        num_classes: int | None,
+        ignored: int,
+    ) -> None:
         self.unlisted = unlisted
+        self.ignored = ignored
         self.colors = mapping is not None and any(isinstance(key, tuple) for key in mapping)
-        pairs = [(i, i) for i in range(256)] if mapping is None else [(_packed(k), v) for k, v in mapping.items()]
-        pairs.sort()
+        if mapping is None:
+            pairs = [(i, i) for i in sorted({*range(256 if num_classes is None else num_classes), ignored})]
+            self.what = "but ids end at 255; pass a mapping" if num_classes is None else _range(num_classes, ignored)
+        else:
+            pairs = sorted((_packed(key), value) for key, value in mapping.items())
+            self.what = "which the mapping does not list; add them, or pass `unlisted='ignore'`"
         self.keys = np.array([key for key, _ in pairs], np.int64)
         self.values = np.array([value for _, value in pairs], np.uint8)
 
@@ -117,25 +132,56 @@ class _Mapped:
         listed = self.keys[place] == ids
         if self.unlisted == "raise" and not listed.all():
             unknown = [_unpacked(key) if self.colors else key for key in np.unique(ids[~listed])[:5].tolist()]
-            raise DataError(
-                f"{path}: holds {unknown}, which the mapping does not list; add them, or pass `unlisted='ignore'`."
+            raise DataError(f"{path}: holds {unknown}, {self.what}.")
+        return np.where(listed, self.values[place], np.uint8(self.ignored))
+
+
+def custom_format(
+    mapping: Mapping[Key, int] | None,
+    unlisted: Literal["raise", "ignore"],
+    num_classes: int | None = None,
+    ignored: int = IGNORED,
+) -> LabelFormat:
+    """The format that a mapping of ids, or of RGB colours, to train ids describes; None takes ids as they are.
+
+    The number of classes is that of the mapping where it is not given.
+    """
+    _check_mapping(mapping)
+    if mapping is not None:
+        used = max((value for value in mapping.values() if value != ignored), default=-1) + 1
+        if num_classes is not None and used > num_classes:
+            raise ValueError(
+                f"`mapping` has the train id {used - 1}, {_range(num_classes, ignored)}, or pass more `num_classes`."
             )
-        return np.where(listed, self.values[place], np.uint8(IGNORED))
+        num_classes = num_classes or used or None
+        listed = f"{sorted((_packed(key), value) for key, value in mapping.items())}"
+    else:
+        listed = "as they are" if num_classes is None else f"0..{num_classes - 1}"
+    signature = f"mapped ids, unlisted {unlisted}: {listed}" + (f", ignored {ignored}" if ignored != IGNORED else "")
+    read = _Mapped(mapping, unlisted, num_classes, ignored)
+    return LabelFormat(read, np.arange(256, dtype=np.uint8), "mapped ids", signature, num_classes, ignored)
 
 
-def custom_format(mapping: Mapping[Key, int] | None, unlisted: Literal["raise", "ignore"]) -> LabelFormat:
-    """The format that a mapping of ids, or of RGB colours, to train ids describes; None takes ids as they are."""
+def _check_mapping(mapping: Mapping[Key, int] | None) -> None:
+    """Refuse a mapping of anything else than ids, or colours, to train ids."""
     for key, value in (mapping or {}).items():
+        numbers, highest = (key, 255) if isinstance(key, tuple) else ((key,), 65535)
+        if not all(isinstance(number, int | np.integer) for number in (*numbers, value)):
+            raise TypeError(f"`mapping` must go from ints or (R, G, B) to ints, got {key!r}: {value!r}.")
         if not 0 <= value <= 255:
             raise ValueError(f"`mapping` must give train ids in 0..255, got {value} for {key}.")
-        numbers, highest = (key, 255) if isinstance(key, tuple) else ((key,), 65535)
         if len(numbers) not in {1, 3} or not all(0 <= number <= highest for number in numbers):
             raise ValueError(f"`mapping` must have ids in 0..65535 or (R, G, B) in 0..255 as keys, got {key}.")
     if mapping is not None and len({isinstance(key, tuple) for key in mapping}) != 1:
         raise ValueError("`mapping` must not be empty, and have either ids or colours as keys; name them all one way.")
-    listed = "as they are" if mapping is None else sorted((_packed(key), value) for key, value in mapping.items())
-    signature = f"mapped ids, unlisted {unlisted}: {listed}"
-    return LabelFormat(_Mapped(mapping, unlisted), np.arange(256, dtype=np.uint8), "mapped ids", signature)
+
+
+def _range(num_classes: int, ignored: int) -> str:
+    """What ids there may be, as a part of a message."""
+    return (
+        f"but {num_classes} classes have the ids 0..{num_classes - 1}, and ignored pixels {ignored}; number them "
+        "so, by a mapping for instance"
+    )
 
 
 def _only_channel(path: Path, pixels: Tensor) -> Tensor:
@@ -162,7 +208,7 @@ def _refuse_unknown(path: Path, present: set[int], known: frozenset[int], name: 
 
 
 def _packed(key: Key) -> int:
-    return key if isinstance(key, int) else (key[0] << 16) + (key[1] << 8) + key[2]
+    return (int(key[0]) << 16) + (int(key[1]) << 8) + int(key[2]) if isinstance(key, tuple) else int(key)
 
 
 def _unpacked(key: int) -> tuple[int, int, int]:

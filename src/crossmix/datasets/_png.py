@@ -13,13 +13,26 @@ from torch import Tensor
 
 from crossmix.datasets.sample import DataError
 
-__all__ = ["Header", "read_header", "read_png", "write_png"]
+__all__ = [
+    "GREY_ALPHA",
+    "JPEG",
+    "PALETTE",
+    "Header",
+    "check_pixels",
+    "read_header",
+    "read_png",
+    "read_start",
+    "write_png",
+]
 
 MAX_PIXELS = 100_000_000
 """More is refused before decoding: a file of some hundred kilobytes can unfold to gigabytes."""
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-GREY, PALETTE = 0, 3
+JPEG = b"\xff\xd8\xff"
+GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
+MODES = {GREY: "mono", PALETTE: "mono", RGB: "rgb", RGBA: "rgba"}
+"""The decoder's names of colour types."""
 
 Bytes = NDArray[np.uint8]
 
@@ -54,7 +67,7 @@ def read_png(path: str | Path, *, deep: bool = False) -> Tensor:
     if header.bit_depth == 16 and not deep:
         raise DataError(f"{path}: expected 8 bits per channel, got 16; this is not a file of this data set.")
     try:
-        pixels = _read_packed(path, header) if header.bit_depth < 8 else np.asarray(io.read_image(str(path)))
+        pixels = _read_packed(path, header) if header.bit_depth < 8 else _decoded(path, header)
     except DataError:
         raise
     except Exception as error:  # kornia_rs raises bare Exception
@@ -95,26 +108,46 @@ def write_png(path: str | Path, pixels: Tensor) -> None:
         raise OSError(f"{path}: cannot be written ({error}); check the folder and the space on the disk.") from error
 
 
-def read_header(path: Path) -> Header:
-    """What the first bytes of a PNG say, without decoding it; a file of too many pixels is refused."""
+def read_start(path: Path) -> bytes:
+    """The first 33 bytes of a file: all of a PNG's header."""
     try:
         with path.open("rb") as file:
-            start = file.read(33)
+            return file.read(33)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the folder, or download it again.") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions.") from error
+
+
+def read_header(path: Path) -> Header:
+    """What the first bytes of a PNG say, without decoding it; a file of too many pixels is refused."""
+    start = read_start(path)
+    if start.startswith(JPEG):
+        raise DataError(f"{path}: is a JPEG file, which changes ids a little everywhere; save label maps as PNG.")
     if len(start) < 33 or not start.startswith(SIGNATURE) or start[12:16] != b"IHDR":
         raise DataError(
-            f"{path}: expected a PNG file, got {len(start)} bytes that do not start like one; download it again."
+            f"{path}: expected a PNG or JPEG file, got {len(start)} bytes that do not begin so; download it again."
         )
     header = Header(*struct.unpack(">IIBBBBB", start[16:29]))
-    if header.width * header.height > MAX_PIXELS:
+    check_pixels(path, header.width, header.height)
+    return header
+
+
+def check_pixels(path: Path, width: int, height: int) -> None:
+    """Refuse an image that would take too much memory."""
+    if width * height > MAX_PIXELS:
         raise DataError(
-            f"{path}: has {header.width} x {header.height} pixels, more than the {MAX_PIXELS} that are read; "
+            f"{path}: has {width} x {height} pixels, more than the {MAX_PIXELS} that are read; "
             "check where the file comes from."
         )
-    return header
+
+
+def _decoded(path: Path, header: Header) -> Bytes | NDArray[np.uint16]:
+    """Decode 8 or 16 bits: by what the file is, not by its ending as `io.read_image` does."""
+    if header.color_type not in MODES:
+        raise DataError(f"{path}: has grey with transparency, which is not read; save it without the transparency.")
+    read = io.read_image_png_u16 if header.bit_depth == 16 else io.read_image_png_u8
+    return np.asarray(read(str(path), MODES[header.color_type]))
 
 
 def _read_packed(path: Path, header: Header) -> Bytes:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from crossmix.datasets._arguments import check_count, check_index
 from crossmix.datasets._cache_folder import CacheFolder
 from crossmix.datasets._shards import FileSamples, shard_path
 from crossmix.datasets.sample import DataError, Sample
@@ -45,8 +46,8 @@ class CachedSamples(Dataset[Sample]):
         DataError: If the folder holds anything else, was built from other files or parameters, cannot be written or
             has no room, a source file has changed or cannot be read, or a file of the cache is damaged; on access, if
             the sample's bytes are.
-        TypeError: If `samples` is no reader of files.
-        ValueError: If `workers` is negative, or the reader reads no images.
+        TypeError: If `samples` is no reader of files, or `workers` no int.
+        ValueError: If `workers` is negative, or the reader reads no images, or transforms its samples.
 
     Example:
         >>> import tempfile
@@ -66,8 +67,11 @@ class CachedSamples(Dataset[Sample]):
             )
         if any(file.image is None for file in samples.files):
             raise ValueError("`samples` must have images, got a reader made with `images=False`; read them too.")
-        if workers < 0:
-            raise ValueError(f"`workers` must not be negative, got {workers}; 0 builds in this process.")
+        if getattr(samples, "transform", None) is not None:
+            raise ValueError(
+                "`samples` must have no `transform`, whose results would be kept; transform what is cached."
+            )
+        workers = check_count("workers", workers)
         self.folder = Path(folder)
         cache = CacheFolder(self.folder, samples)
         if not cache.complete():
@@ -79,6 +83,7 @@ class CachedSamples(Dataset[Sample]):
         return len(self._items)
 
     def __getitem__(self, index: int) -> Sample:
+        index = check_index(index, len(self._items))
         item = self._items[index]
         path = shard_path(self.folder, item.shard)
         try:  # a map of its own, which costs some microseconds: what a caller writes into it, no other caller sees

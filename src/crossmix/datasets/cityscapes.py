@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from crossmix.datasets._files import FolderDataset, check_size, listed, paired
+from crossmix.datasets._arguments import check_size
+from crossmix.datasets._files import FolderDataset, Found, find, paired
 from crossmix.datasets._labels import LABEL_IDS
+from crossmix.datasets._listing import bare
 
 __all__ = ["Cityscapes"]
 
@@ -26,13 +28,15 @@ class Cityscapes(FolderDataset):
         split: `"train"`, `"val"`, `"train_extra"`, or any other folder there.
         size: (height, width) that images (bilinear, antialiased) and labels (nearest) are resized to; (512, 1024) in
             the released code. None keeps their own size.
-        names: A text file that lists the images to take, a name per line without `_leftImg8bit.png`.
+        names: A text file that lists the images to take, a name per line, with or without folders and
+            `_leftImg8bit.png`.
         images: Whether to read images; without, `image` is empty, (3, 0, 0), for those who count classes.
         labels: Whether to read label maps. An unlabelled target needs none; they may then be missing.
 
     Raises:
         DataError: If the split is missing or empty or images and label maps do not pair up, or `names` lists what is
             not there; on access, if a file is damaged or holds ids that are no label ids.
+        TypeError: If `size` is no pair of ints.
         ValueError: If `size` is not positive, or neither images nor labels are read.
 
     Example:
@@ -55,19 +59,20 @@ class Cityscapes(FolderDataset):
         images: bool = True,
         labels: bool = True,
     ) -> None:
-        check_size(size)
+        size = check_size(size)
         self.root = Path(root)
         self.split = split
         kind = labels_of(split)
         files = paired(
             f"{self.root}: split {split!r}",
-            find(self.root, split, IMAGES, f"_{IMAGES}.png") if images else None,
-            find(self.root, split, kind, f"_{kind}_labelIds.png") if labels else None,
+            of_split(self.root, split, IMAGES, f"_{IMAGES}") if images else None,
+            of_split(self.root, split, kind, f"_{kind}_labelIds") if labels else None,
             LAYOUT,
+            names=names,
             strict=True,
             root=(self.root, "Cityscapes"),
         )
-        super().__init__(listed(files, names), LABEL_IDS, size, "bilinear")
+        super().__init__(files, LABEL_IDS, size, "bilinear")
 
 
 def labels_of(split: str) -> str:
@@ -75,20 +80,25 @@ def labels_of(split: str) -> str:
     return COARSE if split == "train_extra" else FINE
 
 
-def find(root: Path, split: str, folder: str, suffix: str) -> dict[str, Path]:
+def of_split(root: Path, split: str, folder: str, suffix: str) -> Found:
     """Files of a split by "<city>/<name>"."""
     for base in _bases(root, folder):
         if (base / split).is_dir():
-            paths = (base / split).glob(f"*/*{suffix}")
-            return {f"{path.parent.name}/{path.name.removesuffix(suffix)}": path for path in paths}
-    return {}
+            return find(
+                base / split,
+                recursive=True,
+                only=lambda path: path.count("/") == 1 and bare(path).endswith(suffix),
+                suffix=suffix,
+            )
+    return Found({})
 
 
 def splits(root: Path) -> list[str]:
     """The splits that have images or label maps."""
     bases = [base for folder in (IMAGES, FINE, COARSE) for base in _bases(root, folder)]
     zips = {IMAGES, FINE, COARSE}
-    return sorted({path.name for base in bases if base.is_dir() for path in base.iterdir() if path.is_dir()} - zips)
+    names = {path.name for base in bases if base.is_dir() for path in base.iterdir() if path.is_dir()}
+    return sorted(name for name in names - zips if not name.startswith("."))
 
 
 def _bases(root: Path, folder: str) -> list[Path]:

@@ -5,7 +5,8 @@ Richter et al., ECCV 2016, https://download.visinf.tu-darmstadt.de/data/from_gam
 
 from pathlib import Path
 
-from crossmix.datasets._files import FolderDataset, check_size, listed, paired, pngs
+from crossmix.datasets._arguments import check_size
+from crossmix.datasets._files import FolderDataset, find, paired
 from crossmix.datasets._labels import LABEL_IDS
 
 __all__ = ["GTA5"]
@@ -22,7 +23,8 @@ class GTA5(FolderDataset):
         root: The folder that holds `images` and `labels`.
         size: (height, width) that images (bicubic, antialiased) and labels (nearest) are resized to, as in the released
             code: (720, 1280); (760, 1280) in the paper's text. None keeps each pair's own size.
-        names: A text file that lists the images to take, a name per line, such as the lists of the released code.
+        names: A text file that lists the images to take, a name per line with or without folders and ending, such as
+            the lists of the released code.
         images: Whether to read images; without, `image` is empty, (3, 0, 0), for those who count classes.
         labels: Whether to read label maps; without, `label` is None, and the files may be missing.
 
@@ -30,6 +32,7 @@ class GTA5(FolderDataset):
         DataError: If a folder is missing or empty, an image has no label map, or `names` lists what is not there; on
             access, if a file is damaged, holds ids that are no label ids, or the two files of a pair differ in size and
             `size` is None.
+        TypeError: If `size` is no pair of ints.
         ValueError: If `size` is not positive, or neither images nor labels are read.
 
     Example:
@@ -51,13 +54,14 @@ class GTA5(FolderDataset):
         images: bool = True,
         labels: bool = True,
     ) -> None:
-        check_size(size)
+        size = check_size(size)
         self.root = Path(root)
         files = paired(
             f"{self.root}:",
-            pngs(self.root / "images") if images else None,
-            pngs(self.root / "labels") if labels else None,
+            find(self.root / "images") if images else None,
+            find(self.root / "labels") if labels else None,
             LAYOUT,
+            names=names,
             root=(self.root, "GTA5"),
         )
-        super().__init__(listed(files, names), LABEL_IDS, size, "bicubic")
+        super().__init__(files, LABEL_IDS, size, "bicubic")

@@ -12,8 +12,9 @@ class Sample(NamedTuple):
 
     Attributes:
         image: (3, H, W) uint8, RGB; (3, 0, 0) where images are not read.
-        label: (H, W) uint8, train ids 0..18 or 255 for ignored pixels; None where labels are not read.
-        name: The file's stem without the data set's suffix.
+        label: (H, W) uint8, train ids or 255 for ignored pixels; None where labels are not read, but all ignored from
+            `SegmentationFolder`, whose samples collate.
+        name: The file's stem without the data set's suffix; with folders in front where stems repeat.
     """
 
     image: Tensor

@@ -1,39 +1,76 @@
 """Anybody's own images and label maps."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from crossmix._checks import check_choice
-from crossmix.datasets._files import FolderDataset, check_size, listed, paired
+from crossmix.datasets._arguments import check_count, check_size
+from crossmix.datasets._files import FolderDataset, Found, by_key, find, paired
 from crossmix.datasets._labels import custom_format
-from crossmix.datasets.sample import DataError
+from crossmix.datasets._listing import bare, named_images
+from crossmix.datasets.sample import DataError, Sample
 
 __all__ = ["SegmentationFolder", "found"]
 
+IMAGES, LABELS = "images", "labels"
+PAIRS = (
+    (IMAGES, LABELS),
+    (IMAGES, "masks"),
+    ("image", "label"),
+    ("imgs", "masks"),
+    ("JPEGImages", "SegmentationClass"),
+    ("RGB", "GT"),
+    ("leftImg8bit", "gtFine"),
+)
+"""What people call folders of images and of label maps that lie side by side."""
+
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+LAYOUT = (
+    "expected PNG or JPEG images and PNG label maps of the same names in two folders, a folder with both as `images` "
+    "and `labels`, or two patterns with `*` for what they share"
+)
+
 
 class SegmentationFolder(FolderDataset):
-    """Read PNG images and label maps from two folders, or by two patterns, in sorted order.
+    """Read images, PNG or JPEG, and label maps, PNG, from two folders, or by two patterns, in sorted order.
 
     With folders, files of the same path below them are a pair, at any depth. With patterns, such as
-    `"data/*_img.png"` and `"data/*_labelIds.png"`, those where the `*` stands for the same text; `*` stays within a
-    folder's name, `**` crosses folders.
+    `"data/*_img.jpg"` and `"data/*_labelIds.png"`, those where the `*` stands for the same text; `*` stays within a
+    folder's name, `**` crosses folders, and endings match in any case. Which files are images, `image_files` says.
+
+    A sample is named by its file's stem, or, where stems repeat in several folders, by its path. Without label maps a
+    sample's label is all `ignore_index`, so that samples of one size collate in a plain `DataLoader` in any case.
 
     Args:
-        images: Folder or pattern of RGB images; None reads label maps alone, and `image` is then empty, (3, 0, 0).
-        labels: Folder or pattern of label maps; None reads images alone, and `label` is then None.
-        mapping: From the ids in the files (8 or 16 bits), or from (R, G, B) colours, to train ids; 255 is ignored. None
-            takes 8-bit ids as they are.
+        images: Folder or pattern of images, grey ones become RGB; or, without `labels`, a folder that holds `images`
+            and `labels`. None reads label maps alone, and `image` is then empty, (3, 0, 0).
+        labels: Folder or pattern of label maps; None reads images alone.
+        mapping: From the ids in the files (8 or 16 bits), or from (R, G, B) colours, to train ids; `ignore_index` is
+            ignored. None takes 8-bit ids as they are. `read_classes` reads one from a file.
         unlisted: `"raise"`: an id that `mapping` does not list is an error that names the file. `"ignore"`: it becomes
-            255.
+            `ignore_index`.
+        num_classes: C. Ids that are neither 0..C-1 nor `ignore_index` are an error that names the file. None takes the
+            number from `mapping`; with neither, all ids are read.
+        ignore_index: The train id of ignored pixels.
         size: (height, width) that images (antialiased) and labels (nearest) are resized to; None keeps their own size.
         resampling: `"bilinear"` or `"bicubic"`, for images.
-        names: A text file that lists the images to take, a name per line; what `*` stands for is the name.
+        names: A text file that lists the images to take, a name per line, with or without ending, with as much of the
+            path as tells it from others; of patterns, what `*` stands for.
+        transform: Takes each `Sample`; what it returns is the item. It is called in the loader's workers.
+
+    Attributes:
+        num_classes: C where it is known, else None.
+        ignore_index: The train id of ignored pixels.
+        transform: What is done to each sample, or None.
 
     Raises:
-        DataError: If nothing is found, an image has no label map, or `names` lists what is not there; on access, if a
-            file is damaged or holds an id that `mapping` does not list.
+        DataError: If nothing is found, an image has no label map, two images have one name, or `names` lists what is
+            not there; on access, if a file is damaged or holds an id that is no class.
+        TypeError: If an argument is of another type.
         ValueError: If an argument is out of range.
 
     Example:
@@ -54,37 +91,96 @@ class SegmentationFolder(FolderDataset):
         mapping: Mapping[int | tuple[int, int, int], int] | None = None,
         *,
         unlisted: Literal["raise", "ignore"] = "raise",
+        num_classes: int | None = None,
+        ignore_index: int = 255,
         size: tuple[int, int] | None = None,
         resampling: Literal["bilinear", "bicubic"] = "bilinear",
         names: str | Path | None = None,
+        transform: Callable[[Sample], Sample] | None = None,
     ) -> None:
         check_choice("unlisted", unlisted, ("raise", "ignore"))
         check_choice("resampling", resampling, ("bilinear", "bicubic"))
-        check_size(size)
-        label_format = custom_format(mapping, unlisted)
-        files = paired(
-            f"images {images}, labels {labels}:",
-            None if images is None else found(Path(images)),
-            None if labels is None else found(Path(labels)),
-            "expected PNG files of the same names in two folders, or two patterns with `*` for what they share",
+        size = check_size(size)
+        for name, value in (("num_classes", num_classes), ("ignore_index", ignore_index)):
+            if value is not None and check_count(name, value, least=int(name == "num_classes")) > 255:
+                raise ValueError(f"`{name}` must be at most 255, got {value}; label maps are uint8.")
+        if transform is not None and not callable(transform):
+            raise TypeError(f"`transform` must be callable, got {type(transform).__name__}; it takes a Sample.")
+        label_format = custom_format(mapping, unlisted, num_classes, ignore_index)
+        of_images, of_labels = found(images, labels)
+        files = paired(f"images {images}, labels {labels}:", of_images, of_labels, LAYOUT, names=names)
+        super().__init__(files, label_format, size, resampling, any_kind=True)
+        self.num_classes = label_format.num_classes
+        self.ignore_index = ignore_index
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read a sample as the other readers do, with a label in any case, and transform it."""
+        sample = super().__getitem__(index)
+        if sample.label is None:
+            label = torch.full(sample.image.shape[1:], self.ignore_index, dtype=torch.uint8)
+            sample = sample._replace(label=label)
+        return sample if self.transform is None else self.transform(sample)
+
+
+def found(images: str | Path | None, labels: str | Path | None) -> tuple[Found | None, Found | None]:
+    """The files of two folders or patterns, or of one folder that holds both, as `images` and `labels`."""
+    if images is None or labels is not None:
+        if images is not None and labels is not None and Path(images).absolute() == Path(labels).absolute():
+            raise DataError(f"{images}: is given for both images and labels; {LAYOUT}.")
+        of_images, of_labels = (None if where is None else _looked_up(Path(where)) for where in (images, labels))
+        return of_images, of_labels
+    root = Path(images)
+    if not ((root / IMAGES).is_dir() and (root / LABELS).is_dir()):
+        alone = _looked_up(root)
+        if "*" not in root.as_posix():
+            _refuse_root_above(root, alone)
+        return alone, None
+    splits = sorted(path.name for path in (root / IMAGES).iterdir() if path.is_dir() and path.name in SPLITS)
+    if len(splits) > 1:
+        raise DataError(
+            f"{root / IMAGES}: holds the splits {', '.join(splits)}; pass one of them, {root / IMAGES / splits[0]} and "
+            f"{root / LABELS / splits[0]}."
         )
-        super().__init__(listed(files, names), label_format, size, resampling)
+    return _looked_up(root / IMAGES), _looked_up(root / LABELS)
 
 
-def found(where: Path) -> dict[str, Path]:
-    """PNG files by what tells them apart: their path below a folder, or what the stars of a pattern stand for."""
-    text = where.as_posix()
-    if "*" not in text:
+def _refuse_root_above(root: Path, images: Found) -> None:
+    """Refuse a folder that holds label maps too, somewhere below: they would be taken for images."""
+    folders = {folder for path in images.files.values() for folder in path.relative_to(root).parents}
+    for folder in sorted(folders):
+        for name, other in PAIRS:
+            beside = folder.with_name(other) if folder.name == name else None
+            if beside in folders:
+                both = name == IMAGES and other == LABELS
+                instead = f"{root / folder.parent}" if both else f"{root / folder} and {root / beside}"
+                raise DataError(f"{root}: holds {folder} and {beside}, images and label maps; did you mean {instead}?")
+
+
+def _looked_up(where: Path) -> Found:
+    """Image files by what tells them apart: their path below a folder, or what the stars of a pattern stand for."""
+    if "*" not in where.as_posix():
         if not where.is_dir():
-            raise DataError(f"{where}: no such folder; pass a folder of PNG files, or a pattern with `*`.")
-        return {path.relative_to(where).with_suffix("").as_posix(): path for path in where.rglob("*.png")}
+            raise DataError(f"{where}: no such folder; pass a folder of image files, or a pattern with `*`.")
+        return find(where, recursive=True)
     base = Path(*where.parts[: next(i for i, part in enumerate(where.parts) if "*" in part)])
-    parts = re.split(r"(\*\*/|\*)", where.relative_to(base).as_posix())
+    pattern = where.relative_to(base).as_posix()
+    regex = _regex(pattern)
+    if not base.is_dir():
+        return Found({})
+    images, left_out = named_images(base, recursive="/" in pattern, only=lambda path: regex.fullmatch(path) is not None)
+    return Found(by_key((_stars(regex, name), path) for name, path in images.items()), tuple(left_out))
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    """A pattern as a regular expression with a group for each star; the ending in any case, `.*` being any."""
     stars = {"**/": "((?:[^/]+/)*)", "*": "([^/]*)"}
-    regex = re.compile("".join(stars.get(part) or re.escape(part) for part in parts))
-    files = {}
-    for path in sorted(base.glob(where.relative_to(base).as_posix())):
-        match = regex.fullmatch(path.relative_to(base).as_posix())
-        if match is not None and path.is_file():
-            files["/".join(text.strip("/") for text in match.groups() if text)] = path
-    return files
+    stem = bare(pattern)
+    ending = r"\.[^./]+" if pattern[len(stem) :] == ".*" else re.escape(pattern[len(stem) :])
+    body = "".join(stars.get(part) or re.escape(part) for part in re.split(r"(\*\*/|\*)", stem))
+    return re.compile(f"{body}(?i:{ending})")
+
+
+def _stars(regex: re.Pattern[str], path: str) -> str:
+    match = regex.fullmatch(path)
+    return "/".join(text.strip("/") for text in match.groups() if text) if match else ""

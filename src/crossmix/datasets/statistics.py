@@ -10,32 +10,39 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from crossmix.datasets._files import FolderDataset
+from crossmix.datasets._arguments import check_count
+from crossmix.datasets._files import Files, FolderDataset
 from crossmix.datasets._labels import LabelFormat
 from crossmix.datasets._parallel import each
-from crossmix.datasets.sample import DataError
+from crossmix.datasets.sample import DataError, Sample
 
 __all__ = ["class_counts"]
 
 
-def class_counts(dataset: FolderDataset, *, cache: str | os.PathLike[str] | None = None, workers: int = 0) -> Tensor:
-    """Count the pixels of every class in every label map, at the maps' own size.
+def class_counts(dataset: Dataset[Sample], *, cache: str | os.PathLike[str] | None = None, workers: int = 0) -> Tensor:
+    """Count the pixels of every class in every label map.
 
-    For class frequencies, for a prior, for drawing rare classes more often. Images are not read.
+    For class frequencies, for a prior, for drawing rare classes more often. A reader's maps are counted at their own
+    size, and its images are not read; of a cache of samples, of StreetScenes and of any other data set the labels are
+    counted as they come.
 
     Args:
-        dataset: A reader of this package.
-        cache: A file that keeps the counts, a line of JSON per map. What it holds is taken where the map's size and
-            time of change are as they were; the rest is counted and added, so an interrupted count goes on where it
-            was.
-        workers: Processes; 0 counts in this one.
+        dataset: A data set of this package, or any whose items have a `label` (H, W) of integers from 0 to 255; also as
+            `Subset` and `ConcatDataset` of `torch.utils.data` hold it.
+        cache: A file that keeps the counts of a reader, a line of JSON per map. What it holds is taken where the map's
+            size and time of change are as they were; the rest is counted and added, so an interrupted count goes on
+            where it was.
+        workers: Processes that read a reader's maps; 0 counts in this one.
 
     Returns:
         A row for each sample, (N, 256) int64. Columns are train ids 0 to 254, then ignored pixels.
 
     Raises:
         DataError: If a map is missing, damaged, or holds an id in no table, or `cache` is no such file.
+        TypeError: If the items have no label, or `workers` is no int.
+        ValueError: If `workers` is negative, or `cache` is given for a data set that reads no files.
 
     Example:
         >>> import tempfile
@@ -46,12 +53,44 @@ def class_counts(dataset: FolderDataset, *, cache: str | os.PathLike[str] | None
         >>> counts.shape, counts.sum(1)
         (torch.Size([2, 256]), tensor([8192, 8192]))
     """
-    paths = [file.label for file in dataset.files if file.label is not None]
-    if len(paths) < len(dataset.files):
-        raise DataError(
-            f"{len(dataset.files) - len(paths)} samples have no label map; read the data set with its labels."
-        )
-    return count_files(paths, dataset.label_format, None if cache is None else Path(cache), workers=workers)
+    workers = check_count("workers", workers)
+    if isinstance(dataset, ConcatDataset):
+        return torch.cat([class_counts(part, cache=cache, workers=workers) for part in dataset.datasets])
+    if (chosen := _files(dataset)) is None:
+        if cache is not None:
+            raise ValueError(
+                f"`cache` keeps counts of label files, which {type(dataset).__name__} has none of; omit it."
+            )
+        return _of_samples(dataset)
+    files, labelled = chosen
+    paths = [file.label for file in files if file.label is not None]
+    if len(paths) < len(files):
+        raise DataError(f"{len(files) - len(paths)} samples have no label map; read the data set with its labels.")
+    return count_files(paths, labelled, None if cache is None else Path(cache), workers=workers)
+
+
+def _files(dataset: Dataset[Sample]) -> tuple[list[Files], LabelFormat] | None:
+    """Where a reader's samples are, or those of a subset of it; None where samples are not read from files."""
+    if isinstance(dataset, FolderDataset):
+        return dataset.files, dataset.label_format
+    if isinstance(dataset, Subset) and (whole := _files(dataset.dataset)) is not None:
+        return [whole[0][i] for i in dataset.indices], whole[1]
+    return None
+
+
+def _of_samples(dataset: Dataset[Sample]) -> Tensor:
+    """Counts of the labels that a data set returns."""
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(f"`dataset` must have a length and items, got {type(dataset).__name__}; pass a data set.")
+    table = torch.zeros(len(dataset), 256, dtype=torch.int64)
+    for i in range(len(table)):
+        label = getattr(dataset[i], "label", None)
+        if label is None:
+            raise DataError(f"sample {i} of {type(dataset).__name__} has no label; read the data set with its labels.")
+        if label.numel() and (int(label.min()) < 0 or int(label.max()) > 255):
+            raise DataError(f"sample {i} of {type(dataset).__name__} has labels outside 0..255; map its ids first.")
+        table[i] = torch.bincount(label.flatten().long().cpu(), minlength=256)
+    return table
 
 
 def count_files(paths: list[Path], labelled: LabelFormat, cache: Path | None, *, workers: int) -> Tensor:

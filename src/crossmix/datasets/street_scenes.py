@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from crossmix._checks import check_choice
+from crossmix.datasets._arguments import check_count, check_index, check_size
 from crossmix.datasets._png import write_png
 from crossmix.datasets._street_layout import ID, Layout, street_layout
 from crossmix.datasets.classes import CLASS_NAMES, IGNORED, label_ids
@@ -84,6 +85,7 @@ class StreetScenes(Dataset[Sample]):
         seed: Scenes of different seeds are unrelated.
 
     Raises:
+        TypeError: If `length`, `size` or `seed` are no ints.
         ValueError: If an argument is out of range.
 
     Example:
@@ -101,23 +103,16 @@ class StreetScenes(Dataset[Sample]):
         seed: int = 0,
     ) -> None:
         check_choice("domain", domain, ("source", "target"))
-        if length < 1:
-            raise ValueError(f"`length` must be at least 1, got {length}; ask for some scenes.")
-        if min(size) < 16:
-            raise ValueError(f"`size` must be (height, width) of at least 16 pixels, got {size}.")
-        if seed < 0:
-            raise ValueError(f"`seed` must not be negative, got {seed}.")
-        self.length = length
+        self.length = check_count("length", length, least=1)
         self.domain = domain
-        self.size = size
-        self.seed = seed
+        self.size = check_size(size, least=16) or (64, 128)
+        self.seed = check_count("seed", seed)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self.length:
-            raise IndexError(f"index {index} is out of range for {self.length} scenes")
+        index = check_index(index, self.length)
         image, label = self._render(index)
         return Sample(image, label, f"{index:06d}")
 

@@ -5,7 +5,8 @@ Ros et al., CVPR 2016, https://synthia-dataset.net
 
 from pathlib import Path
 
-from crossmix.datasets._files import FolderDataset, check_size, listed, paired, pngs
+from crossmix.datasets._arguments import check_size
+from crossmix.datasets._files import FolderDataset, find, paired
 from crossmix.datasets._labels import SYNTHIA_IDS
 
 __all__ = ["Synthia"]
@@ -26,13 +27,14 @@ class Synthia(FolderDataset):
         root: The folder that holds `RGB` and `GT/LABELS` (or `synthia_mapped_to_cityscapes`).
         size: (height, width) that images (bicubic, antialiased) and labels (nearest) are resized to. None keeps their
             own, 760 x 1280, as published.
-        names: A text file that lists the images to take, a name per line.
+        names: A text file that lists the images to take, a name per line, with or without folders and ending.
         images: Whether to read images; without, `image` is empty, (3, 0, 0), for those who count classes.
         labels: Whether to read label maps; without, `label` is None, and the files may be missing.
 
     Raises:
         DataError: If a folder is missing or empty, an image has no label map, or `names` lists what is not there; on
             access, if a file is damaged, was saved from the high bytes, or holds ids that are not SYNTHIA's.
+        TypeError: If `size` is no pair of ints.
         ValueError: If `size` is not positive, or neither images nor labels are read.
 
     Example:
@@ -55,14 +57,15 @@ class Synthia(FolderDataset):
         images: bool = True,
         labels: bool = True,
     ) -> None:
-        check_size(size)
+        size = check_size(size)
         self.root = Path(root)
         folder = next((name for name in LABEL_FOLDERS if (self.root / name).is_dir()), LABEL_FOLDERS[0])
         files = paired(
             f"{self.root}:",
-            pngs(self.root / "RGB") if images else None,
-            pngs(self.root / folder) if labels else None,
+            find(self.root / "RGB") if images else None,
+            find(self.root / folder) if labels else None,
             LAYOUT,
+            names=names,
             root=(self.root, "SYNTHIA"),
         )
-        super().__init__(listed(files, names), SYNTHIA_IDS, size, "bicubic")
+        super().__init__(files, SYNTHIA_IDS, size, "bicubic")

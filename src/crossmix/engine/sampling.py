@@ -5,12 +5,16 @@ alone, not on the number of workers, on prefetching or on restarts.
 """
 
 import logging
+import operator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset
+
+from crossmix.datasets.sample import DataError
 
 __all__ = ["KeyedCrops", "keyed_generator", "resident"]
 
@@ -72,9 +76,10 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
 
     Every image is drawn once in each pass, in an order of the pass's own; the crop's position is uniform.
 
-    A sample that cannot be read is an error. With `skip` up to so many different ones are left out instead, each logged
-    as a warning and kept in `skipped`: the draw then takes the sample that the same draw of the next pass would take,
-    so that it is a pure function still, of the files as they are. Each worker process counts for itself.
+    A sample that cannot be read, or whose image is smaller than the crop, is an error. With `skip` up to so many
+    different ones are left out instead, each logged as a warning and kept in `skipped`: the draw then takes the sample
+    that the same draw of the next pass would take, so that it is a pure function still, of the files as they are. Each
+    worker process counts for itself. With `pad` small images are padded instead, and are no errors.
 
     Args:
         samples: Items with `image` (3, H, W) uint8, `label` (H, W) uint8 or None, and `name`.
@@ -82,13 +87,17 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         seed: Seed of the run.
         stream: Tells the data sets of one run apart: the same seed with another stream is unrelated.
         skip: How many different samples that cannot be read are left out before one is an error.
+        pad: Whether an image smaller than the crop is padded, below and to the right, with black pixels of label 255.
 
     Attributes:
         skipped: Indices of the samples left out so far, with the reasons.
 
     Raises:
-        ValueError: If there are no samples, the size is not positive, or `skip` is negative; on access, if an image is
-            smaller than the crop. What reading a sample raises is passed on.
+        DataError: On access, without `pad`, if an image is smaller than the crop; the file is named. What reading a
+            sample raises is passed on.
+        IndexError: If a draw is negative.
+        TypeError: If `size` is no pair of ints, or a draw no int.
+        ValueError: If there are no samples, the size is not positive, or `skip`, `seed` or `stream` is negative.
 
     Example:
         >>> from crossmix.datasets import StreetScenes
@@ -98,18 +107,27 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         (torch.Size([3, 32, 32]), torch.Size([32, 32]))
     """
 
-    def __init__(self, samples: Samples, size: tuple[int, int], *, seed: int, stream: int, skip: int = 0) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        size: tuple[int, int],
+        *,
+        seed: int,
+        stream: int,
+        skip: int = 0,
+        pad: bool = False,
+    ) -> None:
         if len(samples) == 0:
             raise ValueError("`samples` must not be empty; check the folder that they are read from.")
-        if min(size) < 1:
-            raise ValueError(f"`size` must be positive (H, W), got {size}.")
+        keyed_generator(seed, stream)  # refuses a negative one here, and not in a worker
         self.samples = samples
-        self.size = size
+        self.size = _checked(size)
         self.seed = seed
         self.stream = stream
         if skip < 0:
             raise ValueError(f"`skip` must not be negative, got {skip}; 0 makes every broken sample an error.")
         self.skip = skip
+        self.pad = pad
         self.skipped: dict[int, str] = {}
         self._order: tuple[int, Tensor] | None = None
 
@@ -122,30 +140,33 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         Returns:
             Image (3, h, w) uint8 and label (h, w) uint8, all 255 where there is no label.
         """
+        draw = operator.index(draw)
         sample = self._read(draw)
         height, width = sample.image.shape[-2:]
         crop_height, crop_width = self.size
-        if height < crop_height or width < crop_width:
-            raise ValueError(
-                f"{sample.name}: the image is {height} x {width}, smaller than the crop of {crop_height} x "
-                f"{crop_width}; crop smaller or resize the images when reading them."
-            )
         generator = keyed_generator(self.seed, self.stream, 1, draw)
-        top = int(torch.randint(height - crop_height + 1, (), generator=generator))
-        left = int(torch.randint(width - crop_width + 1, (), generator=generator))
+        top = int(torch.randint(max(0, height - crop_height) + 1, (), generator=generator))
+        left = int(torch.randint(max(0, width - crop_width) + 1, (), generator=generator))
         rows, columns = slice(top, top + crop_height), slice(left, left + crop_width)
-        image = sample.image[:, rows, columns].contiguous()
+        image = self._padded(sample.image[:, rows, columns], 0)
         if sample.label is None:
             return image, torch.full(self.size, 255, dtype=torch.uint8, device=image.device)
-        return image, sample.label[rows, columns].contiguous()
+        return image, self._padded(sample.label[rows, columns], 255)
+
+    def _padded(self, pixels: Tensor, value: int) -> Tensor:
+        """Fill up to the size of the crop; what has it already is only laid out in memory."""
+        missing = [size - side for size, side in zip(self.size, pixels.shape[-2:], strict=True)]
+        if not any(missing):
+            return pixels.contiguous()
+        return functional.pad(pixels, (0, missing[1], 0, missing[0]), value=value)
 
     def _read(self, draw: int) -> Labelled:
-        """The sample of a draw, or of the first later pass's where it cannot be read and may be skipped."""
+        """The sample of a draw, or of the first later pass's where it cannot be used and may be skipped."""
         while True:
             index = self.index(draw)
             if index not in self.skipped:
                 try:
-                    return self.samples[index]
+                    return self._large_enough(index, self.samples[index])
                 except (ValueError, OSError) as error:  # what readers raise for a broken file
                     if self.skip == 0:
                         raise
@@ -157,6 +178,18 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
                     LOG.warning("left out: %s", error)
             draw += len(self.samples)
 
+    def _large_enough(self, index: int, sample: Labelled) -> Labelled:
+        """Refuse an image that is smaller than the crop and is not to be padded."""
+        (height, width), (crop_height, crop_width) = sample.image.shape[-2:], self.size
+        if not self.pad and (height < crop_height or width < crop_width):
+            files = getattr(self.samples, "files", None)  # where the samples are those of a reader
+            raise DataError(
+                f"{sample.name if files is None else files[index].image}: the image is {height} x {width}, smaller "
+                f"than the crop of {crop_height} x {crop_width}; crop smaller, pad, or resize the images when reading "
+                "them."
+            )
+        return sample
+
     def index(self, draw: int) -> int:
         """Return which sample a draw takes.
 
@@ -166,6 +199,9 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         Returns:
             Index into `samples`.
         """
+        draw = operator.index(draw)
+        if draw < 0:
+            raise IndexError(f"draws are numbered from 0, got {draw}")
         epoch, position = divmod(draw, len(self.samples))
         if self._order is None or self._order[0] != epoch:
             generator = keyed_generator(self.seed, self.stream, 0, epoch)
@@ -217,3 +253,14 @@ def resident(samples: Samples, device: torch.device | str) -> list[Resident]:
         label = None if sample.label is None else sample.label.to(device)
         kept.append(Resident(sample.image.to(device), label, sample.name))
     return kept
+
+
+def _checked(size: object) -> tuple[int, int]:
+    """A crop's size as two ints."""
+    sides = list(size) if isinstance(size, tuple | list) else []
+    if len(sides) != 2 or not all(hasattr(side, "__index__") and side is not True for side in sides):
+        raise TypeError(f"`size` must be (height, width) in whole pixels, got {size!r}; pass a pair of ints.")
+    height, width = map(operator.index, sides)
+    if min(height, width) < 1:
+        raise ValueError(f"`size` must be positive (H, W), got {(height, width)}.")
+    return height, width

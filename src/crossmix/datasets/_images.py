@@ -1,0 +1,148 @@
+"""Images as tensors: PNG or JPEG by their contents, the header looked at first, every failure naming the file."""
+
+import struct
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from kornia_rs import io
+from torch import Tensor
+
+from crossmix.datasets import _png
+from crossmix.datasets.sample import DataError
+
+try:
+    from PIL import Image
+except ImportError:
+    Image = None  # type: ignore[assignment]
+
+__all__ = ["read_header", "read_image"]
+
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of the segment that holds a JPEG's size."""
+
+ORIENTATION = 0x0112
+"""EXIF's number for how an image is to be turned."""
+
+
+class Header(NamedTuple):
+    """A JPEG's size as it is shown, its channels, and how its pixels are to be turned, as EXIF numbers it."""
+
+    width: int
+    height: int
+    channels: int
+    orientation: int
+
+
+def read_image(path: Path, *, any_kind: bool = False) -> Tensor:
+    """Read an image; transparency is left out, a JPEG is turned as its EXIF orientation says.
+
+    Args:
+        path: The file, PNG or JPEG by its contents, of 8 bits per channel.
+        any_kind: Whether grey images become RGB ones, and so do PNGs of palettes, of grey with transparency or of fewer
+            bits, by Pillow. In the official data sets they are label maps, and errors.
+
+    Returns:
+        (3, H, W) uint8.
+
+    Raises:
+        DataError: If the file is missing, damaged, too large, or of another kind.
+    """
+    if _png.read_start(path).startswith(_png.JPEG):
+        pixels = _read_jpeg(path)
+    else:
+        header = _png.read_header(path)
+        odd = header.color_type in {_png.PALETTE, _png.GREY_ALPHA} or header.bit_depth < 8
+        pixels = _by_pillow(path) if any_kind and odd and header.bit_depth <= 8 else _png.read_png(path)
+    channels = pixels.shape[0]
+    if channels == 1 and any_kind:
+        return pixels.repeat(3, 1, 1)
+    if channels not in {3, 4}:
+        raise DataError(f"{path}: expected an RGB image, got {channels} channels; is this a label map?")
+    return pixels[:3]
+
+
+def read_header(path: Path) -> _png.Header | Header:
+    """Width and height of an image, without decoding it; one of too many pixels is refused."""
+    is_jpeg = _png.read_start(path).startswith(_png.JPEG)
+    return _read_jpeg_header(path) if is_jpeg else _png.read_header(path)
+
+
+def _read_jpeg_header(path: Path) -> Header:
+    try:
+        with path.open("rb") as file:
+            header = _jpeg_header(file)
+    except (OSError, struct.error, IndexError) as error:
+        raise DataError(f"{path}: is cut off or damaged; copy or download it again.") from error
+    _png.check_pixels(path, header.width, header.height)
+    return header
+
+
+def _read_jpeg(path: Path) -> Tensor:
+    """(3, H, W), or (1, H, W) of a grey one. Of the decoders of kornia_rs only this one refuses a file cut off."""
+    header = _read_jpeg_header(path)
+    if header.channels not in {1, 3}:
+        raise DataError(f"{path}: is a JPEG of {header.channels} channels; convert it to RGB.")
+    try:
+        pixels = torch.from_numpy(np.asarray(io.read_image_jpegturbo(str(path)))).permute(2, 0, 1)
+    except Exception as error:  # kornia_rs raises bare Exception
+        raise DataError(f"{path}: cannot be decoded ({error}); copy or download it again.") from error
+    return _turned(pixels[: header.channels], header.orientation)
+
+
+def _turned(pixels: Tensor, orientation: int) -> Tensor:
+    """Pixels (C, H, W) as they are to be shown: 2 to 4 are mirrored or on their head, 5 to 8 lie on their side."""
+    if orientation in {5, 6, 7, 8}:
+        pixels = pixels.transpose(1, 2)
+    across = [2] if orientation in {2, 3, 6, 7} else []
+    down = [1] if orientation in {3, 4, 7, 8} else []
+    return pixels.flip(across + down) if across + down else pixels
+
+
+def _jpeg_header(file: BinaryIO) -> Header:
+    """From a JPEG's segments, as far as the frame."""
+    file.seek(2)
+    orientation = 1
+    while True:
+        marker = file.read(1)[0]
+        if marker != 0xFF:
+            raise struct.error("no marker")
+        while marker == 0xFF:  # any number of fill bytes
+            marker = file.read(1)[0]
+        (length,) = struct.unpack(">H", file.read(2))
+        if marker in FRAMES:
+            _, height, width, channels = struct.unpack(">BHHB", file.read(6))
+            return Header(*((height, width) if orientation > 4 else (width, height)), channels, orientation)
+        body = file.read(length - 2)
+        if marker == 0xE1 and body.startswith(b"Exif\0\0"):
+            orientation = _orientation(body[6:])
+
+
+def _orientation(exif: bytes) -> int:
+    """1 to 8, from the first directory of tags; 1, as it is, where there is none or EXIF is damaged."""
+    order = "<" if exif[:2] == b"II" else ">"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, start)
+        for i in range(count):
+            tag, _, _, value = struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * i)
+            if tag == ORIENTATION:
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        pass
+    return 1
+
+
+def _by_pillow(path: Path) -> Tensor:
+    """An odd PNG as RGB."""
+    if Image is None:
+        raise DataError(
+            f"{path}: is a PNG of a palette, of grey with transparency or of few bits, which takes Pillow to read as "
+            "an image; install it (pip install pillow), or save the file as RGB."
+        )
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    except Exception as error:  # Pillow raises whatever a damaged file leads to
+        raise DataError(f"{path}: cannot be decoded ({error}); copy or download it again.") from error

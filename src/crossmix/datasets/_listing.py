@@ -1,0 +1,145 @@
+"""Which files are images: one definition, for the readers, for checks and for predictions."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from crossmix.datasets.sample import DataError
+
+__all__ = ["OTHER_IMAGES", "ImageFiles", "bare", "described", "image_files", "named_images"]
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif")
+OTHER_IMAGES = frozenset(
+    (".avif", ".bmp", ".exr", ".gif", ".heic", ".heif", ".jp2", ".pgm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
+)
+"""Endings of images that are not read, in lower case."""
+
+NOT_DATA = frozenset(
+    ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information")
+)
+"""What systems put into folders under visible names, in lower case; hidden names begin with a dot."""
+
+STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+ENDING = re.compile(r"\.(?!\d+$)[^./]{1,5}$")  # `.png` and `.jpeg`, not the number of `frame.0001`
+
+
+class ImageFiles(NamedTuple):
+    """The images of a folder.
+
+    Attributes:
+        files: PNG and JPEG files, sorted.
+        left_out: Visible files that are neither, sorted.
+    """
+
+    files: tuple[Path, ...]
+    left_out: tuple[Path, ...]
+
+
+def image_files(folder: str | Path, *, recursive: bool = True, only: Callable[[str], bool] | None = None) -> ImageFiles:
+    """List the PNG and JPEG files of a folder.
+
+    A file counts by its ending, `.png`, `.jpg` or `.jpeg` in any case, or, with any other ending or none, by its first
+    bytes. So listing a data set opens none of its files, and one that is empty or holds something else is not passed
+    over: reading it, by its contents and not by its ending, is an error that names it. Symbolic links to files and
+    folders are followed, as `find -L` does; one that leads back to a folder above it is not. Hidden files are
+    ignored, `._name.png` of macOS among them, and what systems leave behind, such as `Thumbs.db`.
+
+    Args:
+        folder: Where to look.
+        recursive: Whether to look in its subfolders too.
+        only: Takes the path below `folder`, with `/` between names, and returns whether the file is wanted at all.
+
+    Returns:
+        The images, and what was left out.
+
+    Raises:
+        DataError: If there is no such folder, or it or a folder in it cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("b.JPG", "a.png", "._a.png", "c.tif"):
+        ...     (folder / name).touch()
+        >>> found = image_files(folder)
+        >>> [path.name for path in found.files], [path.name for path in found.left_out]
+        (['a.png', 'b.JPG'], ['c.tif'])
+    """
+    images, left_out = named_images(Path(folder), recursive=recursive, only=only)
+    return ImageFiles(tuple(images.values()), tuple(left_out))
+
+
+def named_images(
+    folder: Path, *, recursive: bool, only: Callable[[str], bool] | None
+) -> tuple[dict[str, Path], list[Path]]:
+    """The same, images by their paths below the folder."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; check the path.")
+    images: dict[str, Path] = {}
+    left_out: list[Path] = []
+    wanted = ((name, one) for name, one in _entries(folder, recursive=recursive) if only is None or only(name))
+    for name, entry in sorted(wanted, key=lambda pair: pair[0].split("/")):
+        if _is_image(entry):
+            images[name] = folder / name
+        else:
+            left_out.append(folder / name)
+    return images, left_out
+
+
+def bare(name: str) -> str:
+    """A file's name, or path, without the ending."""
+    return ENDING.sub("", name)
+
+
+def described(left_out: Sequence[Path]) -> str:
+    """What was left out, as a part of a message, or nothing."""
+    if not left_out:
+        return ""
+    endings = Counter(path.suffix.lower() or "no ending" for path in left_out).most_common(5)
+    kinds = ", ".join(f"{count} of {ending}" for ending, count in endings)
+    return f" (left out, being neither PNG nor JPEG: {kinds}, such as {left_out[0]})"
+
+
+def _entries(folder: Path, *, recursive: bool) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """The visible files in and below a folder, with their paths from there."""
+    waiting: list[tuple[Path, str, tuple[tuple[int, int], ...]]] = [(folder, "", (_identity(folder),))]
+    while waiting:
+        where, prefix, above = waiting.pop()
+        try:
+            with os.scandir(where) as entries:
+                visible = [one for one in entries if one.name[0] != "." and one.name.lower() not in NOT_DATA]
+        except OSError as error:
+            raise DataError(f"{where}: cannot be listed ({error.strerror}); check its permissions.") from error
+        for entry in visible:
+            if not _is_folder(entry):
+                yield prefix + entry.name, entry
+            elif recursive and (this := _identity(Path(entry))) not in above:  # or a link has led back
+                waiting.append((Path(entry), f"{prefix}{entry.name}/", (*above, this)))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """By the ending where that tells, else by the first bytes. A link that is broken counts: reading it says so."""
+    by_ending = entry.name.lower().endswith(ENDINGS)
+    try:
+        if not entry.is_file() and Path(entry).exists():  # a pipe, a device
+            return False
+        if by_ending:
+            return True
+        with Path(entry).open("rb") as file:
+            return file.read(8).startswith(STARTS)
+    except OSError:
+        return by_ending

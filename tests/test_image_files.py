@@ -1,0 +1,405 @@
+"""Which files count as images, by every way to list them, and how PNG and JPEG files of any kind are read."""
+
+import io
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from crossmix.datasets import GTA5, CachedSamples, Cityscapes, DataError, SegmentationFolder, Synthia, image_files
+from crossmix.datasets import _images as images
+from crossmix.datasets.__main__ import main
+from oracles import seeded
+
+
+def picture(height: int = 12, width: int = 20, seed: int = 0) -> np.ndarray:
+    """Smooth, so that JPEG keeps most of it."""
+    noise = torch.rand(1, 3, 4, 5, generator=seeded(seed))
+    smooth = torch.nn.functional.interpolate(noise, size=(height, width), mode="bilinear")[0]
+    return (smooth * 255).byte().permute(1, 2, 0).numpy()
+
+
+def encoded(array: np.ndarray, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, kind, **options)
+    return file.getvalue()
+
+
+def put(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def png(path: Path, array: np.ndarray | None = None) -> Path:
+    return put(path, encoded(picture() if array is None else array, "png"))
+
+
+def names(folder: Path, **options: bool) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in image_files(folder, **options).files]
+
+
+# ------------------------------------------------------------------------------------------------------------- Listing
+
+
+def test_listing__by_ending_in_any_case_or_by_content(tmp_path: Path) -> None:
+    data = {"png": encoded(picture(), "png"), "jpeg": encoded(picture(), "jpeg"), "tiff": encoded(picture(), "tiff")}
+    for name, kind in (
+        ("a.png", "png"), ("b.PNG", "png"), ("c.Jpg", "jpeg"), ("d.JPEG", "jpeg"), ("e", "png"), ("f.dat", "jpeg"),
+        ("g.png", "jpeg"), ("h.jpg", "png"), ("frame.0001", "png"),
+    ):  # fmt: skip
+        put(tmp_path / name, data[kind])
+    put(tmp_path / "empty.png", b"")  # counts, so that reading it is an error, and nothing is passed over
+    for name, content in (("x.tif", data["tiff"]), ("y.txt", b"text"), ("z", b""), ("w.bmp", data["tiff"])):
+        put(tmp_path / name, content)
+    found = image_files(tmp_path)
+    assert [path.name for path in found.files] == [
+        "a.png", "b.PNG", "c.Jpg", "d.JPEG", "e", "empty.png", "f.dat", "frame.0001", "g.png", "h.jpg",
+    ]  # fmt: skip
+    assert [path.name for path in found.left_out] == ["w.bmp", "x.tif", "y.txt", "z"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "._a.png",
+        ".hidden.png",
+        ".folder/a.png",
+        "__MACOSX/a.png",
+        "@eaDir/a.png",
+        "Thumbs.db",
+        "desktop.ini",
+        ".DS_Store",
+    ],
+)
+def test_listing__hidden_files_and_those_of_systems_are_ignored(tmp_path: Path, name: str) -> None:
+    png(tmp_path / "a.png")
+    png(tmp_path / name)
+    found = image_files(tmp_path)
+    assert [path.name for path in found.files] == ["a.png"]
+    assert found.left_out == ()
+
+
+def test_listing__follows_links_and_survives_circles(tmp_path: Path) -> None:
+    png(tmp_path / "elsewhere" / "deep" / "1.png")
+    root = tmp_path / "root"
+    png(root / "a" / "2.png")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "3.png").symlink_to(tmp_path / "elsewhere" / "deep" / "1.png")
+    for circle, goal in (("up", root), ("a/up", root), ("a/here", root / "a"), ("self", root / "self")):
+        (root / circle).symlink_to(goal)
+    (root / "gone.png").symlink_to(tmp_path / "nowhere.png")  # reading it will say so
+    (root / "round.png").symlink_to(root / "round.png")
+    assert names(root) == ["3.png", "a/2.png", "gone.png", "linked/deep/1.png", "round.png"]
+    assert names(root, recursive=False) == ["3.png", "gone.png", "round.png"]
+    data = SegmentationFolder(root)
+    assert len(data) == 5
+    for i, error in ((2, "no such file"), (4, "cannot be read")):
+        with pytest.raises(DataError, match=rf"{data.files[i].image}: {error}"):
+            data[i]
+    for left, right in (("p", "q"), ("q", "p")):  # two folders that link to each other
+        (tmp_path / "pair" / left).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pair" / left / "other").symlink_to(tmp_path / "pair" / right)
+    png(tmp_path / "pair" / "p" / "1.png")
+    assert names(tmp_path / "pair") == ["p/1.png", "q/other/1.png"]
+
+
+def test_listing__is_sorted_and_needs_a_folder(tmp_path: Path) -> None:
+    for name in ("b/2.png", "a.png", "b/10.png", "a/1.png"):
+        png(tmp_path / name)
+    assert names(tmp_path) == ["a/1.png", "a.png", "b/10.png", "b/2.png"]
+    assert image_files(str(tmp_path), only=lambda path: path.startswith("b/")).files == (
+        tmp_path / "b/10.png",
+        tmp_path / "b/2.png",
+    )
+    for bad in (tmp_path / "none", tmp_path / "a.png"):
+        with pytest.raises(DataError, match="no such folder"):
+            image_files(bad)
+
+
+def test_listing__passes_over_pipes_and_names_folders_that_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    png(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
+    assert names(tmp_path) == ["a.png"]
+    (tmp_path / "locked").mkdir(mode=0)
+    if os.geteuid() == 0:  # who may read everything
+
+        def refuse(_: object) -> object:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"cannot be listed \(Permission denied\)"):
+        image_files(tmp_path)
+
+
+# ------------------------------------------------------------------------------------ The same by every reader and tool
+
+
+def labels(kind: str) -> np.ndarray:
+    return np.full((12, 20), {"synthia": 3}.get(kind, 7), np.uint8)
+
+
+READERS: dict[str, tuple[str, str, str, str, Callable[[Path], object]]] = {
+    # images, labels, the ending of both names without .png
+    "gta5": ("images", "labels", "", "", GTA5),
+    "synthia": ("RGB", "GT/LABELS", "", "", Synthia),
+    "cityscapes": (
+        "leftImg8bit/val/town", "gtFine/val/town", "_leftImg8bit", "_gtFine_labelIds", lambda r: Cityscapes(r, "val")
+    ),
+    "folder": ("images", "labels", "", "", lambda r: SegmentationFolder(r / "images", r / "labels")),
+    "root": ("images", "labels", "", "", SegmentationFolder),
+    "patterns": ("images", "labels", "", "", lambda r: SegmentationFolder(r / "images/*.*", r / "labels/*.png")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_readers__take_the_same_files(tmp_path: Path, reader: str) -> None:
+    left, right, image_suffix, label_suffix, read = READERS[reader]
+    png(tmp_path / left / f"a{image_suffix}.PNG")
+    put(tmp_path / left / f"b{image_suffix}.JPG", encoded(picture(seed=1), "jpeg", quality=95))
+    put(tmp_path / left / f"c{image_suffix}.png", encoded(picture(seed=2), "jpeg", quality=95))
+    put(tmp_path / left / f"d{image_suffix}.jpeg", encoded(picture(seed=3), "png"))
+    for name in "abcd":
+        png(tmp_path / right / f"{name}{label_suffix}.{'Png' if name == 'c' else 'png'}", labels(reader))
+    for folder, suffix in ((left, image_suffix), (right, label_suffix)):
+        put(tmp_path / folder / f"._a{suffix}.png", b"macOS")
+        put(tmp_path / folder / "Thumbs.db", b"Windows")
+    data = read(tmp_path)
+    assert [data[i].name for i in range(len(data))] == list("abcd")
+    for i in range(4):
+        with Image.open(data.files[i].image) as opened:
+            assert np.array_equal(data[i].image.permute(1, 2, 0).numpy(), np.asarray(opened))
+    for folder in (left, right):  # the same behind links
+        moved = tmp_path / "elsewhere" / folder.replace("/", "-")
+        moved.parent.mkdir(exist_ok=True)
+        (tmp_path / folder).rename(moved)
+        (tmp_path / folder).symlink_to(moved)
+    assert len(read(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("other", ["{}.jpg", "{}.PNG"])
+def test_readers__two_files_of_one_name_are_refused(tmp_path: Path, reader: str, other: str) -> None:
+    left, right, suffix, _, read = READERS[reader]
+    one, two = png(tmp_path / left / f"a{suffix}.png"), png(tmp_path / left / other.format(f"a{suffix}"))
+    png(tmp_path / right / "a.png")
+    with pytest.raises(DataError, match="are two files of one name") as caught:
+        read(tmp_path)
+    assert str(one) in str(caught.value)
+    assert str(two) in str(caught.value)
+
+
+def test_readers__names_that_differ_in_case_alone_are_refused(tmp_path: Path) -> None:
+    png(tmp_path / "images" / "A.PNG")
+    png(tmp_path / "images" / "a.png")
+    if len(list((tmp_path / "images").iterdir())) < 2:
+        pytest.skip("this disk makes no difference either")
+    with pytest.raises(DataError, match=r"A\.PNG and .*a\.png: are two files of one name"):
+        SegmentationFolder(tmp_path / "images")
+
+
+@pytest.mark.parametrize("reader", ["gta5", "synthia", "cityscapes", "folder", "root"])
+def test_readers__say_what_was_left_out(tmp_path: Path, reader: str) -> None:
+    left, right, image_suffix, label_suffix, read = READERS[reader]
+    for name in "ab":
+        put(tmp_path / left / f"{name}{image_suffix}.tif", encoded(picture(), "tiff"))
+        png(tmp_path / right / f"{name}{label_suffix}.png")
+    with pytest.raises(DataError, match=r"left out, being neither PNG nor JPEG: 2 of \.tif, such as .*a\w*\.tif"):
+        read(tmp_path)
+    for name in "ab":
+        png(tmp_path / left / f"{name}{image_suffix}.png")
+    (tmp_path / right / f"b{label_suffix}.png").unlink()
+    put(tmp_path / right / f"b{label_suffix}.bmp", encoded(picture(), "bmp"))
+    with pytest.raises(DataError, match=r"b has no label map \(left out, being neither PNG nor JPEG: 1 of \.bmp"):
+        read(tmp_path)
+
+
+def test_check__names_images_of_other_types_and_counts_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = np.arange(240, dtype=np.uint8).reshape(12, 20) % 34
+    for name in ("1.png", "2.PNG"):
+        png(tmp_path / "images" / name)
+        png(tmp_path / "labels" / name, ids)
+    put(tmp_path / "images" / "3.JPG", encoded(picture(), "jpeg"))
+    png(tmp_path / "labels" / "3.png", ids)
+    put(tmp_path / "images" / "._1.png", b"macOS")
+    put(tmp_path / "labels" / "notes.txt", b"text")
+    assert main(["check", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "GTA5: 3 images (the whole data set has 24966), 3 label maps of label ids, 3 pairs" in out
+    assert "(left out 1 files that are no images: 1 of .txt)" in out
+    tif, empty = put(tmp_path / "images" / "4.TIF", encoded(picture(), "tiff")), put(tmp_path / "images" / "5.jpg", b"")
+    png(tmp_path / "labels" / "5.png", ids)
+    assert main(["check", str(tmp_path), "--workers", "2"]) == 1
+    out = capsys.readouterr().out
+    assert f"{tif}: is left out, being neither PNG nor JPEG; convert it" in out
+    assert f"{empty}: expected a PNG or JPEG file, got 0 bytes" in out
+    assert main(["stats", str(tmp_path)]) == 0
+    assert "GTA5: 4 label maps" in (out := capsys.readouterr().out)
+    assert "left out, being neither PNG nor JPEG: 1 of .tif, 1 of .txt" in out
+
+
+# -------------------------------------------------------------------------------------------------------------- Reading
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [(64, 96), (37, 51), (1, 1)])
+def test_jpeg__is_pillows(tmp_path: Path, subsampling: int, progressive: bool, size: tuple[int, int]) -> None:
+    path = tmp_path / "a.jpg"
+    Image.fromarray(picture(*size)).save(path, subsampling=subsampling, progressive=progressive, quality=85)
+    got = SegmentationFolder(tmp_path)[0].image
+    assert np.array_equal(got.permute(1, 2, 0).numpy(), np.asarray(Image.open(path)))
+    header = images.read_header(path)
+    assert (header.height, header.width) == size
+
+
+@pytest.mark.parametrize("orientation", [None, 0, *range(1, 10)])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_jpeg__is_turned_as_exif_says(tmp_path: Path, orientation: int | None, order: str) -> None:
+    path = tmp_path / "a.jpg"
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    tags = [] if orientation is None else [struct.pack(f"{order}HHIHxx", 0x0112, 3, 1, orientation)]
+    other = struct.pack(f"{order}HHII", 0x0100, 4, 1, 7)
+    body = struct.pack(f"{order}IH", 8, 1 + len(tags)) + other + b"".join(tags) + bytes(4)
+    Image.fromarray(picture(16, 40)).save(path, quality=95, exif=b"Exif\0\0" + head + body)
+    with Image.open(path) as shown:
+        want = np.asarray(ImageOps.exif_transpose(shown))
+    got = SegmentationFolder(tmp_path)[0].image
+    assert np.array_equal(got.permute(1, 2, 0).numpy(), want)
+    header = images.read_header(path)
+    assert (header.height, header.width) == want.shape[:2]
+    cached = CachedSamples(SegmentationFolder(tmp_path), tmp_path / "cache", progress=False)
+    assert torch.equal(cached[0].image, got)
+
+
+def test_jpeg__damaged_exif_turns_nothing(tmp_path: Path) -> None:
+    for exif in (b"", b"II*\0", b"MM\0*" + b"\xff" * 8, b"II*\0" + struct.pack("<IH", 8, 9)):
+        Image.fromarray(picture()).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
+        assert SegmentationFolder(tmp_path)[0].image.shape == (3, 12, 20)
+
+
+@pytest.mark.parametrize("kind", ["half", "end", "few", "marker", "bomb", "cmyk", "html", "empty"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg__damaged_files_are_named_and_never_read(tmp_path: Path, kind: str, progressive: bool) -> None:
+    data = bytearray(encoded(picture(96, 128), "jpeg", progressive=progressive, quality=95))
+    if kind == "half":
+        data = data[: len(data) // 2]
+    elif kind == "end":
+        data = data[:-2]
+    elif kind == "few":
+        data = data[:40]
+    elif kind == "marker":
+        data[2] = 0
+    elif kind == "bomb":
+        frame = data.index(b"\xff\xc2" if progressive else b"\xff\xc0")
+        data[frame + 5 : frame + 9] = struct.pack(">HH", 60_000, 60_000)
+    elif kind == "cmyk":
+        file = io.BytesIO()
+        Image.fromarray(picture()).convert("CMYK").save(file, "jpeg")
+        data = bytearray(file.getvalue())
+    elif kind == "html":
+        data = bytearray(b"<html>not found</html>" * 10)
+    elif kind == "empty":
+        data = bytearray()
+    path = put(tmp_path / "a.jpg", bytes(data))
+    with pytest.raises(DataError) as caught:
+        SegmentationFolder(tmp_path)[0]
+    assert str(path) in str(caught.value)
+    assert ";" in str(caught.value)
+
+
+def test_jpeg__mutated_files_are_read_as_pillow_reads_them_or_refused(tmp_path: Path) -> None:
+    whole, path = encoded(picture(48, 64), "jpeg", quality=90), tmp_path / "a.jpg"
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), rng.integers(1, 4)):
+            data[place] = rng.integers(0, 256)
+        put(path, bytes(data))
+        try:
+            image = SegmentationFolder(path.parent)[0].image
+        except DataError as error:
+            assert str(path) in str(error)  # noqa: PT017 - not every one is refused
+            refused += 1
+        else:
+            with Image.open(path) as opened:
+                assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(opened.convert("RGB")))
+    assert 50 < refused < 300
+
+
+ODD: dict[str, Callable[[], Image.Image]] = {
+    "grey": lambda: Image.fromarray(picture()[..., 0]),
+    "grey and alpha": lambda: Image.fromarray(picture()).convert("LA"),
+    "alpha": lambda: Image.fromarray(np.dstack([picture(), picture()[..., :1]])),
+    "palette": lambda: Image.fromarray(picture()).quantize(40),
+    "one bit": lambda: Image.fromarray(picture()[..., 0] > 99),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_images__of_any_kind_are_rgb_in_a_folder(tmp_path: Path, kind: str) -> None:
+    ODD[kind]().save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as opened:
+        want = np.asarray(opened.convert("RGB"))
+    assert np.array_equal(SegmentationFolder(tmp_path)[0].image.permute(1, 2, 0).numpy(), want)
+
+
+def test_images__grey_jpeg(tmp_path: Path) -> None:
+    data = encoded(picture()[..., 0], "jpeg")
+    put(tmp_path / "images" / "a.jpg", data)
+    want = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.array_equal(SegmentationFolder(tmp_path / "images")[0].image.numpy(), np.stack([want] * 3))
+    with pytest.raises(DataError, match="expected an RGB image, got 1 channels; is this a label map"):
+        GTA5(tmp_path, labels=False)[0]
+
+
+@pytest.mark.parametrize("kind", ["grey", "palette", "one bit", "grey and alpha"])
+def test_images__that_may_be_label_maps_are_refused_by_official_readers(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "images").mkdir()
+    ODD[kind]().save(tmp_path / "images" / "a.png")
+    with pytest.raises(DataError, match=r"images/a\.png: (expected an RGB image|has grey with transparency)"):
+        GTA5(tmp_path, labels=False)[0]
+
+
+def test_images__odd_ones_without_pillow_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "Image", None)
+    ODD["palette"]().save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: .*\(pip install pillow\)"):
+        SegmentationFolder(tmp_path)[0]
+
+
+def test_images__of_16_bits_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((4, 6), np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: expected 8 bits per channel, got 16"):
+        SegmentationFolder(tmp_path)[0]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_labels__in_jpeg_are_refused(tmp_path: Path, name: str) -> None:
+    png(tmp_path / "images" / "a.png")
+    put(tmp_path / "labels" / name, encoded(labels("gta5"), "jpeg"))
+    for data in (GTA5(tmp_path), SegmentationFolder(tmp_path)):
+        with pytest.raises(DataError, match=r"is a JPEG file, which changes ids a little everywhere; save .* as PNG"):
+            data[0]
+
+
+@pytest.mark.parametrize("size", [None, (6, 10)])
+def test_cache__of_jpeg_images(tmp_path: Path, size: tuple[int, int] | None) -> None:
+    for i in range(3):
+        put(tmp_path / "images" / f"{i}.jpg", encoded(picture(seed=i), "jpeg"))
+        png(tmp_path / "labels" / f"{i}.png", labels("gta5"))
+    data = SegmentationFolder(tmp_path, size=size)
+    cached = CachedSamples(data, tmp_path / "cache", progress=False)
+    for i in range(3):
+        assert torch.equal(cached[i].image, data[i].image)
+        assert torch.equal(cached[i].label, data[i].label)
