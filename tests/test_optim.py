@@ -291,6 +291,23 @@ def test_step__is_not_what_torch_makes_of_repeated_parameters() -> None:
     assert results[0] not in [pytest.approx(result, rel=0.1) for result in results[1:]]
 
 
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore")  # of sharding on a CPU
+def test_step__of_a_sharded_network_is_that_of_the_bare_one() -> None:
+    torch.manual_seed(0)
+    bare = deeplab_v2_tiny(5)
+    shards = WRAPS["FSDP2 parts"](copy.deepcopy(bare))
+    images = torch.rand(2, 3, 32, 32)
+    for model in (bare, shards):
+        optimizer = released_sgd(model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(images).square().mean().backward()
+            optimizer.step()
+    for p, q in zip(bare.parameters(), shards.parameters(), strict=True):
+        torch.testing.assert_close(p, q.full_tensor(), rtol=1e-5, atol=1e-6)
+
+
 def test_step__skips_what_has_no_gradient() -> None:
     model = deeplab_v2_tiny(5, aspp_branches=2)
     optimizer = released_sgd(model)

@@ -1,60 +1,100 @@
-"""Look through what wraps a network, whole or in parts: told by type, since a network's own part may have any name."""
+"""What DistributedDataParallel, DataParallel, torch.compile and their like put around a network, recognised by type.
+
+A wrapper adds a component to every name inside it (`module.`, `_orig_mod.`), at the top of a network or deep within.
+A network may have an attribute of that name itself; only the type of the module that holds it tells the two apart.
+"""
 
 import sys
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["bare_modules", "bare_name", "inner_name", "unwrap"]
+__all__ = ["named_parts", "plain_name", "unwrapped"]
 
-WRAPPERS = (
-    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
-    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+# Where the other wrappers live, and under which attribute they hold what they wrap. None of these is imported here:
+# a network can hold one only if somebody else has imported it, and the compiler alone takes a second to import.
+_ELSEWHERE = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",  # of CheckpointWrapper and OffloadWrapper
+        "_checkpoint_wrapped_module",
+    ),
     ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
-    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
 )
-"""Where a type of wrapper is defined, its name, and what it calls the module inside."""
 
 
-def inner_name(module: nn.Module | None) -> str | None:
-    """What a wrapper calls the module inside; None where `module` is no wrapper."""
-    for place, kind, name in WRAPPERS:
-        if isinstance(module, getattr(sys.modules.get(place), kind, ())):  # not imported: there are none of it
-            return name
-    return None
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The network inside any nesting of wrappers."""
-    while (name := inner_name(module)) is not None:
-        module = module.get_submodule(name)
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The network inside the wrappers around a module, in any nesting; a module without any comes back itself."""
+    attributes = _attributes()
+    while (attribute := _attribute(module, attributes)) is not None:
+        module = module._modules[attribute]  # type: ignore[assignment]  # a wrapper always holds one
     return module
 
 
-def bare_modules(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What `named_modules` gives on the same network without any wrapper."""
-    seen = set()
+def named_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of a network that is no wrapper, with the name that it has without wrappers at any depth.
 
-    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-        module = unwrap(module)
-        if module not in seen:
-            seen.add(module)
-            yield prefix, module
-            for name, child in module.named_children():
-                yield from walk(child, f"{prefix}.{name}" if prefix else name)
+    The order is that of `named_modules`; a module that is held twice comes twice.
 
-    yield from walk(network, "")
+    Args:
+        module: The network, wrapped or not, as a whole or in parts.
+
+    Yields:
+        Names such as `""` and `"backbone.0"`, and modules.
+    """
+    attributes = _attributes()
+
+    def walk(part: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        while (attribute := _attribute(part, attributes)) is not None:
+            part = part._modules[attribute]  # type: ignore[assignment]  # as in `unwrapped`
+        yield name, part
+        for key, child in part._modules.items():
+            if child is not None:
+                yield from walk(child, f"{name}.{key}" if name else key)
+
+    return walk(module, "")
 
 
-def bare_name(network: nn.Module, name: str) -> str:
-    """A name in a network's state_dict, as it is on the same network without any wrapper."""
-    module: nn.Module | None = network
+def plain_name(module: nn.Module, name: str) -> str:
+    """A name from `module.state_dict()` or `module.named_parameters()` without what wrappers have added to it.
+
+    Components that wrappers leave out of a state_dict by themselves need not be there.
+
+    Args:
+        module: The network that the name belongs to, wrapped or not.
+        name: E.g. `"module.backbone._orig_mod.0.weight"` of a DistributedDataParallel whose backbone is compiled.
+
+    Returns:
+        E.g. `"backbone.0.weight"`. Every component that is an attribute of the network's own is kept.
+    """
+    attributes = _attributes()
     kept = []
-    for part in name.split("."):
-        while (inner := inner_name(module)) not in {None, part}:  # a wrapper that leaves itself out of names
-            module = module._modules[inner]
-        if inner is None:
-            kept.append(part)
-        module = None if module is None else module._modules.get(part)
+    part: nn.Module | None = module
+    for component in name.split("."):
+        added = False
+        while part is not None and not added and (attribute := _attribute(part, attributes)) is not None:
+            added = component == attribute
+            part = part._modules[attribute]
+        if not added:
+            kept.append(component)
+            part = None if part is None else part._modules.get(component)
     return ".".join(kept)
+
+
+def _attributes() -> dict[type[nn.Module], str]:
+    """The types of wrappers that are known by now, and the attribute under which each holds the network."""
+    found: dict[type[nn.Module], str] = {DistributedDataParallel: "module", DataParallel: "module"}
+    for place, kind, attribute in _ELSEWHERE:
+        loaded = getattr(sys.modules.get(place), kind, None)
+        if loaded is not None:
+            found[loaded] = attribute
+    return found
+
+
+def _attribute(module: nn.Module, attributes: dict[type[nn.Module], str]) -> str | None:
+    """The attribute that holds what `module` wraps; None where it wraps nothing."""
+    if not isinstance(module, tuple(attributes)):
+        return None
+    return next(attribute for kind, attribute in attributes.items() if isinstance(module, kind))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from crossmix._wrappers import bare_modules, bare_name
+from crossmix._wrappers import named_parts, plain_name
 
 __all__ = ["RepeatedSGD", "parameter_groups", "poly_lr"]
 
@@ -62,16 +62,17 @@ def parameter_groups(
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"`network` must be an nn.Module, got {type(network).__name__}; pass the network itself.")
-    modules = dict(bare_modules(network))
+    modules = dict(named_parts(network))
     in_head: set[nn.Parameter] = set()
     for part in [] if head is None else [head] if isinstance(head, str | nn.Module) else head:
-        in_head |= _head_parameters(modules, bare_name(network, part) if isinstance(part, str) else part)
+        in_head |= _head_parameters(modules, plain_name(network, part) if isinstance(part, str) else part)
     undecayed = _undecayed(modules, {no_decay} if isinstance(no_decay, str) else set(no_decay))
     once = [parameter for parameter in network.parameters() if parameter.requires_grad]
     listed = once
     if repeated:
-        inside = chain.from_iterable(module.parameters() for name, module in modules.items() if name)
-        listed = [p for p in chain(modules[""].parameters(recurse=False), inside) if p.requires_grad]
+        whole, *inside = dict.fromkeys(modules.values())  # each once, however often it is held
+        around = chain(whole.parameters(recurse=False), *(module.parameters() for module in inside))
+        listed = [parameter for parameter in around if parameter.requires_grad]
     parts = [([parameter for parameter in listed if parameter not in in_head], lr)]
     if head is not None:
         parts.append(([parameter for parameter in once if parameter in in_head], head_factor * lr))
@@ -309,6 +310,8 @@ def _fusible(parameter: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
     """Whether the fused kernel can be used: it walks through the memory of all three without looking at strides."""
     tensors = [parameter, grad] if buffer is None else [parameter, grad, buffer]
     if parameter.device.type not in {"cpu", "cuda"} or not parameter.is_floating_point():
+        return False
+    if any(type(tensor) not in {Tensor, nn.Parameter} for tensor in tensors):  # the shards of FSDP2 are DTensors
         return False
     if any(tensor.layout is not torch.strided or tensor.dtype is not parameter.dtype for tensor in tensors):
         return False
