@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     **{leaf: {"_checks", "_distributed", "_tensors"} for leaf in LEAVES},
     "augment": {"_checks", "_color", "_distributed", "_tensors"},
     "losses": {"_checks", "_distributed", "_tensors", "_cross_entropy"},
+    "teacher": {"_checks", "_distributed", "_tensors", "_wrappers"},
     "metrics": {"_checks", "_distributed", "_tensors"},
     "self_training": {"_checks", "_tensors", *LEAVES},
     "recipes": {"_checks", "self_training", *LEAVES},

@@ -2,22 +2,31 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from crossmix.models._safetensors import write_safetensors
+from crossmix._wrappers import plain_name, unwrapped
 from crossmix.models.deeplab_v2 import MEAN_BGR, DeepLabV2
-from crossmix.models.weight_files import WeightsError, read_weights
+from crossmix.models.weight_files import WeightsError, read_weights, safetensors_of
 
 __all__ = ["LoadReport", "load_weights", "save_weights"]
 
 LOG = logging.getLogger(__name__)
-WRAPPERS = {"module", "_orig_mod", "Scale"}
-"""Parts of a name that DataParallel, `torch.compile` and the multi-scale wrapper of the ImageNet file put there."""
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "Scale"}
+"""Parts of a file's names that wrappers put there (the last one is the multi-scale wrapper of the ImageNet file), or
+that are the network's own: the network's names tell."""
+ENTRIES: dict[str | None, tuple[str, ...]] = {
+    None: ("student", "model", "state_dict"),
+    "student": ("student", "model"),
+    "teacher": ("teacher", "ema_model"),
+}
+"""What an entry is called in files: the first that is there."""
 TORCHVISION = (
     "it was taken for torchvision's ResNet-101: the preprocessing is converted, but layer2.0 has its stride on the "
     "first convolution and the max-pooling rounds up, so its features are not torchvision's before training"
@@ -54,8 +63,14 @@ def load_weights(
 ) -> LoadReport:
     """Copy the weights of a file into a model, and report and log what matched.
 
-    Reads files of `torch.save`, always with `weights_only=True`, and safetensors. `module.`, `_orig_mod.` and `Scale.`
-    are ignored anywhere in a name, in the file and in the model. On any error the model is as it was.
+    Reads files of `torch.save`, always with `weights_only=True`, and safetensors (by the package of that name). On any
+    error the model is as it was.
+
+    Wrappers around the model or parts of it (DistributedDataParallel, `torch.compile`, ...) are told by their type and
+    looked through. In the file, what wrappers add to names (`module.`, `_orig_mod.`, `Scale.`, ...) is taken off where
+    the rest is a name of the model's; a name of the model's own wins. So is whatever else all names begin with,
+    `net.` or `model.`, wherever in the file they are: the part that most of the model's names match is taken, and a
+    warning says which it was. Where several match alike, they are named in an error, to be passed as `entry`.
 
     torchvision's ResNet-101, told by its `fc`, is another network: with `strict=False` the first convolution and its
     normalisation are converted to this library's preprocessing (exact in eval mode, image borders apart), but the
@@ -66,8 +81,9 @@ def load_weights(
         path_or_url: A file, an http(s) or file URL, downloaded once into torch.hub's folder, or a key of
             `crossmix.models.weight_files.SOURCES`: `"coco"`, `"imagenet"`, `"dacs-gta5"`, `"torchvision-v1"`,
             `"torchvision-v2"`.
-        entry: Which part of a checkpoint. `"student"` is also the released code's `model`, `"teacher"` its `ema_model`.
-            None takes `student`, `model` or `state_dict`, the first that is there, or the whole file.
+        entry: Which part of a checkpoint: a key, or what names begin with, at any depth. `"student"` is also the
+            released code's `model`, `"teacher"` its `ema_model`. None takes the whole file, `student`, `model` or
+            `state_dict`, the first that matches, or a part of another name that is no teacher.
         strict: Whether everything has to match but `num_batches_tracked`, which files of before 2018 lack. False allows
             another head and more in the file; the whole backbone has to match in either case.
         sha256: The file's checksum in hexadecimal, or its first digits, at least eight.
@@ -78,7 +94,9 @@ def load_weights(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        WeightsError: If it cannot be downloaded or read, holds code, or does not match as it has to.
+        ImportError: If it is of safetensors, and the package is not installed.
+        WeightsError: If it cannot be downloaded or read, holds code or objects that are no tensors (the message says
+            how to allow them), or does not match as it has to.
         ValueError: If `sha256` is no checksum, or the model is on the meta device.
 
     Example:
@@ -90,13 +108,15 @@ def load_weights(
         (102, ('layer5.conv2d_list.0.weight', 'layer5.conv2d_list.0.bias'))
     """
     path, contents = read_weights(path_or_url, sha256)
-    return _load(model, _state(contents, entry, path), path, strict=strict, head=head)
+    return _load(model, contents, entry, path, strict=strict, head=head)
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str | None = None) -> Path:
     """Write a model's weights, so that the released code's `load_state_dict` takes them.
 
-    Names are without `module.` and `_orig_mod.`, values on the CPU. The file is written aside and renamed into place.
+    Names are those of the model without wrappers (DistributedDataParallel, `torch.compile`, ..., told by their type,
+    and averages such as `MeanTeacher`), values on the CPU, each with memory of its own. The file is written aside and
+    renamed into place. Sharded parameters (FSDP2) are gathered, so all ranks have to call.
 
     Args:
         model: The model, wrapped or not.
@@ -107,6 +127,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str |
         The file.
 
     Raises:
+        ImportError: If it is of safetensors, and the package is not installed.
         OSError: If it cannot be written; what was there is untouched.
         ValueError: If `entry` is given for safetensors, which are flat, or they know no such dtype.
 
@@ -120,82 +141,294 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str |
     flat = path.suffix == ".safetensors"
     if flat and entry is not None:
         raise ValueError(f"`entry` must be None for safetensors, which are flat, got {entry!r}; write a .pth file.")
-    own = model.state_dict()
-    state = {clean: own[name].detach().cpu().contiguous() for clean, name in _clean(_tensors(own)).items()}
+    library = safetensors_of(path) if flat else None
+    state = {name: _whole(tensor) for name, (_, tensor) in _named(model).items()}
     aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
         with aside.open("wb") as file:
-            if flat:
-                write_safetensors(state, file)
+            if library is not None:
+                file.write(library.save(state, {"format": "pt"}))
             else:
                 torch.save(state if entry is None else {entry: state}, file)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, KeyError):  # how safetensors refuse a dtype
+            name = next(name for name, tensor in state.items() if tensor.dtype == error.args[0])
+            raise ValueError(f"safetensors have no {error}, which `{name}` is; write a .pth file.") from error
         raise
     return path
 
 
-def _state(contents: Mapping[str, Any], entry: str | None, path: Path) -> dict[str, Any]:
-    """The state_dict in a checkpoint."""
-    alias = {
-        "": ("student", "model", "state_dict"),
-        "student": ("student", "model"),
-        "teacher": ("teacher", "ema_model"),
-    }
-    for name in alias.get(entry or "", (entry or "",)):
-        if isinstance(contents.get(name), Mapping):
-            return dict(contents[name])
-        inside = {key: value for key, value in contents.items() if str(key).startswith(f"{name}.")}
-        if entry is not None and inside:  # the state_dict of a module that has it as a submodule
-            return {key.removeprefix(f"{name}."): value for key, value in inside.items()}
-    if entry is not None:
-        raise WeightsError(f"{path}: it has no entry {entry!r}, but {_few(contents)}; pass one of them as `entry`.")
-    return dict(contents)
+class _Place(NamedTuple):
+    """A part of a file that a network's weights may be in."""
+
+    path: tuple[str, ...]  # to it: keys of mappings, then parts of names
+    keys: int  # how many of these are keys
+    entry: int  # how many lead to the entry that was asked for
+    state: Mapping[str, Any]  # the mapping behind the keys
+    matches: Mapping[str, list[str]]  # the names of `state` that stand for each of the network's own
+
+    @property
+    def name(self) -> str:
+        """The path as an `entry`."""
+        return ".".join(self.path)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of `state` begin with here."""
+        return "".join(f"{part}." for part in self.path[self.keys :])
+
+    @property
+    def scope(self) -> str:
+        """What they begin with in the whole entry."""
+        return "".join(f"{part}." for part in self.path[self.keys : self.entry])
+
+    @property
+    def is_guessed(self) -> bool:
+        """Whether more leads to it than the entry and wrappers."""
+        return not WRAPPERS.issuperset(self.path[self.entry :])
 
 
-def _load(model: nn.Module, state: Mapping[str, Any], path: Path, *, strict: bool, head: str) -> LoadReport:
-    """Match names and shapes, refuse what has to be refused, then copy."""
-    own = _tensors(model.state_dict())
-    if any(tensor.is_meta for tensor in own.values()):
-        raise ValueError("`model` must have memory, got tensors on the meta device; call `model.to_empty(...)` first.")
-    ours = _clean(own)
-    tensors = _tensors(state)
-    if not tensors:
-        raise WeightsError(f"{path}: expected tensors, got none among {_few(state)}; pass the right `entry`.")
-    try:
-        values = {clean: tensors[name] for clean, name in _clean(tensors).items()}
-    except ValueError as error:
-        raise WeightsError(f"{path}: {error}") from error
-    fitting = {clean for clean in ours if clean in values and _fits(own[ours[clean]], values[clean])}
-    report = LoadReport(
-        matched=tuple(name for clean, name in ours.items() if clean in fitting),
-        missing=tuple(name for clean, name in ours.items() if clean not in values),
-        unexpected=tuple(
-            str(name) for name in state if not _is_extra(name) and (name not in tensors or _only(name) not in ours)
-        ),
-        mismatched=tuple(name for clean, name in ours.items() if clean in values and clean not in fitting),
+def _find(contents: Mapping[str, Any], own: Mapping[str, Tensor], entry: str | None, path: Path) -> _Place:
+    """The part of a file that holds most of a network's names; of equal ones the entry, and for None the student."""
+    everywhere = _places(contents, own)
+    names = ENTRIES.get(entry, (entry or "",))
+    ranked = []
+    for place in everywhere:
+        if entry in {None, "student"} and {"teacher", "ema_model"} & {*place.path}:
+            continue
+        rank, end = next(((i, end) for i, name in enumerate(names) if (end := _entry_end(place.path, name))), (None, 0))
+        if rank is None and entry is None:
+            rank = len(names) if place.path else -1  # a guess, or the whole file
+        if rank is not None:
+            ranked.append(((*_score(place, own), rank, end, len(place.path)), place._replace(entry=end)))
+    ranked = [(key, place) for key, place in ranked if not place.is_guessed or 2 * len(place.matches) >= len(own)]
+    if not ranked:
+        return _without_match(contents, everywhere, own, entry, path)
+    best, chosen = min(ranked, key=lambda pair: pair[0])
+    rivals = _outermost([place for key, place in ranked if key[:-1] == best[:-1]])
+    if len(rivals) > 1:
+        listed = " or ".join(f"`entry={place.name!r}`" for place in rivals)
+        raise WeightsError(f"{path}: {len(rivals)} parts of it match the model alike; pass {listed}.")
+    return chosen
+
+
+def _places(contents: Mapping[str, Any], own: Iterable[str]) -> list[_Place]:
+    """Every part of a file in which any of a network's names is found."""
+    alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for name in own:
+        parts = tuple(name.split("."))
+        alike.setdefault(_core(parts), []).append(parts)
+    found = []
+    for keys, state in _mappings(contents):
+        matches: dict[tuple[str, ...], dict[str, list[str]]] = {}
+        for name in _tensors(state):
+            parts = tuple(name.split("."))
+            for i in range(len(parts)):
+                if same := _same(parts[i:], alike.get(_core(parts[i:]), [])):
+                    matches.setdefault(parts[:i], {}).setdefault(".".join(same), []).append(name)
+        found += [_Place(keys + prefix, len(keys), 0, state, names) for prefix, names in matches.items()]
+    return found
+
+
+def _mappings(
+    contents: Mapping[str, Any], keys: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """A mapping and those inside it, with the keys that lead there."""
+    yield keys, contents
+    for key, value in contents.items():
+        if isinstance(key, str) and isinstance(value, Mapping) and len(keys) < 8:
+            yield from _mappings(value, (*keys, *key.split(".")))
+
+
+def _core(parts: Sequence[str]) -> tuple[str, ...]:
+    """The parts of a name that no wrapper can have put there."""
+    return tuple(part for part in parts if part not in WRAPPERS)
+
+
+def _same(parts: Sequence[str], candidates: Sequence[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """Which of the network's names, alike but for wrappers, a name of the file stands for.
+
+    The longest that it contains, so that a part of the network's own name is not taken for a wrapper's. A network whose
+    name has such a part more than the file is another kind of wrapper, where there is only one such name.
+    """
+    contained = [own for own in candidates if all(part in rest for rest in [iter(parts)] for part in own)]
+    return max(contained or (candidates if len(candidates) == 1 else []), key=len, default=None)
+
+
+def _entry_end(path: tuple[str, ...], entry: str) -> int:
+    """How many parts of a path lead to an entry, which may be deeper inside, between wrappers; 0 where it is not."""
+    wanted = tuple(entry.split("."))
+    spots = [i for i, part in enumerate(path) if part not in WRAPPERS or part in wanted]
+    for i in range(len(spots) - len(wanted) + 1):
+        run = spots[i : i + len(wanted)]
+        if tuple(path[spot] for spot in run) == wanted:
+            return run[-1] + 1
+    return 0
+
+
+def _score(place: _Place, own: Mapping[str, Tensor]) -> tuple[int, int]:
+    """How well a part matches, the lower the better: tensors that fit, then names."""
+    fitting = [name for name, names in place.matches.items() if _fits(own[name], place.state[names[0]])]
+    return -len(fitting), -len(place.matches)
+
+
+def _outermost(places: Iterable[_Place]) -> list[_Place]:
+    """Those that lie in no other one."""
+    found: list[_Place] = []
+    for place in sorted(places, key=lambda place: len(place.path)):
+        if not any(place.path[: len(outer.path)] == outer.path for outer in found):
+            found.append(place)
+    return found
+
+
+def _without_match(
+    contents: Mapping[str, Any], everywhere: Sequence[_Place], own: Mapping[str, Tensor], entry: str | None, path: Path
+) -> _Place:
+    """The entry that nothing of the network is in, for the report, or an error that says where something is."""
+    mappings = list(_mappings(contents))
+    inside = [(keys, tuple(str(name).split(".")), state) for keys, state in mappings for name in state]
+    ends = (
+        _Place((keys + parts)[:end], min(end, len(keys)), end, state, {})
+        for name in ENTRIES.get(entry, (entry or "",))
+        for keys, parts, state in [*((keys, (), state) for keys, state in mappings), *inside]
+        if (end := _entry_end(keys + parts, name))
     )
-    torchvisions = _is_torchvisions(model, values, head)
-    lacking = {name for name in report.missing if not name.endswith("num_batches_tracked")} | {*report.mismatched}
-    needed = lacking if strict else lacking - {name for clean, name in ours.items() if clean.startswith(f"{head}.")}
-    if not fitting or needed or (strict and report.unexpected):
-        what = "everything" if strict else "the whole backbone"
-        advice = "pass `strict=False` to leave out the head" if strict else "build the network that it was saved from"
-        if torchvisions and strict:
-            advice = "it looks like torchvision's ResNet-101, which `strict=False` converts as far as it can be"
-        raise WeightsError(f"{path}: expected {what} to match, got {report}; the model is as it was; {advice}.")
+    there = next(ends, None)
+    best = min((_score(place, own) for place in everywhere), default=(0, 0))
+    if 2 * -best[0] >= len(own):
+        matching = _outermost([place for place in everywhere if _score(place, own) == best])
+        listed = " or ".join(f"`entry={place.name!r}`" if place.path else "no `entry`" for place in matching)
+        said = (
+            f"it has no entry {entry!r}" if there is None and entry is not None else "nothing there matches the model"
+        )
+        raise WeightsError(f"{path}: {said}, but {_few(contents)}; pass {listed}, which matches the model.")
+    if there is None and entry is not None:
+        raise WeightsError(f"{path}: it has no entry {entry!r}, but {_few(contents)}, and none matches the model.")
+    return there or _Place((), 0, 0, contents, {})
+
+
+def _load(
+    model: nn.Module, contents: Mapping[str, Any], entry: str | None, path: Path, *, strict: bool, head: str
+) -> LoadReport:
+    """Match names and shapes, refuse what has to be refused, then copy."""
+    ours = _named(model)
+    own = {name: tensor for name, (_, tensor) in ours.items()}
+    if any(tensor.is_meta or is_lazy(tensor) for tensor in own.values()):
+        raise ValueError(
+            "`model` must have memory, got tensors on the meta device or without a shape; call `model.to_empty(...)` "
+            "or run it once first."
+        )
+    place = _find(contents, own, entry, path)
+    if clash := next((names for names in place.matches.values() if len(names) > 1), None):
+        raise WeightsError(f"{path}: {clash[0]!r} and {clash[1]!r} are the same name without {sorted(WRAPPERS)}.")
+    names = _with_shared(own, {name: theirs for name, (theirs,) in place.matches.items()}, place.state, path)
+    values = {name: place.state[theirs] for name, theirs in names.items()}
+    inside = [name for name in place.state if str(name).startswith(place.scope)]
+    if not any(isinstance(place.state[name], Tensor) for name in inside):
+        raise WeightsError(f"{path}: expected tensors, got none among {_few(inside)}; pass the right `entry`.")
+    used = {*names.values()}
+    report = LoadReport(
+        matched=tuple(full for name, (full, to) in ours.items() if name in values and _fits(to, values[name])),
+        missing=tuple(full for name, (full, _) in ours.items() if name not in values),
+        unexpected=tuple(str(name) for name in inside if name not in used and not _is_extra(name)),
+        mismatched=tuple(full for name, (full, to) in ours.items() if name in values and not _fits(to, values[name])),
+    )
+    clean = {full: name for name, (full, _) in ours.items()}
+    lacking = {
+        clean[name] for name in (*report.missing, *report.mismatched) if not name.endswith("num_batches_tracked")
+    }
+    torchvisions = _is_torchvisions(model, (str(name).removeprefix(place.prefix) for name in inside), head)
+    _check(report, place, lacking, path, strict=strict, head=head, torchvisions=torchvisions)
     if torchvisions:
         values |= _preprocessing_converted(values)
-    with torch.no_grad():
-        for clean in fitting:
-            own[ours[clean]].copy_(values[clean])
-    LOG.log(logging.WARNING if lacking or report.unexpected else logging.INFO, "%s: %s", path, report)
+    copied = {full: _as_sharded(values[name], to) for name, (full, to) in ours.items() if full in {*report.matched}}
+    model.load_state_dict(copied, strict=False)
+    _log(path, place, report, careful=bool(lacking or report.unexpected))
     if torchvisions:
         LOG.warning("%s: %s", path, TORCHVISION)
     return report
+
+
+def _check(
+    report: LoadReport, place: _Place, lacking: set[str], path: Path, *, strict: bool, head: str, torchvisions: bool
+) -> None:
+    """Refuse what does not match as it has to, with what would."""
+    backbone = bool(report.matched) and all(name.startswith(f"{head}.") for name in lacking)
+    if backbone and not (strict and (lacking or report.unexpected)):
+        return
+    if not (strict and backbone):
+        advice = "build the network that it was saved from"
+    elif torchvisions:
+        advice = "it looks like torchvision's ResNet-101, which `strict=False` converts as far as it can be"
+    elif lacking:
+        advice = "pass `strict=False` to leave out the head"
+    elif place.prefix and not any(name.startswith(place.prefix) for name in report.unexpected):
+        advice = f"pass `entry={place.name!r}` to leave out what is beside it"
+    else:
+        advice = "pass `strict=False` to leave out what is more in the file"
+    what = "everything" if strict else "the whole backbone"
+    where = f" in its part {place.name!r}" if place.path else ""
+    raise WeightsError(f"{path}: expected {what} to match, got {report}{where}; the model is as it was; {advice}.")
+
+
+def _log(path: Path, place: _Place, report: LoadReport, *, careful: bool) -> None:
+    """Say what was loaded, and from where in the file."""
+    if place.path:
+        beside = [str(name) for name in place.state if not str(name).startswith(place.scope or place.prefix)]
+        left = f", and left {len(beside)} names beside it {_few(beside)}" if beside else ""
+        level = logging.WARNING if place.is_guessed else logging.INFO
+        LOG.log(level, "%s: took %r for the model%s", path, place.name, left)
+    LOG.log(logging.WARNING if careful else logging.INFO, "%s: %s", path, report)
+
+
+def _named(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """A model's tensors by the names that they have without wrappers, with their names in its state_dict.
+
+    Something that keeps an average of a network, and answers to `update_parameters` and `module` as
+    `torch.optim.swa_utils.AveragedModel` does, is a wrapper too: its counters are no weights.
+    """
+    named = {plain_name(model, name): (name, tensor) for name, tensor in _tensors(model.state_dict()).items()}
+    inner = unwrapped(model)
+    if callable(getattr(inner, "update_parameters", None)) and isinstance(getattr(inner, "module", None), nn.Module):
+        return {name[7:]: found for name, found in named.items() if name.startswith("module.")}
+    return named
+
+
+def _with_shared(
+    own: Mapping[str, Tensor], names: dict[str, str], state: Mapping[str, Any], path: Path
+) -> dict[str, str]:
+    """The file's names for the network's, one for all names of a shared tensor where the file has only some of them."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in own.items():
+        if type(tensor) is Tensor and tensor.numel():
+            groups.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), []).append(name)
+    for group in groups.values():
+        given = [names[name] for name in group if name in names]
+        for theirs in given[1:]:
+            one, other = state[given[0]], state[theirs]
+            if one.shape != other.shape or not torch.equal(one, other.to(one.dtype)):
+                raise WeightsError(f"{path}: {given[0]!r} and {theirs!r} differ, but are one tensor in the model.")
+        names |= {name: given[0] for name in group if given and name not in names}
+    return names
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A copy on the CPU with memory of its own, of all ranks' shards."""
+    gather = getattr(tensor, "full_tensor", lambda: tensor)  # of a DTensor
+    return cast("Tensor", gather().detach().cpu().contiguous().clone())
+
+
+def _as_sharded(value: Tensor, own: Tensor) -> Tensor:
+    """A tensor in shards like those of FSDP2, where the network's is."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if tensor is None or not isinstance(own, tensor.DTensor):
+        return value
+    sharded: Tensor = tensor.distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+    return sharded
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -208,28 +441,16 @@ def _is_extra(name: object) -> bool:
     return not isinstance(name, str) or name.rpartition(".")[2] == "_extra_state"
 
 
-def _clean(names: Iterable[str]) -> dict[str, str]:
-    """Map names without wrappers to the names themselves."""
-    found: dict[str, str] = {}
-    for name in names:
-        if found.setdefault(_only(name), name) != name:
-            raise ValueError(f"{name!r} and {found[_only(name)]!r} are the same name without {sorted(WRAPPERS)}.")
-    return found
-
-
-def _only(name: str) -> str:
-    """A name without the parts that wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
 def _fits(own: Tensor, value: Tensor) -> bool:
     return own.shape == value.shape and own.is_floating_point() == value.is_floating_point()
 
 
-def _is_torchvisions(model: nn.Module, values: Mapping[str, Tensor], head: str) -> bool:
+def _is_torchvisions(model: nn.Module, names: Iterable[str], head: str) -> bool:
     """Whether a file has the classifier of torchvision's ResNet in place of the head of this library's network."""
-    lacks_head = not any(clean.startswith(f"{head}.") for clean in values)
-    return "fc.weight" in values and lacks_head and any(isinstance(module, DeepLabV2) for module in model.modules())
+    found = [_core(name.split(".")) for name in names]
+    lacks_head = not any(".".join(name).startswith(f"{head}.") for name in found)
+    is_ours = any(isinstance(module, DeepLabV2) for module in model.modules())
+    return is_ours and lacks_head and any(name[-2:] == ("fc", "weight") for name in found)
 
 
 def _preprocessing_converted(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
