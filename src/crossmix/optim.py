@@ -64,8 +64,8 @@ def parameter_groups(
         raise TypeError(f"`network` must be an nn.Module, got {type(network).__name__}; pass the network itself.")
     modules = dict(named_parts(network))
     in_head: set[nn.Parameter] = set()
-    for part in [] if head is None else [head] if isinstance(head, str | nn.Module) else head:
-        in_head |= _head_parameters(modules, plain_name(network, part) if isinstance(part, str) else part)
+    for one in [] if head is None else [head] if isinstance(head, str | nn.Module) else head:
+        in_head |= _head_parameters(modules, plain_name(network, one) if isinstance(one, str) else one)
     undecayed = _undecayed(modules, {no_decay} if isinstance(no_decay, str) else set(no_decay))
     once = [parameter for parameter in network.parameters() if parameter.requires_grad]
     listed = once

@@ -255,8 +255,13 @@ def _same(parts: Sequence[str], candidates: Sequence[tuple[str, ...]]) -> tuple[
     The longest that it contains, so that a part of the network's own name is not taken for a wrapper's. A network whose
     name has such a part more than the file is another kind of wrapper, where there is only one such name.
     """
-    contained = [own for own in candidates if all(part in rest for rest in [iter(parts)] for part in own)]
+    contained = [own for own in candidates if _is_subsequence(own, parts)]
     return max(contained or (candidates if len(candidates) == 1 else []), key=len, default=None)
+
+
+def _is_subsequence(some: Sequence[str], parts: Sequence[str]) -> bool:
+    rest = iter(parts)
+    return all(part in rest for part in some)  # `in` moves on behind what it finds
 
 
 def _entry_end(path: tuple[str, ...], entry: str) -> int:
