@@ -542,12 +542,39 @@ def test_torchvision__is_refused_or_converted_and_said(tmp_path: Path, caplog: p
     torch.testing.assert_close(seen[0][inner], want[inner], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module."])
+@pytest.mark.parametrize("wrap", ["bare", "compiled", "teacher", "in another module"])
+def test_torchvision__is_converted_whatever_is_around_it(wrap: str, prefix: str, tmp_path: Path) -> None:
+    state = torchvisions(snapshot(tiny(1)))
+    torch.save(state, tmp_path / "plain.pth")
+    want = tiny(2)
+    load_weights(want, tmp_path / "plain.pth", strict=False)
+    assert not torch.equal(want.conv1.weight, state["conv1.weight"])
+    inner = "net." if wrap == "in another module" else ""
+    torch.save(prefixed(prefix + inner, state), tmp_path / "x.pth")
+    network = tiny(2)
+    if wrap == "in another module":
+        load_weights(nn.ModuleDict({"net": network}), tmp_path / "x.pth", strict=False, head="net.layer5")
+    elif wrap == "teacher":
+        teacher = MeanTeacher(network)
+        load_weights(teacher, tmp_path / "x.pth", strict=False)
+        network = teacher.module
+    else:
+        load_weights(compiled(network) if wrap == "compiled" else network, tmp_path / "x.pth", strict=False)
+    assert_equal(network, want.state_dict())
+
+
 def test_torchvision__is_nothing_that_has_the_head_or_is_for_another_network(tmp_path: Path) -> None:
     both = {**snapshot(tiny(1)), "fc.weight": torch.ones(1000, 2048)}
     torch.save(both, tmp_path / "both.pth")
     model = tiny(2)
     load_weights(model, tmp_path / "both.pth", strict=False)
     assert_equal(model, snapshot(tiny(1)))
+    around = nn.ModuleDict({"net": tiny(1), "fc": nn.Linear(4, 2)})
+    path = save_weights(around, tmp_path / "around.pth")
+    other = nn.ModuleDict({"net": tiny(2), "fc": nn.Linear(4, 2)})
+    load_weights(other, path, strict=False, head="fc")
+    assert_equal(other, around.state_dict())
     network = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 4, 1), fc=nn.Linear(4, 2)))
     source = randomised(copy.deepcopy(network), 1)
     load_weights(network, save_weights(source, tmp_path / "x.pth"))
@@ -846,6 +873,13 @@ def test_bad_arguments(tmp_path: Path) -> None:
         nowhere = deeplab_v2_tiny(5)
     with pytest.raises(ValueError, match="`model` must have memory"):
         load_weights(nowhere, path)
+    with pytest.raises(ValueError, match=r"without a shape; .* run it once first"):
+        load_weights(nn.LazyLinear(2), path)
+    torch.save({"student": model.state_dict(), "teacher": None}, tmp_path / "source.pt")
+    with pytest.raises(
+        WeightsError, match=r"nothing there matches the model, .*; pass `entry='student'`, which matches"
+    ):
+        load_weights(model, tmp_path / "source.pt", entry="teacher")
     with pytest.raises(FileNotFoundError):
         save_weights(model, tmp_path / "none" / "x.pth")
 

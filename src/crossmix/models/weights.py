@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from crossmix._wrappers import plain_name, unwrapped
+from crossmix._wrappers import named_parts, plain_name, unwrapped
 from crossmix.models.deeplab_v2 import MEAN_BGR, DeepLabV2
 from crossmix.models.weight_files import WeightsError, read_weights, safetensors_of
 
@@ -235,8 +235,8 @@ def _places(contents: Mapping[str, Any], own: Iterable[str]) -> list[_Place]:
 
 
 def _mappings(
-    contents: Mapping[str, Any], keys: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    contents: Mapping[Any, Any], keys: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
     """A mapping and those inside it, with the keys that lead there."""
     yield keys, contents
     for key, value in contents.items():
@@ -346,10 +346,10 @@ def _load(
     lacking = {
         clean[name] for name in (*report.missing, *report.mismatched) if not name.endswith("num_batches_tracked")
     }
-    torchvisions = _is_torchvisions(model, (str(name).removeprefix(place.prefix) for name in inside), head)
-    _check(report, place, lacking, path, strict=strict, head=head, torchvisions=torchvisions)
-    if torchvisions:
-        values |= _preprocessing_converted(values)
+    torchvisions = _torchvisions(model, values, report.unexpected)
+    _check(report, place, lacking, path, strict=strict, head=head, torchvisions=bool(torchvisions))
+    for start in torchvisions:
+        values |= _preprocessing_converted(values, start)
     copied = {full: _as_sharded(values[name], to) for name, (full, to) in ours.items() if full in {*report.matched}}
     model.load_state_dict(copied, strict=False)
     _log(path, place, report, careful=bool(lacking or report.unexpected))
@@ -391,16 +391,22 @@ def _log(path: Path, place: _Place, report: LoadReport, *, careful: bool) -> Non
 
 
 def _named(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """A model's tensors by the names that they have without wrappers, with their names in its state_dict.
-
-    Something that keeps an average of a network, and answers to `update_parameters` and `module` as
-    `torch.optim.swa_utils.AveragedModel` does, is a wrapper too: its counters are no weights.
-    """
+    """A model's tensors by the names that they have without wrappers, with their names in its state_dict."""
     named = {plain_name(model, name): (name, tensor) for name, tensor in _tensors(model.state_dict()).items()}
-    inner = unwrapped(model)
-    if callable(getattr(inner, "update_parameters", None)) and isinstance(getattr(inner, "module", None), nn.Module):
-        return {name[7:]: found for name, found in named.items() if name.startswith("module.")}
-    return named
+    if _averaged(model) is None:
+        return named
+    return {name.removeprefix("module."): found for name, found in named.items() if name.startswith("module.")}
+
+
+def _averaged(model: nn.Module) -> nn.Module | None:
+    """The network in something that keeps an average of one, whose counters are no weights; None in anything else.
+
+    It answers to `update_parameters` and `module`, as `torch.optim.swa_utils.AveragedModel` does.
+    """
+    model = unwrapped(model)
+    network = getattr(model, "module", None)
+    is_average = callable(getattr(model, "update_parameters", None)) and isinstance(network, nn.Module)
+    return network if is_average else None
 
 
 def _with_shared(
@@ -450,22 +456,27 @@ def _fits(own: Tensor, value: Tensor) -> bool:
     return own.shape == value.shape and own.is_floating_point() == value.is_floating_point()
 
 
-def _is_torchvisions(model: nn.Module, names: Iterable[str], head: str) -> bool:
-    """Whether a file has the classifier of torchvision's ResNet in place of the head of this library's network."""
-    found = [_core(name.split(".")) for name in names]
-    lacks_head = not any(".".join(name).startswith(f"{head}.") for name in found)
-    is_ours = any(isinstance(module, DeepLabV2) for module in model.modules())
-    return is_ours and lacks_head and any(name[-2:] == ("fc", "weight") for name in found)
+def _torchvisions(model: nn.Module, values: Mapping[str, Tensor], unexpected: Iterable[str]) -> list[str]:
+    """Networks of this library in a model that a file has torchvision's classifier for, in place of the head.
+
+    As what their names begin with in the model.
+    """
+    if not any(_core(name.split("."))[-2:] == ("fc", "weight") for name in unexpected):
+        return []
+    parts = named_parts(_averaged(model) or model)
+    starts = [f"{name}." if name else "" for name, part in parts if isinstance(part, DeepLabV2)]
+    headless = [start for start in starts if not any(name.startswith(f"{start}layer5.") for name in values)]
+    return [start for start in headless if {f"{start}conv1.weight", f"{start}bn1.running_mean"} <= values.keys()]
 
 
-def _preprocessing_converted(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _preprocessing_converted(values: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
     """Make the stem of torchvision's network, which sees (RGB - mean) / deviation, see BGR in 0..255 minus a mean."""
-    weight = values["conv1.weight"]
+    weight = values[f"{start}conv1.weight"]
     mean, deviation = weight.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     offset = (weight.new_tensor(MEAN_BGR[::-1])[:, None, None] / 255 - mean) / deviation  # of what is zero here
     return {
-        "conv1.weight": (weight / (255 * deviation)).flip(1),
-        "bn1.running_mean": values["bn1.running_mean"] - (weight * offset).sum((1, 2, 3)),
+        f"{start}conv1.weight": (weight / (255 * deviation)).flip(1),
+        f"{start}bn1.running_mean": values[f"{start}bn1.running_mean"] - (weight * offset).sum((1, 2, 3)),
     }
 
 
