@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -12,21 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from crossmix._wrappers import named_parts, plain_name, unwrapped
+from crossmix.models._places import WRAPPERS, Place, core, few, find, fits, is_extra, tensors
 from crossmix.models.deeplab_v2 import MEAN_BGR, DeepLabV2
 from crossmix.models.weight_files import WeightsError, read_weights, safetensors_of
 
 __all__ = ["LoadReport", "load_weights", "save_weights"]
 
 LOG = logging.getLogger(__name__)
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "Scale"}
-"""Parts of a file's names that wrappers put there (the last one is the multi-scale wrapper of the ImageNet file), or
-that are the network's own: the network's names tell."""
-ENTRIES: dict[str | None, tuple[str, ...]] = {
-    None: ("student", "model", "state_dict"),
-    "student": ("student", "model"),
-    "teacher": ("teacher", "ema_model"),
-}
-"""What an entry is called in files: the first that is there."""
 TORCHVISION = (
     "it was taken for torchvision's ResNet-101: the preprocessing is converted, but layer2.0 has its stride on the "
     "first convolution and the max-pooling rounds up, so its features are not torchvision's before training"
@@ -49,7 +41,7 @@ class LoadReport(NamedTuple):
     mismatched: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "; ".join(f"{len(names)} {field} {_few(names)}".rstrip() for field, names in self._asdict().items())
+        return "; ".join(f"{len(names)} {field} {few(names)}".rstrip() for field, names in self._asdict().items())
 
 
 def load_weights(
@@ -156,164 +148,10 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str |
     except BaseException as error:
         aside.unlink(missing_ok=True)
         if isinstance(error, KeyError):  # how safetensors refuse a dtype
-            name = next(name for name, tensor in state.items() if tensor.dtype == error.args[0])
+            name = next((name for name, tensor in state.items() if tensor.dtype == error.args[0]), "it")
             raise ValueError(f"safetensors have no {error}, which `{name}` is; write a .pth file.") from error
         raise
     return path
-
-
-class _Place(NamedTuple):
-    """A part of a file that a network's weights may be in."""
-
-    path: tuple[str, ...]  # to it: keys of mappings, then parts of names
-    keys: int  # how many of these are keys
-    entry: int  # how many lead to the entry that was asked for
-    state: Mapping[str, Any]  # the mapping behind the keys
-    matches: Mapping[str, list[str]]  # the names of `state` that stand for each of the network's own
-
-    @property
-    def name(self) -> str:
-        """The path as an `entry`."""
-        return ".".join(self.path)
-
-    @property
-    def prefix(self) -> str:
-        """What the names of `state` begin with here."""
-        return "".join(f"{part}." for part in self.path[self.keys :])
-
-    @property
-    def scope(self) -> str:
-        """What they begin with in the whole entry."""
-        return "".join(f"{part}." for part in self.path[self.keys : self.entry])
-
-    @property
-    def is_guessed(self) -> bool:
-        """Whether more leads to it than the entry and wrappers."""
-        return not WRAPPERS.issuperset(self.path[self.entry :])
-
-
-def _find(contents: Mapping[str, Any], own: Mapping[str, Tensor], entry: str | None, path: Path) -> _Place:
-    """The part of a file that holds most of a network's names; of equal ones the entry, and for None the student."""
-    everywhere = _places(contents, own)
-    names = ENTRIES.get(entry, (entry or "",))
-    ranked = []
-    for place in everywhere:
-        if entry in {None, "student"} and {"teacher", "ema_model"} & {*place.path}:
-            continue
-        rank, end = next(((i, end) for i, name in enumerate(names) if (end := _entry_end(place.path, name))), (None, 0))
-        if rank is None and entry is None:
-            rank = len(names) if place.path else -1  # a guess, or the whole file
-        if rank is not None:
-            ranked.append(((*_score(place, own), rank, end, len(place.path)), place._replace(entry=end)))
-    ranked = [(key, place) for key, place in ranked if not place.is_guessed or 2 * len(place.matches) >= len(own)]
-    if not ranked:
-        return _without_match(contents, everywhere, own, entry, path)
-    best, chosen = min(ranked, key=lambda pair: pair[0])
-    rivals = _outermost([place for key, place in ranked if key[:-1] == best[:-1]])
-    if len(rivals) > 1:
-        listed = " or ".join(f"`entry={place.name!r}`" for place in rivals)
-        raise WeightsError(f"{path}: {len(rivals)} parts of it match the model alike; pass {listed}.")
-    return chosen
-
-
-def _places(contents: Mapping[str, Any], own: Iterable[str]) -> list[_Place]:
-    """Every part of a file in which any of a network's names is found."""
-    alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for name in own:
-        parts = tuple(name.split("."))
-        alike.setdefault(_core(parts), []).append(parts)
-    found = []
-    for keys, state in _mappings(contents):
-        matches: dict[tuple[str, ...], dict[str, list[str]]] = {}
-        for name in _tensors(state):
-            parts = tuple(name.split("."))
-            for i in range(len(parts)):
-                if same := _same(parts[i:], alike.get(_core(parts[i:]), [])):
-                    matches.setdefault(parts[:i], {}).setdefault(".".join(same), []).append(name)
-        found += [_Place(keys + prefix, len(keys), 0, state, names) for prefix, names in matches.items()]
-    return found
-
-
-def _mappings(
-    contents: Mapping[Any, Any], keys: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """A mapping and those inside it, with the keys that lead there."""
-    yield keys, contents
-    for key, value in contents.items():
-        if isinstance(key, str) and isinstance(value, Mapping) and len(keys) < 8:
-            yield from _mappings(value, (*keys, *key.split(".")))
-
-
-def _core(parts: Sequence[str]) -> tuple[str, ...]:
-    """The parts of a name that no wrapper can have put there."""
-    return tuple(part for part in parts if part not in WRAPPERS)
-
-
-def _same(parts: Sequence[str], candidates: Sequence[tuple[str, ...]]) -> tuple[str, ...] | None:
-    """Which of the network's names, alike but for wrappers, a name of the file stands for.
-
-    The longest that it contains, so that a part of the network's own name is not taken for a wrapper's. A network whose
-    name has such a part more than the file is another kind of wrapper, where there is only one such name.
-    """
-    contained = [own for own in candidates if _is_subsequence(own, parts)]
-    return max(contained or (candidates if len(candidates) == 1 else []), key=len, default=None)
-
-
-def _is_subsequence(some: Sequence[str], parts: Sequence[str]) -> bool:
-    rest = iter(parts)
-    return all(part in rest for part in some)  # `in` moves on behind what it finds
-
-
-def _entry_end(path: tuple[str, ...], entry: str) -> int:
-    """How many parts of a path lead to an entry, which may be deeper inside, between wrappers; 0 where it is not."""
-    wanted = tuple(entry.split("."))
-    spots = [i for i, part in enumerate(path) if part not in WRAPPERS or part in wanted]
-    for i in range(len(spots) - len(wanted) + 1):
-        run = spots[i : i + len(wanted)]
-        if tuple(path[spot] for spot in run) == wanted:
-            return run[-1] + 1
-    return 0
-
-
-def _score(place: _Place, own: Mapping[str, Tensor]) -> tuple[int, int]:
-    """How well a part matches, the lower the better: tensors that fit, then names."""
-    fitting = [name for name, names in place.matches.items() if _fits(own[name], place.state[names[0]])]
-    return -len(fitting), -len(place.matches)
-
-
-def _outermost(places: Iterable[_Place]) -> list[_Place]:
-    """Those that lie in no other one."""
-    found: list[_Place] = []
-    for place in sorted(places, key=lambda place: len(place.path)):
-        if not any(place.path[: len(outer.path)] == outer.path for outer in found):
-            found.append(place)
-    return found
-
-
-def _without_match(
-    contents: Mapping[str, Any], everywhere: Sequence[_Place], own: Mapping[str, Tensor], entry: str | None, path: Path
-) -> _Place:
-    """The entry that nothing of the network is in, for the report, or an error that says where something is."""
-    mappings = list(_mappings(contents))
-    inside = [(keys, tuple(str(name).split(".")), state) for keys, state in mappings for name in state]
-    ends = (
-        _Place((keys + parts)[:end], min(end, len(keys)), end, state, {})
-        for name in ENTRIES.get(entry, (entry or "",))
-        for keys, parts, state in [*((keys, (), state) for keys, state in mappings), *inside]
-        if (end := _entry_end(keys + parts, name))
-    )
-    there = next(ends, None)
-    best = min((_score(place, own) for place in everywhere), default=(0, 0))
-    if 2 * -best[0] >= len(own):
-        matching = _outermost([place for place in everywhere if _score(place, own) == best])
-        listed = " or ".join(f"`entry={place.name!r}`" if place.path else "no `entry`" for place in matching)
-        said = (
-            f"it has no entry {entry!r}" if there is None and entry is not None else "nothing there matches the model"
-        )
-        raise WeightsError(f"{path}: {said}, but {_few(contents)}; pass {listed}, which matches the model.")
-    if there is None and entry is not None:
-        raise WeightsError(f"{path}: it has no entry {entry!r}, but {_few(contents)}, and none matches the model.")
-    return there or _Place((), 0, 0, contents, {})
 
 
 def _load(
@@ -327,20 +165,20 @@ def _load(
             "`model` must have memory, got tensors on the meta device or without a shape; call `model.to_empty(...)` "
             "or run it once first."
         )
-    place = _find(contents, own, entry, path)
+    place = find(contents, own, entry, path)
     if clash := next((names for names in place.matches.values() if len(names) > 1), None):
         raise WeightsError(f"{path}: {clash[0]!r} and {clash[1]!r} are the same name without {sorted(WRAPPERS)}.")
     names = _with_shared(own, {name: theirs for name, (theirs,) in place.matches.items()}, place.state, path)
     values = {name: place.state[theirs] for name, theirs in names.items()}
     inside = [name for name in place.state if str(name).startswith(place.scope)]
     if not any(isinstance(place.state[name], Tensor) for name in inside):
-        raise WeightsError(f"{path}: expected tensors, got none among {_few(inside)}; pass the right `entry`.")
+        raise WeightsError(f"{path}: expected tensors, got none among {few(inside)}; pass the right `entry`.")
     used = {*names.values()}
     report = LoadReport(
-        matched=tuple(full for name, (full, to) in ours.items() if name in values and _fits(to, values[name])),
+        matched=tuple(full for name, (full, to) in ours.items() if name in values and fits(to, values[name])),
         missing=tuple(full for name, (full, _) in ours.items() if name not in values),
-        unexpected=tuple(str(name) for name in inside if name not in used and not _is_extra(name)),
-        mismatched=tuple(full for name, (full, to) in ours.items() if name in values and not _fits(to, values[name])),
+        unexpected=tuple(str(name) for name in inside if name not in used and not is_extra(name)),
+        mismatched=tuple(full for name, (full, to) in ours.items() if name in values and not fits(to, values[name])),
     )
     clean = {full: name for name, (full, _) in ours.items()}
     lacking = {
@@ -350,8 +188,8 @@ def _load(
     _check(report, place, lacking, path, strict=strict, head=head, torchvisions=bool(torchvisions))
     for start in torchvisions:
         values |= _preprocessing_converted(values, start)
-    copied = {full: _as_sharded(values[name], to) for name, (full, to) in ours.items() if full in {*report.matched}}
-    model.load_state_dict(copied, strict=False)
+    copied = {full: _as_sharded(values[clean[full]], own[clean[full]]) for full in report.matched}
+    model.load_state_dict(copied, strict=False)  # into the parameters themselves, where state_dict gave copies (FSDP)
     _log(path, place, report, careful=bool(lacking or report.unexpected))
     if torchvisions:
         LOG.warning("%s: %s", path, TORCHVISION)
@@ -359,7 +197,7 @@ def _load(
 
 
 def _check(
-    report: LoadReport, place: _Place, lacking: set[str], path: Path, *, strict: bool, head: str, torchvisions: bool
+    report: LoadReport, place: Place, lacking: set[str], path: Path, *, strict: bool, head: str, torchvisions: bool
 ) -> None:
     """Refuse what does not match as it has to, with what would."""
     backbone = bool(report.matched) and all(name.startswith(f"{head}.") for name in lacking)
@@ -380,11 +218,11 @@ def _check(
     raise WeightsError(f"{path}: expected {what} to match, got {report}{where}; the model is as it was; {advice}.")
 
 
-def _log(path: Path, place: _Place, report: LoadReport, *, careful: bool) -> None:
+def _log(path: Path, place: Place, report: LoadReport, *, careful: bool) -> None:
     """Say what was loaded, and from where in the file."""
     if place.path:
         beside = [str(name) for name in place.state if not str(name).startswith(place.scope or place.prefix)]
-        left = f", and left {len(beside)} names beside it {_few(beside)}" if beside else ""
+        left = f", and left {len(beside)} names beside it {few(beside)}" if beside else ""
         level = logging.WARNING if place.is_guessed else logging.INFO
         LOG.log(level, "%s: took %r for the model%s", path, place.name, left)
     LOG.log(logging.WARNING if careful else logging.INFO, "%s: %s", path, report)
@@ -392,7 +230,7 @@ def _log(path: Path, place: _Place, report: LoadReport, *, careful: bool) -> Non
 
 def _named(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """A model's tensors by the names that they have without wrappers, with their names in its state_dict."""
-    named = {plain_name(model, name): (name, tensor) for name, tensor in _tensors(model.state_dict()).items()}
+    named = {plain_name(model, name): (name, tensor) for name, tensor in tensors(model.state_dict()).items()}
     if _averaged(model) is None:
         return named
     return {name.removeprefix("module."): found for name, found in named.items() if name.startswith("module.")}
@@ -442,26 +280,12 @@ def _as_sharded(value: Tensor, own: Tensor) -> Tensor:
     return sharded
 
 
-def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state_dict, without the extra state that is no weight."""
-    return {name: value for name, value in state.items() if isinstance(value, Tensor) and not _is_extra(name)}
-
-
-def _is_extra(name: object) -> bool:
-    """Whether a name is that of `get_extra_state`, such as the teacher's count of updates: no weight."""
-    return not isinstance(name, str) or name.rpartition(".")[2] == "_extra_state"
-
-
-def _fits(own: Tensor, value: Tensor) -> bool:
-    return own.shape == value.shape and own.is_floating_point() == value.is_floating_point()
-
-
 def _torchvisions(model: nn.Module, values: Mapping[str, Tensor], unexpected: Iterable[str]) -> list[str]:
     """Networks of this library in a model that a file has torchvision's classifier for, in place of the head.
 
     As what their names begin with in the model.
     """
-    if not any(_core(name.split("."))[-2:] == ("fc", "weight") for name in unexpected):
+    if not any(core(name.split("."))[-2:] == ("fc", "weight") for name in unexpected):
         return []
     parts = named_parts(_averaged(model) or model)
     starts = [f"{name}." if name else "" for name, part in parts if isinstance(part, DeepLabV2)]
@@ -478,10 +302,3 @@ def _preprocessing_converted(values: Mapping[str, Tensor], start: str) -> dict[s
         f"{start}conv1.weight": (weight / (255 * deviation)).flip(1),
         f"{start}bn1.running_mean": values[f"{start}bn1.running_mean"] - (weight * offset).sum((1, 2, 3)),
     }
-
-
-def _few(names: Iterable[object]) -> str:
-    """The first names of many, in parentheses."""
-    names = list(names)
-    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"({', '.join(map(str, names[:3]))}{more})" if names else ""
