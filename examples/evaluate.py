@@ -1,12 +1,12 @@
 """Score weights on Cityscapes as the published numbers were scored, at both label sizes in one pass.
 
     python examples/evaluate.py --weights dacs.pth --cityscapes DIR                   a released checkpoint
-    python examples/evaluate.py --weights RUN/checkpoints/X.pt --cityscapes DIR       one of the trainer's
+    python examples/evaluate.py --weights X.pt --cityscapes DIR                       one of the trainer's
     torchrun --nproc_per_node 4 examples/evaluate.py ...                              images shared out over GPUs
 
-Images are resized to 512 x 1024. The released code scores on labels of that size; the standard protocol, and the
-numbers of other papers, on the labels' own 1024 x 2048, with the 1/8 logits upsampled straight to it. The means over
-19, 16 and 13 classes come from the same counts.
+Images are resized to 512 x 1024, or as a run of the trainer resized them. The released code scores on labels of that
+size; the standard protocol, and the numbers of other papers, on the labels' own 1024 x 2048, with the 1/8 logits
+upsampled straight to it. The means over 19, 16 and 13 classes come from the same counts.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ from crossmix.datasets.classes import CLASS_NAMES, CLASSES_13, CLASSES_16
 from crossmix.evaluation import evaluate
 from crossmix.metrics import ConfusionMatrix
 from crossmix.models import DeepLabV2, WeightsError, deeplab_v2_resnet101, deeplab_v2_tiny, load_weights
+from crossmix.models.weight_files import read_weights
 from paper import paper_row
+
+NETWORKS = {"resnet101": deeplab_v2_resnet101, "tiny": deeplab_v2_tiny}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         scores = {entry: score(entry, args, ranks=ranks) for entry in args.entry}
-    except (DataError, WeightsError, FileNotFoundError) as error:
+    except (DataError, WeightsError, FileNotFoundError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
     finally:
         if ranks:
@@ -59,9 +62,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cityscapes", required=True, help="folder with leftImg8bit/ and gtFine/")
     parser.add_argument("--entry", nargs="+", default=["student"], help="parts of a checkpoint: student, teacher")
     parser.add_argument("--split", default="val")
-    parser.add_argument("--network", choices=("resnet101", "tiny"), help="default: the run's, or resnet101")
+    parser.add_argument("--network", choices=tuple(NETWORKS), help="default: the run's, or resnet101")
     parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
-    parser.add_argument("--image-size", default="512x1024", help="HxW that images are resized to, or native")
+    parser.add_argument(
+        "--image-size", help="HxW that images are resized to, or native; default: the run's, or 512x1024"
+    )
     parser.add_argument("--paper", default="gta5/dacs", help="row to print beside: gta5/METHOD or synthia/METHOD")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
@@ -75,30 +80,48 @@ def load_network(
 ) -> DeepLabV2:
     """The network that a file was saved from, with its weights, on the CPU in eval mode.
 
-    What a run of the trainer was told stands beside its checkpoints; of any other file the arguments say it.
+    A checkpoint of the trainer holds what the run was told; of any other file the arguments say it.
     """
-    beside = Path(weights).parent.parent / "config.json"
-    config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    build = deeplab_v2_tiny if (network or config.get("network")) == "tiny" else deeplab_v2_resnet101
-    model = build(len(CLASS_NAMES), aspp_branches=aspp_branches or config.get("aspp_branches", 2))
-    try:
-        load_weights(model, weights, entry=entry)
-    except WeightsError:
-        if entry != "student":
-            raise
-        load_weights(model, weights)  # a file that holds one network and nothing around it
+    config = saved_config(weights)
+    name, classes = network or config.get("network", "resnet101"), config.get("num_classes", len(CLASS_NAMES))
+    if name not in NETWORKS:
+        raise WeightsError(f"{weights}: was trained on the network {name!r}, which this script does not build.")
+    branches = aspp_branches or config.get("aspp_branches", 2)
+    model = NETWORKS[name](classes, aspp_branches=branches)
+    report = load_weights(model, weights, entry=None if entry == "student" else entry, strict=False)
+    lacking = [name for name in (*report.missing, *report.mismatched) if not name.endswith("num_batches_tracked")]
+    if lacking:
+        raise WeightsError(f"{weights}: expected everything to match a network of {classes} classes, got {report}.")
     return model.eval()
+
+
+def saved_config(weights: str) -> Mapping[str, Any]:
+    """What a run of the trainer was told, from inside its checkpoint; nothing for other files."""
+    config = read_weights(weights, None)[1].get("config")
+    return config if isinstance(config, Mapping) else {}
+
+
+def image_size(text: str) -> tuple[int, int] | None:
+    """'512x1024' as (512, 1024), '512' as a square, 'native' as None."""
+    if text == "native":
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and (width or height).isdecimal() and int(height) * int(width or height)):
+        raise WeightsError(f"expected a size such as 512x1024, or native, got {text!r}.")
+    return int(height), int(width or height)
 
 
 def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any]:
     """Scores by label size."""
-    model = load_network(args.weights, entry, network=args.network, aspp_branches=args.aspp_branches).to(args.device)
-    size = None if args.image_size == "native" else tuple(int(side) for side in args.image_size.split("x"))
+    model = load_network(args.weights, entry, network=args.network, aspp_branches=args.aspp_branches)
+    if model.num_classes != len(CLASS_NAMES):
+        raise WeightsError(f"{args.weights}: has {model.num_classes} classes, but Cityscapes {len(CLASS_NAMES)}.")
+    size = image_size(args.image_size or saved_config(args.weights).get("target_size", "512x1024"))
     matrices = evaluate(
-        model,
+        model.to(args.device),
         Cityscapes(args.cityscapes, args.split),
-        image_size=size,  # type: ignore[arg-type]
-        label_sizes=[None] if size is None else [size, (2 * size[0], 2 * size[1])],  # type: ignore[list-item]
+        image_size=size,
+        label_sizes=[None] if size is None else [size, (2 * size[0], 2 * size[1])],
         forward=model.forward_features,
         dtype={"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision],
         workers=args.workers,

@@ -1,9 +1,11 @@
 """Any photograph, PNG or JPEG, as a tensor: the header is looked at first, every failure names the file."""
 
 import struct
+import warnings
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from kornia_rs import io
 from torch import Tensor
@@ -25,13 +27,14 @@ class Header(NamedTuple):
     height: int
     bits: int
     kind: str
+    by_pillow: bool
 
 
 def read_photo(path: Path) -> Tensor:
-    """Read a picture as RGB. Grey becomes RGB, transparency is left out, the orientation in EXIF is not applied.
+    """Read a picture as RGB, turned as its EXIF orientation says. Grey becomes RGB, transparency is left out.
 
     Args:
-        path: A PNG or JPEG file of 8 bits per channel.
+        path: A PNG or JPEG file of 8 bits per channel. JPEG, and PNG with EXIF, are read by Pillow.
 
     Returns:
         (3, H, W) uint8.
@@ -43,10 +46,10 @@ def read_photo(path: Path) -> Tensor:
         with path.open("rb") as file:
             start = file.read(8)
             if start == b"\x89PNG\r\n\x1a\n":
-                header, decode = png_header(file), io.read_image_png_u8
+                header = png_header(file)
             elif start[:2] == b"\xff\xd8":
                 file.seek(2)
-                header, decode = jpeg_header(file), io.read_image_jpeg
+                header = jpeg_header(file)
             else:
                 raise DataError(f"{path}: is neither a PNG nor a JPEG file, whatever its name; convert it to one.")
     except OSError as error:
@@ -60,18 +63,42 @@ def read_photo(path: Path) -> Tensor:
             f"{path}: has {header.width} x {header.height} pixels, more than {MAX_PIXELS}; shrink it first."
         )
     try:
-        pixels = torch.from_numpy(decode(str(path), MODES[header.kind]))
-    except Exception as error:  # kornia_rs raises bare Exception
+        pixels = (
+            by_pillow(path)
+            if header.by_pillow
+            else torch.from_numpy(io.read_image_png_u8(str(path), MODES[header.kind]))
+        )
+    except ImportError as error:
+        raise DataError(
+            f"{path}: photographs take Pillow to read; install it by `pip install crossmix[pictures]`."
+        ) from error
+    except Exception as error:  # kornia_rs raises bare Exception, Pillow whatever a damaged file leads to
         raise DataError(f"{path}: cannot be decoded ({error}); copy or download it again.") from error
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     return pixels[..., :3].permute(2, 0, 1).expand(3, -1, -1).contiguous()
 
 
+def by_pillow(path: Path) -> Tensor:
+    """Decode and turn a picture: (H, W, 3) uint8."""
+    from PIL import Image, ImageOps  # noqa: PLC0415 - an extra
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the header was looked at
+        warnings.filterwarnings("ignore", "Corrupt EXIF data")  # then it turns nothing
+        with Image.open(path) as picture:
+            return torch.from_numpy(np.array(ImageOps.exif_transpose(picture).convert("RGB")))
+
+
 def png_header(file: BinaryIO) -> Header:
-    """From the first chunk of a PNG."""
+    """From the first chunk of a PNG, and whether any chunk is of EXIF."""
     width, height, bits, color = struct.unpack(">8xIIBB", file.read(18))
     kinds = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with transparency", 6: "RGBA"}
-    return Header(width, height, bits, kinds.get(color, "unknown"))
+    file.seek(3 + 4, 1)  # the rest of the chunk, and its checksum
+    chunk = file.read(8)
+    while len(chunk) == 8 and chunk[4:] != b"eXIf":
+        file.seek(int.from_bytes(chunk[:4], "big") + 4, 1)
+        chunk = file.read(8)
+    return Header(width, height, bits, kinds.get(color, "unknown"), by_pillow=len(chunk) == 8)
 
 
 def jpeg_header(file: BinaryIO) -> Header:
@@ -85,7 +112,8 @@ def jpeg_header(file: BinaryIO) -> Header:
         (length,) = struct.unpack(">H", file.read(2))
         if marker in FRAMES:
             bits, height, width, channels = struct.unpack(">BHHB", file.read(6))
-            return Header(width, height, bits, {1: "grey", 3: "RGB", 4: "CMYK"}.get(channels, "unknown"))
+            kind = {1: "grey", 3: "RGB", 4: "CMYK"}.get(channels, "unknown")
+            return Header(width, height, bits, kind, by_pillow=True)
         if length < 2:
             raise struct.error("no length")
         file.seek(length - 2, 1)

@@ -1,11 +1,12 @@
 """Segment any images: train ids, colour maps and overlays.
 
     python examples/predict.py --weights dacs.pth photo.jpg --out predicted                   a released checkpoint
-    python examples/predict.py --weights RUN/checkpoints/X.pt --entry teacher FOLDER --out predicted
+    python examples/predict.py --weights X.pt --entry teacher FOLDER --out predicted          one of the trainer's
 
 For each image, of a folder's in its subfolders too, OUT gets NAME_trainIds.png (a byte per pixel, the train id),
 NAME_color.png (in the colours of Cityscapes) and NAME_overlay.png (half image, half colour), of the image's own size.
-Images are resized to the size that the published network was trained at, 512 x 1024; its logits are then upsampled.
+A photograph is turned as its EXIF orientation says. Images are resized to the size that the published network was
+trained at, 512 x 1024, or a run of the trainer; the logits are then upsampled.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from crossmix.datasets import DataError, write_png
 from crossmix.engine import Progress
 from crossmix.models import DeepLabV2, WeightsError
 from crossmix.visualize import colorize
-from evaluate import load_network
+from evaluate import NETWORKS, image_size, load_network, saved_config
 from photos import ENDINGS, read_photo
 
 KINDS = ("ids", "color", "overlay")
@@ -34,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         targets = planned(args.images, args.out, args.what)
         model = load_network(args.weights, args.entry, network=args.network, aspp_branches=args.aspp_branches)
+        if "size" not in args:
+            args.size = image_size(saved_config(args.weights).get("target_size", "512x1024"))
         predict_all(model.to(args.device), targets, args)
-    except (DataError, WeightsError, OSError, torch.OutOfMemoryError) as error:
+    except (DataError, WeightsError, OSError, ImportError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"error: {error}") from error
     return 0
 
@@ -48,10 +51,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--what", nargs="+", choices=KINDS, default=KINDS, help="default: all of them")
     parser.add_argument("--entry", default="student", help="part of a checkpoint: student, teacher")
-    parser.add_argument("--network", choices=("resnet101", "tiny"), help="default: the run's, or resnet101")
+    parser.add_argument("--network", choices=tuple(NETWORKS), help="default: the run's, or resnet101")
     parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
     parser.add_argument(
-        "--size", type=height_and_width, default="512x1024", help="HxW that images are resized to, or native"
+        "--size",
+        type=height_and_width,
+        default=argparse.SUPPRESS,
+        help="HxW that images are resized to, or native; default: the run's, or 512x1024",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")

@@ -11,10 +11,11 @@ from types import ModuleType
 import pytest
 import torch
 
+from crossmix import MeanTeacher
 from crossmix.datasets import Cityscapes, StreetScenes
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES_13, CLASSES_16
 from crossmix.evaluation import evaluate
-from crossmix.models import deeplab_v2_tiny, save_weights
+from crossmix.models import WeightsError, deeplab_v2_tiny, save_weights
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -49,10 +50,11 @@ def test_evaluate__prints_and_writes_both_sizes(
         arguments += ["--network", "tiny"]
         want = {"student": student}
     else:
-        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-        path = tmp_path / "run" / "checkpoints" / "1.pt"
-        torch.save({"student": student.state_dict(), "teacher": teacher.state_dict(), "step": 1}, path)
-        (tmp_path / "run" / "config.json").write_text('{"network": "tiny", "aspp_branches": 2}', encoding="utf-8")
+        path = tmp_path / "copied.pt"
+        config = {"network": "tiny", "aspp_branches": 2, "target_size": "32x64", "cityscapes": "elsewhere"}
+        states = {"student": student.state_dict(), "teacher": MeanTeacher(teacher).state_dict()}
+        torch.save({**states, "step": 1, "config": config, "versions": {"torch": "2.13"}}, path)
+        arguments = [part for part in arguments if part not in {"--image-size", "32x64"}]
         arguments += ["--entry", "student", "teacher"]
         want = {"student": student, "teacher": teacher}
     assert script.main(["--weights", str(path), *arguments]) == 0
@@ -84,6 +86,43 @@ def test_evaluate__bad_input_is_one_line(folder: Path, tmp_path: Path, monkeypat
     ):
         with pytest.raises(SystemExit, match=message):
             script.main(["--weights", str(weights), "--cityscapes", str(data), "--network", "tiny", "--workers", "0"])
+    good = ["--cityscapes", str(folder), "--network", "tiny", "--workers", "0", "--weights"]
+    with pytest.raises(SystemExit, match="expected a size such as 512x1024, or native, got '0x4'"):
+        script.main([*good, str(tmp_path / "y.pth"), "--image-size", "0x4"])
+    torch.save({"student": deeplab_v2_tiny(5).state_dict(), "config": {"num_classes": 5}}, tmp_path / "five.pt")
+    with pytest.raises(SystemExit, match=r"five\.pt: has 5 classes, but Cityscapes 19"):
+        script.main([*good, str(tmp_path / "five.pt")])
+
+
+def test_load_network__from_inside_the_checkpoint_unless_flags_say_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load("evaluate", monkeypatch)
+    source = deeplab_v2_tiny(7, aspp_branches=4).eval()
+    config = {"network": "tiny", "aspp_branches": 4, "num_classes": 7}
+    torch.save({"student": source.state_dict(), "config": config}, tmp_path / "x.pt")
+    for flags, branches in (({}, 4), ({"aspp_branches": 2}, 2), ({"network": "tiny"}, 4)):
+        network = script.load_network(str(tmp_path / "x.pt"), "student", **flags)
+        assert (network.num_classes, network.layer5.branches, network.training) == (7, branches, False)
+        assert all(map(torch.equal, network.state_dict().values(), source.state_dict().values()))
+    with pytest.raises(WeightsError, match=r"x\.pt: expected everything to match|the whole backbone"):
+        script.load_network(str(tmp_path / "x.pt"), "student", network="resnet101")
+    torch.save({"student": source.state_dict(), "config": {"network": "my:net"}}, tmp_path / "y.pt")
+    with pytest.raises(WeightsError, match=r"y\.pt: was trained on the network 'my:net', which this script does not"):
+        script.load_network(str(tmp_path / "y.pt"), "student")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "backbone.", "student.", "module.model._orig_mod."])
+@pytest.mark.parametrize("around", ["", "state_dict"])
+def test_load_network__whatever_names_begin_with(
+    prefix: str, around: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load("evaluate", monkeypatch)
+    source = deeplab_v2_tiny(19, aspp_branches=2).eval()
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    torch.save({around: state, "epoch": 3} if around else state, tmp_path / "x.pt")
+    network = script.load_network(str(tmp_path / "x.pt"), "student", network="tiny")
+    assert all(map(torch.equal, network.state_dict().values(), source.state_dict().values()))
 
 
 @pytest.mark.slow

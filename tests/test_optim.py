@@ -1,16 +1,21 @@
-"""The optimiser of the released code, against the sequence of updates that it stands for."""
+"""The optimiser of the released code, against the sequence of updates that it stands for; groups; the schedule."""
 
 import copy
 import io
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from crossmix.models import deeplab_v2_resnet101, deeplab_v2_tiny
-from crossmix.optim import RepeatedSGD, parameter_groups
+from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
 
 MU, DECAY = 0.9, 5e-4
 
@@ -66,6 +71,154 @@ def test_repeats__are_one_three_and_four_in_resnet101(network: nn.Module) -> Non
         assert repeats == (1 if name == "conv1.weight" else 4 if "downsample" in name else 3), name
     assert [group["repeats"].count(k) for k in (1, 3, 4)] == [1, 99, 4]
     assert head["repeats"] == [1] * 8
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+def compiled_in_place(module: nn.Module) -> nn.Module:
+    module.compile(backend="eager")
+    return module
+
+
+def sharded(module: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def sharded_in_place(module: nn.Module) -> nn.Module:
+    return fully_shard(module, mesh=dist.init_device_mesh("cpu", (1,)))
+
+
+def parts(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """Wrap a stage, a bottleneck in another one, and the head."""
+
+    def wrapped(network: nn.Module) -> nn.Module:
+        network.layer1, network.layer2[0], network.layer5 = map(
+            wrap, (network.layer1, network.layer2[0], network.layer5)
+        )
+        return network
+
+    return wrapped
+
+
+WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compiled": compiled,
+    "compiled in place": compiled_in_place,
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": DistributedDataParallel,
+    "FSDP": sharded,
+    "FSDP2": sharded_in_place,
+    "nested": lambda network: compiled(DistributedDataParallel(compiled(network))),
+    "compiled parts": parts(compiled),
+    "DataParallel parts": parts(nn.DataParallel),
+    "checkpointed parts": parts(checkpoint_wrapper),
+    "FSDP parts": lambda network: sharded(parts(sharded)(network)),
+    "FSDP2 parts": lambda network: sharded_in_place(parts(sharded_in_place)(network)),
+    "all of it": lambda network: DistributedDataParallel(
+        parts(lambda part: checkpoint_wrapper(compiled(part)))(network)
+    ),
+}
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore")  # of sharding on a CPU
+def test_groups__of_a_wrapped_network_are_those_of_the_bare_one(wrap: str, *, repeated: bool) -> None:
+    def named(network: nn.Module, head: str | nn.Module) -> list[list[str]]:
+        added = r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # no part of DeepLab's names
+        names = {id(p): re.sub(added, "", name) for name, p in network.named_parameters()}
+        groups = parameter_groups(network, 0.1, head=head, no_decay=["bias"], repeated=repeated)
+        return [[names[id(p)] for p in group["params"]] for group in groups]
+
+    network = deeplab_v2_tiny(5)
+    want = named(network, "layer5")
+    wrapped = WRAPS[wrap](network)
+    assert named(wrapped, "layer5") == want
+    assert named(wrapped, network.layer5) == want
+    [(in_names, _)] = [item for item in wrapped.named_modules() if item[1] is network.layer5]
+    assert named(wrapped, in_names) == want
+
+
+def test_groups__any_network_and_kinds_without_decay() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pos_embed = nn.Parameter(torch.zeros(1, 4))
+            self.position_embeddings = nn.Embedding(3, 4)
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(5))
+            self.decomposition = nn.Linear(4, 4, bias=False)
+            self.attention = nn.MultiheadAttention(4, 1)
+            self.norm = nn.LayerNorm(4)
+            self.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    class RMSNorm2d(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(4))
+
+    network = nn.ModuleDict({
+        "body": nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Block(), RMSNorm2d()),
+        "classifier": nn.Sequential(nn.GroupNorm(1, 4), nn.Conv2d(4, 5, 1)),
+        "auxiliary": nn.Conv2d(4, 5, 1),
+    })  # fmt: skip
+    names = {id(p): name for name, p in network.named_parameters()}
+    norms = {"body.1.weight", "body.1.bias", "body.2.norm.weight", "body.2.norm.bias", "body.3.scale",
+             "classifier.0.weight", "classifier.0.bias"}  # fmt: skip
+    positions = {"body.2.pos_embed", "body.2.position_embeddings.weight", "body.2.relative_position_bias_table"}
+    biases = {name for name in names.values() if "bias" in name}
+    assert "body.2.attention.in_proj_bias" in biases
+    heads = {name for name in names.values() if name.startswith(("classifier.", "auxiliary."))}
+    trained = set(names.values()) - {"body.2.frozen"}
+    for kinds, free in (
+        ((), set()),
+        (("norm",), norms),
+        (("bias",), biases),
+        (("position",), positions),
+        (("norm", "bias", "position"), norms | biases | positions),
+    ):
+        for head in (["classifier", "auxiliary"], [network["classifier"], "auxiliary"]):
+            groups = parameter_groups(network, 6e-5, head=head, head_factor=4.0, no_decay=kinds)
+            got = {(g["lr"], g.get("weight_decay")): {names[id(p)] for p in g["params"]} for g in groups}
+            want = {
+                (6e-5, None): trained - heads - free,
+                (4.0 * 6e-5, None): heads - free,
+                (6e-5, 0.0): free - heads,
+                (4.0 * 6e-5, 0.0): free & heads,
+            }
+            assert got == {key: value for key, value in want.items() if value}
+            assert all(group["lr"] == group["initial_lr"] for group in groups)
+            assert sum(len(group["params"]) for group in groups) == len(trained)
+    optimizer = torch.optim.AdamW(parameter_groups(network, 1.0, head=None, no_decay="norm"), weight_decay=0.5)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+
+
+def test_groups__a_shared_parameter_is_in_one() -> None:
+    network = nn.ModuleDict({"body": nn.Linear(2, 2), "tied": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    network["head"].weight = network["tied"].weight = network["body"].weight
+    network["tied"].bias = network["body"].bias
+    for repeated in (False, True):
+        backbone, head = parameter_groups(network, 0.1, head="head", repeated=repeated)
+        assert {id(p) for p in backbone["params"]} == {id(network["body"].bias)}
+        assert [id(p) for p in head["params"]] == [id(network["body"].weight), id(network["head"].bias)]
+        assert len(backbone["params"]) == 1 + repeated  # once for each module around it
+
+
+def test_groups__a_container_around_the_network_counts_as_the_released_code_would(network: nn.Module) -> None:
+    around = nn.Sequential(nn.Identity(), network)
+    bare, more = (
+        RepeatedSGD(parameter_groups(model, 1.0, head=head, repeated=True)).param_groups[0]["repeats"]
+        for model, head in ((network, "layer5"), (around, "1.layer5"))
+    )
+    assert more == [count + 1 for count in bare]
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -136,6 +289,23 @@ def test_step__is_not_what_torch_makes_of_repeated_parameters() -> None:
         results.append(weight.item())
     assert results[0] == pytest.approx(-0.561)
     assert results[0] not in [pytest.approx(result, rel=0.1) for result in results[1:]]
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore")  # of sharding on a CPU
+def test_step__of_a_sharded_network_is_that_of_the_bare_one() -> None:
+    torch.manual_seed(0)
+    bare = deeplab_v2_tiny(5)
+    shards = WRAPS["FSDP2 parts"](copy.deepcopy(bare))
+    images = torch.rand(2, 3, 32, 32)
+    for model in (bare, shards):
+        optimizer = released_sgd(model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(images).square().mean().backward()
+            optimizer.step()
+    for p, q in zip(bare.parameters(), shards.parameters(), strict=True):
+        torch.testing.assert_close(p, q.full_tensor(), rtol=1e-5, atol=1e-6)
 
 
 def test_step__skips_what_has_no_gradient() -> None:
@@ -300,3 +470,38 @@ def test_bad_arguments() -> None:
         RepeatedSGD([weight], -1.0)
     with pytest.raises(ValueError, match="Nesterov"):
         RepeatedSGD([weight], 0.1, nesterov=True)
+
+
+def test_groups__bad_arguments() -> None:
+    network = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2), "relu": nn.ReLU()})
+    with pytest.raises(
+        ValueError, match="`head` must name a submodule of the model, got 'layer5'; it has body, head, relu"
+    ):
+        parameter_groups(network, 0.1)
+    with pytest.raises(ValueError, match="`head` must name a submodule"):
+        parameter_groups(network, 0.1, head="")
+    with pytest.raises(ValueError, match="`head` must have parameters, all of them the model's, got 'relu' with 0"):
+        parameter_groups(network, 0.1, head="relu")
+    with pytest.raises(ValueError, match="all of them the model's, got a Linear with 2; pass a part of this model"):
+        parameter_groups(network, 0.1, head=nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="`head` must be a name, a module, several of them or None, got int"):
+        parameter_groups(network, 0.1, head=[3])
+    with pytest.raises(TypeError, match=r"`network` must be an nn\.Module, got list"):
+        parameter_groups(list(network.parameters()), 0.1)
+    with pytest.raises(ValueError, match="`no_decay` must be of 'norm', 'bias' and 'position', got 'norms'"):
+        parameter_groups(network, 0.1, head="head", no_decay=["norms"])
+
+
+def test_poly_lr__warms_up_linearly_below_the_decay() -> None:
+    for step in range(0, 101, 5):
+        decayed = 6e-5 * (1 - step / 100) ** 1.0
+        ramp = min(1.0, 0.1 + 0.9 * step / 40)
+        assert poly_lr(step, 100, 6e-5, power=1.0, warmup=40, warmup_ratio=0.1) == pytest.approx(
+            decayed * ramp, rel=1e-12
+        )
+    assert poly_lr(0, 40_000, 6e-5, power=1.0, warmup=1500) == pytest.approx(6e-11, rel=1e-12)
+    assert poly_lr(step=3, steps=9, lr=1.0) == poly_lr(3, 9, 1.0, warmup=3)  # it is over
+    with pytest.raises(ValueError, match="`warmup` must be at least 0 steps, got -1"):
+        poly_lr(0, 10, 1.0, warmup=-1)
+    with pytest.raises(ValueError, match=r"`warmup_ratio` must lie in \[0, 1\], got 2"):
+        poly_lr(0, 10, 1.0, warmup=1, warmup_ratio=2)

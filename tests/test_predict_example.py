@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from kornia_rs import io
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as tf
 
-from crossmix.datasets import StreetScenes, write_png
+from crossmix.datasets import DataError, StreetScenes, write_png
 from crossmix.datasets._png import read_png
 from crossmix.models import DeepLabV2, deeplab_v2_tiny, save_weights
 from crossmix.visualize import colorize
@@ -59,7 +61,7 @@ def test_predict__ids_colors_and_overlay(
     io.write_image_jpeg(
         str(folder / "deep" / "two.JPG"), images["deep/two"].permute(1, 2, 0).contiguous().numpy(), "rgb", 90
     )
-    images["deep/two"] = torch.from_numpy(io.read_image_jpeg(str(folder / "deep" / "two.JPG"), "rgb")).permute(2, 0, 1)
+    images["deep/two"] = torch.from_numpy(np.array(Image.open(folder / "deep" / "two.JPG"))).permute(2, 0, 1)
     (folder / "notes.txt").write_text("no picture")
     out = tmp_path / "out"
     assert script.main(["--weights", weights, "--network", "tiny", str(folder), "--out", str(out), "--size", size]) == 0
@@ -81,11 +83,10 @@ def test_predict__own_checkpoints_by_entry_and_only_what_is_asked(
     script: ModuleType, model: DeepLabV2, tmp_path: Path
 ) -> None:
     other = deeplab_v2_tiny(19, aspp_branches=2)
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    path = tmp_path / "run" / "checkpoints" / "step-0000001.pt"
+    path = tmp_path / "copied.pt"
     teacher = {f"module.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"student": other.state_dict(), "teacher": teacher, "step": 1}, path)
-    (tmp_path / "run" / "config.json").write_text('{"network": "tiny", "aspp_branches": 2}')
+    config = {"network": "tiny", "aspp_branches": 2, "target_size": "48x80"}
+    torch.save({"student": other.state_dict(), "teacher": teacher, "step": 1, "config": config}, path)
     write_png(tmp_path / "x.png", picture())
     command = [
         "--weights",
@@ -93,8 +94,6 @@ def test_predict__own_checkpoints_by_entry_and_only_what_is_asked(
         "--entry",
         "teacher",
         str(tmp_path / "x.png"),
-        "--size",
-        "48x80",
         "--what",
         "ids",
     ]
@@ -201,6 +200,56 @@ def test_read_photo__grey_and_transparent(channels: int, tmp_path: Path, monkeyp
         grey = photos.read_photo(tmp_path / "x.jpg")
         assert grey.shape == (3, 48, 80)
         assert (grey.int() - pixels.int()).abs().float().mean() < 8
+
+
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_read_photo__is_turned_as_exif_says(
+    ending: str, orientation: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = load("photos", monkeypatch)
+    upright = picture().permute(1, 2, 0).numpy()  # (48, 80, 3)
+    stored = {
+        None: upright, 1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.transpose(1, 0, 2), 6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1], 8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    path = tmp_path / f"phone.{ending}"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, quality=100, subsampling=0, exif=exif)
+    got = photos.read_photo(path)
+    assert got.shape == (3, 48, 80)
+    away = (got.permute(1, 2, 0).int() - torch.from_numpy(upright).int()).abs().float().mean()
+    assert away <= (1.5 if ending == "jpg" else 0)  # tens, where it is turned another way
+
+
+def test_predict__turns_a_phone_photograph(script: ModuleType, model: DeepLabV2, weights: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture().permute(1, 2, 0).numpy()).save(tmp_path / "phone.jpg", exif=exif)
+    upright = np.array(ImageOps.exif_transpose(Image.open(tmp_path / "phone.jpg")))
+    command = ["--weights", weights, "--network", "tiny", str(tmp_path / "phone.jpg"), "--size", "native"]
+    assert script.main([*command, "--out", str(tmp_path / "out")]) == 0
+    want = expected(model, torch.from_numpy(upright).permute(2, 0, 1), None)
+    ids = read_png(tmp_path / "out" / "phone_trainIds.png")[0]
+    assert ids.shape == (80, 48)
+    assert torch.equal(ids.long(), want)
+    assert read_png(tmp_path / "out" / "phone_overlay.png").shape == (3, 80, 48)
+
+
+def test_read_photo__takes_pillow_for_photographs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = load("photos", monkeypatch)
+    write_png(tmp_path / "x.png", picture())
+    Image.fromarray(picture().permute(1, 2, 0).numpy()).save(tmp_path / "x.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:-400])
+    with pytest.raises(DataError, match=r"cut\.jpg: cannot be decoded \(image file is truncated"):
+        photos.read_photo(tmp_path / "cut.jpg")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert torch.equal(photos.read_photo(tmp_path / "x.png"), picture())
+    with pytest.raises(DataError, match=r"x\.jpg: photographs take Pillow .* `pip install crossmix\[pictures\]`"):
+        photos.read_photo(tmp_path / "x.jpg")
 
 
 def test_predict__refuses_before_anything_is_written(script: ModuleType, weights: str, tmp_path: Path) -> None:

@@ -1,24 +1,41 @@
 """Every kind of file that weights come in, made here; and every kind of file that is none."""
 
+import argparse
+import collections
 import copy
+import dataclasses
+import enum
 import http.server
 import io
 import json
 import logging
 import os
+import pathlib
 import pickle
+import re
+import subprocess
+import sys
 import threading
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.swa_utils import AveragedModel
 
-from crossmix import MeanTeacher
+from crossmix import ClassMix, MeanTeacher, SelfTraining
 from crossmix.models import (
     DeepLabV2,
     LoadReport,
@@ -106,15 +123,134 @@ def test_load__every_tensor_of_every_kind_of_file(shape: str, tmp_path: Path, *,
 compiled = partial(torch.compile, backend="eager")
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, compiled, lambda m: nn.DataParallel(compiled(m))])
-def test_load__into_a_wrapped_model(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
-    source, model = tiny(1), tiny(2)
-    path = save_weights(wrap(source), tmp_path / "x.pth")
-    assert list(torch.load(path, weights_only=True)) == list(source.state_dict())
-    wrapped = wrap(model)
+def parts(wrap: Callable[[nn.Module], nn.Module], network: nn.Module) -> nn.Module:
+    network.layer1, network.layer2[0], network.layer5 = map(wrap, (network.layer1, network.layer2[0], network.layer5))
+    return network
+
+
+def sharded(module: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def sharded_in_place(module: nn.Module) -> nn.Module:
+    return fully_shard(module, mesh=dist.init_device_mesh("cpu", (1,)))
+
+
+WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": DistributedDataParallel,
+    "compiled": compiled,
+    "nested": lambda network: nn.DataParallel(compiled(DistributedDataParallel(network))),
+    "parts": lambda network: parts(compiled, network),
+    "all of it": lambda network: compiled(parts(lambda part: nn.DataParallel(checkpoint_wrapper(part)), network)),
+    "FSDP": lambda network: sharded(parts(sharded, network)),
+    "FSDP2": lambda network: sharded_in_place(parts(sharded_in_place, network)),
+    "averaged": lambda network: AveragedModel(compiled(network)),
+    "teacher": MeanTeacher,
+}
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore")  # of sharding on a CPU
+def test_load__into_a_wrapped_model(wrap: str, name: str, tmp_path: Path) -> None:
+    want = snapshot(tiny(1))
+    path = save_weights(WRAPS[wrap](tiny(1)), tmp_path / name)
+    saved = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    bare = tiny(3)
+    bare.load_state_dict(saved, strict=True)  # the names are those of the network
+    assert_equal(bare, want)
+    wrapped = WRAPS[wrap](tiny(2))
     report = load_weights(wrapped, path)
-    assert_equal(model, source.state_dict())
-    assert report.matched == tuple(wrapped.state_dict())
+    assert (len(report.matched), *report[1:]) == (len(want), (), (), ())
+    assert set(report.matched) <= set(wrapped.state_dict())
+    bare = tiny(4)
+    load_weights(bare, save_weights(wrapped, tmp_path / f"again-{name}"))
+    assert_equal(bare, want)
+
+
+class Confusing(nn.Module):
+    """A network with parts that are called what wrappers call theirs."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self.module = nn.ModuleDict({"fc": nn.Linear(2, 2), "_orig_mod": nn.Linear(2, 2)})
+        self.Scale = nn.Linear(2, 2)
+        self.model = nn.ParameterDict({"module": nn.Parameter(torch.zeros(2))})
+        self.fc = nn.Sequential(self.fc)
+        randomised(self, seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.usefixtures("process_group")
+def test_names__of_the_models_own_win(name: str, tmp_path: Path) -> None:
+    want = snapshot(Confusing(1))
+    for wrap in (lambda model: model, nn.DataParallel, compiled, DistributedDataParallel):
+        path = save_weights(wrap(Confusing(1)), tmp_path / name)
+        assert_equal_names(path, want)
+        for into in (lambda model: model, nn.DataParallel, compiled):
+            model = Confusing(2)
+            assert len(load_weights(into(model), path).matched) == len(want)
+            assert_equal(model, want)
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.module.", "Scale.", "net.", "module.net.module."):
+        torch.save(prefixed(prefix, want), tmp_path / "prefixed.pth")
+        model = Confusing(2)
+        assert len(load_weights(model, tmp_path / "prefixed.pth").matched) == len(want)
+        assert_equal(model, want)
+    inside = {name.replace("module.fc.", "module._orig_mod.fc.module."): value for name, value in want.items()}
+    torch.save(prefixed("module.", inside), tmp_path / "inside.pth")
+    model = Confusing(2)
+    load_weights(model, tmp_path / "inside.pth")
+    assert_equal(model, want)
+
+
+def assert_equal_names(path: Path, want: State) -> None:
+    saved = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    assert set(saved) == set(want)
+
+
+def test_save__shared_strided_and_parametrized_tensors(tmp_path: Path) -> None:
+    def network(seed: int) -> nn.Module:
+        tied = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "norm": weight_norm(nn.Conv2d(3, 4, 3))})
+        tied["b"].weight = tied["a"].weight
+        tied["norm"].to(memory_format=torch.channels_last)
+        tied.register_buffer("slice", torch.zeros(1000)[:3])
+        tied.register_buffer("view", torch.zeros(2, 3, 4).mT)
+        tied.register_buffer("repeated", torch.zeros(1, 3).expand(4, 3).contiguous())
+        return randomised(tied, seed)
+
+    for name in ("x.pth", "x.safetensors"):
+        source = network(1)
+        path = save_weights(source, tmp_path / name)
+        assert path.stat().st_size < 12_000  # not the thousand numbers that the slice is of
+        assert_equal_names(path, source.state_dict())
+        model = network(2)
+        report = load_weights(model, path)
+        assert_equal(model, source.state_dict())
+        assert model["a"].weight is model["b"].weight
+        assert report.missing == ()
+    one = without(snapshot(network(1)), "b.weight")
+    torch.save(one, tmp_path / "one.pth")  # one name of the shared tensor, as `safetensors.torch.save_model` keeps
+    model = network(2)
+    assert load_weights(model, tmp_path / "one.pth").missing == ()
+    assert torch.equal(model["b"].weight, one["a.weight"])
+    torch.save({**one, "b.weight": one["a.weight"] + 1}, tmp_path / "both.pth")
+    before = snapshot(model)
+    with pytest.raises(WeightsError, match=r"'a\.weight' and 'b\.weight' differ, but are one tensor in the model"):
+        load_weights(model, tmp_path / "both.pth")
+    assert_equal(model, before)
 
 
 def test_load__student_and_teacher_as_the_trainer_saves_them(tmp_path: Path) -> None:
@@ -183,7 +319,7 @@ PARTLY: dict[str, tuple[Callable[[State], object], bool, str, str]] = {
     "integers": (lambda s: {**s, "conv1.weight": torch.ones(16, 3, 7, 7).byte()}, False, "mismatched", "conv1.weight"),
     "a list": (lambda s: {**s, "conv1.weight": [1.0]}, False, "missing", "conv1.weight"),
     "only a head": (lambda s: {name: v for name, v in s.items() if "layer5" in name}, False, "missing", "conv1.weight"),
-    "nothing of it": (lambda s: prefixed("net.", s), False, "unexpected", "net.conv1.weight"),
+    "nothing of it": (lambda s: {"net": torch.ones(3)}, False, "unexpected", "net"),
 }  # fmt: skip
 
 
@@ -222,18 +358,149 @@ def test_load__head_of_another_name(tmp_path: Path) -> None:
     assert report.mismatched == ("classifier.weight", "classifier.bias")
 
 
-def test_load__entries(tmp_path: Path) -> None:
+def training(seed: int) -> SelfTraining:
+    student, teacher = tiny(seed), MeanTeacher(tiny(seed + 1))
+    return SelfTraining(student, teacher, mix=ClassMix(5))
+
+
+def in_places() -> dict[str, tuple[Callable[[State, State], object], str | None]]:
+    """Where student and teacher are; the entry that leads to the student."""
+
+    def trained(prefix: str) -> Callable[[State, State], State]:
+        return lambda s, t: {**prefixed(f"{prefix}student.", s), **prefixed(f"{prefix}teacher.module.", t)}
+
+    return {
+        "a compiled training module": (trained("_orig_mod."), "student"),
+        "one in DistributedDataParallel": (trained("module."), "student"),
+        "both": (trained("module._orig_mod."), "student"),
+        "by default": (trained("module._orig_mod."), None),
+        "in a checkpoint": (lambda s, t: {"epoch": 3, "state_dict": trained("_orig_mod.")(s, t)}, None),
+        "in another module": (lambda s, t: {"state_dict": trained("training.")(s, t)}, "student"),
+        "with wrappers inside": (
+            lambda s, t: {**prefixed("student.module.", inside(s)), **prefixed("teacher.module._orig_mod.", t)},
+            "student",
+        ),
+        "wrapped by hand": (lambda s, t: trained("")(prefixed("net.", s), prefixed("net.", t)), "student"),
+        "Lightning": (lambda s, t: {"state_dict": {**prefixed("model.", s), "loss.weight": torch.ones(5)}}, "model"),
+        "Lightning by default": (lambda s, t: {"state_dict": {**prefixed("model.", s), "loss.w": torch.ones(5)}}, None),
+        "Lightning compiled": (lambda s, t: {"state_dict": prefixed("model._orig_mod.", s)}, "model"),
+        "Lightning's student": (lambda s, t: {"state_dict": prefixed("model.", s), "ema_model": t}, "student"),
+        "an average beside it": (lambda s, t: {"model": s, "ema_model": t, "optimizer": {"state": {0: t}}}, None),
+        "a training module as the model": (lambda s, t: {"model": trained("module.")(s, t)}, "student"),
+        "another name": (lambda s, t: {"net": s, "step": 3}, None),
+        "a prefix of all": (lambda s, t: prefixed("backbone.", s), None),
+        "a longer one": (lambda s, t: {"checkpoint": {"weights": prefixed("module.network.net.", s)}}, None),
+        "its end": (lambda s, t: {"checkpoint": {"weights": prefixed("module.network.net.", s)}}, "network.net"),
+        "two of other names": (lambda s, t: {"first": s, "second": t}, "first"),
+        "keys with dots": (lambda s, t: {"nets.first": s, "nets.second": t}, "nets.first"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("place", in_places())
+def test_load__from_wherever_in_the_file(place: str, tmp_path: Path) -> None:
+    make, entry = in_places()[place]
+    student, teacher = snapshot(tiny(1)), snapshot(tiny(2))
+    torch.save(make(student, teacher), tmp_path / "x.pth")
+    model = tiny(3)
+    report = load_weights(model, tmp_path / "x.pth", entry=entry)
+    assert_equal(model, student)
+    assert report == LoadReport(tuple(student), (), (), ())
+    if "teacher." in str(list(make(student, teacher))):
+        load_weights(model, tmp_path / "x.pth", entry="teacher")
+        assert_equal(model, teacher)
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, lambda module: nn.DataParallel(compiled(module))])
+def test_load__out_of_a_training_module_however_it_was_wrapped(
+    wrap: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    whole = training(1)
+    student, teacher = snapshot(whole.student), snapshot(whole.teacher.module)
+    whole.student = compiled(whole.student)
+    torch.save(wrap(whole).state_dict(), tmp_path / "x.pth")
+    for entry, want in ((None, student), ("student", student), ("teacher", teacher)):
+        model = tiny(5)
+        load_weights(model, tmp_path / "x.pth", entry=entry)
+        assert_equal(model, want)
+    again = training(7)
+    load_weights(again, tmp_path / "x.pth")  # the training module itself
+    assert_equal(again.student, student)
+    assert_equal(again.teacher.module, teacher)
+
+
+def test_load__says_what_it_took(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = snapshot(tiny(1))
+    cases: dict[str, tuple[object, str | None, str, str]] = {
+        "guessed": (prefixed("net.", state), None, "WARNING", "took 'net' for the model\n"),
+        "nested": ({"weights": state, "step": 3}, None, "WARNING", "took 'weights' for the model\n"),
+        "asked for": ({"weights": state}, "weights", "INFO", "took 'weights' for the model\n"),
+        "beside": (
+            {"state_dict": {**prefixed("model.", state), "loss.weight": torch.ones(1)}}, None,
+            "INFO", "took 'state_dict.model' for the model, and left 1 names beside it (loss.weight)\n",
+        ),
+    }  # fmt: skip
+    for contents, entry, level, said in cases.values():
+        torch.save(contents, tmp_path / "x.pth")
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            load_weights(tiny(2), tmp_path / "x.pth", entry=entry)
+        assert said in caplog.text
+        assert [record.levelname for record in caplog.records] == [level, "INFO"]
+
+
+def test_load__where_it_cannot_tell_the_advice_works(tmp_path: Path) -> None:
     model = tiny(2)
-    path = tmp_path / "x.pth"
-    torch.save({"net": model.state_dict(), "step": 3}, path)
-    assert load_weights(model, path, entry="net").missing == ()
-    with pytest.raises(WeightsError, match=r"x\.pth: it has no entry 'teacher', but \(net, step\)"):
-        load_weights(model, path, entry="teacher")
-    with pytest.raises(WeightsError, match=r"expected tensors, got none among \(net, step\); pass the right `entry`"):
-        load_weights(model, path)
-    torch.save({"conv1.weight": torch.ones(1), "module.conv1.weight": torch.ones(1)}, path)
-    with pytest.raises(WeightsError, match=r"x\.pth: 'module.conv1.weight' and 'conv1.weight' are the same name"):
-        load_weights(model, path)
+    first, second = snapshot(tiny(1)), snapshot(tiny(3))
+    cases: dict[str, tuple[object, str | None, str, State]] = {
+        "two alike": ({"a": first, "b": second}, None, "2 parts of it match the model alike; pass `entry='a'`", first),
+        "two prefixes": (
+            {**prefixed("x.a.", first), **prefixed("x.b.", second)}, None,
+            "pass `entry='x.a'` or `entry='x.b'`", first,
+        ),
+        "two in one entry": (
+            {"student": {**prefixed("a.", first), **prefixed("b.", second)}}, "student",
+            "pass `entry='student.a'` or `entry='student.b'`", first,
+        ),
+        "no such entry": ({"net": first, "step": 3}, "teacher", r"it has no entry 'teacher', but \(net, step\)", first),
+        "nothing around it": (first, "student", r"it has no entry 'student', but .* pass no `entry`", first),
+        "a teacher": ({"model": {}, "ema_model": first}, None, "pass `entry='ema_model'`, which matches", first),
+        "another network there": (
+            {"student": nn.Linear(1, 1).state_dict(), "net": first}, "student",
+            r"nothing there matches the model, but \(student, net\); pass `entry='net'`", first,
+        ),
+        "more beside it": (
+            {**prefixed("net.", first), "loss.weight": torch.ones(1)}, None,
+            r"1 unexpected \(loss.weight\).* in its part 'net'.*; pass `entry='net'` to leave out", first,
+        ),
+        "more in it": ({**first, "loss.weight": torch.ones(1)}, None, "pass `strict=False` to leave out what", first),
+        "another head": (
+            {**first, "layer5.conv2d_list.1.bias": torch.ones(21)}, None, "pass `strict=False` to leave out the head",
+            without(first, "layer5.conv2d_list.1.bias"),
+        ),
+    }  # fmt: skip
+    for contents, entry, message, want in cases.values():
+        torch.save(contents, tmp_path / "x.pth")
+        before = snapshot(model)
+        with pytest.raises(WeightsError, match=message) as caught:
+            load_weights(model, tmp_path / "x.pth", entry=entry)
+        assert_equal(model, before)
+        options: dict[str, object] = {"strict": False} if "strict=False" in str(caught.value) else {"entry": None}
+        if advised := re.search(r"`entry='([^']*)'`", str(caught.value)):
+            options = {"entry": advised[1]}
+        load_weights(model, tmp_path / "x.pth", **options)
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in want.items())
+        model = tiny(2)
+    for contents, entry, message in (
+        ({"net": nn.Linear(1, 1).state_dict()}, "teacher", r"no entry 'teacher', but \(net\), and none matches"),
+        ({"net": {"step": 3}, "step": 3}, None, r"expected tensors, got none among \(net, step\)"),
+        (without(first, "layer3"), None, "build the network that it was saved from"),
+        ({"conv1.weight": torch.ones(1), "module.conv1.weight": torch.ones(1)}, None,
+         "'conv1.weight' and 'module.conv1.weight' are the same name"),
+    ):  # fmt: skip
+        torch.save(contents, tmp_path / "x.pth")
+        with pytest.raises(WeightsError, match=message) as caught:
+            load_weights(model, tmp_path / "x.pth", entry=entry)
+        assert "strict=False" not in str(caught.value)  # it would not help
 
 
 # ------------------------------------------------------------------------------------------------ torchvision's ResNet
@@ -275,12 +542,39 @@ def test_torchvision__is_refused_or_converted_and_said(tmp_path: Path, caplog: p
     torch.testing.assert_close(seen[0][inner], want[inner], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module."])
+@pytest.mark.parametrize("wrap", ["bare", "compiled", "teacher", "in another module"])
+def test_torchvision__is_converted_whatever_is_around_it(wrap: str, prefix: str, tmp_path: Path) -> None:
+    state = torchvisions(snapshot(tiny(1)))
+    torch.save(state, tmp_path / "plain.pth")
+    want = tiny(2)
+    load_weights(want, tmp_path / "plain.pth", strict=False)
+    assert not torch.equal(want.conv1.weight, state["conv1.weight"])
+    inner = "net." if wrap == "in another module" else ""
+    torch.save(prefixed(prefix + inner, state), tmp_path / "x.pth")
+    network = tiny(2)
+    if wrap == "in another module":
+        load_weights(nn.ModuleDict({"net": network}), tmp_path / "x.pth", strict=False, head="net.layer5")
+    elif wrap == "teacher":
+        teacher = MeanTeacher(network)
+        load_weights(teacher, tmp_path / "x.pth", strict=False)
+        network = teacher.module
+    else:
+        load_weights(compiled(network) if wrap == "compiled" else network, tmp_path / "x.pth", strict=False)
+    assert_equal(network, want.state_dict())
+
+
 def test_torchvision__is_nothing_that_has_the_head_or_is_for_another_network(tmp_path: Path) -> None:
     both = {**snapshot(tiny(1)), "fc.weight": torch.ones(1000, 2048)}
     torch.save(both, tmp_path / "both.pth")
     model = tiny(2)
     load_weights(model, tmp_path / "both.pth", strict=False)
     assert_equal(model, snapshot(tiny(1)))
+    around = nn.ModuleDict({"net": tiny(1), "fc": nn.Linear(4, 2)})
+    path = save_weights(around, tmp_path / "around.pth")
+    other = nn.ModuleDict({"net": tiny(2), "fc": nn.Linear(4, 2)})
+    load_weights(other, path, strict=False, head="fc")
+    assert_equal(other, around.state_dict())
     network = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 4, 1), fc=nn.Linear(4, 2)))
     source = randomised(copy.deepcopy(network), 1)
     load_weights(network, save_weights(source, tmp_path / "x.pth"))
@@ -341,22 +635,36 @@ def test_safetensors__round_trip_of_every_dtype_and_shape(tmp_path: Path) -> Non
     assert_equal(other, source.state_dict())
     raw = path.read_bytes()
     assert int.from_bytes(raw[:8], "little") % 8 == 0  # tensors begin aligned
-    complex_ = nn.ParameterDict({"a": nn.Parameter(torch.ones(1, dtype=torch.complex64))})
-    with pytest.raises(ValueError, match=r"`a` must have one of the dtypes .*, got torch\.complex64"):
+    complex_ = nn.ParameterDict({"a": nn.Parameter(torch.ones(1, dtype=torch.complex128))})
+    with pytest.raises(ValueError, match=r"safetensors have no torch\.complex128, which `a` is; write a \.pth file"):
         save_weights(complex_, path)
     assert path.read_bytes() == raw
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_safetensors__agree_with_the_reference(tmp_path: Path) -> None:
-    reference = pytest.importorskip("safetensors.torch")
     source = tiny(1)
     path = save_weights(source, tmp_path / "x.safetensors")
-    assert_equal(source, {name: reference.load_file(path)[name] for name in source.state_dict()})
-    reference.save_file(source.state_dict(), tmp_path / "y.safetensors")
+    assert_equal(source, {name: safetensors.torch.load_file(path)[name] for name in source.state_dict()})
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # which transformers ask for
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "y.safetensors")
     model = tiny(2)
     load_weights(model, tmp_path / "y.safetensors")
     assert_equal(model, source.state_dict())
+
+
+def test_safetensors__are_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_weights(tiny(1), tmp_path / "x.safetensors")
+    before = path.read_bytes()
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for attempt in (lambda: load_weights(tiny(2), path), lambda: save_weights(tiny(2), path)):
+        with pytest.raises(ImportError, match=r"x\.safetensors: .* `pip install crossmix\[weights\]`"):
+            attempt()
+    assert path.read_bytes() == before
+    load_weights(tiny(2), save_weights(tiny(1), tmp_path / "x.pth"))  # nothing else needs it
+    code = "import sys, crossmix.models; sys.exit('safetensors' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 HEADERS = {
@@ -440,6 +748,100 @@ def test_bad_files__name_the_path_and_the_reason(case: str, name: str, tmp_path:
     assert_equal(model, before)
 
 
+@dataclasses.dataclass
+class Options:
+    """What people keep beside their weights."""
+
+    lr: float = 0.1
+    out: pathlib.Path = pathlib.Path("runs")
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Settings:
+    """A mapping of its own, with a container inside, as OmegaConf has them."""
+
+    def __init__(self) -> None:
+        self.__dict__.update(content={"a": [1, 2]}, cache=collections.defaultdict(dict), parent=None, kind=dict)
+
+
+OBJECTS: dict[str, tuple[object, str]] = {
+    "a namespace": (argparse.Namespace(lr=0.1, out=pathlib.Path("x")), "argparse.Namespace, pathlib.PosixPath"),
+    "numpy scalars": (
+        [np.float64(0.5), np.int64(3)],
+        "numpy._core.multiarray.scalar, numpy.dtype, numpy.dtypes.Float64DType, numpy.dtypes.Int64DType",
+    ),
+    "an array": (np.arange(3.0), "numpy.dtypes.Float64DType"),
+    "a path": (pathlib.Path("x"), "pathlib.PosixPath"),
+    "a dataclass": ([Options(), Options()], f"{__name__}.Options, pathlib.PosixPath"),
+    "an enum": (Colour.RED, f"{__name__}.Colour"),
+    "settings": (Settings(), f"{__name__}.Settings"),
+    "a simple namespace": (types.SimpleNamespace(a=1), "types.SimpleNamespace"),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("case", OBJECTS)
+def test_objects__beside_the_weights_are_named_with_the_way_to_allow_them(
+    case: str, tmp_path: Path, *, legacy: bool
+) -> None:
+    beside, names = OBJECTS[case]
+    want, model = snapshot(tiny(1)), tiny(2)
+    path = tmp_path / "x.pth"
+    torch.save({"args": beside, "model": want}, path, _use_new_zipfile_serialization=not legacy)
+    before, allowed = snapshot(model), set(torch.serialization.get_safe_globals())
+    with pytest.raises(WeightsError) as caught:
+        load_weights(model, path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert names in message
+    assert "get the file again" not in message
+    assert "weights_only" not in message
+    assert_equal(model, before)
+    assert set(torch.serialization.get_safe_globals()) == allowed  # nothing more, on the way
+    advised = re.search(r"`with torch\.serialization\.safe_globals\((\[.*\])\):`", message)
+    assert advised is not None
+    own = sys.modules[__name__]
+    known = {"argparse": argparse, "numpy": np, "pathlib": pathlib, "types": types, __name__: own}
+    with torch.serialization.safe_globals(eval(advised[1], known | {"collections": collections})):  # noqa: S307
+        load_weights(model, path)
+    assert_equal(model, want)
+
+
+def test_objects__of_another_numpy_and_partly_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"loss": np.float64(0.5), "model": nn.Linear(1, 1).state_dict()}, path)
+    with (
+        torch.serialization.safe_globals([np._core.multiarray.scalar, np.dtype]),
+        pytest.raises(WeightsError, match=r"safe_globals\(\[numpy\.dtypes\.Float64DType\]\)"),
+    ):
+        load_weights(nn.Linear(1, 1), path)
+    old = written({"loss": np.float64(0.5), "model": nn.Linear(1, 1).state_dict()}, legacy=True)
+    path.write_bytes(old.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))  # a file of numpy 1
+    with pytest.raises(WeightsError) as caught:
+        load_weights(nn.Linear(1, 1), path)
+    assert "[(numpy._core.multiarray.scalar, 'numpy.core.multiarray.scalar'), numpy.dtype, " in str(caught.value)
+    allowed = [(np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
+    with torch.serialization.safe_globals(allowed):
+        load_weights(nn.Linear(1, 1), path)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({"w": torch.ones(1), "count": collections.defaultdict(int, a=1)}, "Torch refuses them even where they are"),
+        (nn.Linear(1, 1), "It is a torch.nn.modules.linear.Linear as a whole: load it where its code is"),
+    ],
+)
+def test_objects__that_cannot_be_allowed_are_not_advised(contents: object, message: str, tmp_path: Path) -> None:
+    torch.save(contents, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=message) as caught:
+        load_weights(nn.Linear(1, 1), tmp_path / "x.pth")
+    assert "safe_globals" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
 @pytest.mark.filterwarnings("default")
 def test_bad_files__code_is_not_run(kind: str, tmp_path: Path) -> None:
@@ -471,6 +873,13 @@ def test_bad_arguments(tmp_path: Path) -> None:
         nowhere = deeplab_v2_tiny(5)
     with pytest.raises(ValueError, match="`model` must have memory"):
         load_weights(nowhere, path)
+    with pytest.raises(ValueError, match=r"without a shape; .* run it once first"):
+        load_weights(nn.LazyLinear(2), path)
+    torch.save({"student": model.state_dict(), "teacher": None}, tmp_path / "source.pt")
+    with pytest.raises(
+        WeightsError, match=r"nothing there matches the model, .*; pass `entry='student'`, which matches"
+    ):
+        load_weights(model, tmp_path / "source.pt", entry="teacher")
     with pytest.raises(FileNotFoundError):
         save_weights(model, tmp_path / "none" / "x.pth")
 

@@ -1,64 +1,89 @@
 """Parameter groups, the repeated SGD of the released code, and the learning rate schedule of DeepLab-v2 training."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain, repeat
-from typing import Any, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from crossmix._wrappers import named_parts, plain_name
+
 __all__ = ["RepeatedSGD", "parameter_groups", "poly_lr"]
 
 
 def parameter_groups(
-    model: nn.Module,
+    network: nn.Module,
     lr: float,
     *,
-    head: str = "layer5",
-    head_multiplier: float = 10.0,
+    head: str | nn.Module | Sequence[str | nn.Module] | None = "layer5",
+    head_factor: float = 10.0,
+    no_decay: Collection[Literal["norm", "bias", "position"]] = (),
     repeated: bool = False,
 ) -> list[dict[str, Any]]:
     """Split trainable parameters into backbone and head, the head learning ten times as fast.
 
+    Wrappers (DistributedDataParallel, DataParallel, FullyShardedDataParallel, `torch.compile`, activation checkpoints),
+    around the network or around parts of it, are looked through: the groups are those of the network without them.
+
     The released code lists a parameter of the backbone once for each submodule around it: in ResNet-101 the stem once,
     a bottleneck's convolutions three times (stage, bottleneck, convolution) and those of `downsample` four times, 314
-    entries for 104 tensors. Its optimizer stepped each entry. `repeated=True` makes that list, for `RepeatedSGD`.
+    entries for 104 tensors. Its optimizer stepped each entry. `repeated=True` makes that list, for `RepeatedSGD`. It
+    counts the submodules of what it is given, so give it the DeepLab itself: in `nn.Sequential(first, deeplab)` the
+    DeepLab is one more submodule around each of its parameters.
 
     Args:
-        model: A `crossmix.models.DeepLabV2`, or any network with a submodule named `head`.
+        network: Any network, such as a `crossmix.models.DeepLabV2`, wrapped or not.
         lr: Learning rate of the backbone; 2.5e-4 in the paper.
-        head: Name of the submodule that is the head.
-        head_multiplier: The head's learning rate over the backbone's.
+        head: The head: the name of a submodule, the submodule itself, or several of either; None makes all of the
+            network a backbone.
+        head_factor: The head's learning rate over the backbone's.
+        no_decay: Which parameters get a weight decay of 0, whatever the optimizer's is: those of normalisation layers
+            (`"norm"`: classes whose name ends so, such as LayerNorm or BatchNorm2d), biases (`"bias"`, by name), and
+            position embeddings (`"position"`: names with `pos`, `position` or `positional` as a word).
         repeated: Whether to list the backbone's parameters as often as the released code does.
 
     Returns:
-        Two groups for a torch optimizer, backbone first, each with `lr` and the same as `initial_lr`, which a schedule
-        starts from. Parameters without `requires_grad` are left out: the frozen scale and shift of BatchNorm.
+        Groups for a torch optimizer: backbone and head, then those parts of both that get no weight decay, where there
+        are any. Each has `lr`, and the same as `initial_lr`, which a schedule starts from. A parameter is in one group,
+        the head's where head and backbone share it. Parameters without `requires_grad` are left out: the frozen scale
+        and shift of BatchNorm.
 
     Raises:
-        ValueError: If there is no such submodule.
+        TypeError: If `head` is something else.
+        ValueError: If it is no part of the network or has no parameters, or `no_decay` names something else.
 
     Example:
         >>> from crossmix.models import deeplab_v2_tiny
         >>> [group["lr"] for group in parameter_groups(deeplab_v2_tiny(), 0.01)]
         [0.01, 0.1]
     """
-    try:
-        in_head = set(model.get_submodule(head).parameters())
-    except AttributeError:
-        names = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(f"`head` must name a submodule of the model, got {head!r}; it has {names}.") from None
-    listed: Iterable[Tensor] = model.parameters()
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"`network` must be an nn.Module, got {type(network).__name__}; pass the network itself.")
+    modules = dict(named_parts(network))
+    in_head: set[nn.Parameter] = set()
+    for one in [] if head is None else [head] if isinstance(head, str | nn.Module) else head:
+        in_head |= _head_parameters(modules, plain_name(network, one) if isinstance(one, str) else one)
+    undecayed = _undecayed(modules, {no_decay} if isinstance(no_decay, str) else set(no_decay))
+    once = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    listed = once
     if repeated:
-        inside = [module.parameters() for module in model.modules() if module is not model]
-        listed = chain(model.parameters(recurse=False), *inside)
-    backbone = [parameter for parameter in listed if parameter.requires_grad and parameter not in in_head]
-    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter in in_head]
-    return [
-        {"params": backbone, "lr": lr, "initial_lr": lr},
-        {"params": rest, "lr": head_multiplier * lr, "initial_lr": head_multiplier * lr},
+        whole, *inside = dict.fromkeys(modules.values())  # each once, however often it is held
+        around = chain(whole.parameters(recurse=False), *(module.parameters() for module in inside))
+        listed = [parameter for parameter in around if parameter.requires_grad]
+    parts = [([parameter for parameter in listed if parameter not in in_head], lr)]
+    if head is not None:
+        parts.append(([parameter for parameter in once if parameter in in_head], head_factor * lr))
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in part if parameter not in undecayed], "lr": rate, "initial_lr": rate}
+        for part, rate in parts
     ]
+    for part, rate in parts:
+        if free := [parameter for parameter in part if parameter in undecayed]:
+            groups.append({"params": free, "lr": rate, "initial_lr": rate, "weight_decay": 0.0})
+    return groups
 
 
 class RepeatedSGD(torch.optim.SGD):
@@ -197,30 +222,78 @@ class RepeatedSGD(torch.optim.SGD):
         return cast("Tensor", state["momentum_buffer"])
 
 
-def poly_lr(step: int, total: int, base: float, *, power: float = 0.9) -> float:
-    """Compute the learning rate of a step under polynomial decay.
+def poly_lr(
+    step: int, steps: int, lr: float, *, power: float = 0.9, warmup: int = 0, warmup_ratio: float = 1e-6
+) -> float:
+    """Compute the learning rate of a step under polynomial decay, with a linear warm-up where asked.
 
-    base * (1 - step / total) ** power
+    lr * (1 - step / steps) ** power, in the warm-up times ratio + (1 - ratio) * step / warmup
 
     Args:
         step: Optimizer steps finished before this one, from 0.
-        total: Steps of the whole run.
-        base: Learning rate at step 0.
+        steps: Steps of the whole run.
+        lr: Learning rate that the decay starts from.
         power: Exponent; 0.9 in the paper.
+        warmup: Steps of the warm-up; 0 for none.
+        warmup_ratio: What the warm-up multiplies the learning rate of step 0 by, in [0, 1].
 
     Returns:
         The learning rate.
 
     Raises:
-        ValueError: If `step` does not lie in 0..total.
+        ValueError: If `step` does not lie in 0..steps, or `warmup` or `warmup_ratio` is out of range.
 
     Example:
         >>> poly_lr(0, 100, 2.5e-4), poly_lr(100, 100, 2.5e-4)
         (0.00025, 0.0)
+        >>> [round(poly_lr(step, 100, 1.0, power=1.0, warmup=10), 3) for step in (0, 5, 10)]
+        [0.0, 0.475, 0.9]
     """
-    if not 0 <= step <= total or total < 1:
-        raise ValueError(f"`step` must lie in 0..total = {total}, got {step}; count finished steps from 0.")
-    return float(base * (1 - step / total) ** power)
+    if not 0 <= step <= steps or steps < 1:
+        raise ValueError(f"`step` must lie in 0..steps = {steps}, got {step}; count finished steps from 0.")
+    if warmup < 0:
+        raise ValueError(f"`warmup` must be at least 0 steps, got {warmup}; 0 is without one.")
+    if not 0 <= warmup_ratio <= 1:
+        raise ValueError(f"`warmup_ratio` must lie in [0, 1], got {warmup_ratio}; 1 is without a warm-up.")
+    warm = warmup_ratio + (1 - warmup_ratio) * step / warmup if step < warmup else 1.0
+    return float(lr * (1 - step / steps) ** power * warm)
+
+
+def _head_parameters(modules: Mapping[str, nn.Module], head: str | nn.Module) -> set[nn.Parameter]:
+    """The parameters of a head, which have to be the network's."""
+    if isinstance(head, str) and (not head or head not in modules):
+        names = ", ".join(name for name in modules if name and "." not in name)
+        raise ValueError(f"`head` must name a submodule of the model, got {head!r}; it has {names}.")
+    part = modules[head] if isinstance(head, str) else head
+    if not isinstance(part, nn.Module):
+        raise TypeError(f"`head` must be a name, a module, several of them or None, got {type(part).__name__}.")
+    inside = set(part.parameters())
+    if not inside or not inside <= set(modules[""].parameters()):
+        got = repr(head) if isinstance(head, str) else f"a {type(part).__name__}"
+        raise ValueError(
+            f"`head` must have parameters, all of them the model's, got {got} with {len(inside)}; pass a part of this "
+            "model, and wrap by FullyShardedDataParallel with `use_orig_params=True`."
+        )
+    return inside
+
+
+def _undecayed(modules: Mapping[str, nn.Module], kinds: Collection[str]) -> set[nn.Parameter]:
+    """The parameters of the kinds that get no weight decay."""
+    if unknown := set(kinds) - {"norm", "bias", "position"}:
+        raise ValueError(f"`no_decay` must be of 'norm', 'bias' and 'position', got {', '.join(map(repr, unknown))}.")
+    found = set()
+    for path, module in modules.items():
+        norm = bool(re.search(r"norm\d*d?$", type(module).__name__, re.IGNORECASE))
+        for name, parameter in module.named_parameters(recurse=False):
+            words = re.split(r"[._]", f"{path}.{name}")
+            is_kind = {
+                "norm": norm,
+                "bias": "bias" in name.split("_"),
+                "position": not {"pos", "position", "positional"}.isdisjoint(words),
+            }
+            if any(is_kind[kind] for kind in kinds):
+                found.add(parameter)
+    return found
 
 
 def _counted(group: dict[str, Any]) -> dict[str, Any]:
@@ -237,6 +310,8 @@ def _fusible(parameter: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
     """Whether the fused kernel can be used: it walks through the memory of all three without looking at strides."""
     tensors = [parameter, grad] if buffer is None else [parameter, grad, buffer]
     if parameter.device.type not in {"cpu", "cuda"} or not parameter.is_floating_point():
+        return False
+    if any(type(tensor) not in {Tensor, nn.Parameter} for tensor in tensors):  # the shards of FSDP2 are DTensors
         return False
     if any(tensor.layout is not torch.strided or tensor.dtype is not parameter.dtype for tensor in tensors):
         return False

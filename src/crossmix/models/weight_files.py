@@ -4,18 +4,19 @@ import hashlib
 import os
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
+import numpy as np
 import torch
 
-from crossmix.models._safetensors import is_safetensors, read_safetensors
-
-__all__ = ["SOURCES", "WeightSource", "WeightsError", "read_weights"]
+__all__ = ["SOURCES", "WeightSource", "WeightsError", "read_weights", "safetensors_of"]
 
 
 class WeightsError(ValueError):
@@ -112,14 +113,15 @@ def _read(path: Path, checksum: str) -> Mapping[str, Any]:
         raise WeightsError(f"{path}: expected the sha256 {checksum}, got {digest}; get the file again.")
     if not path.stat().st_size:
         raise WeightsError(f"{path}: expected weights, got an empty file; get it again.")
-    if not is_safetensors(path) and start.startswith((b"<", b"version https://git-lfs")):
+    flat = _is_safetensors(path)
+    if not flat and start.startswith((b"<", b"version https://git-lfs")):
         kind = "an HTML page, as hosts send in place of a file" if start.startswith(b"<") else "a Git LFS pointer"
         raise WeightsError(f"{path}: expected weights, got {kind}; get the file itself.")
+    library = safetensors_of(path) if flat or path.suffix == ".safetensors" else None
     try:
-        flat = is_safetensors(path) or path.suffix == ".safetensors"
-        contents: object = read_safetensors(path) if flat else _read_torch(path)
+        contents: object = _read_torch(path) if library is None else library.load_file(path)
     except Exception as error:
-        raise WeightsError(f"{path}: {_reason(error)}; nothing was loaded, get the file again.") from error
+        raise WeightsError(f"{path}: {_reason(path, error)}") from error
     if not isinstance(contents, Mapping):
         raise WeightsError(f"{path}: expected a dict of tensors, got {type(contents).__name__}; save a state_dict.")
     return contents
@@ -136,10 +138,108 @@ def _read_torch(path: Path) -> object:
     return contents
 
 
-def _reason(error: Exception) -> str:
-    """Why a file cannot be read, without torch's advice to trust it."""
-    refused = re.search(r"GLOBAL (\S+)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and refused:
-        return f"it holds code or objects other than tensors ({refused[1]}), which were not run"
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins like one: a length that fits into the file, then a brace."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and 8 + int.from_bytes(start[:8], "little") <= path.stat().st_size
+
+
+def safetensors_of(path: Path) -> ModuleType:
+    """The package that reads and writes a file of safetensors, which is imported only for one."""
+    try:
+        import safetensors.torch  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: is a file of safetensors, and the package safetensors cannot be imported ({error}); "
+            "install it by `pip install crossmix[weights]`."
+        ) from error
+    return safetensors.torch
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a file cannot be read, and what to do, without torch's advice to trust it."""
+    if isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL \S|Can only build ", str(error)):
+        return _objects(path, error)
     text = "it is no pickle" if isinstance(error, pickle.UnpicklingError) else re.split(r"\.\s", str(error))[0]
-    return f"it is truncated, damaged or no file of weights ({type(error).__name__}: {text})"
+    return (
+        f"it is truncated, damaged or no file of weights ({type(error).__name__}: {text}); "
+        "nothing was loaded, get the file again."
+    )
+
+
+class _StandIn:
+    """In place of an object that a file names: takes what is done to it and does nothing."""
+
+    calls: list[tuple[object, ...]]
+
+    def __new__(cls, *args: object, **_: object) -> Self:
+        cls.calls.append(args)
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **options: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _objects(path: Path, refusal: Exception) -> str:
+    """What a file holds other than tensors, and what to do.
+
+    Torch names the first object that it does not know. With a class of ours in its place it names the next one, until
+    it has read the file or meets what no permission helps against; so what is advised is known to work.
+    """
+    stand_ins: dict[str, type[_StandIn]] = {}
+    contents: object = None
+    last: Exception | None = refusal
+    while last and (found := re.search(r"GLOBAL (\S+) was not an allowed", str(last))) and found[1] not in stand_ins:
+        stand_ins[found[1]] = type(found[1], (_StandIn,), {"calls": []})
+        allowed: list[Any] = [(kind, _qualified(name)) for name, kind in stand_ins.items()]
+        with torch.serialization.safe_globals(allowed):
+            try:
+                contents, last = torch.load(path, map_location="cpu", weights_only=True), None
+            except Exception as error:  # noqa: BLE001 - looked at above
+                last = error
+    names = list(stand_ins)
+    if dtype := stand_ins.get("numpy.dtype"):  # torch wants the classes of its instances too, which no file names
+        names += dict.fromkeys(_dtype_class(*call) for call in dtype.calls)
+    if last and (found := re.search(r"(?:GLOBAL|Can only build .* got <class) '?([\w.]+)", str(last))):
+        names.append(found[1])
+    said = f"it holds code or objects other than tensors ({', '.join(names)}), which were not run; nothing was loaded"
+    if isinstance(contents, _StandIn):
+        return f"{said}. It is a {type(contents).__name__} as a whole: load it where its code is, save its state_dict."
+    if last and not (last is refusal and "Can only build" in str(last)):
+        return f"{said}. Torch refuses them even where they are allowed: save the state_dict alone, where it was made."
+    listed = ", ".join(map(_expression, names))
+    return (
+        f"{said}. If you trust the file, allow them while you load it, `with torch.serialization.safe_globals("
+        f"[{listed}]):`, or save the state_dict alone, where the file was made."
+    )
+
+
+def _dtype_class(code: object, *_: object) -> str:
+    """The name of numpy's class for a dtype, such as `numpy.dtypes.Float64DType` for `f8`."""
+    try:
+        kind = type(np.dtype(str(code)))
+    except TypeError:
+        kind = np.dtype
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _qualified(name: str) -> str:
+    """The name that torch looks for, which its message has without the module for what is built in."""
+    return name if "." in name else f"builtins.{name}"
+
+
+def _expression(name: str) -> str:
+    """What to pass to `safe_globals` for a name: itself, and the name in the file where that is not its own."""
+    module, _, attribute = _qualified(name).rpartition(".")
+    renamed = re.sub(r"^numpy\._?core", "numpy._core" if "numpy._core" in sys.modules else "numpy.core", module)
+    for place in dict.fromkeys((module, renamed)):  # numpy 2 has moved what files of numpy 1 name
+        found = vars(sys.modules[place]).get(attribute) if place in sys.modules else None
+        if found is not None:
+            own = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+            is_own = own == _qualified(name)
+            return name.removeprefix("__main__.") if is_own else f"({place}.{attribute}, {name!r})"
+    return name

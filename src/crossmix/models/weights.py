@@ -2,22 +2,23 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from crossmix.models._safetensors import write_safetensors
+from crossmix._wrappers import named_parts, plain_name, unwrapped
+from crossmix.models._places import WRAPPERS, Place, core, few, find, fits, is_extra, tensors
 from crossmix.models.deeplab_v2 import MEAN_BGR, DeepLabV2
-from crossmix.models.weight_files import WeightsError, read_weights
+from crossmix.models.weight_files import WeightsError, read_weights, safetensors_of
 
 __all__ = ["LoadReport", "load_weights", "save_weights"]
 
 LOG = logging.getLogger(__name__)
-WRAPPERS = {"module", "_orig_mod", "Scale"}
-"""Parts of a name that DataParallel, `torch.compile` and the multi-scale wrapper of the ImageNet file put there."""
 TORCHVISION = (
     "it was taken for torchvision's ResNet-101: the preprocessing is converted, but layer2.0 has its stride on the "
     "first convolution and the max-pooling rounds up, so its features are not torchvision's before training"
@@ -40,7 +41,7 @@ class LoadReport(NamedTuple):
     mismatched: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "; ".join(f"{len(names)} {field} {_few(names)}".rstrip() for field, names in self._asdict().items())
+        return "; ".join(f"{len(names)} {field} {few(names)}".rstrip() for field, names in self._asdict().items())
 
 
 def load_weights(
@@ -54,8 +55,14 @@ def load_weights(
 ) -> LoadReport:
     """Copy the weights of a file into a model, and report and log what matched.
 
-    Reads files of `torch.save`, always with `weights_only=True`, and safetensors. `module.`, `_orig_mod.` and `Scale.`
-    are ignored anywhere in a name, in the file and in the model. On any error the model is as it was.
+    Reads files of `torch.save`, always with `weights_only=True`, and safetensors (by the package of that name). On any
+    error the model is as it was.
+
+    Wrappers around the model or parts of it (DistributedDataParallel, `torch.compile`, ...) are told by their type and
+    looked through. In the file, what wrappers add to names (`module.`, `_orig_mod.`, `Scale.`, ...) is taken off where
+    the rest is a name of the model's; a name of the model's own wins. So is whatever else all names begin with,
+    `net.` or `model.`, wherever in the file they are: the part that most of the model's names match is taken, and a
+    warning says which it was. Where several match alike, they are named in an error, to be passed as `entry`.
 
     torchvision's ResNet-101, told by its `fc`, is another network: with `strict=False` the first convolution and its
     normalisation are converted to this library's preprocessing (exact in eval mode, image borders apart), but the
@@ -66,8 +73,9 @@ def load_weights(
         path_or_url: A file, an http(s) or file URL, downloaded once into torch.hub's folder, or a key of
             `crossmix.models.weight_files.SOURCES`: `"coco"`, `"imagenet"`, `"dacs-gta5"`, `"torchvision-v1"`,
             `"torchvision-v2"`.
-        entry: Which part of a checkpoint. `"student"` is also the released code's `model`, `"teacher"` its `ema_model`.
-            None takes `student`, `model` or `state_dict`, the first that is there, or the whole file.
+        entry: Which part of a checkpoint: a key, or what names begin with, at any depth. `"student"` is also the
+            released code's `model`, `"teacher"` its `ema_model`. None takes the whole file, `student`, `model` or
+            `state_dict`, the first that matches, or a part of another name that is no teacher.
         strict: Whether everything has to match but `num_batches_tracked`, which files of before 2018 lack. False allows
             another head and more in the file; the whole backbone has to match in either case.
         sha256: The file's checksum in hexadecimal, or its first digits, at least eight.
@@ -78,7 +86,9 @@ def load_weights(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        WeightsError: If it cannot be downloaded or read, holds code, or does not match as it has to.
+        ImportError: If it is of safetensors, and the package is not installed.
+        WeightsError: If it cannot be downloaded or read, holds code or objects that are no tensors (the message says
+            how to allow them), or does not match as it has to.
         ValueError: If `sha256` is no checksum, or the model is on the meta device.
 
     Example:
@@ -90,13 +100,15 @@ def load_weights(
         (102, ('layer5.conv2d_list.0.weight', 'layer5.conv2d_list.0.bias'))
     """
     path, contents = read_weights(path_or_url, sha256)
-    return _load(model, _state(contents, entry, path), path, strict=strict, head=head)
+    return _load(model, contents, entry, path, strict=strict, head=head)
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str | None = None) -> Path:
     """Write a model's weights, so that the released code's `load_state_dict` takes them.
 
-    Names are without `module.` and `_orig_mod.`, values on the CPU. The file is written aside and renamed into place.
+    Names are those of the model without wrappers (DistributedDataParallel, `torch.compile`, ..., told by their type,
+    and averages such as `MeanTeacher`), values on the CPU, each with memory of its own. The file is written aside and
+    renamed into place. Sharded parameters (FSDP2) are gathered, so all ranks have to call.
 
     Args:
         model: The model, wrapped or not.
@@ -107,6 +119,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str |
         The file.
 
     Raises:
+        ImportError: If it is of safetensors, and the package is not installed.
         OSError: If it cannot be written; what was there is untouched.
         ValueError: If `entry` is given for safetensors, which are flat, or they know no such dtype.
 
@@ -120,131 +133,172 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str |
     flat = path.suffix == ".safetensors"
     if flat and entry is not None:
         raise ValueError(f"`entry` must be None for safetensors, which are flat, got {entry!r}; write a .pth file.")
-    own = model.state_dict()
-    state = {clean: own[name].detach().cpu().contiguous() for clean, name in _clean(_tensors(own)).items()}
+    library = safetensors_of(path) if flat else None
+    state = {name: _whole(tensor) for name, (_, tensor) in _named(model).items()}
     aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
         with aside.open("wb") as file:
-            if flat:
-                write_safetensors(state, file)
+            if library is not None:
+                file.write(library.save(state, {"format": "pt"}))
             else:
                 torch.save(state if entry is None else {entry: state}, file)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, KeyError):  # how safetensors refuse a dtype
+            name = next((name for name, tensor in state.items() if tensor.dtype == error.args[0]), "it")
+            raise ValueError(f"safetensors have no {error}, which `{name}` is; write a .pth file.") from error
         raise
     return path
 
 
-def _state(contents: Mapping[str, Any], entry: str | None, path: Path) -> dict[str, Any]:
-    """The state_dict in a checkpoint."""
-    alias = {
-        "": ("student", "model", "state_dict"),
-        "student": ("student", "model"),
-        "teacher": ("teacher", "ema_model"),
-    }
-    for name in alias.get(entry or "", (entry or "",)):
-        if isinstance(contents.get(name), Mapping):
-            return dict(contents[name])
-        inside = {key: value for key, value in contents.items() if str(key).startswith(f"{name}.")}
-        if entry is not None and inside:  # the state_dict of a module that has it as a submodule
-            return {key.removeprefix(f"{name}."): value for key, value in inside.items()}
-    if entry is not None:
-        raise WeightsError(f"{path}: it has no entry {entry!r}, but {_few(contents)}; pass one of them as `entry`.")
-    return dict(contents)
-
-
-def _load(model: nn.Module, state: Mapping[str, Any], path: Path, *, strict: bool, head: str) -> LoadReport:
+def _load(
+    model: nn.Module, contents: Mapping[str, Any], entry: str | None, path: Path, *, strict: bool, head: str
+) -> LoadReport:
     """Match names and shapes, refuse what has to be refused, then copy."""
-    own = _tensors(model.state_dict())
-    if any(tensor.is_meta for tensor in own.values()):
-        raise ValueError("`model` must have memory, got tensors on the meta device; call `model.to_empty(...)` first.")
-    ours = _clean(own)
-    tensors = _tensors(state)
-    if not tensors:
-        raise WeightsError(f"{path}: expected tensors, got none among {_few(state)}; pass the right `entry`.")
-    try:
-        values = {clean: tensors[name] for clean, name in _clean(tensors).items()}
-    except ValueError as error:
-        raise WeightsError(f"{path}: {error}") from error
-    fitting = {clean for clean in ours if clean in values and _fits(own[ours[clean]], values[clean])}
+    ours = _named(model)
+    own = {name: tensor for name, (_, tensor) in ours.items()}
+    if any(tensor.is_meta or is_lazy(tensor) for tensor in own.values()):
+        raise ValueError(
+            "`model` must have memory, got tensors on the meta device or without a shape; call `model.to_empty(...)` "
+            "or run it once first."
+        )
+    place = find(contents, own, entry, path)
+    if clash := next((names for names in place.matches.values() if len(names) > 1), None):
+        raise WeightsError(f"{path}: {clash[0]!r} and {clash[1]!r} are the same name without {sorted(WRAPPERS)}.")
+    names = _with_shared(own, {name: theirs for name, (theirs,) in place.matches.items()}, place.state, path)
+    values = {name: place.state[theirs] for name, theirs in names.items()}
+    inside = [name for name in place.state if str(name).startswith(place.scope)]
+    if not any(isinstance(place.state[name], Tensor) for name in inside):
+        raise WeightsError(f"{path}: expected tensors, got none among {few(inside)}; pass the right `entry`.")
+    used = {*names.values()}
     report = LoadReport(
-        matched=tuple(name for clean, name in ours.items() if clean in fitting),
-        missing=tuple(name for clean, name in ours.items() if clean not in values),
-        unexpected=tuple(
-            str(name) for name in state if not _is_extra(name) and (name not in tensors or _only(name) not in ours)
-        ),
-        mismatched=tuple(name for clean, name in ours.items() if clean in values and clean not in fitting),
+        matched=tuple(full for name, (full, to) in ours.items() if name in values and fits(to, values[name])),
+        missing=tuple(full for name, (full, _) in ours.items() if name not in values),
+        unexpected=tuple(str(name) for name in inside if name not in used and not is_extra(name)),
+        mismatched=tuple(full for name, (full, to) in ours.items() if name in values and not fits(to, values[name])),
     )
-    torchvisions = _is_torchvisions(model, values, head)
-    lacking = {name for name in report.missing if not name.endswith("num_batches_tracked")} | {*report.mismatched}
-    needed = lacking if strict else lacking - {name for clean, name in ours.items() if clean.startswith(f"{head}.")}
-    if not fitting or needed or (strict and report.unexpected):
-        what = "everything" if strict else "the whole backbone"
-        advice = "pass `strict=False` to leave out the head" if strict else "build the network that it was saved from"
-        if torchvisions and strict:
-            advice = "it looks like torchvision's ResNet-101, which `strict=False` converts as far as it can be"
-        raise WeightsError(f"{path}: expected {what} to match, got {report}; the model is as it was; {advice}.")
-    if torchvisions:
-        values |= _preprocessing_converted(values)
-    with torch.no_grad():
-        for clean in fitting:
-            own[ours[clean]].copy_(values[clean])
-    LOG.log(logging.WARNING if lacking or report.unexpected else logging.INFO, "%s: %s", path, report)
+    clean = {full: name for name, (full, _) in ours.items()}
+    lacking = {
+        clean[name] for name in (*report.missing, *report.mismatched) if not name.endswith("num_batches_tracked")
+    }
+    torchvisions = _torchvisions(model, values, report.unexpected)
+    _check(report, place, lacking, path, strict=strict, head=head, torchvisions=bool(torchvisions))
+    for start in torchvisions:
+        values |= _preprocessing_converted(values, start)
+    copied = {full: _as_sharded(values[clean[full]], own[clean[full]]) for full in report.matched}
+    model.load_state_dict(copied, strict=False)  # into the parameters themselves, where state_dict gave copies (FSDP)
+    _log(path, place, report, careful=bool(lacking or report.unexpected))
     if torchvisions:
         LOG.warning("%s: %s", path, TORCHVISION)
     return report
 
 
-def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state_dict, without the extra state that is no weight."""
-    return {name: value for name, value in state.items() if isinstance(value, Tensor) and not _is_extra(name)}
+def _check(
+    report: LoadReport, place: Place, lacking: set[str], path: Path, *, strict: bool, head: str, torchvisions: bool
+) -> None:
+    """Refuse what does not match as it has to, with what would."""
+    backbone = bool(report.matched) and all(name.startswith(f"{head}.") for name in lacking)
+    if backbone and not (strict and (lacking or report.unexpected)):
+        return
+    if not (strict and backbone):
+        advice = "build the network that it was saved from"
+    elif torchvisions:
+        advice = "it looks like torchvision's ResNet-101, which `strict=False` converts as far as it can be"
+    elif lacking:
+        advice = "pass `strict=False` to leave out the head"
+    elif place.prefix and not any(name.startswith(place.prefix) for name in report.unexpected):
+        advice = f"pass `entry={place.name!r}` to leave out what is beside it"
+    else:
+        advice = "pass `strict=False` to leave out what is more in the file"
+    what = "everything" if strict else "the whole backbone"
+    where = f" in its part {place.name!r}" if place.path else ""
+    raise WeightsError(f"{path}: expected {what} to match, got {report}{where}; the model is as it was; {advice}.")
 
 
-def _is_extra(name: object) -> bool:
-    """Whether a name is that of `get_extra_state`, such as the teacher's count of updates: no weight."""
-    return not isinstance(name, str) or name.rpartition(".")[2] == "_extra_state"
+def _log(path: Path, place: Place, report: LoadReport, *, careful: bool) -> None:
+    """Say what was loaded, and from where in the file."""
+    if place.path:
+        beside = [str(name) for name in place.state if not str(name).startswith(place.scope or place.prefix)]
+        left = f", and left {len(beside)} names beside it {few(beside)}" if beside else ""
+        level = logging.WARNING if place.is_guessed else logging.INFO
+        LOG.log(level, "%s: took %r for the model%s", path, place.name, left)
+    LOG.log(logging.WARNING if careful else logging.INFO, "%s: %s", path, report)
 
 
-def _clean(names: Iterable[str]) -> dict[str, str]:
-    """Map names without wrappers to the names themselves."""
-    found: dict[str, str] = {}
-    for name in names:
-        if found.setdefault(_only(name), name) != name:
-            raise ValueError(f"{name!r} and {found[_only(name)]!r} are the same name without {sorted(WRAPPERS)}.")
-    return found
+def _named(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """A model's tensors by the names that they have without wrappers, with their names in its state_dict."""
+    named = {plain_name(model, name): (name, tensor) for name, tensor in tensors(model.state_dict()).items()}
+    if _averaged(model) is None:
+        return named
+    return {name.removeprefix("module."): found for name, found in named.items() if name.startswith("module.")}
 
 
-def _only(name: str) -> str:
-    """A name without the parts that wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+def _averaged(model: nn.Module) -> nn.Module | None:
+    """The network in something that keeps an average of one, whose counters are no weights; None in anything else.
+
+    It answers to `update_parameters` and `module`, as `torch.optim.swa_utils.AveragedModel` does.
+    """
+    model = unwrapped(model)
+    network = getattr(model, "module", None)
+    is_average = callable(getattr(model, "update_parameters", None)) and isinstance(network, nn.Module)
+    return network if is_average else None
 
 
-def _fits(own: Tensor, value: Tensor) -> bool:
-    return own.shape == value.shape and own.is_floating_point() == value.is_floating_point()
+def _with_shared(
+    own: Mapping[str, Tensor], names: dict[str, str], state: Mapping[str, Any], path: Path
+) -> dict[str, str]:
+    """The file's names for the network's, one for all names of a shared tensor where the file has only some of them."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in own.items():
+        if type(tensor) is Tensor and tensor.numel():
+            groups.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), []).append(name)
+    for group in groups.values():
+        given = [names[name] for name in group if name in names]
+        for theirs in given[1:]:
+            one, other = state[given[0]], state[theirs]
+            if one.shape != other.shape or not torch.equal(one, other.to(one.dtype)):
+                raise WeightsError(f"{path}: {given[0]!r} and {theirs!r} differ, but are one tensor in the model.")
+        names |= {name: given[0] for name in group if given and name not in names}
+    return names
 
 
-def _is_torchvisions(model: nn.Module, values: Mapping[str, Tensor], head: str) -> bool:
-    """Whether a file has the classifier of torchvision's ResNet in place of the head of this library's network."""
-    lacks_head = not any(clean.startswith(f"{head}.") for clean in values)
-    return "fc.weight" in values and lacks_head and any(isinstance(module, DeepLabV2) for module in model.modules())
+def _whole(tensor: Tensor) -> Tensor:
+    """A copy on the CPU with memory of its own, of all ranks' shards."""
+    gather = getattr(tensor, "full_tensor", lambda: tensor)  # of a DTensor
+    return cast("Tensor", gather().detach().cpu().contiguous().clone())
 
 
-def _preprocessing_converted(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _as_sharded(value: Tensor, own: Tensor) -> Tensor:
+    """A tensor in shards like those of FSDP2, where the network's is."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if tensor is None or not isinstance(own, tensor.DTensor):
+        return value
+    sharded: Tensor = tensor.distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+    return sharded
+
+
+def _torchvisions(model: nn.Module, values: Mapping[str, Tensor], unexpected: Iterable[str]) -> list[str]:
+    """Networks of this library in a model that a file has torchvision's classifier for, in place of the head.
+
+    As what their names begin with in the model.
+    """
+    if not any(core(name.split("."))[-2:] == ("fc", "weight") for name in unexpected):
+        return []
+    parts = named_parts(_averaged(model) or model)
+    starts = [f"{name}." if name else "" for name, part in parts if isinstance(part, DeepLabV2)]
+    headless = [start for start in starts if not any(name.startswith(f"{start}layer5.") for name in values)]
+    return [start for start in headless if {f"{start}conv1.weight", f"{start}bn1.running_mean"} <= values.keys()]
+
+
+def _preprocessing_converted(values: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
     """Make the stem of torchvision's network, which sees (RGB - mean) / deviation, see BGR in 0..255 minus a mean."""
-    weight = values["conv1.weight"]
+    weight = values[f"{start}conv1.weight"]
     mean, deviation = weight.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     offset = (weight.new_tensor(MEAN_BGR[::-1])[:, None, None] / 255 - mean) / deviation  # of what is zero here
     return {
-        "conv1.weight": (weight / (255 * deviation)).flip(1),
-        "bn1.running_mean": values["bn1.running_mean"] - (weight * offset).sum((1, 2, 3)),
+        f"{start}conv1.weight": (weight / (255 * deviation)).flip(1),
+        f"{start}bn1.running_mean": values[f"{start}bn1.running_mean"] - (weight * offset).sum((1, 2, 3)),
     }
-
-
-def _few(names: Iterable[object]) -> str:
-    """The first names of many, in parentheses."""
-    names = list(names)
-    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"({', '.join(map(str, names[:3]))}{more})" if names else ""

@@ -1,0 +1,195 @@
+"""Where in a file a network's weights are: told by the names, with what wrappers and containers add to them."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from crossmix.models.weight_files import WeightsError
+
+__all__ = ["WRAPPERS", "Place", "core", "few", "find", "fits", "is_extra", "tensors"]
+
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "Scale"}
+"""Parts of a file's names that wrappers put there (the last one is the multi-scale wrapper of the ImageNet file), or
+that are the network's own: the network's names tell."""
+ENTRIES: dict[str | None, tuple[str, ...]] = {
+    None: ("student", "model", "state_dict"),
+    "student": ("student", "model"),
+    "teacher": ("teacher", "ema_model"),
+}
+"""What an entry is called in files: the first that is there."""
+
+
+class Place(NamedTuple):
+    """A part of a file that a network's weights may be in."""
+
+    path: tuple[str, ...]  # to it: keys of mappings, then parts of names
+    keys: int  # how many of these are keys
+    entry: int  # how many lead to the entry that was asked for
+    state: Mapping[str, Any]  # the mapping behind the keys
+    matches: Mapping[str, list[str]]  # the names of `state` that stand for each of the network's own
+
+    @property
+    def name(self) -> str:
+        """The path as an `entry`."""
+        return ".".join(self.path)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of `state` begin with here."""
+        return "".join(f"{part}." for part in self.path[self.keys :])
+
+    @property
+    def scope(self) -> str:
+        """What they begin with in the whole entry."""
+        return "".join(f"{part}." for part in self.path[self.keys : self.entry])
+
+    @property
+    def is_guessed(self) -> bool:
+        """Whether more leads to it than the entry and wrappers."""
+        return not WRAPPERS.issuperset(self.path[self.entry :])
+
+
+def find(contents: Mapping[str, Any], own: Mapping[str, Tensor], entry: str | None, path: Path) -> Place:
+    """The part of a file that holds most of a network's names; of equal ones the entry, and for None the student."""
+    everywhere = _places(contents, own)
+    names = ENTRIES.get(entry, (entry or "",))
+    ranked = []
+    for place in everywhere:
+        if entry in {None, "student"} and {"teacher", "ema_model"} & {*place.path}:
+            continue
+        rank, end = next(((i, end) for i, name in enumerate(names) if (end := _entry_end(place.path, name))), (None, 0))
+        if rank is None and entry is None:
+            rank = len(names) if place.path else -1  # a guess, or the whole file
+        if rank is not None:
+            ranked.append(((*_score(place, own), rank, end, len(place.path)), place._replace(entry=end)))
+    ranked = [(key, place) for key, place in ranked if not place.is_guessed or 2 * len(place.matches) >= len(own)]
+    if not ranked:
+        return _without_match(contents, everywhere, own, entry, path)
+    best, chosen = min(ranked, key=lambda pair: pair[0])
+    rivals = _outermost([place for key, place in ranked if key[:-1] == best[:-1]])
+    if len(rivals) > 1:
+        listed = " or ".join(f"`entry={place.name!r}`" for place in rivals)
+        raise WeightsError(f"{path}: {len(rivals)} parts of it match the model alike; pass {listed}.")
+    return chosen
+
+
+def _places(contents: Mapping[str, Any], own: Iterable[str]) -> list[Place]:
+    """Every part of a file in which any of a network's names is found."""
+    alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for name in own:
+        parts = tuple(name.split("."))
+        alike.setdefault(core(parts), []).append(parts)
+    found = []
+    for keys, state in _mappings(contents):
+        matches: dict[tuple[str, ...], dict[str, list[str]]] = {}
+        for name in tensors(state):
+            parts = tuple(name.split("."))
+            for i in range(len(parts)):
+                if same := _same(parts[i:], alike.get(core(parts[i:]), [])):
+                    matches.setdefault(parts[:i], {}).setdefault(".".join(same), []).append(name)
+        found += [Place(keys + prefix, len(keys), 0, state, names) for prefix, names in matches.items()]
+    return found
+
+
+def _mappings(
+    contents: Mapping[Any, Any], keys: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """A mapping and those inside it, with the keys that lead there."""
+    yield keys, contents
+    for key, value in contents.items():
+        if isinstance(key, str) and isinstance(value, Mapping) and len(keys) < 8:
+            yield from _mappings(value, (*keys, *key.split(".")))
+
+
+def core(parts: Sequence[str]) -> tuple[str, ...]:
+    """The parts of a name that no wrapper can have put there."""
+    return tuple(part for part in parts if part not in WRAPPERS)
+
+
+def _same(parts: Sequence[str], candidates: Sequence[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """Which of the network's names, alike but for wrappers, a name of the file stands for.
+
+    The longest that it contains, so that a part of the network's own name is not taken for a wrapper's. A network whose
+    name has such a part more than the file is another kind of wrapper, where there is only one such name.
+    """
+    contained = [own for own in candidates if _is_subsequence(own, parts)]
+    return max(contained or (candidates if len(candidates) == 1 else []), key=len, default=None)
+
+
+def _is_subsequence(some: Sequence[str], parts: Sequence[str]) -> bool:
+    rest = iter(parts)
+    return all(part in rest for part in some)  # `in` moves on behind what it finds
+
+
+def _entry_end(path: tuple[str, ...], entry: str) -> int:
+    """How many parts of a path lead to an entry, which may be deeper inside, between wrappers; 0 where it is not."""
+    wanted = tuple(entry.split("."))
+    spots = [i for i, part in enumerate(path) if part not in WRAPPERS or part in wanted]
+    for i in range(len(spots) - len(wanted) + 1):
+        run = spots[i : i + len(wanted)]
+        if tuple(path[spot] for spot in run) == wanted:
+            return run[-1] + 1
+    return 0
+
+
+def _score(place: Place, own: Mapping[str, Tensor]) -> tuple[int, int]:
+    """How well a part matches, the lower the better: tensors that fit, then names."""
+    fitting = [name for name, names in place.matches.items() if fits(own[name], place.state[names[0]])]
+    return -len(fitting), -len(place.matches)
+
+
+def _outermost(places: Iterable[Place]) -> list[Place]:
+    """Those that lie in no other one."""
+    found: list[Place] = []
+    for place in sorted(places, key=lambda place: len(place.path)):
+        if not any(place.path[: len(outer.path)] == outer.path for outer in found):
+            found.append(place)
+    return found
+
+
+def _without_match(
+    contents: Mapping[str, Any], everywhere: Sequence[Place], own: Mapping[str, Tensor], entry: str | None, path: Path
+) -> Place:
+    """The entry that nothing of the network is in, for the report, or an error that says where something is."""
+    mappings = list(_mappings(contents))
+    inside = [(keys, tuple(str(name).split(".")), state) for keys, state in mappings for name in state]
+    ends = (
+        Place((keys + parts)[:end], min(end, len(keys)), end, state, {})
+        for name in ENTRIES.get(entry, (entry or "",))
+        for keys, parts, state in [*((keys, (), state) for keys, state in mappings), *inside]
+        if (end := _entry_end(keys + parts, name))
+    )
+    there = next(ends, None)
+    best = min((_score(place, own) for place in everywhere), default=(0, 0))
+    if 2 * -best[0] >= len(own):
+        matching = _outermost([place for place in everywhere if _score(place, own) == best])
+        listed = " or ".join(f"`entry={place.name!r}`" if place.path else "no `entry`" for place in matching)
+        said = "nothing there matches the model" if there or entry is None else f"it has no entry {entry!r}"
+        raise WeightsError(f"{path}: {said}, but {few(contents)}; pass {listed}, which matches the model.")
+    if there is None and entry is not None:
+        raise WeightsError(f"{path}: it has no entry {entry!r}, but {few(contents)}, and none matches the model.")
+    return there or Place((), 0, 0, contents, {})
+
+
+def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state_dict, without the extra state that is no weight."""
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and not is_extra(name)}
+
+
+def is_extra(name: object) -> bool:
+    """Whether a name is that of `get_extra_state`, such as the teacher's count of updates: no weight."""
+    return not isinstance(name, str) or name.rpartition(".")[2] == "_extra_state"
+
+
+def fits(own: Tensor, value: Tensor) -> bool:
+    """Whether a value can be copied into a tensor of the network's."""
+    return own.shape == value.shape and own.is_floating_point() == value.is_floating_point()
+
+
+def few(names: Iterable[object]) -> str:
+    """The first names of many, in parentheses."""
+    names = list(names)
+    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"({', '.join(map(str, names[:3]))}{more})" if names else ""
