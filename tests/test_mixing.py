@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from checks import Watch
 from crossmix import ClassMix, CrossDomainMix, mixing
 from crossmix import functional as F
 from oracles import classes_by_loop, mask_by_loop, seeded
@@ -94,6 +95,31 @@ def test_sample_classes__ignored_counts_only_when_asked() -> None:
     assert torch.equal(asked.sum(1), torch.ones(400, dtype=torch.long))
     assert abs(int(asked[:, 19].sum()) - 200) < 4 * math.sqrt(100)
     assert not F.sample_classes(torch.full((2, 3, 3), 255), 19).any()  # nothing to draw, nothing drawn
+
+
+RATIOS = [0.0, 1.0, 5e-324, 2**-53, 1 - 2**-53, *(a / b for b in (3, 7, 10, 20, 100) for a in range(1, b))]
+
+
+@pytest.mark.parametrize("ulps", [-1, 0, 1])
+def test_sample_classes__counts_what_python_counts_for_every_ratio(ulps: int) -> None:
+    """0.55 * 20 is 11 in double precision, and 0.55 * 100 a little more than 55."""
+    n = 130
+    labels = torch.arange(n).expand(n, n).tril()[:, None]  # i + 1 classes in image i
+    scores = torch.rand(n, n + 1, generator=seeded(0))
+    for exact in RATIOS:
+        ratio = exact if ulps == 0 else min(max(math.nextafter(exact, ulps * math.inf), 0.0), 1.0)
+        got = F.sample_classes(labels, n, ratio=ratio, scores=scores).sum(1)
+        assert got.tolist() == [math.ceil(ratio * k) for k in range(1, n + 1)], ratio
+
+
+@pytest.mark.parametrize("num_classes", [257, 5000])
+def test_sample_classes__of_many_ids_in_memory_that_grows_with_their_number(num_classes: int) -> None:
+    labels = torch.randint(0, num_classes, (2, 24, 25), generator=seeded(0))
+    scores = (torch.rand(2, num_classes + 1, generator=seeded(1)) * 50).floor()  # many ties
+    with Watch() as seen:
+        got = F.sample_classes(labels, num_classes, ratio=0.3, scores=scores, include_ignored=True)
+    assert torch.equal(got, classes_by_loop(labels, num_classes, scores, 0.3, 255, ignored=True))
+    assert seen.largest <= max(labels.numel(), 2 * (num_classes + 2))
 
 
 @pytest.mark.parametrize("num_classes", [6, 40])
