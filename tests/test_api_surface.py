@@ -15,8 +15,9 @@ PUBLIC = {
         "PseudoLabels", "SelfTraining", "SelfTrainingOutput", "StrongAugment", "functional", "recipes",
     ],
     "crossmix.functional": [
-        "align_distribution", "class_mask", "confidence_weight", "ema_update_", "mix", "pseudo_label",
-        "pseudo_label_from_probs", "sample_classes", "upsampled_cross_entropy", "weighted_cross_entropy",
+        "align_distribution", "block_mask", "box_mask", "class_mask", "confidence_weight", "cow_mask", "ema_update_",
+        "mix", "pseudo_label", "pseudo_label_from_probs", "sample_classes", "upsampled_cross_entropy",
+        "weighted_cross_entropy",
     ],
     "crossmix.recipes": ["METHODS", "PAPER", "RELEASED", "Recipe", "self_training"],
     "crossmix.models": [
@@ -43,6 +44,9 @@ SIGNATURES = {
         "labels num_classes * ratio=0.5 ignore_index=255 include_ignored=False scores=None generator=None",
     "crossmix.functional.class_mask": "labels classes * ignore_index=255",
     "crossmix.functional.mix": "pasted base mask",
+    "crossmix.functional.box_mask": "scores size * area=(0.02, 0.4) aspect=(0.3, 3.3333333333333335)",
+    "crossmix.functional.cow_mask": "noise * sigma ratio=0.5",
+    "crossmix.functional.block_mask": "scores size block * ratio=0.7",
     "crossmix.functional.pseudo_label": "logits",
     "crossmix.functional.pseudo_label_from_probs": "probs",
     "crossmix.functional.confidence_weight": "confidence threshold=0.968 * scope='image'",

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "crossmix"
-LEAVES = {"mixing", "augment", "teacher", "losses", "alignment"}
+LEAVES = {"mixing", "augment", "masking", "teacher", "losses", "alignment"}
 
 # Room (a module file or a folder): the rooms of crossmix that it may import.
 ALLOWED: dict[str, set[str]] = {
@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "_cross_entropy": {"_tensors"},
     **{leaf: {"_checks", "_distributed", "_tensors"} for leaf in LEAVES},
     "augment": {"_checks", "_color", "_distributed", "_tensors"},
+    "masking": {"_checks", "_tensors"},
     "losses": {"_checks", "_distributed", "_tensors", "_cross_entropy"},
     "metrics": {"_checks", "_distributed", "_tensors"},
     "self_training": {"_checks", "_tensors", *LEAVES},

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from crossmix._checks import (
     check_fraction,
@@ -285,6 +286,7 @@ class ClassMix(nn.Module):
             mask=_stored(mask),
         )
 
+    @override
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
         return _settings(self)
@@ -399,6 +401,7 @@ class CrossDomainMix(nn.Module):
             mask=_stored(mask),
         )
 
+    @override
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
         return _settings(self)
