@@ -74,6 +74,9 @@ SIGNATURES = {
         "student num_classes * method='dacs' recipe='released' prior=None sync=False upsample=False **overrides",
     "crossmix.models.deeplab_v2_resnet101": "num_classes=19 * aspp_branches=4 freeze_bn_affine=True upsample=True",
     "crossmix.metrics.ConfusionMatrix": "num_classes * ignore_index=255",
+    "crossmix.evaluation.evaluate":
+        "network data * num_classes=19 image_size=None label_sizes=(None,) window=None stride=None flip=False "
+        "align_corners=True forward=None logits=None device=None dtype=None workers=0 sync=False ignore_index=255",
     "crossmix.diagnostics.PseudoLabelMonitor": "num_classes * threshold=0.968 ignore_index=255",
     "crossmix.diagnostics.PseudoLabelMonitor.update": "self labels confidence * truth=None student=None",
     "crossmix.diagnostics.PseudoLabelMonitor.compute": "self prior=None",

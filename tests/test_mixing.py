@@ -3,7 +3,9 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -277,3 +279,53 @@ def test_cross_domain_mix__autocast_changes_nothing() -> None:
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+IMAGES, LABELS = torch.rand(2, 3, 4, 6), torch.zeros(2, 4, 6, dtype=torch.uint8)
+WRONG: list[tuple[str, Callable[[], object], type[Exception], str]] = [
+    ("float labels drawn from", lambda: F.sample_classes(LABELS.float(), 5), TypeError, "`labels` must be uint8"),
+    ("float labels masked", lambda: F.class_mask(LABELS.float(), torch.zeros(2, 6) > 0), TypeError, "`labels` must be"),
+    ("float labels mixed", lambda: ClassMix(5)(IMAGES, LABELS.float()), TypeError, "`labels` must be uint8"),
+    ("float labels sampled", lambda: CrossDomainMix(5).sample(LABELS.float()), TypeError, "`labels` must be uint8"),
+    ("byte images", lambda: ClassMix(5)(IMAGES.byte(), LABELS), TypeError, "`images` must be floating.*uint8; convert"),
+    ("one image", lambda: ClassMix(5)(IMAGES[0], LABELS), ValueError, r"`images` must have shape \(N, C, H, W\)"),
+    ("numpy images", lambda: ClassMix(5)(IMAGES.numpy(), LABELS), TypeError, "`images` must be a torch.Tensor"),
+    ("numpy labels", lambda: ClassMix(5)(IMAGES, LABELS.numpy()), TypeError, "`labels` must be a torch.Tensor"),
+    ("numpy weights", lambda: ClassMix(5)(IMAGES, LABELS, np.ones(2)), TypeError, "`weights` must be a torch.Tensor"),
+    ("numpy drawn from", lambda: F.sample_classes(LABELS.numpy(), 5), TypeError, "`labels` must be a torch.Tensor"),
+    ("numpy scores", lambda: F.sample_classes(LABELS, 5, scores=np.ones((2, 6))), TypeError, "`scores` must be"),
+    ("numpy classes", lambda: F.class_mask(LABELS, np.ones((2, 6))), TypeError, "`classes` must be a torch.Tensor"),
+    ("numpy pasted", lambda: F.mix(IMAGES.numpy(), IMAGES, LABELS > 0), TypeError, "`pasted` must be a torch.Tensor"),
+    ("numpy base", lambda: F.mix(IMAGES, IMAGES.numpy(), LABELS > 0), TypeError, "`base` must be a torch.Tensor"),
+    ("numpy mask", lambda: F.mix(IMAGES, IMAGES, LABELS.numpy() > 0), TypeError, "`mask` must be a torch.Tensor"),
+    ("mask device", lambda: F.mix(IMAGES, IMAGES, (LABELS > 0).to("meta")), ValueError, "`mask` is on meta"),
+    ("label size", lambda: ClassMix(5)(IMAGES, LABELS[..., :5]), ValueError, "`labels` .2, 4, 5. and `images`"),
+    ("labels device", lambda: ClassMix(5)(IMAGES, LABELS.to("meta")), ValueError, "`labels` is on meta"),
+    ("classes device", lambda: F.class_mask(LABELS, torch.ones(2, 6, device="meta") > 0), ValueError, "is on meta"),
+    ("classes drawn", lambda: F.sample_classes(LABELS, 0), ValueError, "`num_classes` must be at least 1"),
+    ("ratio drawn", lambda: F.sample_classes(LABELS, 5, ratio=2.0), ValueError, r"`ratio` must lie in \[0, 1\]"),
+    (
+        "image sizes",
+        lambda: CrossDomainMix(5)(IMAGES, LABELS, IMAGES[..., :5], LABELS[..., :5]),
+        ValueError,
+        "`target_images` .2, 3, 4, 5. and `source_images` .2, 3, 4, 6. must agree",
+    ),
+    (
+        "image channels",
+        lambda: CrossDomainMix(5)(IMAGES, LABELS, IMAGES[:, :1], LABELS),
+        ValueError,
+        "`target_images` .2, 1, 4, 6. and `source_images`",
+    ),
+    (
+        "pseudo-label sizes",
+        lambda: CrossDomainMix(5)(IMAGES, LABELS, IMAGES, LABELS[:, :3]),
+        ValueError,
+        "`target_labels` .2, 3, 6. and `target_images`",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
+def test_mistakes(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
