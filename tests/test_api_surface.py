@@ -29,7 +29,7 @@ PUBLIC = {
         "class_counts", "write_png",
     ],
     "crossmix.metrics": ["ConfusionMatrix", "IoU"],
-    "crossmix.evaluation": ["evaluate"],
+    "crossmix.evaluation": ["evaluate", "resize_labels"],
     "crossmix.diagnostics": ["PseudoLabelMonitor", "PseudoLabelQuality"],
     "crossmix.optim": ["RepeatedSGD", "parameter_groups", "poly_lr"],
     "crossmix.visualize": ["colorize", "gallery"],
@@ -74,6 +74,7 @@ SIGNATURES = {
         "student num_classes * method='dacs' recipe='released' prior=None sync=False upsample=False **overrides",
     "crossmix.models.deeplab_v2_resnet101": "num_classes=19 * aspp_branches=4 freeze_bn_affine=True upsample=True",
     "crossmix.metrics.ConfusionMatrix": "num_classes * ignore_index=255",
+    "crossmix.evaluation.resize_labels": "labels size",
     "crossmix.evaluation.evaluate":
         "network data * num_classes=19 image_size=None label_sizes=(None,) window=None stride=None flip=False "
         "align_corners=True forward=None logits=None device=None dtype=None workers=0 sync=False ignore_index=255",

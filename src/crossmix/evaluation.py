@@ -14,7 +14,7 @@ from crossmix._distributed import rank, world_size
 from crossmix._tensors import nearest, upsample
 from crossmix.metrics import ConfusionMatrix
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "resize_labels"]
 
 Size = tuple[int, int]
 IMAGE_KEYS = ("image", "images", "pixel_values")
@@ -139,6 +139,35 @@ def evaluate(
         for matrix in matrices.values():
             matrix.merge()
     return matrices
+
+
+def resize_labels(labels: Tensor, size: Size) -> Tensor:
+    """Resize label maps to the nearest pixel, as the readers and `evaluate` do.
+
+    Each new pixel takes the old one under its centre: Pillow's NEAREST to the pixel, and not PyTorch's "nearest", which
+    takes another one.
+
+    Args:
+        labels: (..., H, W) of any dtype.
+        size: (height, width).
+
+    Returns:
+        (..., height, width).
+
+    Raises:
+        TypeError: If `labels` is no tensor.
+        ValueError: If `labels` is no map, or a size is not positive.
+
+    Example:
+        >>> resize_labels(torch.arange(6)[None], (1, 3))
+        tensor([[1, 3, 5]])
+    """
+    check_tensor("labels", labels)
+    if labels.ndim < 2 or 0 in labels.shape[-2:] or min(size) < 1:
+        raise ValueError(
+            f"`labels` must have shape (..., H, W) and `size` be positive, got {tuple(labels.shape)} and {tuple(size)}."
+        )
+    return nearest(labels, size)
 
 
 def _named(sizes: Sequence[Size | None]) -> dict[str, Size | None]:
