@@ -152,7 +152,7 @@ class PseudoLabelMonitor(nn.Module):
         self.register_buffer("gaps", torch.zeros(BINS, dtype=torch.int64))
         self.register_buffer("agreement", torch.zeros(2, dtype=torch.int64))
         self._merged: dict[str, Tensor] | None = None
-        self.register_load_state_dict_post_hook(_forget)
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def update(

@@ -310,9 +310,10 @@ def _view(
 
 def _classes(scores: list[Tensor], *, soft: bool) -> Tensor:
     """The likeliest class by one set of scores, or by the mean of two; logits become probabilities for that."""
-    if len(scores) > 1:
-        scores = [sum(one if soft else one.softmax(1) for one in scores)]
-    return scores[0].argmax(1)
+    if len(scores) == 1:
+        return scores[0].argmax(1)
+    probs = scores if soft else [one.softmax(1) for one in scores]
+    return torch.add(*probs).argmax(1)
 
 
 def _spans(length: int, window: int, stride: int) -> Iterator[slice]:

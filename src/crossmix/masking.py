@@ -163,8 +163,9 @@ def _smoothing(sigma: Tensor, size: int) -> Tensor:
     reach = size - 1
     # Row i of the taps, laid over pixels -reach..size-1+reach, begins reach - i columns into the padded kernel.
     taps = functional.pad(kernel, (reach, reach)).unfold(1, size + 2 * reach, 1).flip(1)
-    before, rows, after = taps.split([reach, size, reach], 2)
-    return rows + functional.pad(before.flip(2), (1, 0)) + functional.pad(after.flip(2), (0, 1))
+    before, after = taps[..., :reach].flip(2), taps[..., size + reach :].flip(2)
+    folded: Tensor = taps[..., reach : size + reach] + functional.pad(before, (1, 0)) + functional.pad(after, (0, 1))
+    return folded
 
 
 def _check_sigma(sigma: float | Tensor, noise: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ def _check_sigma(sigma: float | Tensor, noise: Tensor) -> Tensor:
 
 
 def _check_size(size: Sequence[int]) -> tuple[int, int]:
-    if len(size) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in size):
+    if len(size) != 2 or not all(type(side) is int for side in size):
         raise TypeError(f"`size` must be two ints, height and width, got {size!r}.")
     if min(size) < 1:
         raise ValueError(f"`size` must be positive, got {tuple(size)}.")

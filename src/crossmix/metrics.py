@@ -64,7 +64,7 @@ class ConfusionMatrix(nn.Module):
         self.register_buffer("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64))
         self.register_buffer("invalid", torch.zeros((), dtype=torch.int64), persistent=False)
         self._merged: Tensor | None = None  # counts of all ranks in one row, then the number of invalid predictions
-        self.register_load_state_dict_post_hook(_forget)
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
