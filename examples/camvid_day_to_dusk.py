@@ -4,9 +4,9 @@
 
 CAMVID holds `day`, `dusk-train` and `dusk-test`, each with `images/` and `labels/`: drives 0006R0 and the two halves of
 0001TP of CamVid in the SegNet version (ids 0..10, 11 is unlabelled). The network, the loading and the loop are this
-file's own; from crossmix come the algorithm, its recipe and the metric. It compares training on the day alone, with the
-same colour jitter and blur as DACS has, and DACS, which sees the images of `dusk-train` but no label of them. Scores
-are on `dusk-test`.
+file's own; from crossmix come the algorithm, its recipe, the metric and the resize of label maps. It compares training
+on the day alone, with the same colour jitter and blur as DACS has, and DACS, which sees the images of `dusk-train` but
+no label of them. Scores are on `dusk-test`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from torch.nn import functional as tf
 
 from crossmix import StrongAugment, recipes
 from crossmix.datasets import image_files
+from crossmix.evaluation import resize_labels
 from crossmix.metrics import ConfusionMatrix
 
 CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
@@ -74,7 +75,7 @@ def load(folder: Path) -> tuple[Tensor, Tensor]:
         image = torch.from_numpy(io.read_image(str(folder / "images" / name))).permute(2, 0, 1)
         label = torch.from_numpy(io.read_image(str(folder / "labels" / name)))[..., 0]
         images.append(tf.interpolate(image[None], size=SIZE, mode="bilinear", antialias=True)[0])
-        labels.append(tf.interpolate(label[None, None], size=SIZE, mode="nearest-exact")[0, 0])
+        labels.append(resize_labels(label, SIZE))
     ids = torch.stack(labels)
     return torch.stack(images), ids.masked_fill(ids >= len(CLASSES), 255)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as tf
 from crossmix import SelfTraining
 from crossmix.datasets import Sample, write_png
 from crossmix.datasets.classes import CLASS_NAMES
+from crossmix.evaluation import resize_labels
 from crossmix.visualize import colorize, gallery
 from evaluate import percent, plain
 from paper import paper_row
@@ -103,7 +104,7 @@ def predicted_rows(
         small = tf.interpolate(image[None], size=shape, mode="bilinear", antialias=True)
         logits = student(small.to(device).float() / 255)
         prediction = tf.interpolate(logits, size=shape, mode="bilinear", align_corners=True)[0].argmax(0)
-        truth = torch.full(shape, 255) if label is None else _resized(label, shape)
+        truth = torch.full(shape, 255) if label is None else resize_labels(label, shape)
         rows.append([small[0], colorize(prediction), colorize(truth)])
     student.train(mode)
     return rows
@@ -135,10 +136,6 @@ def write_events(folder: Path, records: Sequence[dict[str, Any]]) -> None:
         for record in records:
             for name, value in record.items():
                 writer.add_scalar(name, value, record["step"])
-
-
-def _resized(label: Tensor, shape: tuple[int, int]) -> Tensor:
-    return tf.interpolate(label[None, None], size=shape, mode="nearest-exact")[0, 0]
 
 
 def _row(title: str, cells: Iterable[str]) -> str:

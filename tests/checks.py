@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Inputs = Mapping[str, Tensor]
 Op = Callable[..., Any]
@@ -90,3 +92,22 @@ def check_module(module: nn.Module, call: Callable[[nn.Module], object], shown: 
         assert tensor.dtype in {torch.float64, torch.int64}
     for mode in (True, False):
         assert module.train(mode).training is mode
+
+
+class Watch(TorchDispatchMode):
+    """Remember the dtypes of all tensors that come about, and the size of the largest one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.dtypes.add(tensor.dtype)
+                self.largest = max(self.largest, tensor.numel())
+        return out

@@ -89,7 +89,9 @@ def calibration_by_loop(pixels: list[Pixel], bins: int = 15) -> float:
     return total if pixels else math.nan
 
 
-def quality_by_loop(pixels: list[Pixel], num_classes: int, threshold: float) -> dict[str, object]:
+def quality_by_loop(
+    pixels: list[Pixel], num_classes: int, threshold: float, ignore_index: int = 255
+) -> dict[str, object]:
     labelled = [p for p in pixels if p.truth is not None]
     sure = [p for p in labelled if p.confidence >= threshold]
     compared = [p for p in pixels if p.student is not None]
@@ -109,7 +111,7 @@ def quality_by_loop(pixels: list[Pixel], num_classes: int, threshold: float) -> 
         "mean_confidence": ratio(sum(p.confidence for p in pixels), len(pixels)),
         "agreement": ratio(sum(p.student == p.pseudo for p in compared), len(compared)),
         "calibration_error": calibration_by_loop(labelled),
-        "never_predicted": sum(all(p.pseudo != c for p in pixels) for c in classes),
+        "never_predicted": sum(all(p.pseudo != c for p in pixels) for c in classes if c != ignore_index),
         "pixels": len(pixels),
     }
 
@@ -162,9 +164,9 @@ def test_compute__equals_the_loop(
         for before, after in zip(given, (labels, confidence, truth, student), strict=True):
             assert before is None or torch.equal(before.nan_to_num(7), after.nan_to_num(7))
     pixels = pixels_by_loop(batches, c, ignore_index)
-    assert_quality(monitor.compute(), quality_by_loop(pixels, c, threshold))
+    assert_quality(monitor.compute(), quality_by_loop(pixels, c, threshold, ignore_index))
     monitor.reset()
-    assert_quality(monitor.compute(), quality_by_loop([], c, threshold))
+    assert_quality(monitor.compute(), quality_by_loop([], c, threshold, ignore_index))
 
 
 def test_compute__by_hand() -> None:
@@ -301,6 +303,26 @@ def test_compute__against_a_prior() -> None:
     monitor.update(torch.tensor([[[2]]]), torch.ones(1, 1, 1), truth=torch.tensor([[[2]]]))
     assert monitor.compute([1, 1, 0]).expected_share.tolist() == [0.5, 0.5, 0]  # goes before the truth
     assert monitor.compute().expected_share.tolist() == [0, 0, 1]
+
+
+def test_ignored_class__has_no_part_in_a_prior() -> None:
+    monitor = PseudoLabelMonitor(3, ignore_index=0)
+    monitor.update(torch.tensor([[[0, 1, 1, 2]]]), torch.ones(1, 1, 4))
+    quality = monitor.compute([6, 2, 1])  # of all pixels, the ignored class included
+    assert quality.expected_share.tolist() == pytest.approx([0, 2 / 3, 1 / 3])
+    assert quality.divergence == pytest.approx(0, abs=1e-12)
+    assert quality.never_predicted == 0
+    with pytest.raises(ValueError, match="not all zero"):
+        monitor.compute([1, 0, 0])
+
+
+def test_state__a_loaded_one_takes_the_place_of_what_was_merged() -> None:
+    labels, confidence = torch.zeros(1, 2, 2, dtype=torch.int64), torch.ones(1, 2, 2)
+    monitor, empty = PseudoLabelMonitor(2), PseudoLabelMonitor(2).state_dict()
+    monitor.update(labels, confidence)
+    monitor.merge()
+    monitor.load_state_dict(empty)
+    assert monitor.compute().pixels == 0
 
 
 def test_teacher_and_student__agree_after_the_first_update() -> None:

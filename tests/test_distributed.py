@@ -95,6 +95,15 @@ SCRIPT = textwrap.dedent(
     part.merge()
     whole.update(predictions, labels)
     assert part.compute().pixel_accuracy == whole.compute().pixel_accuracy
+    part.invalid.add_(1 - rank)  # what a GPU of rank 0 leaves of a prediction that is no class
+    for _ in range(2):
+        part.merge()
+        try:
+            part.compute()
+        except ValueError as error:  # on every rank
+            assert "must lie in 0..2" in str(error)
+        else:
+            raise AssertionError(f"rank {rank} was not told")
 
     pseudo, confidence = pseudo_label_from_probs(probs)
     whole, part, alone = (PseudoLabelMonitor(3, threshold=0.4) for _ in range(3))

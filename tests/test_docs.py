@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,23 +34,42 @@ def shell_lines() -> list[str]:
 
 
 @functools.cache
-def help_of(script: str) -> str:
-    command = [sys.executable, str(ROOT / script), "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def flags_of(*command: str) -> set[str]:
+    """The options that a command's help names, whole."""
+    shown = subprocess.run(
+        [sys.executable, *command, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    return set(re.findall(r"(?<![\w-])--?\w[\w-]*", shown))
+
+
+def commands(line: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """What a shell line runs of ours, a script or a module, and the options it is given."""
+    for command in line.split("&&"):
+        words = shlex.split(command)
+        for i, word in enumerate(words):
+            given = [other.partition("=")[0] for other in words[i + 1 :] if other.startswith("-")]
+            if word.endswith(".py"):
+                yield (word,), given  # what stands before it are the launcher's options
+            elif word.split(".")[0] in {"crossmix", "benchmarks"} and words[i - 1] == "-m":
+                yield ("-m", word), given
 
 
 @pytest.mark.parametrize("line", sorted(set(shell_lines())))
 def test_shell_lines_name_what_exists(line: str) -> None:
-    for command in line.split("&&"):
-        words = shlex.split(command)
-        for i, script in enumerate(words):
-            if not script.endswith(".py"):
-                continue
-            assert (ROOT / script).is_file(), script
-            for flag in (
-                word for word in words[i + 1 :] if word.startswith("--")
-            ):  # those before it are the launcher's
-                assert flag in help_of(script), f"{script} has no {flag}"
+    for command, given in commands(line):
+        assert set(given) <= flags_of(*command), f"{' '.join(command)} has no such option"
+
+
+def test_shell_lines__an_option_is_compared_whole() -> None:
+    line = (
+        "torchrun --x a && torchrun --y examples/dacs_gta5.py --meth dacs --out=runs && python -m crossmix.datasets -q"
+    )
+    assert list(commands(line)) == [
+        (("examples/dacs_gta5.py",), ["--meth", "--out"]),
+        (("-m", "crossmix.datasets"), ["-q"]),
+    ]
+    assert {"--method", "--out", "-h"} <= flags_of("examples/dacs_gta5.py")
+    assert not {"--meth", "--ou", "-m"} & flags_of("examples/dacs_gta5.py")
 
 
 def test_readme__two_commands_do_everything() -> None:

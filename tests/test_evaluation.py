@@ -1,18 +1,21 @@
-"""The confusion matrix, evaluation and pictures."""
+"""Evaluation and pictures."""
 
 import math
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as tf
+from torch.utils.data import DataLoader, Dataset
 
+from crossmix._tensors import nearest
 from crossmix.datasets import Sample
 from crossmix.datasets.classes import PALETTE
 from crossmix.evaluation import evaluate
@@ -20,88 +23,6 @@ from crossmix.metrics import ConfusionMatrix
 from crossmix.models import deeplab_v2_tiny
 from crossmix.visualize import colorize, gallery
 from oracles import seeded
-
-
-@given(st.integers(0, 3), st.integers(0, 4), st.integers(1, 6), st.integers(0, 2**31), st.sampled_from([255, 0, -1]))
-@settings(max_examples=60, deadline=None)
-def test_confusion_matrix__equals_the_loop(n: int, height: int, c: int, seed: int, ignore_index: int) -> None:
-    g = seeded(seed)
-    matrix = ConfusionMatrix(c, ignore_index=ignore_index)
-    want = np.zeros((c, c))
-    for _ in range(2):
-        labels = torch.randint(-1, c + 2, (n, height, 5), generator=g)
-        predictions = torch.randint(0, c, (n, height, 5), generator=g, dtype=torch.uint8)
-        matrix.update(predictions, labels)
-        for label, prediction in zip(labels.flatten().tolist(), predictions.flatten().tolist(), strict=True):
-            if label != ignore_index and 0 <= label < c:
-                want[label, prediction] += 1
-    assert matrix.counts.tolist() == want.tolist()
-    iou = matrix.compute()
-    each = []
-    for k in range(c):
-        union = want[k].sum() + want[:, k].sum() - want[k, k]
-        each.append(want[k, k] / union if union else math.nan)
-        assert float(iou.per_class[k]) == pytest.approx(each[-1], nan_ok=True)
-    assert iou.per_class.dtype == torch.float64
-    present = [v for v in each if not math.isnan(v)]
-    assert iou.mean == pytest.approx(sum(present) / len(present) if present else math.nan, nan_ok=True)
-    accuracy = want.trace() / want.sum() if want.sum() else math.nan
-    assert iou.pixel_accuracy == pytest.approx(accuracy, nan_ok=True)
-    subset = matrix.compute([0])
-    assert subset.mean == pytest.approx(each[0], nan_ok=True)
-    assert len(subset.per_class) == c
-    matrix.reset()
-    assert not matrix.counts.any()
-
-
-def test_confusion_matrix__state_and_merge_without_ranks() -> None:
-    matrix = ConfusionMatrix(3)
-    labels = torch.randint(0, 3, (2, 4, 4))
-    matrix.update(labels, labels)
-    matrix.merge()
-    matrix.merge()
-    assert matrix.compute().mean == 1.0
-    again = ConfusionMatrix(3)
-    again.load_state_dict(matrix.state_dict())
-    assert torch.equal(again.counts, matrix.counts)
-    matrix.update((labels + 1) % 3, labels)  # merged counts are stale now
-    assert matrix.compute().pixel_accuracy == 0.5
-    assert "num_classes=3" in repr(matrix)
-
-
-def test_confusion_matrix__a_prediction_that_is_no_class() -> None:
-    labels = torch.tensor([[[0, 1, 255]]])
-    matrix = ConfusionMatrix(2)
-    matrix.update(torch.tensor([[[0, 1, 7]]]), labels)  # not where there is no label
-    for bad in (2, -1, 255):
-        with pytest.raises(ValueError, match=r"must lie in 0..1 where there is a label"):
-            matrix.update(torch.tensor([[[0, bad, 0]]]), labels)
-    assert matrix.counts.tolist() == [[1, 0], [0, 1]]  # nothing of it was counted
-    matrix.invalid.add_(1)  # what a device that is not waited for would have left
-    with pytest.raises(ValueError, match=r"must lie in 0..1 where there is a label"):
-        matrix.compute()
-    matrix.reset()
-    assert math.isnan(matrix.compute().mean)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_confusion_matrix__on_a_gpu_without_waiting() -> None:
-    labels, predictions = torch.randint(-1, 7, (2, 4, 33, 47), generator=seeded(0)) % 300
-    predictions = predictions.remainder(5)
-    want = ConfusionMatrix(5)
-    want.update(predictions, labels)
-    matrix = ConfusionMatrix(5).cuda()
-    on_device = predictions.cuda(), labels.cuda()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        matrix.update(*on_device)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(matrix.counts.cpu(), want.counts)
-    matrix.update(on_device[0] + 5, on_device[1])
-    with pytest.raises(ValueError, match="must lie in"):
-        matrix.compute()
 
 
 def samples(sizes: list[tuple[int, int]]) -> list[Sample]:
@@ -230,15 +151,227 @@ def test_evaluate__a_perfect_model_and_mixed_modes() -> None:
     assert not model.frozen.training  # every submodule's own mode is put back
 
 
-def test_evaluate__refuses() -> None:
-    model = nn.Conv2d(3, 5, 1)
-    with pytest.raises(ValueError, match="a: has no label to score against"):
-        evaluate(model, [Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), None, "a")], num_classes=5)
-    assert model.training
-    with pytest.raises(ValueError, match="returned 5 classes but `num_classes` is 19"):
-        evaluate(model, samples([(4, 4)]))
-    with pytest.raises(ValueError, match="`samples` must not be empty"):
-        evaluate(model, [], num_classes=5)
+class Tuples(Dataset[object]):
+    """Somebody else's data set; it need not stop by itself."""
+
+    def __init__(self, form: Callable[[Sample], object]) -> None:
+        self.form = form
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> object:
+        return self.form(samples([(8, 12)] * 4)[index])
+
+
+def as_sample(sample: Sample) -> object:
+    return sample
+
+
+def as_pair(sample: Sample) -> object:
+    return sample.image, sample.label.long()
+
+
+def as_list(sample: Sample) -> object:
+    return [sample.image / 255, sample.label.int(), sample.name, 7]
+
+
+def as_dict(sample: Sample) -> object:
+    return {"name": sample.name, "image": sample.image, "label": sample.label}
+
+
+def as_other_dict(sample: Sample) -> object:
+    return {"pixel_values": sample.image.float() / 255, "labels": sample.label.short()}
+
+
+@pytest.mark.parametrize("form", [as_sample, as_pair, as_list, as_dict, as_other_dict])
+def test_evaluate__data_of_any_form(form: Callable[[Sample], object]) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5))
+    want = evaluate(network, samples([(8, 12)] * 3), num_classes=5, image_size=(9, 11), label_sizes=[None, (5, 7)])
+    assert want["native"].counts.sum() == 3 * 7 * 12
+    data = Tuples(form)
+    for given, options in (
+        (data, {}),
+        (data, {"workers": 1}),
+        ([data[i] for i in range(3)], {}),
+        (iter([data[i] for i in range(3)]), {}),
+        (DataLoader(data, batch_size=2), {}),
+        (DataLoader(data, batch_size=2, num_workers=1), {}),
+    ):
+        got = evaluate(network, given, num_classes=5, image_size=(9, 11), label_sizes=[None, (5, 7)], **options)
+        for name, matrix in want.items():
+            if form in {as_list, as_other_dict}:  # floating images are not rounded to bytes when they are resized
+                assert (got[name].counts - matrix.counts).abs().sum() <= 4
+            else:
+                assert torch.equal(got[name].counts, matrix.counts)
+
+
+class Wrapped(nn.Module):
+    """A network that returns its logits in something."""
+
+    def __init__(self, wrap: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.inner, self.wrap = nn.Conv2d(3, 5, 1), wrap
+
+    def forward(self, images: Tensor) -> object:
+        return self.wrap(self.inner(images))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "fix"),
+    [
+        (lambda logits: {"out": logits, "aux": 1}, 'out["out"]'),
+        (lambda logits: {"loss": 1, "logits": logits}, 'out["logits"]'),
+        (lambda logits: {"seg": logits}, 'out["seg"]'),
+        (lambda logits: SimpleNamespace(logits=logits), "out.logits"),
+        (lambda logits: (logits, 3), "out[0]"),
+    ],
+)
+def test_evaluate__a_network_that_returns_no_tensor(wrap: Callable[[Tensor], object], fix: str) -> None:
+    torch.manual_seed(0)
+    network, data = Wrapped(wrap), samples([(8, 12), (9, 7)])
+    with pytest.raises(TypeError, match="`network` must return logits as a tensor, got") as caught:
+        evaluate(network, data, num_classes=5)
+    advice = re.search(r"`logits=(lambda out: .*)`", str(caught.value))
+    assert advice
+    assert advice[1] == f"lambda out: {fix}"
+    got = evaluate(network, data, num_classes=5, logits=eval(advice[1]))  # noqa: S307 - what the error said
+    assert torch.equal(got["native"].counts, evaluate(network.inner, data, num_classes=5)["native"].counts)
+
+
+def windows_by_hand(
+    network: nn.Module, images: Tensor, window: tuple[int, int], stride: tuple[int, int], corners: bool
+) -> Tensor:
+    """The mean over all windows that show a pixel, pixel by pixel."""
+    height, width = images.shape[-2:]
+
+    def starts(length: int, size: int, step: int) -> list[int]:
+        found = [0]
+        while found[-1] + size < length:
+            found.append(min(found[-1] + step, length - size))
+        return found
+
+    parts = []
+    for top in starts(height, window[0], stride[0]):
+        for left in starts(width, window[1], stride[1]):
+            part = images[..., top : top + window[0], left : left + window[1]]
+            up = tf.interpolate(network(part), size=part.shape[-2:], mode="bilinear", align_corners=corners)
+            whole = torch.full((1, 5, height, width), math.nan)
+            whole[..., top : top + window[0], left : left + window[1]] = up.softmax(1)
+            parts.append(whole)
+    return torch.stack(parts).nanmean(0)
+
+
+@pytest.mark.parametrize("corners", [True, False])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(
+    ("window", "stride", "meant"),
+    [
+        (None, None, None),
+        ((6, 8), (4, 5), ((6, 8), (4, 5))),
+        (7, 7, ((7, 7), (7, 7))),
+        ((6, 9), None, ((6, 9), (4, 6))),
+        ((40, 6), 1, ((17, 6), (1, 1))),
+        (100, None, ((17, 19), (17, 19))),
+    ],
+)
+def test_evaluate__windows_and_mirrored_images(
+    window: Any, stride: Any, meant: tuple[tuple[int, int], tuple[int, int]] | None, flip: bool, corners: bool
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, 5, 3, padding=1, stride=2)  # smaller logits, and borders that matter
+    data = samples([(17, 19)])
+    for size in (None, (8, 9)):
+        got = evaluate(
+            network, data, num_classes=5, label_sizes=[size], window=window, stride=stride, flip=flip,
+            align_corners=corners,
+        )  # fmt: skip
+        images = data[0].image[None] / 255
+        label = data[0].label if size is None else nearest(data[0].label, size)
+        with torch.no_grad():
+            probs = []
+            for view in (images, images.flip(-1))[: 1 + flip]:
+                if meant is None:
+                    up = tf.interpolate(network(view), size=label.shape, mode="bilinear", align_corners=corners)
+                    probs.append(up.softmax(1))
+                else:
+                    mean = windows_by_hand(network, view, *meant, corners)
+                    probs.append(tf.interpolate(mean, size=label.shape, mode="bilinear", align_corners=corners))
+            total = probs[0] + probs[1].flip(-1) if flip else probs[0]
+        want = ConfusionMatrix(5)
+        want.update(total.argmax(1), label[None])
+        assert (next(iter(got.values())).counts - want.counts).abs().sum() <= 2  # a tie in the last bit
+
+
+def test_evaluate__windows_of_a_network_that_sees_single_pixels_change_nothing() -> None:
+    torch.manual_seed(0)
+    network, data = nn.Conv2d(3, 5, 1), samples([(17, 19), (5, 30)])
+    want = evaluate(network, data, num_classes=5)["native"].counts
+    for options in ({"window": 6}, {"flip": True}, {"window": (4, 7), "stride": (3, 2), "flip": True}):
+        assert (evaluate(network, data, num_classes=5, **options)["native"].counts - want).abs().sum() <= 2
+
+
+def test_evaluate__one_label_size_twice_is_scored_once() -> None:
+    network, data = nn.Conv2d(3, 5, 1), samples([(8, 12), (9, 7)])
+    once = evaluate(network, data, num_classes=5, label_sizes=[(4, 6)])
+    twice = evaluate(network, data, num_classes=5, label_sizes=[(4, 6), (4, 6)])
+    assert list(twice) == ["4x6"]
+    assert torch.equal(twice["4x6"].counts, once["4x6"].counts)
+
+
+def test_evaluate__nothing_is_labelled() -> None:
+    data = [Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.full((4, 4), 255), "a")]
+    iou = evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5)["native"].compute()
+    assert math.isnan(iou.mean)
+    assert math.isnan(iou.pixel_accuracy)
+    assert iou.per_class.isnan().all()
+
+
+@pytest.mark.parametrize(("value", "ignore_index"), [(5, 255), (-1, 255), (255, 0), (254, 255)])
+def test_evaluate__refuses_ids_that_would_not_count(value: int, ignore_index: int) -> None:
+    label = torch.full((4, 4), 1)
+    label[2, 3] = value
+    data = [Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), label, "street")]
+    message = rf"street: label ids must lie in 0..4 or be {ignore_index}, got {value}; map them"
+    with pytest.raises(ValueError, match=message):
+        evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5, ignore_index=ignore_index)
+    evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5, ignore_index=value)
+
+
+IMAGE, LABEL = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
+CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("no label", {"data": [Sample(IMAGE, None, "a")]}, ValueError, "a: has no label to score against"),
+    ("no label in a dict", {"data": [{"image": IMAGE}]}, ValueError, "item 0: has no label to score against"),
+    ("other keys", {"data": [{"x": IMAGE, "y": LABEL}]}, TypeError, "got a dict with keys 'x', 'y'; return one"),
+    ("a tensor", {"data": [IMAGE]}, TypeError, "`data` must hold items with `image` and `label`.* got Tensor"),
+    ("numpy", {"data": [(IMAGE.numpy(), LABEL)]}, TypeError, "`image` must be a torch.Tensor, got ndarray"),
+    ("numpy label", {"data": [(IMAGE, LABEL.numpy())]}, TypeError, "`label` must be a torch.Tensor, got ndarray"),
+    ("image rank", {"data": [(IMAGE[0], LABEL)]}, ValueError, r"must be \(C, H, W\).* got \(4, 4\)"),
+    ("image dtype", {"data": [(IMAGE.long(), LABEL)]}, ValueError, "uint8 or floating, got .* torch.int64"),
+    ("label dtype", {"data": [(IMAGE, LABEL.float())]}, TypeError, "`label` must be uint8"),
+    ("label rank", {"data": [(IMAGE[None], LABEL[None, None])]}, ValueError, "squeeze the channel dimension"),
+    ("batches", {"data": [(IMAGE[None], LABEL.expand(2, 4, 4))]}, ValueError, "1 images and 2 label maps"),
+    ("classes", {"num_classes": 19}, ValueError, "returned 5 classes but `num_classes` is 19"),
+    ("nothing", {"data": []}, ValueError, "`data` must not be empty"),
+    ("no sizes", {"label_sizes": []}, ValueError, "`label_sizes` must not be empty"),
+    ("stride alone", {"stride": 3}, ValueError, "`stride` belongs to a `window`"),
+    ("wide stride", {"window": 3, "stride": (3, 4)}, ValueError, "pixels between windows would have no prediction"),
+    ("no stride", {"window": 3, "stride": 0}, ValueError, "`stride` in 1..window, got 3 and 0"),
+    ("no window", {"window": (0, 3)}, ValueError, "`window` must be positive"),
+    ("no module", {"network": lambda x: x}, TypeError, "`network` must be an nn.Module, got function"),
+    ("rank", {"logits": lambda out: out[0]}, ValueError, r"logits of shape \(N, C, H, W\) with N = 1, got \(5, 4, 4\)"),
+    ("loader", {"data": DataLoader([(IMAGE, LABEL)]), "workers": 1}, TypeError, "got DataLoader; pass its `dataset`"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_evaluate__refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    network = nn.Conv2d(3, 5, 1)
+    arguments = {"network": network, "data": [(IMAGE, LABEL)], "num_classes": 5, **change}
+    with pytest.raises(error, match=message):
+        evaluate(**arguments)
+    assert network.training
 
 
 def test_colorize_and_gallery() -> None:

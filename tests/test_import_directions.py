@@ -1,13 +1,18 @@
-"""Which room may import which."""
+"""Which room may import which, and what the package may import of others."""
 
 import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "crossmix"
-LEAVES = {"mixing", "augment", "teacher", "losses", "alignment"}
+LEAVES = {"mixing", "augment", "masking", "teacher", "losses", "alignment"}
 
 # Room (a module file or a folder): the rooms of crossmix that it may import.
 ALLOWED: dict[str, set[str]] = {
@@ -19,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "_cross_entropy": {"_tensors"},
     **{leaf: {"_checks", "_distributed", "_tensors"} for leaf in LEAVES},
     "augment": {"_checks", "_color", "_distributed", "_tensors"},
+    "masking": {"_checks", "_tensors"},
     "losses": {"_checks", "_distributed", "_tensors", "_cross_entropy"},
     "teacher": {"_checks", "_distributed", "_tensors", "_wrappers"},
     "metrics": {"_checks", "_distributed", "_tensors"},
@@ -87,3 +93,57 @@ def test_outside__uses_public_names_only(folder: str) -> None:
 
 def test_rooms__every_one_is_in_the_table() -> None:
     assert {room(path) for path in PACKAGE.rglob("*.py")} == set(ALLOWED)
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared() -> tuple[set[str], set[str]]:
+    """The distributions that pyproject.toml names: those that are always there, and those of the extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {normal(re.split(r"[^\w.-]", requirement)[0]) for requirement in requirements}
+
+    extras = [names(requirements) for requirements in project["optional-dependencies"].values()]
+    return names(project["dependencies"]), set().union(*extras) - {"crossmix"}
+
+
+def others(path: Path) -> set[str]:
+    """The modules of other distributions that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found - sys.stdlib_module_names - {"crossmix"}
+
+
+def test_dependencies__what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    core, extras = declared()
+    distributions = packages_distributions()
+    imported = {module: path.name for path in PACKAGE.rglob("*.py") for module in others(path)}
+    used = {normal(distributions.get(module, [module])[0]): f"{module} in {name}" for module, name in imported.items()}
+    assert not used.keys() - core - extras, {used[name] for name in used.keys() - core - extras}
+    assert core <= used.keys(), f"declared and never imported: {core - used.keys()}"
+
+
+def test_dependencies__every_module_imports_without_the_extras() -> None:
+    """As after a plain `pip install crossmix`: what belongs to an extra alone cannot be imported."""
+    core, extras = declared()
+    distributions = packages_distributions().items()
+    absent = [module for module, names in distributions if {normal(name) for name in names} <= extras - core]
+    modules = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for path in PACKAGE.rglob("*.py")
+        if path.stem != "__main__"
+    ]
+    code = (
+        "import importlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({absent}))\n"
+        f"for name in {modules}: importlib.import_module(name)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

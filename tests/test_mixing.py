@@ -3,12 +3,15 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from checks import Watch
 from crossmix import ClassMix, CrossDomainMix, mixing
 from crossmix import functional as F
 from oracles import classes_by_loop, mask_by_loop, seeded
@@ -94,6 +97,31 @@ def test_sample_classes__ignored_counts_only_when_asked() -> None:
     assert torch.equal(asked.sum(1), torch.ones(400, dtype=torch.long))
     assert abs(int(asked[:, 19].sum()) - 200) < 4 * math.sqrt(100)
     assert not F.sample_classes(torch.full((2, 3, 3), 255), 19).any()  # nothing to draw, nothing drawn
+
+
+RATIOS = [0.0, 1.0, 5e-324, 2**-53, 1 - 2**-53, *(a / b for b in (3, 7, 10, 20, 100) for a in range(1, b))]
+
+
+@pytest.mark.parametrize("ulps", [-1, 0, 1])
+def test_sample_classes__counts_what_python_counts_for_every_ratio(ulps: int) -> None:
+    """0.55 * 20 is 11 in double precision, and 0.55 * 100 a little more than 55."""
+    n = 130
+    labels = torch.arange(n).expand(n, n).tril()[:, None]  # i + 1 classes in image i
+    scores = torch.rand(n, n + 1, generator=seeded(0))
+    for exact in RATIOS:
+        ratio = exact if ulps == 0 else min(max(math.nextafter(exact, ulps * math.inf), 0.0), 1.0)
+        got = F.sample_classes(labels, n, ratio=ratio, scores=scores).sum(1)
+        assert got.tolist() == [math.ceil(ratio * k) for k in range(1, n + 1)], ratio
+
+
+@pytest.mark.parametrize("num_classes", [257, 5000])
+def test_sample_classes__of_many_ids_in_memory_that_grows_with_their_number(num_classes: int) -> None:
+    labels = torch.randint(0, num_classes, (2, 24, 25), generator=seeded(0))
+    scores = (torch.rand(2, num_classes + 1, generator=seeded(1)) * 50).floor()  # many ties
+    with Watch() as seen:
+        got = F.sample_classes(labels, num_classes, ratio=0.3, scores=scores, include_ignored=True)
+    assert torch.equal(got, classes_by_loop(labels, num_classes, scores, 0.3, 255, ignored=True))
+    assert seen.largest <= max(labels.numel(), 2 * (num_classes + 2))
 
 
 @pytest.mark.parametrize("num_classes", [6, 40])
@@ -251,3 +279,53 @@ def test_cross_domain_mix__autocast_changes_nothing() -> None:
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+IMAGES, LABELS = torch.rand(2, 3, 4, 6), torch.zeros(2, 4, 6, dtype=torch.uint8)
+WRONG: list[tuple[str, Callable[[], object], type[Exception], str]] = [
+    ("float labels drawn from", lambda: F.sample_classes(LABELS.float(), 5), TypeError, "`labels` must be uint8"),
+    ("float labels masked", lambda: F.class_mask(LABELS.float(), torch.zeros(2, 6) > 0), TypeError, "`labels` must be"),
+    ("float labels mixed", lambda: ClassMix(5)(IMAGES, LABELS.float()), TypeError, "`labels` must be uint8"),
+    ("float labels sampled", lambda: CrossDomainMix(5).sample(LABELS.float()), TypeError, "`labels` must be uint8"),
+    ("byte images", lambda: ClassMix(5)(IMAGES.byte(), LABELS), TypeError, "`images` must be floating.*uint8; convert"),
+    ("one image", lambda: ClassMix(5)(IMAGES[0], LABELS), ValueError, r"`images` must have shape \(N, C, H, W\)"),
+    ("numpy images", lambda: ClassMix(5)(IMAGES.numpy(), LABELS), TypeError, "`images` must be a torch.Tensor"),
+    ("numpy labels", lambda: ClassMix(5)(IMAGES, LABELS.numpy()), TypeError, "`labels` must be a torch.Tensor"),
+    ("numpy weights", lambda: ClassMix(5)(IMAGES, LABELS, np.ones(2)), TypeError, "`weights` must be a torch.Tensor"),
+    ("numpy drawn from", lambda: F.sample_classes(LABELS.numpy(), 5), TypeError, "`labels` must be a torch.Tensor"),
+    ("numpy scores", lambda: F.sample_classes(LABELS, 5, scores=np.ones((2, 6))), TypeError, "`scores` must be"),
+    ("numpy classes", lambda: F.class_mask(LABELS, np.ones((2, 6))), TypeError, "`classes` must be a torch.Tensor"),
+    ("numpy pasted", lambda: F.mix(IMAGES.numpy(), IMAGES, LABELS > 0), TypeError, "`pasted` must be a torch.Tensor"),
+    ("numpy base", lambda: F.mix(IMAGES, IMAGES.numpy(), LABELS > 0), TypeError, "`base` must be a torch.Tensor"),
+    ("numpy mask", lambda: F.mix(IMAGES, IMAGES, LABELS.numpy() > 0), TypeError, "`mask` must be a torch.Tensor"),
+    ("mask device", lambda: F.mix(IMAGES, IMAGES, (LABELS > 0).to("meta")), ValueError, "`mask` is on meta"),
+    ("label size", lambda: ClassMix(5)(IMAGES, LABELS[..., :5]), ValueError, "`labels` .2, 4, 5. and `images`"),
+    ("labels device", lambda: ClassMix(5)(IMAGES, LABELS.to("meta")), ValueError, "`labels` is on meta"),
+    ("classes device", lambda: F.class_mask(LABELS, torch.ones(2, 6, device="meta") > 0), ValueError, "is on meta"),
+    ("classes drawn", lambda: F.sample_classes(LABELS, 0), ValueError, "`num_classes` must be at least 1"),
+    ("ratio drawn", lambda: F.sample_classes(LABELS, 5, ratio=2.0), ValueError, r"`ratio` must lie in \[0, 1\]"),
+    (
+        "image sizes",
+        lambda: CrossDomainMix(5)(IMAGES, LABELS, IMAGES[..., :5], LABELS[..., :5]),
+        ValueError,
+        "`target_images` .2, 3, 4, 5. and `source_images` .2, 3, 4, 6. must agree",
+    ),
+    (
+        "image channels",
+        lambda: CrossDomainMix(5)(IMAGES, LABELS, IMAGES[:, :1], LABELS),
+        ValueError,
+        "`target_images` .2, 1, 4, 6. and `source_images`",
+    ),
+    (
+        "pseudo-label sizes",
+        lambda: CrossDomainMix(5)(IMAGES, LABELS, IMAGES, LABELS[:, :3]),
+        ValueError,
+        "`target_labels` .2, 3, 6. and `target_images`",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
+def test_mistakes(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

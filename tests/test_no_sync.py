@@ -180,6 +180,7 @@ def test_functional(num_classes: int) -> None:
     logits, images = torch.randn(2, num_classes, 9, 9), torch.rand(2, 3, 9, 9)
     prior = torch.full((num_classes,), 1 / num_classes)
     averaged, current = [torch.rand(3), torch.tensor(1)], [torch.rand(3), torch.tensor(2)]
+    box, blocks = torch.rand(2, 4), torch.rand(2, 3, 3)
     with NoSync():
         classes = F.sample_classes(labels, num_classes, include_ignored=True)
         mask = F.class_mask(labels, classes)
@@ -191,6 +192,9 @@ def test_functional(num_classes: int) -> None:
                 F.weighted_cross_entropy(logits, pseudo.labels, weights, normalizer=normalizer)
                 F.upsampled_cross_entropy(logits[..., :3, :3], labels, weights, normalizer=normalizer)
         F.ema_update_(averaged, current, 0.9)
+        F.box_mask(box, (9, 9))
+        F.block_mask(blocks, (9, 9), 4)
+        F.cow_mask(logits[:, 0], sigma=2.0)
         for smoothing in (0.0, 0.1):  # the guard does not see into the operator
             sum_by_blocks(
                 logits[..., :3, :3],

@@ -3,6 +3,7 @@
 import base64
 import math
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -105,15 +106,42 @@ def test_report__text_that_utf8_cannot_hold_does_not_lose_the_page(tmp_path: Pat
     assert written(page, tmp_path).of("h1") == ["name ? of a file"]
 
 
-def test_curves__coordinates_ticks_and_legend_by_hand(tmp_path: Path) -> None:
-    # The plot spans x 58..426 and y 220..10. Steps 0..100; values 0.5..4.5 lie on an axis from 0 to 5 in steps of 1.
+def axes(parsed: Page, up: list[float], across: list[float]) -> Callable[[float, float], tuple[float, float]]:
+    """Where a number belongs on screen, from the marks of the first and the last tick of each axis."""
+    paths = parsed.values("path", "d")
+    rows = [float(found[1]) for d in paths if (found := re.fullmatch(r"M[\d.]+ ([\d.]+)H[\d.]+", d))]
+    columns = [float(found[1]) for d in paths if (found := re.fullmatch(r"M([\d.]+) [\d.]+v4", d))]
+    assert len(rows) == len(up)
+    assert len(columns) == len(across)
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = columns[0] + (columns[-1] - columns[0]) * (step - across[0]) / (across[-1] - across[0])
+        return x, rows[0] + (rows[-1] - rows[0]) * (value - up[0]) / (up[-1] - up[0])
+
+    return place
+
+
+def points(text: str) -> list[float]:
+    return [float(number) for number in re.split(r"[ ,]", text)]
+
+
+def test_curves__points_are_where_the_ticks_say(tmp_path: Path) -> None:
     page = Report("Run")
-    page.curves({"loss": {"a": ([25, 50, 100], [0.5, 4.5, 2.5]), "b": ([50], [1.0])}})
+    line, dot = {25: 0.5, 50: 4.5, 100: 2.5}, (50, 1.0)
+    page.curves({"loss": {"a": (list(line), list(line.values())), "b": ([dot[0]], [dot[1]])}})
     parsed = written(page, tmp_path)
-    assert parsed.values("polyline", "points")[0] == "150.0,199.0 242.0,31.0 426.0,115.0"
-    assert parsed.values("circle", "cx") == ["150.0", "242.0", "426.0", "242.0"]
-    assert parsed.values("circle", "cy") == ["199.0", "31.0", "115.0", "178.0"]
-    assert parsed.of("text") == ["0", "1", "2", "3", "4", "5", "0", "20", "40", "60", "80", "100"]
+    up, across = [0, 1, 2, 3, 4, 5], [0, 20, 40, 60, 80, 100]
+    assert parsed.of("text") == [*map(str, up), *map(str, across)]
+    place = axes(parsed, up, across)
+    want = [place(*point) for point in line.items()]
+    rounded = {"abs": 0.11, "rel": 0}  # a tenth of a pixel
+    assert points(parsed.values("polyline", "points")[0]) == pytest.approx([n for xy in want for n in xy], **rounded)
+    for axis, name in enumerate(("cx", "cy")):
+        marks = [float(mark) for mark in parsed.values("circle", name)]
+        assert marks == pytest.approx([xy[axis] for xy in [*want, place(*dot)]], **rounded)
+    (left, bottom), (right, top) = place(0, 0), place(100, 5)
+    assert left < right
+    assert top < bottom  # larger is higher
     assert parsed.of("li") == ["a 2.5", "b 1"]
     assert parsed.values("g", "class") == ["s0", "s1"]
     assert "a, 50: 4.5" in parsed.of("title")
@@ -139,10 +167,14 @@ def test_curves__nothing_and_constants(tmp_path: Path) -> None:
     parsed = written(page, tmp_path)
     assert parsed.of("text") == ["nothing was recorded"] * 2
     assert parsed.of("li") == ["a ", "b "]
-    for value, y in ((3.0, "115.0"), (0.0, "115.0"), (-2.0, "115.0"), (5e-324, "115.0")):
+    for value in (3.0, 0.0, -2.0, 5e-324):
         page = Report("Run")
         page.curves({"same": {"a": ([0, 10], [value, value])}})
-        assert written(page, tmp_path).values("polyline", "points")[0] == f"58.0,{y} 426.0,{y}"
+        parsed = written(page, tmp_path)
+        frame = next(d for d in parsed.values("path", "d") if "V" in d)  # down the left side, along the bottom
+        left, top, bottom, right = map(float, re.findall(r"[\d.]+", frame))
+        middle = (top + bottom) / 2
+        assert points(parsed.values("polyline", "points")[0]) == [left, middle, right, middle]
 
 
 @pytest.mark.parametrize(
@@ -165,10 +197,13 @@ def test_curves__long_lines_are_means_of_neighbours(tmp_path: Path) -> None:
     page = Report("Run")
     steps = list(range(1, 601))
     page.curves({"a": {"a": (steps, [float(step % 2) for step in steps]), "b": ([0, 600], [0.0, 1.0])}})
-    points = written(page, tmp_path).values("polyline", "points")[0].split()
-    assert len(points) == 300
-    assert {point.split(",")[1] for point in points} == {"115.0"}  # the mean of 0 and 1, in the middle
-    assert points[0].split(",")[0] == f"{58 + 368 * 1.5 / 600:.1f}"
+    parsed = written(page, tmp_path)
+    ticks = [float(text) for text in parsed.of("text")]
+    split = ticks.index(0, 1)  # from there on the steps
+    place = axes(parsed, ticks[:split], ticks[split:])
+    drawn = points(parsed.values("polyline", "points")[0])
+    # Pairs of steps, 1 and 2 first: the mean of their values lies in the middle.
+    assert drawn == pytest.approx([n for i in range(300) for n in place(2 * i + 1.5, 0.5)], abs=0.11, rel=0)
 
 
 def test_report__refuses_what_does_not_fit(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from crossmix._checks import (
     check_fraction,
@@ -47,7 +48,7 @@ class PseudoLabelQuality(NamedTuple):
         agreement: Share of pixels to which the student gives the class of the pseudo-label.
         calibration_error: Expected calibration error over pixels with a true label, in 15 equal bins of confidence b:
             sum_b (number of pixels in b) / (number of pixels) * abs(accuracy_b - mean confidence_b).
-        never_predicted: The number of classes that no pseudo-label has.
+        never_predicted: The number of classes that no pseudo-label has, ignored ones left out.
         pixels: The number of pixels counted.
     """
 
@@ -110,7 +111,8 @@ class PseudoLabelMonitor(nn.Module):
     Args:
         num_classes: The number of classes C.
         threshold: Confidence in [0, 1] from which a pixel is confident; that of the loss.
-        ignore_index: The id of ignored pixels in all label maps.
+        ignore_index: The id of ignored pixels in all label maps. Where it is one of the classes, that class has no
+            pixels, is not counted as never predicted, and has no part in a given prior.
 
     State:
         Buffers of int64, which `update` adds to and `reset` zeroes. `counts`: (C + 1, C, 2), pixels by true class (the
@@ -150,6 +152,7 @@ class PseudoLabelMonitor(nn.Module):
         self.register_buffer("gaps", torch.zeros(BINS, dtype=torch.int64))
         self.register_buffer("agreement", torch.zeros(2, dtype=torch.int64))
         self._merged: dict[str, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def update(
@@ -225,7 +228,7 @@ class PseudoLabelMonitor(nn.Module):
         precision, recall = _precision_and_recall(known.sum(2))
         confident_precision, confident_recall = _precision_and_recall(known[..., 1])
         share = predicted / counts.sum()  # 0 / 0 is NaN here and below: nothing to compute it from
-        expected = known.sum((1, 2)) / known.sum() if prior is None else _given_prior(prior, self.num_classes)
+        expected = known.sum((1, 2)) / known.sum() if prior is None else self._given_prior(prior)
         return PseudoLabelQuality(
             precision=precision,
             recall=recall,
@@ -238,13 +241,30 @@ class PseudoLabelMonitor(nn.Module):
             mean_confidence=float(state["confidence"] / UNIT / counts.sum()),
             agreement=float(state["agreement"][1] / state["agreement"].sum()),
             calibration_error=float(state["gaps"].abs().sum() / UNIT / known.sum()),
-            never_predicted=int((predicted == 0).sum()),
+            never_predicted=sum(n == 0 for c, n in enumerate(predicted.tolist()) if c != self.ignore_index),
             pixels=int(counts.sum()),
         )
 
+    @override
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
         return f"num_classes={self.num_classes}, threshold={self.threshold}, ignore_index={self.ignore_index}"
+
+    def _given_prior(self, prior: Tensor | Sequence[float]) -> Tensor:
+        """The prior as (C,) float64 on the CPU, summing to 1 over the classes that are not ignored."""
+        given = prior.detach().cpu() if isinstance(prior, Tensor) else prior  # off the device before it is double
+        values = torch.as_tensor(given, dtype=torch.float64, device="cpu")
+        if tuple(values.shape) != (self.num_classes,):
+            raise ValueError(
+                f"`prior` must hold one number per class, shape ({self.num_classes},), got {tuple(values.shape)}; "
+                "count the pixels of each class."
+            )
+        values = values.where(torch.arange(self.num_classes, device="cpu") != self.ignore_index, 0)
+        if not bool(values.isfinite().all()) or bool((values < 0).any()) or not float(values.sum()) > 0:
+            raise ValueError(
+                f"`prior` must be finite, not negative and not all zero, got {values.tolist()}; check the counts."
+            )
+        return values / values.sum()
 
     def _ids(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Class ids in one row, 0 where there is none, and where there is one."""
@@ -271,19 +291,9 @@ def _precision_and_recall(pairs: Tensor) -> tuple[Tensor, Tensor]:
     return hits / pairs.sum(0), hits / pairs.sum(1)
 
 
-def _given_prior(prior: Tensor | Sequence[float], num_classes: int) -> Tensor:
-    """The prior as (C,) float64 on the CPU, summing to 1."""
-    values = torch.as_tensor(prior, dtype=torch.float64).detach().cpu()
-    if tuple(values.shape) != (num_classes,):
-        raise ValueError(
-            f"`prior` must hold one number per class, shape ({num_classes},), got {tuple(values.shape)}; "
-            "count the pixels of each class."
-        )
-    if not bool(values.isfinite().all()) or bool((values < 0).any()) or not float(values.sum()) > 0:
-        raise ValueError(
-            f"`prior` must be finite, not negative and not all zero, got {values.tolist()}; check the counts."
-        )
-    return values / values.sum()
+def _forget(monitor: PseudoLabelMonitor, _: object) -> None:
+    """A loaded state takes the place of everything counted before, here and on other ranks."""
+    monitor._merged = None
 
 
 def _or_none(value: float) -> float | None:

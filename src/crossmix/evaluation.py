@@ -1,36 +1,24 @@
 """Evaluation as the published numbers have it: one image at a time, one confusion matrix for the data set."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from crossmix._checks import check_labels, check_tensor
 from crossmix._distributed import rank, world_size
-from crossmix._tensors import nearest
+from crossmix._tensors import nearest, upsample
 from crossmix.metrics import ConfusionMatrix
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "resize_labels"]
 
 Size = tuple[int, int]
-
-
-class Labelled(Protocol):
-    """An image with its label map, as the readers of `crossmix.datasets` return it."""
-
-    @property
-    def image(self) -> Tensor:
-        """(3, H, W) uint8."""
-
-    @property
-    def label(self) -> Tensor | None:
-        """(H, W) integer train ids."""
-
-    @property
-    def name(self) -> str:
-        """What errors call it."""
+IMAGE_KEYS = ("image", "images", "pixel_values")
+LABEL_KEYS = ("label", "labels", "mask", "masks")
 
 
 class Samples(Protocol):
@@ -39,53 +27,78 @@ class Samples(Protocol):
     def __len__(self) -> int:
         """How many there are."""
 
-    def __getitem__(self, index: int, /) -> Labelled:
+    def __getitem__(self, index: int, /) -> object:
         """The one at an index."""
+
+
+class Batch(NamedTuple):
+    """Images of one size with their label maps."""
+
+    images: Tensor  # (N, C, H, W) uint8, or floating in [0, 1]
+    labels: Tensor  # (N, H', W')
+    name: str  # what errors call it
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    samples: Samples | Iterable[Labelled],
+    network: nn.Module,
+    data: Samples | Iterable[object],
     *,
     num_classes: int = 19,
     image_size: Size | None = None,
     label_sizes: Sequence[Size | None] = (None,),
-    forward: Callable[[Tensor], Tensor] | None = None,
+    window: Size | int | None = None,
+    stride: Size | int | None = None,
+    flip: bool = False,
+    align_corners: bool = True,
+    forward: Callable[[Tensor], object] | None = None,
+    logits: Callable[..., Tensor] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     workers: int = 0,
     sync: bool = False,
     ignore_index: int = 255,
 ) -> dict[str, ConfusionMatrix]:
-    """Score a model on a labelled data set, at one or several label sizes in one pass.
+    """Score a network on labelled data, at one or several label sizes in one pass.
 
     The released code scores at 512 x 1024, on labels resized to that; the older protocol, and the paper's references,
     at 1024 x 2048. With `image_size=(512, 1024)`, `label_sizes=[(512, 1024), (1024, 2048)]` and
-    `forward=model.forward_features` the 1/8 logits of DeepLab-v2 are upsampled straight to each of them.
+    `forward=network.forward_features` the 1/8 logits of DeepLab-v2 are upsampled straight to each of them.
 
     Args:
-        model: The network; evaluated in eval mode, every submodule's mode is put back afterwards.
-        samples: A map-style data set, or any iterable, of items with `image` (3, H, W) uint8, `label` (H, W) and
-            `name`, of any sizes.
+        network: The network; evaluated in eval mode, every submodule's mode is put back afterwards.
+        data: A map-style data set or any iterable, of single images or, as from a `DataLoader`, of batches: items with
+            `image`, `label` and maybe `name`, as the readers return them; or (image, label, ...); or dicts with
+            "image", "images" or "pixel_values" and "label", "labels", "mask" or "masks". Images are (C, H, W) or
+            (N, C, H, W), uint8 or floating as the network takes them; labels (H, W) or (N, H, W), of any size.
         num_classes: The number of classes C.
         image_size: (height, width) that images are resized to, bilinear and antialiased; None leaves them.
         label_sizes: Sizes to score at, each (height, width), or None for the label's own. Labels are resized to the
-            nearest pixel, logits bilinearly with align_corners=True.
-        forward: What turns images into logits of any size; the model itself by default.
-        device: Where to run; where the model's first parameter is, by default.
-        dtype: Run the model under autocast to this dtype; logits are upsampled in float32 in any case.
+            nearest pixel, logits bilinearly.
+        window: (height, width), or one number for both: the network sees windows of this size, cut to the image, and
+            its probabilities are averaged where they overlap. None shows it whole images.
+        stride: (height, width), or one number, between windows; the last ones end with the image. Two thirds of the
+            window by default.
+        flip: Whether to average probabilities with those of the mirrored image.
+        align_corners: How logits are upsampled: True as DeepLab does it, False as transformers and mmsegmentation do.
+        forward: What is called in place of the network; the network itself by default.
+        logits: Takes apart what the network returns where that is no tensor: `lambda out: out["out"]`.
+        device: Where to run; where the network's first parameter is, by default.
+        dtype: Run the network under autocast to this dtype; logits are upsampled in float32 in any case.
         workers: Processes that read samples of a map-style data set ahead.
         sync: Share a map-style data set out over the ranks of torch.distributed, each sample to one rank, and add up
             the counts, which are then those of one process. Every rank has to call.
         ignore_index: The id of ignored pixels.
 
     Returns:
-        A `ConfusionMatrix` on the device for each label size, by "HxW", or "native" for None.
+        A `ConfusionMatrix` on the device for each label size, by "HxW", or "native" for None. Where not one pixel has
+        a label, its scores are NaN.
 
     Raises:
-        TypeError: If `samples` has no length and `workers` or `sync` need one.
-        ValueError: If there are no samples, a sample has no label, or the logits have another number of classes.
+        TypeError: If the network returns no tensor, an item is none of the above, or `data` has no length and `workers`
+            or `sync` need one.
+        ValueError: If there is no data, an image has no label, a label on the CPU has an id that is neither a class nor
+            `ignore_index`, or the logits have another number of classes.
 
     Example:
         >>> from crossmix.datasets import StreetScenes
@@ -93,77 +106,251 @@ def evaluate(
         >>> sorted(matrices)
         ['32x64', 'native']
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"`network` must be an nn.Module, got {type(network).__name__}; pass the network first.")
+    sizes = _named(label_sizes)
+    tiles = _tiles(window, stride)
     if device is None:
-        first = next(model.parameters(), None)
-        device = "cpu" if first is None else first.device
-    matrices = {
-        "native" if size is None else f"{size[0]}x{size[1]}": ConfusionMatrix(
-            num_classes, ignore_index=ignore_index
-        ).to(device)
-        for size in label_sizes
-    }
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        seen = 0
-        for sample in _each(samples, workers, sync=sync):
-            if sample.label is None:
-                raise ValueError(f"{sample.name}: has no label to score against; read the data set with its labels.")
-            images = _resized(sample.image[None].to(device), image_size).float() / 255
-            with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
-                logits = (model if forward is None else forward)(images)
-            if logits.shape[1] != num_classes:
-                raise ValueError(
-                    f"`model` returned {logits.shape[1]} classes but `num_classes` is {num_classes}; make both one."
-                )
-            for size, matrix in zip(label_sizes, matrices.values(), strict=True):
-                labels = sample.label.cpu() if size is None else nearest(sample.label.cpu(), size)
-                labels = labels[None].to(device)
-                matrix.update(_predict(logits, labels), labels)
-            seen += 1
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    if not (len(samples) if sync and isinstance(samples, Sized) else seen):
-        raise ValueError("`samples` must not be empty; check the folder that they are read from.")
+        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    matrices = {name: ConfusionMatrix(num_classes, ignore_index=ignore_index).to(device) for name in sizes}
+
+    def run(images: Tensor) -> Tensor:
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
+            out = (network if forward is None else forward)(images)
+        return _logits(out if logits is None else logits(out), len(images), num_classes)
+
+    seen = 0
+    with _eval_mode(network):
+        for item in _each(data, workers, sync=sync):
+            batch = _batch(item, seen)
+            _check_ids(batch, num_classes, ignore_index)
+            images = _unit(_resized(batch.images.to(device), image_size))
+            views = [_view(run, images, tiles, num_classes, align_corners=align_corners)]
+            if flip:
+                views.append(_view(run, images.flip(-1), tiles, num_classes, align_corners=align_corners).flip(-1))
+            for name, size in sizes.items():
+                labels = (batch.labels if size is None else nearest(batch.labels, size)).to(device)
+                scores = [upsample(view, labels.shape[-2:], align_corners=align_corners) for view in views]
+                matrices[name].update(_classes(scores, soft=tiles is not None), labels)
+            seen += len(images)
+    if not (len(data) if sync and isinstance(data, Sized) else seen):
+        raise ValueError("`data` must not be empty; check the folder that it is read from.")
     if sync:
         for matrix in matrices.values():
             matrix.merge()
     return matrices
 
 
-def _each(samples: Samples | Iterable[Labelled], workers: int, *, sync: bool) -> Iterator[Labelled]:
+def resize_labels(labels: Tensor, size: Size) -> Tensor:
+    """Resize label maps to the nearest pixel, as the readers and `evaluate` do.
+
+    Each new pixel takes the old one under its centre: Pillow's NEAREST to the pixel, and not PyTorch's "nearest", which
+    takes another one.
+
+    Args:
+        labels: (..., H, W) of any dtype.
+        size: (height, width).
+
+    Returns:
+        (..., height, width).
+
+    Raises:
+        TypeError: If `labels` is no tensor.
+        ValueError: If `labels` is no map, or a size is not positive.
+
+    Example:
+        >>> resize_labels(torch.arange(6)[None], (1, 3))
+        tensor([[1, 3, 5]])
+    """
+    check_tensor("labels", labels)
+    if labels.ndim < 2 or 0 in labels.shape[-2:] or min(size) < 1:
+        raise ValueError(
+            f"`labels` must have shape (..., H, W) and `size` be positive, got {tuple(labels.shape)} and {tuple(size)}."
+        )
+    return nearest(labels, size)
+
+
+def _named(sizes: Sequence[Size | None]) -> dict[str, Size | None]:
+    """Label sizes by name, each once."""
+    if not sizes:
+        raise ValueError("`label_sizes` must not be empty; [None] scores at the labels' own size.")
+    return {"native" if size is None else f"{size[0]}x{size[1]}": size for size in sizes}
+
+
+@contextmanager
+def _eval_mode(network: nn.Module) -> Iterator[None]:
+    """Eval mode, and then every submodule's own mode again."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _each(data: Samples | Iterable[object], workers: int, *, sync: bool) -> Iterator[object]:
     """Items in order; a data set is indexed up to its length, since it need not stop by itself."""
-    if not (hasattr(samples, "__getitem__") and isinstance(samples, Sized)):
+    if not (hasattr(data, "__getitem__") and isinstance(data, Sized)):
         if workers or sync:
-            raise TypeError(f"`workers` and `sync` need a data set with a length, got {type(samples).__name__}.")
-        yield from samples
+            hint = "; pass its `dataset`" if isinstance(data, DataLoader) else ""
+            raise TypeError(f"`workers` and `sync` need a data set with a length, got {type(data).__name__}{hint}.")
+        yield from data
         return
-    share = range(rank(), len(samples), world_size()) if sync else range(len(samples))
+    share = range(rank(), len(data), world_size()) if sync else range(len(data))
     if workers:
         yield from DataLoader(
-            samples,  # type: ignore[arg-type]
+            data,  # type: ignore[arg-type]
             batch_size=None,
             sampler=share,
             num_workers=workers,
+            collate_fn=_as_it_is,
             generator=torch.Generator(),  # or the loader would draw from the global one
         )
     else:
         for i in share:
-            yield samples[i]
+            yield data[i]
 
 
-def _predict(logits: Tensor, labels: Tensor) -> Tensor:
-    """Class ids at the labels' size."""
-    if logits.shape[-2:] != labels.shape[-2:]:
-        logits = functional.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=True)
-    return logits.argmax(1)
+def _as_it_is(item: object) -> object:
+    return item
+
+
+def _batch(item: object, index: int) -> Batch:
+    """An item of anybody's data set, or a batch of them, as a batch."""
+    name = f"item {index}"
+    if isinstance(item, Mapping):
+        image, label = (next((item[key] for key in keys if key in item), None) for keys in (IMAGE_KEYS, LABEL_KEYS))
+        found = f"a dict with keys {', '.join(map(repr, item))}"
+    elif hasattr(item, "image") and hasattr(item, "label"):
+        image, label, found = item.image, item.label, type(item).__name__
+        given = getattr(item, "name", name)
+        name = given if isinstance(given, str) else f"the batch from {name} on"
+    elif isinstance(item, Sequence) and len(item) > 1:
+        image, label, found = item[0], item[1], type(item).__name__
+    else:
+        image, label, found = None, None, type(item).__name__
+    if image is None:
+        raise TypeError(
+            f"`data` must hold items with `image` and `label`, (image, label), or dicts with these keys, got {found}; "
+            "return one of them."
+        )
+    if label is None:
+        raise ValueError(f"{name}: has no label to score against; read the data set with its labels.")
+    check_tensor("image", image)
+    check_tensor("label", label)
+    images = image[None] if image.ndim == 3 else image
+    labels = label[None] if label.ndim == 2 else label
+    if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise ValueError(
+            f"{name}: an image must be (C, H, W), a batch (N, C, H, W), uint8 or floating, "
+            f"got {tuple(image.shape)} {image.dtype}; convert it."
+        )
+    check_labels("label", labels)
+    if len(images) != len(labels):
+        raise ValueError(f"{name}: {len(images)} images and {len(labels)} label maps must be equally many.")
+    return Batch(images, labels, name)
+
+
+def _check_ids(batch: Batch, num_classes: int, ignore_index: int) -> None:
+    """Refuse ids that would silently not count. On a GPU a look would wait for it."""
+    if batch.labels.device.type != "cpu" or not batch.labels.numel():
+        return
+    low, high = batch.labels.masked_fill(batch.labels == ignore_index, 0).aminmax()
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"{batch.name}: label ids must lie in 0..{num_classes - 1} or be {ignore_index}, "
+            f"got {int(low if low < 0 else high)}; map them, or pass another `num_classes` or `ignore_index`."
+        )
+
+
+def _logits(out: object, n: int, num_classes: int) -> Tensor:
+    """What a network returned, once it is known to be logits."""
+    if not isinstance(out, Tensor):
+        found, access = type(out).__name__, "out.logits"
+        if isinstance(out, Mapping) and out:
+            found += f" with keys {', '.join(map(repr, out))}"
+            access = f'out["{next((key for key in ("logits", "out") if key in out), next(iter(out)))}"]'
+        elif isinstance(out, Sequence):
+            access = "out[0]"
+        raise TypeError(
+            f"`network` must return logits as a tensor, got {found}; take them out: `logits=lambda out: {access}`."
+        )
+    if out.ndim != 4 or len(out) != n:
+        raise ValueError(f"`network` must return logits of shape (N, C, H, W) with N = {n}, got {tuple(out.shape)}.")
+    if out.shape[1] != num_classes:
+        raise ValueError(
+            f"`network` returned {out.shape[1]} classes but `num_classes` is {num_classes}; make both one."
+        )
+    return out
+
+
+def _view(
+    run: Callable[[Tensor], Tensor],
+    images: Tensor,
+    tiles: tuple[Size, Size] | None,
+    num_classes: int,
+    *,
+    align_corners: bool,
+) -> Tensor:
+    """Logits of whole images, of any size; or the mean probabilities of windows over them, of the images' size."""
+    if tiles is None:
+        return run(images)
+    (height, width), (down, across) = tiles
+    size = images.shape[-2:]
+    total = images.new_zeros(len(images), num_classes, *size, dtype=torch.float32)
+    count = images.new_zeros(size, dtype=torch.float32)
+    for rows in _spans(size[0], height, down):
+        for columns in _spans(size[1], width, across):
+            part = images[..., rows, columns]
+            total[..., rows, columns] += upsample(run(part), part.shape[-2:], align_corners=align_corners).softmax(1)
+            count[rows, columns] += 1
+    return total.div_(count)
+
+
+def _classes(scores: list[Tensor], *, soft: bool) -> Tensor:
+    """The likeliest class by one set of scores, or by the mean of two; logits become probabilities for that."""
+    if len(scores) == 1:
+        return scores[0].argmax(1)
+    probs = scores if soft else [one.softmax(1) for one in scores]
+    return torch.add(*probs).argmax(1)
+
+
+def _spans(length: int, window: int, stride: int) -> Iterator[slice]:
+    """Windows along one side, the last of them moved back to end with it."""
+    last = max(length - window, 0)
+    for start in (*range(0, last, stride), last):
+        yield slice(start, start + window)
+
+
+def _tiles(window: Size | int | None, stride: Size | int | None) -> tuple[Size, Size] | None:
+    """Window and stride, each (height, width)."""
+    if window is None:
+        if stride is not None:
+            raise ValueError(f"`stride` belongs to a `window`, got {stride} without one; pass both.")
+        return None
+    height, width = (window, window) if isinstance(window, int) else window
+    if stride is None:
+        stride = (max(1, 2 * height // 3), max(1, 2 * width // 3))
+    down, across = (stride, stride) if isinstance(stride, int) else stride
+    if min(height, width) < 1 or not (1 <= down <= height and 1 <= across <= width):
+        raise ValueError(
+            f"`window` must be positive and `stride` in 1..window, got {window} and {stride}; "
+            "pixels between windows would have no prediction."
+        )
+    return (height, width), (down, across)
+
+
+def _unit(images: Tensor) -> Tensor:
+    """Bytes as floating in [0, 1]; floating images as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def _resized(images: Tensor, size: Size | None) -> Tensor:
     if size is None or tuple(images.shape[-2:]) == tuple(size):
         return images
-    if images.device.type == "cpu":
+    if images.device.type == "cpu" or images.is_floating_point():
         return functional.interpolate(images, size=size, mode="bilinear", antialias=True)
     # Only CPUs resize bytes; rounding gives the bytes that they would give.
-    return functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True).round()
+    resized = functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
+    return resized.round().to(torch.uint8)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from crossmix._checks import check_labels, check_num_classes, check_same_device, check_same_shape
 from crossmix._distributed import all_reduce_sum
@@ -16,8 +17,9 @@ class IoU(NamedTuple):
     """Intersection over union, as fractions.
 
     Attributes:
-        per_class: (C,) float64 on the CPU; NaN for a class that is in neither labels nor predictions.
-        mean: Mean over classes, NaN left out.
+        per_class: (C,) float64 on the CPU; NaN for a class that is in neither labels nor predictions, and for one that
+            is ignored.
+        mean: Mean over classes, NaN left out; NaN where nothing is left.
         pixel_accuracy: Share of labelled pixels that are predicted right; NaN without any.
     """
 
@@ -33,7 +35,8 @@ class ConfusionMatrix(nn.Module):
 
     Args:
         num_classes: The number of classes C.
-        ignore_index: The id of ignored pixels in labels.
+        ignore_index: The id of ignored pixels in labels. Where it is one of the classes, that class has no score and
+            does not count in the mean; to predict it at a labelled pixel is an error like any other.
 
     On a GPU `update` does not wait for the device; a prediction that is no class is then found by `compute`.
 
@@ -60,7 +63,8 @@ class ConfusionMatrix(nn.Module):
         self.ignore_index = ignore_index
         self.register_buffer("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64))
         self.register_buffer("invalid", torch.zeros((), dtype=torch.int64), persistent=False)
-        self._merged: Tensor | None = None
+        self._merged: Tensor | None = None  # counts of all ranks in one row, then the number of invalid predictions
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
@@ -91,8 +95,11 @@ class ConfusionMatrix(nn.Module):
         self._merged = None
 
     def merge(self) -> None:
-        """Add up the counts of all ranks for `compute`; twice, or without a process group, it changes nothing."""
-        self._merged = all_reduce_sum(self.counts)
+        """Add up the counts of all ranks for `compute`; twice, or without a process group, it changes nothing.
+
+        Predictions that are no class are counted too, so that `compute` fails on every rank or on none.
+        """
+        self._merged = all_reduce_sum(self._state())
 
     def reset(self) -> None:
         """Forget all counts."""
@@ -114,19 +121,26 @@ class ConfusionMatrix(nn.Module):
         Raises:
             ValueError: If a class id is out of range or there are none, or a prediction on a GPU was no class.
         """
-        if self.invalid:
+        state = (self._state() if self._merged is None else self._merged).cpu()
+        if state[-1]:
             self._refuse()
         chosen = range(self.num_classes) if classes is None else list(classes)
         if not chosen or min(chosen) < 0 or max(chosen) >= self.num_classes:
             raise ValueError(f"`classes` must be ids in 0..{self.num_classes - 1}, got {list(chosen)}; name some.")
-        counts = (self.counts if self._merged is None else self._merged).cpu().double()
+        counts = state[:-1].view(self.counts.shape).double()
         hits = counts.diagonal()
         per_class = hits / (counts.sum(0) + counts.sum(1) - hits)  # 0 / 0 is NaN: absent from both
+        if 0 <= self.ignore_index < self.num_classes:
+            per_class[self.ignore_index] = torch.nan
         return IoU(
             per_class=per_class,
             mean=float(per_class[list(chosen)].nanmean()),
             pixel_accuracy=float(hits.sum() / counts.sum()),
         )
+
+    def _state(self) -> Tensor:
+        """Everything counted, in one row: what ranks add up in one go."""
+        return torch.cat([self.counts.flatten(), self.invalid[None]])
 
     def _clamped(self, ids: Tensor) -> Tensor:
         """Class ids plus one as int32, 0 for what is below and C + 1 for what is above."""
@@ -140,9 +154,16 @@ class ConfusionMatrix(nn.Module):
             f"over {self.num_classes} classes."
         )
 
+    @override
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
         return f"num_classes={self.num_classes}, ignore_index={self.ignore_index}"
+
+
+def _forget(matrix: ConfusionMatrix, _: object) -> None:
+    """A loaded state takes the place of everything counted before, here and on other ranks."""
+    matrix.invalid.zero_()
+    matrix._merged = None
 
 
 def _count(ids: Tensor, size: int) -> Tensor:

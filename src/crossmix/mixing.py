@@ -4,10 +4,12 @@ ClassMix: Olsson et al., WACV 2021, https://arxiv.org/abs/2007.07936
 CrossDomainMix: Tranheden et al. (DACS), WACV 2021, https://arxiv.org/abs/2007.08702
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from crossmix._checks import (
     check_fraction,
@@ -23,6 +25,8 @@ from crossmix._tensors import uniform
 __all__ = ["ClassMix", "CrossDomainMix", "Mixed", "class_mask", "mix", "sample_classes"]
 
 PART = 1 << 18  # pixels: a megabyte of words
+FIXED_BITS = 40  # 2**40 times a count of up to 2**22 classes fits an int64
+FIXED = 1 << FIXED_BITS
 
 
 class Mixed(NamedTuple):
@@ -282,6 +286,7 @@ class ClassMix(nn.Module):
             mask=_stored(mask),
         )
 
+    @override
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
         return _settings(self)
@@ -396,6 +401,7 @@ class CrossDomainMix(nn.Module):
             mask=_stored(mask),
         )
 
+    @override
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
         return _settings(self)
@@ -493,14 +499,27 @@ def _pixel_classes(labels: Tensor, num_classes: int, ignore_index: int) -> _Word
 def _draw(pixels: _Words | _Indices, scores: Tensor, ratio: float, *, include_ignored: bool) -> Tensor:
     """The ceil(ratio * n) present classes with the lowest scores, the lower id first among equals."""
     present = pixels.present()
-    column = torch.arange(present.shape[1], device=present.device)
     if not include_ignored:
-        present = present & (column < pixels.num_classes)
-    count = torch.ceil(present.sum(1, dtype=torch.float64) * ratio)  # double: what math.ceil(ratio * n) gives
-    mine, other = scores[:, :, None], scores[:, None, :]
-    earlier = (other < mine) | ((other == mine) & (column[None, :] < column[:, None]))
-    rank = (earlier & present[:, None, :]).sum(2)
-    return present & (rank < count[:, None])
+        present = present & (torch.arange(present.shape[1], device=present.device) < pixels.num_classes)
+    count = _share(present.sum(1, keepdim=True), ratio, pixels.num_classes + 1)
+    order = scores.argsort(dim=1, stable=True)
+    ordered = present.gather(1, order)
+    return torch.zeros_like(present).scatter(1, order, ordered & (ordered.cumsum(1) <= count))
+
+
+def _share(n: Tensor, ratio: float, most: int) -> Tensor:
+    """math.ceil(ratio * n) for n = 0..most exactly, without double precision, which not every device has.
+
+    Computed in fixed point. That is off where a product of doubles lies barely above a whole number; the host knows
+    those n, and for most ratios there are none.
+    """
+    share, almost_one = int(ratio * FIXED), FIXED - 1
+    count = (n * share + almost_one) >> FIXED_BITS
+    for k in range(most + 1):
+        off = math.ceil(ratio * k) - ((k * share + almost_one) >> FIXED_BITS)
+        if off:
+            count = count + off * (n == k)
+    return count
 
 
 def _sample_mask(
