@@ -6,7 +6,7 @@ gradient is added to that of the small logits at once, which is all that is kept
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,13 +99,23 @@ def sum_by_blocks(
     height, width = labels.shape[-2:]
     rows = 16 if logits.device.type == "cpu" else 128  # of a block: what a CPU's cache holds, else few launches
     uniform = label_smoothing / num_classes
-    index, scale, silent = _labels_and_scales(logits, labels, weights, ignore_index, align_corners=align_corners)
-    small, ceiling = _without_infinities(logits)
+    index, valid = valid_pixels(labels.transpose(0, 1), num_classes, ignore_index)
+    index = index.where(valid, 0).unsqueeze(2)
+    scale = valid if weights is None else weight_maps(weights, labels).transpose(0, 1).where(valid, 0)
+    scale = scale.to(logits.dtype).unsqueeze(2)
+    silent = scale == 0
+    # Products of matrices spread NaN and infinity over pixels that they do not reach, so these are taken out of the
+    # logits: very low numbers stand for -inf. Above `limit` a loss is due to one of them.
+    largest = torch.finfo(logits.dtype).max
+    limit = largest * 1e-12
+    small = logits.nan_to_num(0.0, posinf=0.0, neginf=-largest / 4)  # TF32 rounds the very lowest number to -inf
     small = small.permute(2, 0, 1, 3)
     with torch.autocast(logits.device.type, enabled=False):
-        wide = small.new_empty(small_height, n, num_classes, width)
-        for block, near, mixing in _bands(width, small_width, 128, logits, align_corners=align_corners):
-            wide[..., block] = small[..., near] @ mixing.mT
+        wide = _widened(small, width, align_corners=align_corners)
+        broken = _reached(~(logits.amax(1).abs() < math.inf), (height, width), logits, align_corners=align_corners)
+        scale = scale.masked_fill(broken & ~silent, math.nan)
+        ruled_out = _reached(logits.amin(1) == -math.inf, (height, width), logits, align_corners=align_corners)
+        ceiling = torch.full_like(scale, math.inf).masked_fill(ruled_out, limit)
         slope = torch.zeros_like(wide) if with_gradient else None
         buffer = wide.new_empty(min(rows, height), n, num_classes, width)
         total = logits.new_zeros(())
@@ -120,9 +130,9 @@ def sum_by_blocks(
             p = z.exp2_()
             partition = p.sum(2, keepdim=True)
             losses += partition.log()
-            losses.masked_fill_(losses > ceiling, math.inf)
+            losses.masked_fill_(losses > ceiling[block], math.inf)
             total += losses.mul_(scale[block]).masked_fill_(silent[block], 0).sum()
-            if slope is not None:  # (p - label) * weight
+            if slope is not None:  # (p - label) * scale
                 p *= scale[block] / partition
                 if label_smoothing:
                     p -= uniform * scale[block]
@@ -182,31 +192,22 @@ def _has_finite_loss(logits: Tensor) -> Tensor:
     return (logits.amax(1) - logits.amin(1)) * logits.shape[1] < math.inf
 
 
-def _labels_and_scales(
-    logits: Tensor, labels: Tensor, weights: Tensor | None, ignore_index: int, *, align_corners: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Class ids, what each loss is multiplied by, and where that is 0: (H, N, 1, W) each, as blocks take them.
-
-    A pixel that counts and that a NaN or +inf reaches has the scale NaN. So these can be taken out of the logits, where
-    products of matrices would spread them over pixels that they do not reach.
-    """
-    index, valid = valid_pixels(labels, logits.shape[1], ignore_index)
-    index = index.where(valid, 0)
-    scale = valid if weights is None else weight_maps(weights, labels).where(valid, 0)
-    scale = scale.to(logits.dtype)
-    broken = ~(logits < math.inf).all(1, keepdim=True)
-    reached = upsample_for(broken.to(logits.dtype), labels, None, align_corners=align_corners).squeeze(1) > 0
-    silent = scale == 0
-    scale = scale.masked_fill(reached & ~silent, math.nan)
-    index, scale, silent = (value.transpose(0, 1).unsqueeze(2) for value in (index, scale, silent))
-    return index, scale, silent
+def _reached(marks: Tensor, size: Sequence[int], like: Tensor, *, align_corners: bool) -> Tensor:
+    """The pixels (H, N, 1, W) that take something from the marked small ones, (N, h, w) bool."""
+    small = marks.to(like.dtype).transpose(0, 1).unsqueeze(2)
+    wide = _widened(small, size[1], align_corners=align_corners)
+    reached = marks.new_empty(size[0], len(marks), 1, size[1])
+    for block, near, mixing in _bands(size[0], len(small), 128, like, align_corners=align_corners):
+        reached[block] = (mixing @ wide[near].flatten(1)).view_as(reached[block]) > 0
+    return reached
 
 
-def _without_infinities(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits with very low numbers for -inf, and 0 for NaN and +inf; and above what a loss is due to a -inf."""
-    largest = torch.finfo(logits.dtype).max
-    ceiling = logits.new_full((), math.inf).masked_fill((logits == -math.inf).any(), largest * 1e-12)
-    return logits.nan_to_num(0.0, posinf=0.0, neginf=-largest / 4), ceiling  # / 4: TF32 rounds the lowest to -inf
+def _widened(small: Tensor, width: int, *, align_corners: bool) -> Tensor:
+    """Rows first, (h, N, C, w), as (h, N, C, W)."""
+    wide = small.new_empty(*small.shape[:3], width)
+    for block, near, mixing in _bands(width, small.shape[3], 128, small, align_corners=align_corners):
+        wide[..., block] = small[..., near] @ mixing.mT
+    return wide
 
 
 def _bands(
