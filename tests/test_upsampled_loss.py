@@ -578,6 +578,71 @@ def test_compiled_equals_eager(backend: str) -> None:
         torch.testing.assert_close(compiled(logits, criterion), loss(logits, criterion))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_compiled__keeps_the_operator_but_under_transforms() -> None:
+    logits, labels, weights = batch(2, 3, (3, 2), (20, 5))
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph.code)
+        return graph.forward
+
+    def loss(z: Tensor) -> Tensor:
+        return F.upsampled_cross_entropy(z, labels, weights)
+
+    def first(z: Tensor) -> object:
+        return func.grad(loss)(z)
+
+    def forward(z: Tensor) -> object:
+        return func.jvp(loss, (z,), (z.cos(),))
+
+    for function, kept in ((loss, True), (first, False), (forward, False)):
+        torch.compiler.reset()
+        got = torch.compile(function, fullgraph=True, backend=backend)(logits)
+        torch.testing.assert_close(got, function(logits), rtol=1e-12, atol=0)
+        assert ("upsampled_cross_entropy_sum" in graphs.pop()) == kept
+        assert not graphs
+
+
+def test_empty_labels_under_transforms() -> None:
+    logits, _, _ = batch(2, 3, (3, 2))
+    empty = torch.zeros(2, 0, 5, dtype=torch.long)
+    assert not func.grad(lambda z: F.upsampled_cross_entropy(z, empty))(logits).any()
+    assert F.upsampled_cross_entropy(logits, empty, reduction="none").shape == (2, 0, 5)
+
+
+def test_criterion__align_corners() -> None:
+    logits, labels, weights = batch()
+
+    class Halved(ConfidenceWeightedCE):
+        def forward(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+            return super().forward(logits, labels, weights) / 2
+
+    for align_corners in (True, False):
+        want = with_gradient(plain, logits, labels, weights, align_corners=align_corners)
+        got = with_gradient(ConfidenceWeightedCE().upsampled, logits, labels, weights, align_corners=align_corners)
+        assert_agree(got, want, 1e-10)
+        own = with_gradient(Halved().upsampled, logits, labels, weights, align_corners=align_corners)
+        assert_agree((2 * own[0], 2 * own[1]), want, 1e-10)
+
+
+def test_unknown_reduction_is_refused() -> None:
+    logits, labels, _ = batch()
+    with pytest.raises(ValueError, match="`reduction` must be one of 'mean', 'sum', 'none', got 'avg'"):
+        F.upsampled_cross_entropy(logits, labels, reduction="avg")  # type: ignore[arg-type]
+
+
+def test_valid_pixels_are_counted_by_classes_not_by_height() -> None:
+    logits, labels, _ = batch(2, 3, (6, 7), (30, 20))
+    labels = labels.masked_fill(labels == 4, 17)  # between C and every height and width
+    want = with_gradient(plain, logits, labels.masked_fill(labels == 17, 255), normalizer="valid")
+    for loss in (
+        functools.partial(F.upsampled_cross_entropy, normalizer="valid"),
+        ConfidenceWeightedCE(normalizer="valid").upsampled,
+    ):
+        assert_agree(with_gradient(loss, logits, labels), want, 1e-12)
+
+
 def test_logits_without_pixels_are_refused() -> None:
     logits, labels, _ = batch(small=(0, 3))
     for loss in (F.upsampled_cross_entropy, ConfidenceWeightedCE().upsampled):

@@ -198,12 +198,12 @@ class DistributionAlignment(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the averages as torch does, but leave them in float32 where `fn` casts, and rounds, to less."""
-        averages = {"prior": self.prior, "running": self.running}
+        before = dict(self.named_buffers())
         super()._apply(fn, recurse)
-        for name, average in averages.items():
+        for name, value in before.items():
             moved = self.get_buffer(name)
             if moved.dtype.itemsize < 4:
-                setattr(self, name, average.to(moved.device, torch.float32))
+                setattr(self, name, value.to(moved.device))
         return self
 
     def _average(self, average: Tensor, count: Tensor, sums: Tensor) -> None:
