@@ -151,7 +151,6 @@ class DistributionAlignment(nn.Module):
             TypeError: If `probs` is not floating.
             ValueError: If the number of classes or the device disagrees.
         """
-        check_logits("probs", probs)
         return align_distribution(probs, self.prior, self.running).to(probs.dtype)
 
     @torch.no_grad()
