@@ -1,14 +1,21 @@
 """Distribution alignment."""
 
 import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from crossmix import DistributionAlignment
+from crossmix import ConfidenceWeightedCE, DistributionAlignment
 from crossmix import functional as F
+from crossmix._cross_entropy import sum_by_blocks
 from oracles import seeded
 
 
@@ -103,7 +110,185 @@ def test_forward__keeps_the_dtype(dtype: torch.dtype) -> None:
     assert "prior=given" in repr(align)
 
 
-@pytest.mark.parametrize("prior", [[0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0], [1.0, 1.0, 1.0]])
+@pytest.mark.parametrize(
+    "prior",
+    [[0.0, 0.0], [-1.0, 2.0], [math.nan, 1.0], [math.inf, 1.0], [-math.inf, 1.0], [1.0, 1.0, 1.0]],
+)
 def test_prior__bad_values(prior: list[float]) -> None:
     with pytest.raises(ValueError, match="`prior` must"):
         DistributionAlignment(2, prior=prior)
+
+
+@pytest.mark.parametrize("prior", ["half", {"road": 1.0}, 3 + 1j, [None, 1.0], object()])
+def test_prior__no_numbers(prior: Any) -> None:
+    with pytest.raises(TypeError, match="`prior` must be a sequence of numbers, got"):
+        DistributionAlignment(2, prior=prior)
+
+
+def test_prior__any_sequence_of_any_size() -> None:
+    want = [0.75, 0.25]
+    for prior in ([3, 1], (3.0, 1.0), np.array([3, 1]), torch.tensor([3, 1], dtype=torch.uint8), [1.5e308, 0.5e308]):
+        assert DistributionAlignment(2, prior=prior).prior.tolist() == want
+
+
+def test_inputs__that_are_no_tensors_or_of_another_dtype() -> None:
+    align, probs, labels = DistributionAlignment(3), np.full((1, 3, 2, 2), 1 / 3), np.zeros((1, 2, 2), dtype=np.int64)
+    for call in (align, align.update):
+        with pytest.raises(TypeError, match=r"`probs` must be a torch.Tensor, got ndarray"):
+            call(probs)
+        with pytest.raises(TypeError, match=r"`probs` must be floating, got torch.int64"):
+            call(torch.ones(1, 3, 2, 2, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"`labels` must be a torch.Tensor, got ndarray"):
+        align.update_prior(labels)
+    with pytest.raises(TypeError, match=r"`labels` must be uint8, int16, int32 or int64, got torch.float32"):
+        align.update_prior(torch.zeros(1, 2, 2))
+    vector = torch.full((3,), 1 / 3)
+    with pytest.raises(TypeError, match=r"`prior` must be a torch.Tensor, got ndarray"):
+        F.align_distribution(torch.from_numpy(probs), vector.numpy(), vector)
+    with pytest.raises(TypeError, match=r"`running` must be a torch.Tensor, got list"):
+        F.align_distribution(torch.from_numpy(probs), vector, [1, 1, 1])
+
+
+CASTS: dict[str, Callable[[nn.Module], object]] = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "to dtype": lambda module: module.to(torch.float16),
+    "to device and dtype": lambda module: module.to("cpu", torch.bfloat16),
+    "type": lambda module: module.type(torch.float16),
+    "half twice": lambda module: module.half().bfloat16(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_averages__stay_in_float32_unrounded_and_move(cast: Callable[[nn.Module], object]) -> None:
+    parts = [DistributionAlignment(3, momentum=0.99) for _ in range(2)]
+    for part in parts:
+        part.update(simplex(1, 3, 4, 4, seed=0).float())
+        part.update_prior(torch.tensor([[[0, 1, 2, 2, 2, 1, 0]]]))
+    before = copy.deepcopy(parts[0].state_dict())
+    parent = nn.Sequential(nn.Conv2d(3, 3, 1), parts[0])
+    cast(parent)
+    assert parent[0].weight.dtype != torch.float32
+    for name, value in parts[0].state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+    for step in range(400):
+        probs = simplex(1, 3, 4, 4, seed=1).float()
+        labels = torch.full((1, 2, 2), step % 2)
+        for part in parts:
+            part.update(probs)
+            part.update_prior(labels)
+    for name, value in parts[0].state_dict().items():
+        assert torch.equal(value, parts[1].state_dict()[name])
+    moved = simplex(1, 3, 4, 4, seed=1).mean((0, 2, 3))
+    torch.testing.assert_close(parts[0].running.double(), moved, rtol=0.02, atol=0)
+    assert parts[0](probs.half()).dtype == torch.float16
+
+
+class Dtypes(TorchDispatchMode):
+    """What dtypes the operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {value.dtype for value in flat(out)}
+        return out
+
+
+def flat(out: object) -> Iterator[torch.Tensor]:
+    for value in out if isinstance(out, tuple | list) else [out]:
+        if isinstance(value, torch.Tensor):
+            yield value
+
+
+def test_nothing_needs_float64_on_the_device() -> None:
+    g = seeded(0)
+    logits, labels = torch.randn(2, 3, 4, 5, generator=g), torch.randint(0, 4, (2, 9, 8), generator=g)
+    align, criterion, weights = (
+        DistributionAlignment(3, sync=True),
+        ConfidenceWeightedCE(sync=True),
+        torch.rand(2, 9, 8),
+    )
+    with Dtypes() as dtypes:
+        align.update(logits.softmax(1))
+        align.update_prior(labels)
+        align(logits.softmax(1))
+        align.reset_parameters()
+        for scope in ("image", "batch", "pixel", "none"):
+            F.confidence_weight(weights, scope=scope)
+        for normalizer in ("all", "valid", "weights"):
+            for reduction in ("mean", "sum", "none"):
+                F.upsampled_cross_entropy(logits, labels, weights, normalizer=normalizer, reduction=reduction)
+        criterion(logits, labels[:, :4, :5], criterion.weights(weights[:, :4, :5]))
+        sum_by_blocks(
+            logits,
+            labels,
+            weights,
+            align_corners=False,
+            ignore_index=255,
+            label_smoothing=0.1,
+            with_gradient=True,
+        )
+    assert torch.float32 in dtypes.seen
+    assert torch.float64 not in dtypes.seen
+
+
+@pytest.mark.parametrize("prior", [None, [3.0, 2.0, 1.0]])
+def test_meta_device__and_back(prior: list[float] | None) -> None:
+    want = DistributionAlignment(3, prior=prior)
+    with torch.device("meta"):
+        align = DistributionAlignment(3, prior=prior)
+    assert all(value.is_meta for value in align.state_dict().values())
+    align.to_empty(device="cpu")
+    for value in align.buffers():
+        value.fill_(7)
+    align.reset_parameters()
+    for name, value in align.state_dict().items():
+        assert value.dtype == want.state_dict()[name].dtype
+        assert torch.equal(value, want.state_dict()[name])
+    align.update(simplex(1, 3, 4, 4, seed=0).float())
+    want.update(simplex(1, 3, 4, 4, seed=0).float())
+    assert torch.equal(align.running, want.running)
+    align.reset_parameters()
+    assert torch.equal(align.running, torch.full((3,), 1 / 3))
+    assert int(align.running_count) == 0
+
+
+def test_prior__on_meta_has_no_values() -> None:
+    with pytest.raises(ValueError, match="`prior` must have values, got a tensor on meta"):
+        DistributionAlignment(2, prior=torch.ones(2, device="meta"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_update__a_broken_batch_changes_nothing(value: float) -> None:
+    align = DistributionAlignment(3)
+    align.update(simplex(1, 3, 4, 4, seed=0).float())
+    before = copy.deepcopy(align.state_dict())
+    broken = simplex(1, 3, 4, 4, seed=1).float()
+    broken[0, 1, 2, 2] = value
+    align.update(broken)
+    for name, tensor in align.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-30, 1e-45, 1e-300])
+def test_align_distribution__any_eps_stays_finite(eps: float) -> None:
+    probs = torch.tensor([[1.0, 0.0, 0.0], [0.25, 0.25, 0.5]]).T[None, :, :, None]
+    prior, running = torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.0, 1.0, 0.0])
+    got = F.align_distribution(probs, prior, running, eps=eps)
+    assert bool(got.isfinite().all())
+    torch.testing.assert_close(got.sum(1), torch.ones(1, 2, 1))
+    unbounded = F.align_distribution(probs, prior, torch.tensor([0.5, 0.5, math.inf]), eps=eps)
+    torch.testing.assert_close(unbounded[0, :, :, 0].T, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+
+
+def test_averages__sum_to_one_after_many_updates() -> None:
+    align = DistributionAlignment(19)
+    for step in range(3000):
+        align.update(simplex(1, 19, 2, 2, seed=step % 7).float())
+    torch.testing.assert_close(align.running.double().sum().item(), 1.0, rtol=1e-5, atol=0)

@@ -1,7 +1,9 @@
 """Confidence weights and the weighted cross-entropy."""
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,6 +92,121 @@ def test_weighted_cross_entropy__extreme_logits(dtype: torch.dtype) -> None:
     wrong.backward()
     assert logits.grad is not None
     assert bool(logits.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, -3e38])
+@pytest.mark.parametrize("silence", ["ignored", "unknown label", "weight 0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_cross_entropy__what_does_not_count_adds_exactly_nothing(
+    value: float, silence: str, dtype: torch.dtype, smoothing: float
+) -> None:
+    g = seeded(0)
+    logits = torch.randn(2, 3, 4, 5, generator=g).to(dtype)
+    labels, weights = torch.randint(0, 3, (2, 4, 5), generator=g), torch.rand(2, 4, 5, generator=g) + 0.1
+    quiet = torch.rand(2, 4, 5, generator=g) < 0.4
+    quiet[1] = True
+    strange = logits.masked_fill(quiet[:, None] & (torch.rand(logits.shape, generator=g) < 0.7), value)
+    options: list[torch.Tensor | None] = [weights.masked_fill(quiet, 0)]
+    if silence != "weight 0":
+        labels = labels.masked_fill(quiet, 255 if silence == "ignored" else -7)
+        options = [None, weights.masked_fill(quiet, math.nan), weights.masked_fill(quiet, math.inf), weights]
+    for given_weights in options:
+        clean = given_weights if given_weights is None else weights.masked_fill(quiet, 0)
+        for normalizer in NORMALIZERS:
+            for criterion in (False, True):
+                results = []
+                for z, w in ((strange, given_weights), (logits, clean)):
+                    leaf = z.clone().requires_grad_()
+                    if criterion:
+                        module = ConfidenceWeightedCE(normalizer=normalizer, label_smoothing=smoothing)
+                        loss = module(leaf, labels, w)
+                    else:
+                        loss = F.weighted_cross_entropy(
+                            leaf, labels, w, normalizer=normalizer, label_smoothing=smoothing
+                        )
+                    results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+                torch.testing.assert_close(*results, rtol=0, atol=0)
+                assert not results[0][1].masked_fill(~quiet[:, None], 0).any()
+                assert results[0][1].any()
+        each = F.weighted_cross_entropy(strange, labels, given_weights, label_smoothing=smoothing, reduction="none")
+        assert not each[quiet].any()
+        assert (each[~quiet] > 0).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weighted_cross_entropy__what_counts_is_not_hidden(value: float) -> None:
+    logits, labels = torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 1]]])
+    logits[0, 0, 0, 0] = value
+    assert F.weighted_cross_entropy(logits, labels).isnan()
+    assert F.weighted_cross_entropy(logits, labels, torch.tensor([[[0.5, 0.0]]])).isnan()
+    assert F.weighted_cross_entropy(torch.zeros(1, 2, 1, 2), labels, torch.full((1, 1, 2), math.nan)).isnan()
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_weighted_cross_entropy__weights_of_zero_have_a_gradient(normalizer: str) -> None:
+    logits = torch.randn(1, 3, 2, 4, dtype=torch.float64, generator=seeded(0), requires_grad=True)
+    labels = torch.tensor([[[0, 1, 2, 255], [2, 1, 0, 7]]])
+    weights = torch.tensor([[[0.0, 0.5, 0.0, 1.0], [1.0, 0.0, 2.0, 0.0]]], dtype=torch.float64, requires_grad=True)
+
+    def loss(z: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.weighted_cross_entropy(z, labels, w, normalizer=normalizer)
+
+    assert torch.autograd.gradcheck(loss, (logits, weights))
+    assert torch.autograd.gradgradcheck(loss, (logits, weights))
+
+
+def test_weighted_cross_entropy__valid_pixels_are_counted_by_classes_not_by_height() -> None:
+    logits = torch.randn(2, 3, 9, 8, generator=seeded(0))
+    labels = torch.randint(0, 8, (2, 9, 8), generator=seeded(1))  # ids between C and every height and width
+    want = tf.cross_entropy(logits, labels.masked_fill(labels >= 3, 255), ignore_index=255)
+    torch.testing.assert_close(F.weighted_cross_entropy(logits, labels, normalizer="valid"), want)
+    torch.testing.assert_close(ConfidenceWeightedCE(normalizer="valid")(logits, labels), want)
+    ones = torch.ones(2)
+    torch.testing.assert_close(ConfidenceWeightedCE(normalizer="weights")(logits, labels, ones), want)
+
+
+LOGITS, LABELS = torch.rand(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
+LOSSES = {
+    "weighted_cross_entropy": F.weighted_cross_entropy,
+    "upsampled_cross_entropy": F.upsampled_cross_entropy,
+    "criterion": ConfidenceWeightedCE(),
+    "criterion.upsampled": ConfidenceWeightedCE().upsampled,
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_losses__refuse_what_is_no_tensor_or_of_another_dtype(loss: Callable[..., torch.Tensor]) -> None:
+    with pytest.raises(TypeError, match=r"`logits` must be a torch.Tensor, got ndarray; convert it"):
+        loss(LOGITS.numpy(), LABELS)
+    with pytest.raises(TypeError, match=r"`labels` must be a torch.Tensor, got ndarray; convert it"):
+        loss(LOGITS, LABELS.numpy())
+    with pytest.raises(TypeError, match=r"`weights` must be a torch.Tensor, got ndarray; convert it"):
+        loss(LOGITS, LABELS, np.ones(2, dtype=np.float32))
+    with pytest.raises(TypeError, match=r"`labels` must be uint8, int16, int32 or int64, got torch.float32"):
+        loss(LOGITS, LABELS.float())
+    with pytest.raises(TypeError, match=r"`logits` must be floating, got torch.int64"):
+        loss(LOGITS.long(), LABELS)
+    with pytest.raises(TypeError, match=r"`weights` must be floating, got torch.bool"):
+        loss(LOGITS, LABELS, LABELS > 0)
+    with pytest.raises(ValueError, match=r"`weights` must have shape \(N, H, W\) = \(2, 4, 5\) or \(N,\), got \(3,\)"):
+        loss(LOGITS, LABELS, torch.ones(3))
+
+
+def test_confidence_weight__refuses_what_is_no_tensor() -> None:
+    for weigh in (F.confidence_weight, ConfidenceWeightedCE().weights):
+        with pytest.raises(TypeError, match=r"`confidence` must be a torch.Tensor, got ndarray"):
+            weigh(np.ones((1, 2, 2), dtype=np.float32))
+
+
+def test_losses__under_another_default_device() -> None:
+    small, labels, weights = LOGITS[..., :2, :3], LABELS, torch.rand(2, 4, 5)
+    want = [loss(LOGITS, labels, weights) for loss in LOSSES.values()] + [F.upsampled_cross_entropy(small, labels)]
+    with torch.device("meta"):
+        got = [loss(LOGITS, labels, weights) for loss in LOSSES.values()] + [F.upsampled_cross_entropy(small, labels)]
+        for scope in ("image", "batch", "pixel", "none"):
+            assert F.confidence_weight(weights, scope=scope).device.type == "cpu"
+    torch.testing.assert_close(got, want)
 
 
 def test_losses__arithmetic_is_float32_under_autocast_and_float64_where_an_input_is() -> None:
