@@ -126,7 +126,7 @@ def run(job: Job) -> dict[str, Any]:
     student = deeplab_v2_tiny(len(pair.classes), aspp_branches=variant.aspp_branches, upsample=False)
     student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the trainer's demo: faster
     training = build(student, pair, variant, class_shares(domains.target, len(pair.classes)))
-    jitter = StrongAugment(same_on_batch=True)  # of the released recipe
+    jitter = StrongAugment(flavor="additive", same_on_batch=True)  # of the released recipe
     optimizer = torch.optim.SGD(parameter_groups(student, pair.lr), pair.lr, momentum=0.9, weight_decay=5e-4)
     source = KeyedCrops(domains.source, pair.crop, seed=job.seed, stream=SOURCE)
     target = KeyedCrops(domains.target, pair.crop, seed=job.seed, stream=TARGET)
