@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "can_look",
     "check_choice",
     "check_fraction",
     "check_images",
@@ -19,7 +20,6 @@ __all__ = [
     "check_same_device",
     "check_same_shape",
     "check_tensor",
-    "looking_is_free",
 ]
 
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -122,7 +122,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def looking_is_free(tensor: Tensor) -> bool:
+def can_look(tensor: Tensor) -> bool:
     """Whether values can be read without waiting for a GPU and without breaking a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -134,7 +134,7 @@ def check_range(
 
     NaN passes: the loss shows it on every device, and `FiniteGuard` deals with it.
     """
-    if not looking_is_free(images) or images.numel() == 0:
+    if not can_look(images) or images.numel() == 0:
         return
     least, greatest = (float(value) for value in images.detach().aminmax())
     shifts, scales = mean or (0.0,), std or (1.0,)
