@@ -20,6 +20,7 @@ __all__ = [
     "check_same_device",
     "check_same_shape",
     "check_tensor",
+    "check_weights",
 ]
 
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -72,6 +73,19 @@ def check_logits(name: str, logits: Tensor) -> None:
         )
     if not logits.is_floating_point():
         raise TypeError(f"`{name}` must be floating, got {logits.dtype}; pass the class scores before any argmax.")
+
+
+def check_weights(name: str, weights: Tensor, labels_shape: Sequence[int]) -> None:
+    """Refuse anything but floating weights of the labels' shape (N, H, W), or one an image, (N,)."""
+    check_tensor(name, weights)
+    if not weights.is_floating_point():
+        raise TypeError(f"`{name}` must be floating, got {weights.dtype}; convert with `.float()`.")
+    shape = tuple(labels_shape)
+    if tuple(weights.shape) not in (shape, shape[:1]):  # no set: a hashed size is compiled as a constant
+        raise ValueError(
+            f"`{name}` must have shape (N, H, W) = {shape} or (N,), got {tuple(weights.shape)}; "
+            "squeeze the channel dimension or crop them to the labels."
+        )
 
 
 def check_same_shape(name: str, shape: Sequence[int], other_name: str, other_shape: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ from crossmix._checks import (
     check_same_device,
     check_same_shape,
     check_tensor,
+    check_weights,
 )
 from crossmix._cross_entropy import pixel_losses, upsample, upsampled_sum, valid_pixels, weight_maps
 from crossmix._distributed import all_reduce_sum, world_size
@@ -349,15 +350,7 @@ def _check_loss_inputs(logits: Tensor, labels: Tensor, weights: Tensor | None) -
             f"`logits` hold {len(logits)} images but `labels` {len(labels)}; pass the labels of this batch."
         )
     if weights is not None:
-        check_tensor("weights", weights)
-        if not weights.is_floating_point():
-            raise TypeError(f"`weights` must be floating, got {weights.dtype}; convert with `.float()`.")
-        shapes = (tuple(labels.shape), tuple(labels.shape[:1]))  # no set: a hashed size is compiled as a constant
-        if tuple(weights.shape) not in shapes:
-            raise ValueError(
-                f"`weights` must have shape (N, H, W) = {tuple(labels.shape)} or (N,), got {tuple(weights.shape)}; "
-                "squeeze the channel dimension or crop them to the labels."
-            )
+        check_weights("weights", weights, labels.shape)
     check_same_device(logits=logits, labels=labels, weights=weights)
 
 
