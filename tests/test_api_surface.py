@@ -49,7 +49,7 @@ SIGNATURES = {
     "crossmix.functional.weighted_cross_entropy":
         "logits labels weights=None * ignore_index=255 normalizer='all' label_smoothing=0.0 reduction='mean'",
     "crossmix.functional.upsampled_cross_entropy":
-        "logits labels weights=None * ignore_index=255 normalizer='all' label_smoothing=0.0 reduction='mean'",
+        "logits labels weights=None * align_corners=True ignore_index=255 normalizer='all' label_smoothing=0.0 reduction='mean'",
     "crossmix.functional.align_distribution": "probs prior running * eps=1e-06",
     "crossmix.functional.ema_update_": "averaged current decay",
     "crossmix.ClassMix": "num_classes * ratio=0.5 ignore_index=255 include_ignored=False",

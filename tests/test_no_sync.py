@@ -196,6 +196,7 @@ def test_functional(num_classes: int) -> None:
                 logits[..., :3, :3],
                 labels,
                 labels / num_classes,
+                align_corners=True,
                 ignore_index=255,
                 label_smoothing=smoothing,
                 with_gradient=True,

@@ -235,7 +235,7 @@ def test_full_size_logits_never_exist() -> None:
     logits, labels, weights = batch(1, 16, (17, 17), (256, 128))
     options: dict[str, Any] = {"ignore_index": 255, "label_smoothing": 0.1, "with_gradient": True}
     with Largest() as seen:
-        sum_by_blocks(logits, labels, weights, **options)
+        sum_by_blocks(logits, labels, weights, align_corners=True, **options)
     assert seen.bytes == 8 * 16 * 17 * 128  # the widened logits; blocks have 16 rows
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -261,7 +261,7 @@ def test_operator(weighted: bool) -> None:
         torch.library.opcheck(
             torch.ops.crossmix.upsampled_cross_entropy_sum.default,
             (logits.clone().requires_grad_(wanted), labels, weights if weighted else None),
-            {"ignore_index": 255, "label_smoothing": 0.1, "with_gradient": wanted},
+            {"align_corners": True, "ignore_index": 255, "label_smoothing": 0.1, "with_gradient": wanted},
         )
 
 

@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["pixel_losses", "sum_by_blocks", "upsample", "upsampled_sum", "valid_pixels", "weight_maps"]
+from crossmix._tensors import arithmetic, upsample, weight_maps
+
+__all__ = ["pixel_losses", "sum_by_blocks", "upsample_for", "upsampled_sum", "valid_pixels"]
 
 
 def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -22,48 +26,57 @@ def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[T
     return index, (index >= 0) & (index < num_classes) & (index != ignore_index)
 
 
-def weight_maps(weights: Tensor, labels: Tensor) -> Tensor:
-    """Weights (N,) or (N, H, W) as (N, H, W)."""
-    return (weights[:, None, None] if weights.ndim == 1 else weights).expand_as(labels)
-
-
 def pixel_losses(
     logits: Tensor, labels: Tensor, weights: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> Tensor:
-    """Weighted losses (N, H, W), 0 where ignored."""
-    logits = logits.to(_arithmetic(logits, weights))
-    index, valid = valid_pixels(labels, logits.shape[1], ignore_index)
+    """Weighted losses (N, H, W). Exactly 0 in loss and gradient where ignored or of weight 0, whatever stands there."""
+    logits = logits.to(arithmetic(logits, weights))
+    index, counted = valid_pixels(labels, logits.shape[1], ignore_index)
+    if weights is not None:
+        weights = weight_maps(weights, labels).to(logits.dtype)
+        # A weight of 0 silences what is not finite. A finite loss stays, as the weight's gradient.
+        counted = counted & ((weights != 0) | _has_finite_loss(logits.detach()))
     losses = functional.cross_entropy(
-        logits, index.masked_fill(~valid, -100), ignore_index=-100, label_smoothing=label_smoothing, reduction="none"
+        logits.where(counted.unsqueeze(1), 0),  # NaN has a NaN gradient, even times 0
+        index.masked_fill(~counted, -100),
+        ignore_index=-100,
+        label_smoothing=label_smoothing,
+        reduction="none",
     )
-    return losses if weights is None else losses * weight_maps(weights, labels).to(losses.dtype)
+    return losses if weights is None else losses * weights.where(counted, 0)
 
 
-def upsample(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+def upsample_for(logits: Tensor, labels: Tensor, weights: Tensor | None, *, align_corners: bool) -> Tensor:
     """Logits at the labels' size, in the dtype that the loss is computed in."""
-    logits = logits.to(_arithmetic(logits, weights))
-    if logits.shape[-2:] == labels.shape[-2:]:
-        return logits
-    return functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=True)
+    logits = logits.to(arithmetic(logits, weights))
+    if 0 in labels.shape[-2:]:  # torch upsamples to no empty size; a sum over nothing keeps the graph
+        return logits[..., :0, :0].sum().expand(*logits.shape[:2], *labels.shape[-2:])
+    return upsample(logits, labels.shape[-2:], align_corners=align_corners)
 
 
 def upsampled_sum(
-    logits: Tensor, labels: Tensor, weights: Tensor | None, ignore_index: int, label_smoothing: float
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    *,
+    align_corners: bool,
+    ignore_index: int,
+    label_smoothing: float,
 ) -> Tensor:
     """The sum of `pixel_losses` of the upsampled logits, as a scalar."""
-    learning = torch.is_grad_enabled()
-    if logits.shape[-2:] == labels.shape[-2:] or (learning and weights is not None and weights.requires_grad):
-        full = upsample(logits, labels, weights)
+    if logits.shape[-2:] == labels.shape[-2:] or _needs_plain_form(logits, weights):
+        full = upsample_for(logits, labels, weights, align_corners=align_corners)
         return pixel_losses(full, labels, weights, ignore_index, label_smoothing).sum()
-    logits = logits.to(_arithmetic(logits, weights))
+    logits = logits.to(arithmetic(logits, weights))
     total: Tensor
     total, _ = _operator(
         logits,
         labels,
         weights,
+        align_corners=align_corners,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
-        with_gradient=learning and logits.requires_grad,
+        with_gradient=torch.is_grad_enabled() and logits.requires_grad,
     )
     return total
 
@@ -73,52 +86,52 @@ def sum_by_blocks(
     labels: Tensor,
     weights: Tensor | None,
     *,
+    align_corners: bool,
     ignore_index: int,
     label_smoothing: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """The sum, and its gradient by the logits, (N, C, h, w), where asked (else an empty tensor).
 
-    In base 2: exp2 takes a third of the time of exp. Rows come first, so that a block is one product of matrices.
+    Powers are of 2: exp2 takes a third of the time of exp. Rows come first, so that a block is one product of matrices.
     """
     n, num_classes, small_height, small_width = logits.shape
     height, width = labels.shape[-2:]
     rows = 16 if logits.device.type == "cpu" else 128  # of a block: what a CPU's cache holds, else few launches
     uniform = label_smoothing / num_classes
-    index, valid = valid_pixels(labels.transpose(0, 1), num_classes, ignore_index)
-    index = index.where(valid, 0).unsqueeze(2)
-    scale = valid if weights is None else weight_maps(weights, labels).transpose(0, 1).where(valid, 0)
-    scale = scale.to(logits.dtype).unsqueeze(2)
-    small = logits.permute(2, 0, 1, 3) / math.log(2)
+    index, scale, silent = _labels_and_scales(logits, labels, weights, ignore_index, align_corners=align_corners)
+    small, ceiling = _without_infinities(logits)
+    small = small.permute(2, 0, 1, 3)
     with torch.autocast(logits.device.type, enabled=False):
         wide = small.new_empty(small_height, n, num_classes, width)
-        for block, near, mixing in _bands(width, small_width, 128, logits):
+        for block, near, mixing in _bands(width, small_width, 128, logits, align_corners=align_corners):
             wide[..., block] = small[..., near] @ mixing.mT
         slope = torch.zeros_like(wide) if with_gradient else None
         buffer = wide.new_empty(min(rows, height), n, num_classes, width)
         total = logits.new_zeros(())
-        for block, near, mixing in _bands(height, small_height, rows, logits):
+        for block, near, mixing in _bands(height, small_height, rows, logits, align_corners=align_corners):
             z = buffer[: len(mixing)]
             torch.mm(mixing, wide[near].flatten(1), out=z.flatten(1))
             z -= z.amax(2, keepdim=True)
             losses = (label_smoothing - 1) * z.gather(2, index[block])
             if label_smoothing:
                 losses -= uniform * z.sum(2, keepdim=True)
+            z *= 1 / math.log(2)  # not earlier: the largest numbers would become infinite
             p = z.exp2_()
             partition = p.sum(2, keepdim=True)
-            losses += partition.log2()
-            total += losses.mul_(scale[block]).sum()
+            losses += partition.log()
+            losses.masked_fill_(losses > ceiling, math.inf)
+            total += losses.mul_(scale[block]).masked_fill_(silent[block], 0).sum()
             if slope is not None:  # (p - label) * weight
                 p *= scale[block] / partition
                 if label_smoothing:
                     p -= uniform * scale[block]
                 p.scatter_add_(2, index[block], (label_smoothing - 1) * scale[block])
                 slope[near].flatten(1).addmm_(mixing.mT, p.flatten(1))
-        total *= math.log(2)
         if slope is None:
             return total, logits.new_empty(0)
         gradient = torch.zeros_like(small)
-        for block, near, mixing in _bands(width, small_width, 128, logits):
+        for block, near, mixing in _bands(width, small_width, 128, logits, align_corners=align_corners):
             gradient[..., near] += slope[..., block] @ mixing
         return total, gradient.permute(1, 2, 0, 3).contiguous()
 
@@ -133,15 +146,15 @@ def _save(
     keyword_only_inputs: dict[str, Any],
     output: tuple[Tensor, Tensor],
 ) -> None:
-    ctx.ignore_index, ctx.label_smoothing = keyword_only_inputs["ignore_index"], keyword_only_inputs["label_smoothing"]
+    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "with_gradient"}
     ctx.save_for_backward(*inputs, output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - torch's
     logits, labels, weights, gradient = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: the plain form has a gradient that has one itself
-        full = upsample(logits, labels, weights)
-        losses = pixel_losses(full, labels, weights, ctx.ignore_index, ctx.label_smoothing)
+        full = upsample_for(logits, labels, weights, align_corners=ctx.options["align_corners"])
+        losses = pixel_losses(full, labels, weights, ctx.options["ignore_index"], ctx.options["label_smoothing"])
         (gradient,) = torch.autograd.grad(losses.sum(), logits, create_graph=True)
     return grad * gradient, None, None
 
@@ -152,19 +165,60 @@ _operator.register_fake(_shapes)
 _operator.register_autograd(_backward, setup_context=_save)
 
 
-def _bands(size: int, small: int, step: int, like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Linear interpolation with align_corners=True by blocks: which places, of which small ones, by which matrix."""
-    steps = max(size - 1, 1)
-    at = torch.arange(size, device=like.device)[:, None] * (small - 1)
-    distance = (at - steps * torch.arange(small, device=like.device)).abs()  # in integers: exact
-    matrix = (1 - distance.to(like.dtype) / steps).clamp(min=0)
+def _needs_plain_form(logits: Tensor, weights: Tensor | None) -> bool:
+    """Whether derivatives or tensors are of a kind that the operator has no rule for: it would give 0, or fail."""
+    if torch._C._are_functorch_transforms_active():  # what `autograd.Function` asks about torch.func
+        return True
+    given = [logits] if weights is None else [logits, weights]
+    return (
+        (torch.is_grad_enabled() and weights is not None and weights.requires_grad)
+        or any(forward_ad.unpack_dual(value).tangent is not None for value in given)
+        or any(is_traceable_wrapper_subclass(value) for value in given)  # a DTensor
+    )
+
+
+def _has_finite_loss(logits: Tensor) -> Tensor:
+    """Where the loss is finite for any label, smoothed or not: (N, H, W)."""
+    return (logits.amax(1) - logits.amin(1)) * logits.shape[1] < math.inf
+
+
+def _labels_and_scales(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, ignore_index: int, *, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Class ids, what each loss is multiplied by, and where that is 0: (H, N, 1, W) each, as blocks take them.
+
+    A pixel that counts and that a NaN or +inf reaches has the scale NaN. So these can be taken out of the logits, where
+    products of matrices would spread them over pixels that they do not reach.
+    """
+    index, valid = valid_pixels(labels, logits.shape[1], ignore_index)
+    index = index.where(valid, 0)
+    scale = valid if weights is None else weight_maps(weights, labels).where(valid, 0)
+    scale = scale.to(logits.dtype)
+    broken = ~(logits < math.inf).all(1, keepdim=True)
+    reached = upsample_for(broken.to(logits.dtype), labels, None, align_corners=align_corners).squeeze(1) > 0
+    silent = scale == 0
+    scale = scale.masked_fill(reached & ~silent, math.nan)
+    index, scale, silent = (value.transpose(0, 1).unsqueeze(2) for value in (index, scale, silent))
+    return index, scale, silent
+
+
+def _without_infinities(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits with very low numbers for -inf, and 0 for NaN and +inf; and above what a loss is due to a -inf."""
+    largest = torch.finfo(logits.dtype).max
+    ceiling = logits.new_full((), math.inf).masked_fill((logits == -math.inf).any(), largest * 1e-12)
+    return logits.nan_to_num(0.0, posinf=0.0, neginf=-largest / 4), ceiling  # / 4: TF32 rounds the lowest to -inf
+
+
+def _bands(
+    size: int, small: int, step: int, like: Tensor, *, align_corners: bool
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Linear interpolation by blocks: which places, of which small ones, by which matrix."""
+    # Place i lies at (i * stride + offset) / unit between the small ones. In integers: exact.
+    stride, offset, unit = (small - 1, 0, max(size - 1, 1)) if align_corners else (2 * small, small - size, 2 * size)
+    at = (torch.arange(size, device=like.device)[:, None] * stride + offset).clamp(0, unit * (small - 1))
+    distance = (at - unit * torch.arange(small, device=like.device)).abs()
+    matrix = (1 - distance.to(like.dtype) / unit).clamp(min=0)
     for first in range(0, size, step):
         last = min(first + step, size)
-        near = slice(first * (small - 1) // steps, (last - 1) * (small - 1) // steps + 2)
+        near = slice(max(first * stride + offset, 0) // unit, max((last - 1) * stride + offset, 0) // unit + 2)
         yield slice(first, last), near, matrix[first:last, near]
-
-
-def _arithmetic(*values: Tensor | None) -> torch.dtype:
-    """The dtype to compute in: float64 where an input is, float32 otherwise."""
-    double = any(value is not None and value.dtype == torch.float64 for value in values)
-    return torch.float64 if double else torch.float32

@@ -4,7 +4,9 @@ ReMixMatch: Berthelot et al., ICLR 2020, https://arxiv.org/abs/1911.09785
 On pseudo-labels of a target domain: DACS, Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 4.5.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from crossmix._checks import (
     check_tensor,
 )
 from crossmix._distributed import all_reduce_sum
+from crossmix._tensors import arithmetic, at_least_float32
 
 __all__ = ["DistributionAlignment", "align_distribution"]
 
@@ -27,7 +30,8 @@ def align_distribution(probs: Tensor, prior: Tensor, running: Tensor, *, eps: fl
 
     q~ = Normalize(q * p / p~)
 
-    A pixel for which the product is 0 in every class keeps its prediction, so the result always sums to 1.
+    A pixel for which the product is 0 in every class, or is not finite, keeps its prediction, so the
+    result always sums to 1.
 
     Args:
         probs: (N, C, H, W) floating, summing to 1 over dimension 1: q.
@@ -60,11 +64,13 @@ def align_distribution(probs: Tensor, prior: Tensor, running: Tensor, *, eps: fl
     check_same_device(probs=probs, prior=prior, running=running)
     if not eps > 0:
         raise ValueError(f"`eps` must be positive, got {eps}; the default is 1e-6.")
-    probs = probs if probs.dtype == torch.float64 else probs.float()
-    ratio = prior.to(probs.dtype) / running.to(probs.dtype).clamp(min=eps)
+    probs = at_least_float32(probs)
+    least = max(eps, torch.finfo(probs.dtype).tiny)  # what divides must not be rounded to 0
+    ratio = prior.to(probs.dtype) / running.to(probs.dtype).clamp(min=least)
     aligned = probs * ratio[:, None, None]
     total = aligned.sum(1, keepdim=True)
-    return torch.where(total > 0, aligned / torch.where(total > 0, total, 1.0), probs)
+    usable = (total > 0) & (total < math.inf)
+    return torch.where(usable, aligned / torch.where(usable, total, 1.0), probs)
 
 
 class DistributionAlignment(nn.Module):
@@ -82,7 +88,8 @@ class DistributionAlignment(nn.Module):
         sync: Whether updates average over all ranks; a C-vector is reduced, never the maps.
 
     State:
-        `prior`, `running`: (C,) float32 buffers, each summing to 1, changed by `update_prior` and `update`.
+        `prior`, `running`: (C,) float32 buffers, each summing to 1, changed by `update_prior` and `update`. They stay
+            in float32 when a parent module is cast to less: an average in bfloat16 would stand still.
         `prior_count`, `running_count`: int64 scalars, the updates so far.
 
     Raises:
@@ -117,11 +124,19 @@ class DistributionAlignment(nn.Module):
         self.momentum = momentum
         self.sync = sync
         self.fixed_prior = prior is not None
-        uniform = torch.full((num_classes,), 1.0 / num_classes)
-        self.register_buffer("prior", uniform.clone() if prior is None else _given_prior(prior, num_classes))
-        self.register_buffer("running", uniform)
-        self.register_buffer("prior_count", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("running_count", torch.zeros((), dtype=torch.int64))
+        self._start = [1.0 / num_classes] * num_classes if prior is None else _given_prior(prior, num_classes)
+        for name in ("prior", "running"):
+            self.register_buffer(name, torch.empty(num_classes, dtype=torch.float32))
+            self.register_buffer(f"{name}_count", torch.empty((), dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the averages and counts back to their start: needed after `to_empty`, of a module made on `meta`."""
+        self.prior.copy_(torch.tensor(self._start, dtype=torch.float32, device="cpu"))
+        self.running.fill_(1.0 / self.num_classes)
+        self.prior_count.zero_()
+        self.running_count.zero_()
 
     def forward(self, probs: Tensor) -> Tensor:
         """Align predictions with the prior; see `crossmix.functional.align_distribution`.
@@ -141,7 +156,7 @@ class DistributionAlignment(nn.Module):
 
     @torch.no_grad()
     def update(self, probs: Tensor) -> None:
-        """Move the running average of predictions. An empty batch changes nothing.
+        """Move the running average of predictions. A batch that is empty or holds NaN or infinity changes nothing.
 
         Args:
             probs: (N, C, H, W) floating, before alignment.
@@ -152,8 +167,7 @@ class DistributionAlignment(nn.Module):
         """
         check_logits("probs", probs)
         self._check_classes("probs", probs)
-        dtype = torch.float64 if probs.dtype == torch.float64 else torch.float32
-        self._average(self.running, self.running_count, probs.sum((0, 2, 3), dtype=dtype))
+        self._average(self.running, self.running_count, probs.sum((0, 2, 3), dtype=arithmetic(probs)))
 
     @torch.no_grad()
     def update_prior(self, labels: Tensor) -> None:
@@ -175,22 +189,32 @@ class DistributionAlignment(nn.Module):
         index = labels.flatten().long()
         index = index.masked_fill((index < 0) | (index >= self.num_classes), self.num_classes)
         counts = index.new_zeros(self.num_classes + 1).scatter_add(0, index, torch.ones_like(index))
-        self._average(self.prior, self.prior_count, counts[:-1].double())
+        self._average(self.prior, self.prior_count, counts[:-1].float())
 
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
         prior = "given" if self.fixed_prior else None
         return f"num_classes={self.num_classes}, prior={prior}, momentum={self.momentum}, sync={self.sync}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the averages as torch does, but leave them in float32 where `fn` casts, and rounds, to less."""
+        averages = {"prior": self.prior, "running": self.running}
+        super()._apply(fn, recurse)
+        for name, average in averages.items():
+            moved = self.get_buffer(name)
+            if moved.dtype.itemsize < 4:
+                setattr(self, name, average.to(moved.device, torch.float32))
+        return self
+
     def _average(self, average: Tensor, count: Tensor, sums: Tensor) -> None:
-        """Move `average` in place towards `sums` scaled to 1, decided on the device: all-zero sums change nothing."""
+        """Move `average` in place towards `sums` scaled to 1, decided on the device: without a finite sum it stays."""
         if self.sync:
             sums = all_reduce_sum(sums)
         total = sums.sum()
-        seen = total > 0
-        decay = (1.0 - 1.0 / (count.double() + 1.0)).clamp(max=self.momentum)
-        moved = decay * average.double() + (1.0 - decay) * sums.double() / torch.where(seen, total, 1.0)
-        average.copy_(torch.where(seen, moved, average))
+        seen = (total > 0) & (total < math.inf)
+        current = (sums / torch.where(seen, total, 1)).to(average.dtype)
+        share = (1.0 / (count.to(average.dtype) + 1.0)).clamp(min=1.0 - self.momentum)
+        average.copy_(torch.where(seen, torch.lerp(average, current, share), average))
         count.add_(seen)
 
     def _check_classes(self, name: str, probs: Tensor) -> None:
@@ -202,16 +226,25 @@ class DistributionAlignment(nn.Module):
         check_same_device(running=self.running, **{name: probs})
 
 
-def _given_prior(prior: Tensor | Sequence[float], num_classes: int) -> Tensor:
-    """The prior as (C,) float32 summing to 1. Its values are looked at once, here, where it may wait for a GPU."""
-    values = torch.as_tensor(prior, dtype=torch.float64).detach().cpu()
+def _given_prior(prior: Tensor | Sequence[float], num_classes: int) -> list[float]:
+    """The prior as C numbers summing to 1. Its values are looked at once, here, where it may wait for a GPU."""
+    if isinstance(prior, Tensor) and prior.is_meta:
+        raise ValueError("`prior` must have values, got a tensor on meta; make it outside of `torch.device('meta')`.")
+    try:
+        values = torch.as_tensor(prior, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`prior` must be a sequence of numbers, got {type(prior).__name__} ({error}); "
+            "count the pixels of each class."
+        ) from error
     if tuple(values.shape) != (num_classes,):
         raise ValueError(
             f"`prior` must hold one number per class, shape ({num_classes},), got {tuple(values.shape)}; "
             "count the pixels of each class."
         )
-    if not bool(values.isfinite().all()) or bool((values < 0).any()) or not float(values.sum()) > 0:
+    if not bool(values.isfinite().all()) or bool((values < 0).any()) or not bool((values > 0).any()):
         raise ValueError(
             f"`prior` must be finite, not negative and not all zero, got {values.tolist()}; check the counts."
         )
-    return (values / values.sum()).float()
+    values = values / values.max()  # so that the sum is finite
+    return (values / values.sum()).tolist()

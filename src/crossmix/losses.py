@@ -18,8 +18,9 @@ from crossmix._checks import (
     check_tensor,
     check_weights,
 )
-from crossmix._cross_entropy import pixel_losses, upsample, upsampled_sum, valid_pixels, weight_maps
+from crossmix._cross_entropy import pixel_losses, upsample_for, upsampled_sum, valid_pixels
 from crossmix._distributed import all_reduce_sum, world_size
+from crossmix._tensors import at_least_float32, weight_maps
 
 __all__ = ["ConfidenceWeightedCE", "confidence_weight", "upsampled_cross_entropy", "weighted_cross_entropy"]
 
@@ -77,7 +78,8 @@ def weighted_cross_entropy(
     loss = sum_p w_p * CE(logits_p, label_p) / divisor, over the pixels p that are not ignored
 
     Finite and differentiable in every degenerate batch: where nothing is left to learn from, the loss and its gradient
-    are 0, never NaN.
+    are 0, never NaN. A pixel that is ignored or weighs 0 adds exactly 0 to the loss and to the gradient of the logits,
+    whatever its logits are, NaN or infinity included; so does an ignored one whatever its weight is.
 
     Args:
         logits: (N, C, H, W) floating; computed in float32, or in float64 where an input is float64.
@@ -122,6 +124,7 @@ def upsampled_cross_entropy(
     labels: Tensor,
     weights: Tensor | None = None,
     *,
+    align_corners: bool = True,
     ignore_index: int = 255,
     normalizer: Normalizer = "all",
     label_smoothing: float = 0.0,
@@ -129,16 +132,19 @@ def upsampled_cross_entropy(
 ) -> Tensor:
     """Take `weighted_cross_entropy` of smaller logits, upsampled to the labels' size.
 
-    The upsampling is bilinear with align_corners=True, in float32 (float64 where an input is), as DeepLab-v2 does it.
-    It goes by blocks of rows, and the gradient of the small logits is made in the same pass, so that the full-size
-    logits never exist: a fraction of the time and memory of doing one after the other. The plain way is taken where
-    it has to be: for `reduction="none"`, for the gradient of weights, and for a second derivative. On a GPU the
-    interpolation is a matrix product, so it is in TF32 where `torch.backends.cuda.matmul.allow_tf32` says so.
+    The upsampling is bilinear, in float32 (float64 where an input is). It goes by blocks of rows, and the gradient of
+    the small logits is made in the same pass, so that the full-size logits never exist: a fraction of the time and
+    memory of doing one after the other. The plain way is taken where it has to be: for `reduction="none"`, for the
+    gradient of weights, for a second derivative, for forward-mode derivatives, under the transforms of `torch.func`,
+    and for a DTensor. On a GPU the interpolation is a matrix product, so it is in TF32 where
+    `torch.backends.cuda.matmul.allow_tf32` says so.
 
     Args:
         logits: (N, C, h, w) floating, of any size.
         labels: (N, H, W) integer.
         weights: (N, H, W) or (N,) floating; ones when not given.
+        align_corners: Where the small pixels lie: True as in DeepLab-v2 and the released code, False as in
+            transformers, mmsegmentation and DAFormer.
         ignore_index: The id of ignored pixels.
         normalizer: As in `weighted_cross_entropy`.
         label_smoothing: As in `weighted_cross_entropy`.
@@ -160,8 +166,16 @@ def upsampled_cross_entropy(
     _check_loss_options(normalizer, label_smoothing)
     check_choice("reduction", reduction, _REDUCTIONS)
     if reduction == "none":
-        return pixel_losses(upsample(logits, labels, weights), labels, weights, ignore_index, label_smoothing)
-    total = upsampled_sum(logits, labels, weights, ignore_index, label_smoothing)
+        full = upsample_for(logits, labels, weights, align_corners=align_corners)
+        return pixel_losses(full, labels, weights, ignore_index, label_smoothing)
+    total = upsampled_sum(
+        logits,
+        labels,
+        weights,
+        align_corners=align_corners,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
     if reduction == "sum":
         return total
     return total / _positive(
@@ -250,13 +264,16 @@ class ConfidenceWeightedCE(nn.Module):
         total = pixel_losses(logits, labels, weights, self.ignore_index, self.label_smoothing).sum()
         return self._mean(total, labels, weights, logits.shape[1])
 
-    def upsampled(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    def upsampled(
+        self, logits: Tensor, labels: Tensor, weights: Tensor | None = None, *, align_corners: bool = True
+    ) -> Tensor:
         """Return the same loss on logits of a smaller size; see `crossmix.functional.upsampled_cross_entropy`.
 
         Args:
             logits: (N, C, h, w) floating.
             labels: (N, H, W) integer.
             weights: (N, H, W) or (N,) floating; ones when not given.
+            align_corners: As in `crossmix.functional.upsampled_cross_entropy`.
 
         Returns:
             Scalar float32, or float64 where an input is float64.
@@ -267,9 +284,16 @@ class ConfidenceWeightedCE(nn.Module):
         """
         _check_small_logits(logits, labels, weights)
         if type(self).forward is not ConfidenceWeightedCE.forward:  # a subclass with a loss of its own
-            loss: Tensor = self(upsample(logits, labels, weights), labels, weights)
+            loss: Tensor = self(upsample_for(logits, labels, weights, align_corners=align_corners), labels, weights)
             return loss
-        total = upsampled_sum(logits, labels, weights, self.ignore_index, self.label_smoothing)
+        total = upsampled_sum(
+            logits,
+            labels,
+            weights,
+            align_corners=align_corners,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
         return self._mean(total, labels, weights, logits.shape[1])
 
     def extra_repr(self) -> str:
@@ -289,7 +313,7 @@ class ConfidenceWeightedCE(nn.Module):
 
 
 def _confidence_weight(confidence: Tensor, threshold: float, scope: Scope, *, sync: bool) -> Tensor:
-    confidence = _at_least_float32(confidence.detach())
+    confidence = at_least_float32(confidence.detach())
     if scope == "none":
         return torch.ones_like(confidence)
     confident = (confidence >= threshold).to(confidence.dtype)
@@ -325,10 +349,6 @@ def _divisor(
 def _positive(divisor: Tensor) -> Tensor:
     """The divisor, or 1 where it is 0: then the sum above it is 0 too."""
     return torch.where(divisor > 0, divisor, 1.0)
-
-
-def _at_least_float32(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
 
 
 def _check_confidence(confidence: Tensor) -> None:
