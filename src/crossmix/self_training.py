@@ -4,6 +4,7 @@ DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ from crossmix._checks import (
     check_same_device,
     check_same_shape,
     check_tensor,
+    check_weights,
 )
 from crossmix._tensors import uniform, upsample, weight_maps
 from crossmix.augment import AugmentDraw, StrongAugment
@@ -172,9 +174,9 @@ class SelfTraining(nn.Module):
             trains on the source alone, whatever the other parts are: the baseline is one argument away.
         mix: `CrossDomainMix` (DACS), `ClassMix` (naive ClassMix), one of your own, or None (pseudo-labelling: nothing
             is pasted). What can be called with five arguments (`SourceOntoTarget`) pastes source onto target, what
-            takes three (`TargetOntoTarget`) mixes the target with itself. Of the keywords `scores`, the (N, C + 1)
-            uniform numbers of the draw, and `generator` it gets the first that it takes; one that takes neither draws
-            by itself, outside of any draw.
+            takes three (`TargetOntoTarget`) mixes the target with itself. It gets the keyword `scores`, the (N, C + 1)
+            uniform numbers of the draw, if it takes it and C is known; else `generator`, if it takes that. Without
+            `scores` it is not replayed by `draw`.
         num_classes: The number of classes C that the networks must return; by default that of the parts.
         augment: Applied to the mixed images alone: a `StrongAugment`, or any callable on images, which gets no draw and
             no generator. It must not move pixels, since labels and weights stay where they are.
@@ -497,13 +499,13 @@ class SelfTraining(nn.Module):
             augmented: Tensor = self.augment(images, draw=draw)
             return augmented
         augmented = self.augment(images)
-        check_images("what `augment` returns", augmented)
+        check_images("augment(images)", augmented)
         if augmented.shape != images.shape:
             raise ValueError(
                 f"`augment` must keep the shape of images, {tuple(images.shape)}, got {tuple(augmented.shape)}; labels "
                 "and weights stay where they are, so change colours alone, and crop or flip before the step."
             )
-        check_same_device(images=images, **{"what `augment` returns": augmented})
+        check_same_device(images=images, **{"augment(images)": augmented})
         return augmented.to(images.dtype)
 
     def _check_draw(self, draw: SelfTrainingDraw) -> None:
@@ -520,17 +522,14 @@ class SelfTraining(nn.Module):
         criterion = getattr(self, name)
         small = logits.shape[-2:] != labels.shape[-2:]
         if isinstance(criterion, ConfidenceWeightedCE):
-            options: dict[str, Any] = {} if self.align_corners else {"align_corners": False}
-            ours: Tensor = (
-                criterion.upsampled(logits, labels, *weights, **options)
-                if small
-                else criterion(logits, labels, *weights)
-            )
+            if small:
+                return criterion.upsampled(logits, labels, *weights, align_corners=self.align_corners)
+            ours: Tensor = criterion(logits, labels, *weights)
             return ours
         if small:
             logits = upsample(logits, labels.shape[-2:], align_corners=self.align_corners)
         loss: Tensor = criterion(logits, self._labels_of(criterion, labels, logits.shape[1]), *weights)
-        check_tensor(f"what `{name}` returns", loss)
+        check_tensor(f"{name}(logits, labels)", loss)
         if loss.ndim != 0:
             raise ValueError(
                 f"`{name}` must return a scalar, got shape {tuple(loss.shape)}; average over pixels, "
@@ -586,11 +585,15 @@ class SelfTraining(nn.Module):
         if self._mix_call is not None and self._mix_call.onto_target:
             check_same_shape("target_images", target_images.shape, "source_images", source_images.shape)
         if target_weights is not None:
-            _check_weights(target_weights, target_images)
+            n, _, height, width = target_images.shape
+            check_weights("target_weights", target_weights, (n, height, width))
         check_same_device(**batch._asdict())
         mean, std = (self.augment.mean, self.augment.std) if isinstance(self.augment, StrongAugment) else (None, None)
         check_range("source_images", source_images, mean=mean, std=std)
         check_range("target_images", target_images, mean=mean, std=std)
+
+
+_KEYWORDS = ("scores", "generator", "")
 
 
 class _MixCall(NamedTuple):
@@ -604,10 +607,9 @@ def _how_to_call(mix: Any) -> _MixCall:  # noqa: ANN401 - whatever was given
     """Find it out from the signature: what five arguments can be given to is no mix of the target with itself."""
     mix = getattr(mix, "_orig_mod", mix)  # a compiled module takes anything
     signature = inspect.signature(mix.forward if isinstance(mix, nn.Module) else mix)
-    for count in (5, 3):
-        keywords = tuple(keyword for keyword in ("scores", "generator", "") if _takes(signature, count, keyword))
-        if keywords:
-            return _MixCall(count == 5, keywords)
+    for keyword, count in itertools.product(_KEYWORDS, (5, 3)):  # `scores` may not be the fourth of five
+        if _takes(signature, count, keyword):
+            return _MixCall(count == 5, tuple(other for other in _KEYWORDS if _takes(signature, count, other)))
     raise TypeError(
         "`mix` must take (source_images, source_labels, target_images, target_labels, target_weights) or "
         f"(images, labels, weights), and may take `scores` or `generator` by keyword, got {signature}; see "
@@ -621,18 +623,6 @@ def _takes(signature: inspect.Signature, count: int, keyword: str) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _check_weights(weights: Tensor, images: Tensor) -> None:
-    check_tensor("target_weights", weights)
-    n, _, height, width = images.shape
-    if tuple(weights.shape) not in ((n, height, width), (n,)):  # no set: a hashed size is compiled as a constant
-        raise ValueError(
-            f"`target_weights` must have shape (N, H, W) = {(n, height, width)} or (N,), "
-            f"got {tuple(weights.shape)}; crop them with the target images."
-        )
-    if not weights.is_floating_point():
-        raise TypeError(f"`target_weights` must be floating, got {weights.dtype}; convert with `.float()`.")
 
 
 def _checked_mixed(mixed: object, target_images: Tensor) -> Mixed:
