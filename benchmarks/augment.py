@@ -52,7 +52,7 @@ def table(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """One table, and how far each candidate is from the slow statement: all candidates on the same batch."""
     n = len(images)
-    augment = StrongAugment(jitter_p=float(jitter), blur_p=float(blur))
+    augment = StrongAugment(flavor="additive", jitter_p=float(jitter), blur_p=float(blur))
     jiggle = kornia.augmentation.ColorJiggle(STRENGTH, STRENGTH, STRENGTH, STRENGTH, p=float(jitter))
     gauss = kornia.augmentation.RandomGaussianBlur((TAPS, TAPS), SIGMA, p=float(blur))
     modules = torch.nn.Sequential(*[module for module, used in ((jiggle, jitter), (gauss, blur)) if used])

@@ -49,7 +49,7 @@ def mix(shape: Shape, device: str) -> Call:
 def augment(shape: Shape, device: str) -> Call:
     """Jitter and blur."""
     images = torch.rand(shape.batch, 3, *shape.size, device=device)
-    strong = StrongAugment()
+    strong = StrongAugment(flavor="additive")
     return lambda: strong(images)
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from crossmix import CrossDomainMix, Mixed, SelfTraining, SelfTrainingOutput, StrongAugment, recipes
+from crossmix import ClassMix, CrossDomainMix, Mixed, SelfTraining, SelfTrainingOutput, StrongAugment, recipes
 from crossmix import functional as F
 from crossmix.datasets import Sample
 from crossmix.diagnostics import PseudoLabelMonitor
@@ -74,26 +74,28 @@ class Job:
         return {"pair": fixed, "variant": asdict(self.variant), "seed": self.seed, "steps": self.steps, "looks": LOOKS}
 
 
-class BoxMix(CrossDomainMix):
+class BoxMix(nn.Module):
     """CutMix across domains: a box of half the image instead of half the classes.
 
     The box has random position and proportions, as in French et al., BMVC 2020, https://arxiv.org/abs/1906.01916.
     """
 
-    def forward(  # type: ignore[override]  # no classes to draw
+    def __init__(self, area: float) -> None:
+        super().__init__()
+        self.area = area
+
+    def forward(
         self,
         source_images: Tensor,
         source_labels: Tensor,
         target_images: Tensor,
         target_labels: Tensor,
-        target_weights: Tensor | None = None,
+        target_weights: Tensor,
         *,
         scores: Tensor,
     ) -> Mixed:
         """Paste a box of each source image; `scores` (N, C + 1) give its place by their first three columns."""
-        if target_weights is None:
-            target_weights = torch.ones_like(target_labels, dtype=torch.float32)
-        mask = box_mask(scores, self.ratio, *source_labels.shape[-2:])
+        mask = box_mask(scores, self.area, *source_labels.shape[-2:])
         return Mixed(
             F.mix(source_images, target_images, mask),
             F.mix(source_labels, target_labels, mask),
@@ -126,7 +128,7 @@ def run(job: Job) -> dict[str, Any]:
     student = deeplab_v2_tiny(len(pair.classes), aspp_branches=variant.aspp_branches, upsample=False)
     student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the trainer's demo: faster
     training = build(student, pair, variant, class_shares(domains.target, len(pair.classes)))
-    jitter = StrongAugment(same_on_batch=True)  # of the released recipe
+    jitter = StrongAugment(flavor="additive", same_on_batch=True)  # of the released recipe
     optimizer = torch.optim.SGD(parameter_groups(student, pair.lr), pair.lr, momentum=0.9, weight_decay=5e-4)
     source = KeyedCrops(domains.source, pair.crop, seed=job.seed, stream=SOURCE)
     target = KeyedCrops(domains.target, pair.crop, seed=job.seed, stream=TARGET)
@@ -178,8 +180,11 @@ def build(student: DeepLabV2, pair: Pair, variant: Variant, target_shares: Tenso
         upsample=True,  # the loss does it, in blocks
     )
     if isinstance(training.mix, CrossDomainMix):
-        mix = BoxMix if variant.boxes else CrossDomainMix
-        training.mix = mix(num_classes, ratio=variant.ratio, include_ignored=training.mix.include_ignored)
+        training.mix = (
+            BoxMix(variant.ratio)
+            if variant.boxes
+            else CrossDomainMix(num_classes, ratio=variant.ratio, include_ignored=training.mix.include_ignored)
+        )
     return training
 
 
@@ -255,9 +260,11 @@ def note(
 
 def true_mixed_labels(training: SelfTraining, mixed: Mixed, source_labels: Tensor, target_labels: Tensor) -> Tensor:
     """What the labels of a mixed batch would be if the truth about the target were known."""
-    if isinstance(training.mix, CrossDomainMix):
-        return F.mix(source_labels, target_labels, mixed.mask)
-    return F.mix(target_labels, target_labels.roll(-1, 0), mixed.mask) if training.mix is not None else target_labels
+    if training.mix is None:
+        return target_labels
+    if isinstance(training.mix, ClassMix):
+        return F.mix(target_labels, target_labels.roll(-1, 0), mixed.mask)
+    return F.mix(source_labels, target_labels, mixed.mask)
 
 
 def means(noted: Sequence[dict[str, float]]) -> dict[str, float]:

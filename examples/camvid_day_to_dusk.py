@@ -98,7 +98,7 @@ def train(data: dict[str, tuple[Tensor, Tensor]], method: str, seed: int, steps:
     torch.manual_seed(seed)
     network = Network()
     training = recipes.self_training(network, len(CLASSES), method=method)  # type: ignore[arg-type]
-    jitter = StrongAugment(same_on_batch=True)
+    jitter = StrongAugment(flavor="additive", same_on_batch=True)
     optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
     generator = torch.Generator().manual_seed(seed)

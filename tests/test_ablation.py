@@ -150,7 +150,7 @@ def test_box_mask__is_one_box_of_the_asked_share(bench: Any) -> None:
 def test_box_mix__pastes_images_labels_and_weights_alike(bench: Any) -> None:
     images = torch.zeros(2, 3, 32, 64), torch.ones(2, 3, 32, 64)
     labels = torch.zeros(2, 32, 64, dtype=torch.uint8), torch.ones(2, 32, 64, dtype=torch.int64)
-    mixed = bench["trials"].BoxMix(19)(
+    mixed = bench["trials"].BoxMix(0.5)(
         images[0], labels[0], images[1], labels[1], torch.full((2, 32, 64), 0.25), scores=torch.rand(2, 20)
     )
     assert torch.equal(mixed.images[:, 0] == 0, mixed.mask)

@@ -61,18 +61,22 @@ SIGNATURES = {
     "crossmix.CrossDomainMix": "num_classes * ratio=0.5 ignore_index=255 include_ignored=False",
     "crossmix.StrongAugment":
         "* brightness=0.25 contrast=0.25 saturation=0.25 hue=0.25 jitter_p=0.8 blur_p=0.5 blur_sigma=(0.15, 1.15) "
-        "flavor='additive' same_on_batch=False",
+        "flavor='torchvision' same_on_batch=False mean=None std=None",
     "crossmix.MeanTeacher": "student * decay=0.99 warmup=True buffers='copy' mode='eval'",
     "crossmix.ConfidenceWeightedCE":
         "threshold=0.968 * scope='image' ignore_index=255 normalizer='all' label_smoothing=0.0 sync=False",
     "crossmix.DistributionAlignment": "num_classes * prior=None momentum=0.999 sync=False",
     "crossmix.SelfTraining":
-        "student teacher * mix augment=None criterion=None source_criterion=None align=None weigh='target' "
-        "upsample=False",
+        "student teacher * mix num_classes=None augment=None criterion=None source_criterion=None align=None "
+        "weigh='target' upsample=False align_corners=True logits=None",
     "crossmix.SelfTraining.forward":
         "self source_images source_labels target_images * target_weights=None generator=None draw=None",
+    "crossmix.SelfTraining.terms":
+        "self source_images source_labels target_images * target_weights=None generator=None draw=None",
+    "crossmix.SelfTraining.sample": "self n size=None * generator=None device=None",
     "crossmix.recipes.self_training":
-        "student num_classes * method='dacs' recipe='released' prior=None sync=False upsample=False **overrides",
+        "student num_classes * method='dacs' recipe='released' prior=None sync=False ignore_index=255 upsample=False "
+        "align_corners=True logits=None mean=None std=None **overrides",
     "crossmix.models.deeplab_v2_resnet101": "num_classes=19 * aspp_branches=4 freeze_bn_affine=True upsample=True",
     "crossmix.metrics.ConfusionMatrix": "num_classes * ignore_index=255",
     "crossmix.evaluation.resize_labels": "labels size",

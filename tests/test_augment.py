@@ -303,16 +303,100 @@ def test_forward__compiled_for_any_size() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it loads the compiler
 def test_forward__inductor_equals_one_operation_after_the_other() -> None:
     torch.compiler.reset()
-    augment = StrongAugment(jitter_p=1, blur_p=0.5)
+    augment = StrongAugment(flavor="additive", jitter_p=1, blur_p=0.5)
     images = with_ties(24, (13, 37), 1)
     draw = every_order(augment, 0)
     got = torch.compile(copy.deepcopy(augment), fullgraph=True)(images, draw=draw)
     torch.testing.assert_close(got, augment_one_by_one(images, draw, "additive"), rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize("size", [(16, 12), (5, 1), (1, 1)])
+@pytest.mark.parametrize("options", [{}, {"jitter_p": 0}, {"blur_p": 0}, {"jitter_p": 0, "blur_p": 0}], ids=str)
+def test_forward__keeps_the_layout(options: dict[str, float], size: tuple[int, int]) -> None:
+    torch.compiler.reset()
+    augment = StrongAugment(**options)
+    images = torch.rand(4, 3, *size, generator=seeded(0))
+    draw = augment.sample(4, generator=seeded(1))
+    want = augment(images, draw=draw)
+    assert want.is_contiguous()
+    compiled = torch.compile(copy.deepcopy(augment), fullgraph=True, backend="aot_eager")
+    for view in (channels_last(images), images.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for step in (augment, compiled):
+                out = step(view.to(dtype), draw=draw)
+                assert out.stride() == view.stride()
+                assert out.dtype == dtype
+        torch.testing.assert_close(augment(view, draw=draw), want, rtol=0, atol=1e-6)
+    assert augment(images[:1].expand(4, 3, *size), draw=draw).is_contiguous()  # what is not dense has no layout to keep
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalised(images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(value, dtype=images.dtype)[:, None, None] for value in (MEAN, STD))
+    return (images - mean) / std
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize(
+    ("mean", "std"), [(MEAN, STD), (list(MEAN), torch.tensor(STD, dtype=torch.float64))], ids=["tuples", "others"]
+)
+def test_mean_and_std__augment_the_images_that_were_normalised(flavor: str, mean: object, std: object) -> None:
+    images = torch.rand(8, 3, 11, 13, dtype=torch.float64, generator=seeded(0))
+    plain, augment = StrongAugment(flavor=flavor), StrongAugment(flavor=flavor, mean=mean, std=std)
+    draw = plain.sample(8, generator=seeded(1))
+    draw.jitter[0] = draw.blur[0] = False
+    out = augment(channels_last(normalised(images)), draw=draw)
+    torch.testing.assert_close(out, normalised(plain(images, draw=draw)), rtol=0, atol=1e-12)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.compiler.reset()
+    compiled = torch.compile(copy.deepcopy(augment), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(normalised(images), draw=draw), out, rtol=0, atol=1e-12)
+    untouched = ~(draw.jitter | draw.blur)
+    for dtype in (torch.float16, torch.float32):
+        narrow = normalised(images).to(dtype)
+        assert torch.equal(augment(narrow, draw=draw)[untouched], narrow[untouched])  # bit by bit
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_forward__refuses_values_far_out_of_range(dtype: torch.dtype) -> None:
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64, generator=seeded(0))
+    augment, of_normalised = StrongAugment(), StrongAugment(mean=MEAN, std=STD)
+    for wrong, found in (
+        (normalised(images), "got values from -2"),
+        (2 * images - 1, "got values from -0.9"),
+        (255 * images, "got values from .* to 25"),
+    ):
+        with pytest.raises(ValueError, match=rf"`images` must lie in \[0, 1\], {found}.*; divide bytes by 255"):
+            augment(wrong.to(dtype))
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\] before they are normalised by mean=\(0.485, .*\) and"):
+        of_normalised((255 * images).to(dtype))
+    of_normalised(normalised(images).to(dtype))
+    board = (torch.arange(8)[:, None] + torch.arange(8) % 2).remainder(2).to(images)  # overshoots most
+    larger = torch.nn.functional.interpolate(board.expand(2, 3, 8, 8), scale_factor=7, mode="bicubic")
+    assert float(larger.min()) < -0.2
+    augment(larger.to(dtype))  # a bicubic resize is no mistake
+    augment(images.to(dtype).masked_fill(images > 0.9, math.nan))  # nor is NaN one of the range
+
+
+def test_forward__looks_at_no_values_in_a_compiled_graph() -> None:
+    """Not in a compiled graph. `test_no_sync` sees to other devices."""
+    torch.compiler.reset()
+    augment = StrongAugment()
+    draw = augment.sample(2, generator=seeded(0))
+    bytes_ = torch.rand(2, 3, 8, 8, generator=seeded(1)) * 255
+    torch.compile(augment, fullgraph=True, backend="eager")(bytes_, draw=draw)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"mean": MEAN}, ValueError, "`mean` and `std` belong together, got mean=.* and std=None"),
+        ({"std": STD}, ValueError, "`mean` and `std` belong together"),
+        ({"mean": MEAN[:2], "std": STD}, ValueError, "`mean` must hold 3 finite numbers"),
+        ({"mean": MEAN, "std": (1.0, math.inf, 1.0)}, ValueError, "`std` must hold 3 finite numbers"),
+        ({"mean": MEAN, "std": (1.0, 0.0, 1.0)}, ValueError, "`std` must be positive in each channel"),
         ({"brightness": -0.1}, ValueError, r"`brightness` must lie in \[0, 1\]"),
         ({"hue": 0.6}, ValueError, r"`hue` must lie in \[0, 0.5\]"),
         ({"jitter_p": 1.5}, ValueError, r"`jitter_p` must lie in \[0, 1\]"),
@@ -344,4 +428,6 @@ def test_forward__refuses() -> None:
 
 
 def test_repr__shows_the_arguments() -> None:
-    assert "flavor='torchvision', same_on_batch=True" in repr(StrongAugment(flavor="torchvision", same_on_batch=True))
+    assert "flavor='additive', same_on_batch=True" in repr(StrongAugment(flavor="additive", same_on_batch=True))
+    assert "flavor='torchvision', same_on_batch=False, mean=None, std=None" in repr(StrongAugment())
+    assert f"mean={MEAN}, std={STD}" in repr(StrongAugment(mean=list(MEAN), std=STD))

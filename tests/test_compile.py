@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
 from crossmix import (
@@ -15,6 +16,7 @@ from crossmix import (
     CrossDomainMix,
     DistributionAlignment,
     MeanTeacher,
+    Mixed,
     SelfTraining,
     SelfTrainingOutput,
     StrongAugment,
@@ -165,6 +167,34 @@ def test_self_training__any_batch_size_by_one_graph(method: str, upsample: bool)
     with torch.compiler.set_stance("fail_on_recompile"):
         for number, batch in enumerate((3, 5, 2), start=1):
             twins.step(number, batch=batch)
+
+
+def boxes(images: Tensor, labels: Tensor, base: Tensor, pseudo: Tensor, weights: Tensor, *, scores: Tensor) -> Mixed:
+    """A mix of one's own: what lies left of a column that is drawn for each image."""
+    mask = (torch.arange(labels.shape[-1]) < scores[:, :1] * labels.shape[-1])[:, None].expand(labels.shape)
+    return Mixed(F.mix(images, base, mask), F.mix(labels, pseudo, mask), F.mix(weights * 0 + 1, weights, mask), mask)
+
+
+def test_self_training__of_others_parts_by_one_graph() -> None:
+    torch.compiler.reset()
+    student = nn.Sequential(network(stride=2), nn.Identity())
+    training = SelfTraining(
+        student,
+        AveragedModel(student).eval(),
+        mix=boxes,
+        num_classes=C,
+        augment=lambda images: images.sqrt(),
+        source_criterion=nn.CrossEntropyLoss(),
+        upsample=True,
+        align_corners=False,
+        logits=lambda out: out,
+    )
+    twins = Twins(training.train())
+    twins.compiled = torch.compile(training, fullgraph=True, backend="aot_eager")
+    twins.step(0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for number in range(1, 5):
+            twins.step(number)
 
 
 @pytest.mark.slow

@@ -1,13 +1,18 @@
 """The algorithm: whole steps against slow restatements, and every configuration."""
 
 import copy
+import inspect
 import math
+import re
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from crossmix import (
     ClassMix,
@@ -15,6 +20,7 @@ from crossmix import (
     CrossDomainMix,
     DistributionAlignment,
     MeanTeacher,
+    Mixed,
     SelfTraining,
     StrongAugment,
     recipes,
@@ -299,8 +305,9 @@ class Quarter(nn.Module):
         return out
 
 
+@pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("custom", [False, True])
-def test_upsample__is_the_upsampled_network(custom: bool) -> None:
+def test_upsample__is_the_upsampled_network(custom: bool, align_corners: bool) -> None:
     torch.manual_seed(0)
     small = Quarter().double()
 
@@ -311,14 +318,11 @@ def test_upsample__is_the_upsampled_network(custom: bool) -> None:
 
         def forward(self, images: Tensor) -> Tensor:
             return nn.functional.interpolate(
-                self.inner(images), size=images.shape[-2:], mode="bilinear", align_corners=True
+                self.inner(images), size=images.shape[-2:], mode="bilinear", align_corners=align_corners
             )
 
     source, target = torch.rand(2, N, 3, 16, 12, dtype=torch.float64, generator=seeded(0))
     labels = torch.randint(0, C, (N, 16, 12), generator=seeded(1))
-
-    class Doubled(ConfidenceWeightedCE):
-        pass
 
     class Other:
         def weights(self, confidence: Tensor) -> Tensor:
@@ -328,6 +332,7 @@ def test_upsample__is_the_upsampled_network(custom: bool) -> None:
             return F.weighted_cross_entropy(logits, labels, weights)
 
     options = {"criterion": Other(), "source_criterion": F.weighted_cross_entropy} if custom else {}
+    options["align_corners"] = align_corners
     outputs = []
     for network, upsample in ((small, True), (Whole(), False)):
         training = SelfTraining(network, MeanTeacher(network), mix=CrossDomainMix(C), upsample=upsample, **options)
@@ -493,9 +498,412 @@ def test_recipes__settings_of_the_released_code() -> None:
     assert (training.teacher.decay, training.teacher.mode, training.teacher.warmup) == (0.99, "train", True)
     assert (training.augment.jitter_p, training.augment.blur_p, training.augment.hue) == (0.8, 0.5, 0.25)
     assert training.mix.ratio == 0.5
-    assert "weigh='target', upsample=False" in repr(training)
+    assert "weigh='target', upsample=False, align_corners=True, num_classes=5, ignore_index=255" in repr(training)
     assert build("alignment", prior=[1.0] * C).align.fixed_prior
     assert not math.isnan(float(build("alignment")(*batch(0)).loss.detach()))
     assert recipes.self_training(confident_network(), C, recipe=recipes.PAPER).weigh == "mixed"
     assert build("dacs", decay=0.9).teacher.decay == 0.9
     assert build("dacs", mode="eval").teacher.mode == "eval"
+
+
+class Ema:
+    """A teacher as others write it: no module, `update`, an average kept at 0.5 after a first copy."""
+
+    def __init__(self, student: nn.Module) -> None:
+        self.network = copy.deepcopy(student)
+        self.seen = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        out: Tensor = self.network(images)
+        return out
+
+    @torch.no_grad()
+    def update(self, student: nn.Module) -> None:
+        for mine, theirs in zip(self.network.parameters(), student.parameters(), strict=True):
+            mine.lerp_(theirs, 0.5 if self.seen else 1.0)
+        self.seen += 1
+
+
+@pytest.mark.parametrize("kind", ["AveragedModel", "one's own"])
+def test_teacher__may_be_anybodys(kind: str) -> None:
+    """Four steps with torch's own averaged model, and with one of no library, are those with ours."""
+    losses = []
+    for ours in (True, False):
+        network = confident_network()
+        network.norm = nn.Identity()  # each has its own idea of buffers
+        teacher: object = MeanTeacher(network, decay=0.5)
+        if not ours:
+            average = {"multi_avg_fn": get_ema_multi_avg_fn(0.5)}
+            teacher = AveragedModel(network, **average) if kind == "AveragedModel" else Ema(network)
+        training = SelfTraining(network, teacher, mix=CrossDomainMix(C)).train()
+        optimizer = torch.optim.SGD(network.parameters(), 0.05)
+        for step in range(4):
+            output = training(*batch(step), generator=seeded(step))
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+            training.update()
+            losses.append(output.loss.detach())
+    torch.testing.assert_close(losses[:4], losses[4:])
+
+
+def test_train__stops_at_the_teacher() -> None:
+    network = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.Dropout(0.5))
+    training = SelfTraining(network, AveragedModel(network).eval(), mix=CrossDomainMix(C), augment=nn.Sequential())
+    before = copy.deepcopy(training.teacher.state_dict())
+    for mode in (True, False):
+        assert training.train(mode) is training
+        assert training.training is training.student.training is training.augment.training is mode
+        assert not any(module.training for module in training.teacher.modules())
+    training.train()
+    images = torch.rand(2, 3, 4, 4)
+    one, two = (training(images, torch.zeros(2, 4, 4).long(), images).confidence for _ in range(2))
+    assert torch.equal(one, two)  # no dropout
+    torch.testing.assert_close(training.teacher.state_dict(), before)
+
+
+def left_half(labels: Tensor, ratio: float = 0.5) -> Tensor:
+    return (torch.arange(labels.shape[-1]) < ratio * labels.shape[-1]).expand(labels.shape)
+
+
+def whole_left(source: Tensor, labels: Tensor, target: Tensor, pseudo: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    mask = left_half(labels)
+    pairs = ((source, target), (labels, pseudo), (torch.ones_like(weights), weights))
+    return (*(F.mix(pasted, base, mask) for pasted, base in pairs), mask)
+
+
+class OwnMix(nn.Module):
+    """Called with keywords of all kinds, and not after our names."""
+
+    def forward(self, xs: Tensor, ys: Tensor, xt: Tensor, yt: Tensor, w: Tensor, **_: object) -> Mixed:
+        return Mixed(*whole_left(xs, ys, xt, yt, w))
+
+
+def own_target_mix(images: Tensor, labels: Tensor, weights: Tensor, scores: Tensor, ratio: float = 0.5) -> Mixed:
+    """Keywords that come after three tensors could be given by position: that makes it no mix of five arguments."""
+    assert scores.shape == (len(images), C + 1)
+    values = (images, labels, weights)
+    mask = left_half(labels, ratio)
+    return Mixed(*(F.mix(value, value.roll(-1, 0), mask) for value in values), mask)
+
+
+@pytest.mark.parametrize("weigh", ["target", "mixed"])
+@pytest.mark.parametrize("own", [whole_left, OwnMix(), own_target_mix], ids=["function", "module", "target mix"])
+def test_mix__may_be_ones_own(own: Callable[..., Mixed], weigh: str) -> None:
+    network = confident_network()
+    teacher = MeanTeacher(network, mode="train")
+    training = SelfTraining(network, teacher, mix=own, num_classes=C, weigh=weigh).train()
+    source, labels, target = batch(1)
+    mixed = training(source, labels, target, generator=seeded(0)).mixed
+    pseudo = teacher.pseudo_label(target)
+    mask = left_half(labels)
+    onto_itself = own is own_target_mix
+    want = F.mix(target if onto_itself else source, target.roll(-1, 0) if onto_itself else target, mask)
+    assert torch.equal(mixed.images, want)
+    want = F.mix(
+        pseudo.labels if onto_itself else labels, pseudo.labels.roll(-1, 0) if onto_itself else pseudo.labels, mask
+    )
+    assert torch.equal(mixed.labels, want)
+    weights = F.confidence_weight(pseudo.confidence)
+    if onto_itself and weigh == "mixed":
+        weights = F.confidence_weight(F.mix(pseudo.confidence, pseudo.confidence.roll(-1, 0), mask))
+    elif onto_itself:
+        weights = F.mix(weights, weights.roll(-1, 0), mask)
+    elif weigh == "target":
+        weights = F.mix(torch.ones_like(weights), weights, mask)
+    torch.testing.assert_close(mixed.weights, weights)
+
+
+@pytest.mark.parametrize("num_classes", [None, C])
+@pytest.mark.parametrize("keywords", [("scores",), ("generator",), ("scores", "generator"), ()])
+def test_mix__gets_scores_or_the_generator(keywords: tuple[str, ...], num_classes: int | None) -> None:
+    seen: dict[str, object] = {}
+
+    def own(*tensors: Tensor, **given: object) -> tuple[Tensor, ...]:
+        seen.update(given)
+        return whole_left(*tensors)
+
+    five = ("xs", "ys", "xt", "yt", "w")
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in five]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in keywords]
+    own.__signature__ = inspect.Signature(parameters)
+    network = confident_network()
+    training = SelfTraining(network, MeanTeacher(network), mix=own, num_classes=num_classes)
+    generator = seeded(0)
+    training(*batch(0), generator=generator)
+    if "scores" in keywords and num_classes is not None:
+        assert seen.keys() == {"scores"}
+        assert torch.equal(seen["scores"], training.sample(N, generator=seeded(0)).scores)
+    else:
+        assert seen == ({"generator": generator} if "generator" in keywords else {})
+
+
+def test_mix__may_be_replaced_by_one_of_another_kind() -> None:
+    network = confident_network()
+    training = SelfTraining(network, MeanTeacher(network), mix=CrossDomainMix(C)).train()
+    data = batch(0)
+    for other in (ClassMix(C), None, torch.compile(CrossDomainMix(C), backend="eager"), CrossDomainMix(C)):
+        training.mix = other
+        want = SelfTraining(network, training.teacher, mix=other, num_classes=C).train()(*data, generator=seeded(1))
+        torch.testing.assert_close(tuple(training(*data, generator=seeded(1)).mixed), tuple(want.mixed))
+
+
+def test_align__may_be_ones_own() -> None:
+    class First:
+        """Makes everything the first class it has been told of."""
+
+        def update(self, probs: Tensor) -> None:
+            self.seen = probs
+
+        def __call__(self, probs: Tensor) -> Tensor:
+            assert torch.equal(probs, self.seen)
+            return nn.functional.one_hot(torch.zeros_like(probs[:, 0]).long(), C).movedim(-1, 1).to(probs)
+
+    network = confident_network()
+    training = SelfTraining(network, MeanTeacher(network), mix=ClassMix(C), align=First()).train()
+    output = training(*batch(0), generator=seeded(0))
+    assert not output.mixed.labels.any()
+    assert bool((output.confidence == 1).all())
+
+
+@pytest.mark.parametrize("method", recipes.METHODS)
+@pytest.mark.parametrize("ignore_index", [7, -1, 2])
+def test_ignore_index__is_one_in_all_parts(ignore_index: int, method: str) -> None:
+    """Another id for the same pixels changes nothing; a class can be the ignored one."""
+    source, labels, target = batch(5)
+    if ignore_index == 2:
+        labels[labels == 2] = 255
+    renamed = labels.masked_fill(labels == 255, ignore_index)
+    want = build(method)(source, labels, target, generator=seeded(3))
+    training = build(method, ignore_index=ignore_index)
+    assert training.ignore_index == ignore_index
+    got = training(source, renamed, target, generator=seeded(3))
+    torch.testing.assert_close(got.source_loss, want.source_loss, rtol=0, atol=0)
+    if method in {"pseudo-label", "dacs"} and ignore_index != 2:  # pseudo-labels know no ignored class
+        torch.testing.assert_close(got.mixed_loss, want.mixed_loss, rtol=0, atol=0)
+
+
+def test_ignore_index__of_the_parts_is_that_of_the_default_losses() -> None:
+    network = confident_network()
+    training = SelfTraining(network, MeanTeacher(network), mix=CrossDomainMix(C, ignore_index=0)).train()
+    source, labels, target = batch(2)
+    labels[labels == 255] = 0
+    output = training(source, labels, target, generator=seeded(0))
+    logits = with_batch_statistics(dict(network.named_parameters()), source)
+    torch.testing.assert_close(output.source_loss, nn.functional.cross_entropy(logits, labels, ignore_index=0))
+    mixed = output.mixed
+    logits = with_batch_statistics(dict(network.named_parameters()), mixed.images)
+    losses = nn.functional.cross_entropy(logits, mixed.labels, ignore_index=0, reduction="none") * mixed.weights
+    torch.testing.assert_close(output.mixed_loss, losses.mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_criteria__of_others_get_int64_and_their_own_ignored_id(dtype: torch.dtype) -> None:
+    network = confident_network()
+    source, labels, target = batch(2)
+    labels[0, 0] = 77  # neither a class nor the ignored id
+    logits = with_batch_statistics(dict(network.named_parameters()), source)
+    want = nn.functional.cross_entropy(logits, labels.masked_fill(labels >= C, 255), ignore_index=255)
+
+    class Weighted:
+        def weights(self, confidence: Tensor) -> Tensor:
+            return torch.full_like(confidence, 0.5)[:, 0, 0]  # one per image
+
+        def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+            losses = nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=255)
+            return (losses * weights).mean()
+
+    for torch_criterion in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=255)):
+        training = SelfTraining(
+            network,
+            MeanTeacher(network),
+            mix=CrossDomainMix(C),
+            criterion=Weighted(),
+            source_criterion=torch_criterion,
+        ).train()
+        output = training(source, labels.to(dtype), target, generator=seeded(0))
+        torch.testing.assert_close(output.source_loss, want)
+        assert set(output.mixed.weights.unique().tolist()) <= {0.5, 1.0}
+    function = SelfTraining(network, None, mix=None, source_criterion=nn.functional.cross_entropy).train()
+    classes = labels.clamp(max=C - 1)
+    torch.testing.assert_close(
+        function(source, classes.to(dtype), target).loss, nn.functional.cross_entropy(logits, classes)
+    )
+
+
+def test_augment__keeps_the_dtype_of_the_images() -> None:
+    training = SelfTraining(nn.Conv2d(3, C, 1), Ema(nn.Conv2d(3, C, 1)), mix=None, augment=lambda x: x.double())
+    images = torch.rand(2, 3, 4, 4)
+    assert training(images, torch.zeros(2, 4, 4).long(), images).mixed.images.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", recipes.METHODS)
+def test_images__may_be_normalised_where_the_augmentation_knows(method: str) -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    shift, scale = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (mean, std))
+
+    class Normalising(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = confident_network()
+
+        def forward(self, images: Tensor) -> Tensor:
+            out: Tensor = self.inner((images - shift) / scale)
+            return out
+
+    source, labels, target = batch(0)
+    want = recipes.self_training(Normalising(), C, method=method)(source, labels, target, generator=seeded(0))
+    source, target = (source - shift) / scale, (target - shift) / scale
+    got = build(method, mean=mean, std=std)(source, labels, target, generator=seeded(0))
+    torch.testing.assert_close(got.loss, want.loss)
+    with pytest.raises(ValueError, match=r"`source_images` must lie in \[0, 1\], got values from -2"):
+        build(method)(source, labels, target)
+    with pytest.raises(ValueError, match=r"`target_images` must lie in \[0, 1\] before they are normalised by mean="):
+        build(method, mean=mean, std=std)(source, labels, 255 * target)
+
+
+def test_images__overshoot_and_nan_are_let_through() -> None:
+    training = build("dacs")
+    source, labels, target = batch(0)
+    target[0, 0, 0, :2] = torch.tensor([-0.45, 1.45])  # as bicubic resizing may leave them
+    assert bool(training(source, labels, target).loss.isfinite())
+    target[0, 0, 0, 0] = math.nan  # the loss says it, on every device, and the guard finds it there
+    assert bool(training(source, labels, target).loss.isnan())
+
+
+@pytest.mark.parametrize("method", recipes.METHODS)
+def test_terms__one_by_one_have_the_gradients_of_the_sum(method: str) -> None:
+    data, allowed = batch(0), torch.rand(N, H, W, generator=seeded(1))
+    whole, parts = build(method), build(method)
+    output = whole(*data, target_weights=allowed, generator=seeded(2))
+    output.loss.backward()
+    losses = {}
+    for name, loss in parts.terms(*data, target_weights=allowed, generator=seeded(2)):
+        loss.backward()
+        losses[name] = loss.detach()
+    assert list(losses) == (["source_loss"] if method == "source" else ["source_loss", "mixed_loss"])
+    for name, loss in losses.items():
+        assert torch.equal(loss, getattr(output, name))
+    torch.testing.assert_close(sum(losses.values()), output.loss.detach())
+    for (name, one), other in zip(whole.student.named_parameters(), parts.student.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-14, msg=name)
+    torch.testing.assert_close(whole.state_dict(), parts.state_dict())  # BatchNorm and averages moved alike
+
+
+def test_terms__hold_one_graph_at_a_time() -> None:
+    alive, most = 0, 0
+
+    class Kept:
+        """A tensor that is saved for the backward pass, counted while it is."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal alive, most
+            self.tensor = tensor
+            alive += tensor.numel()
+            most = max(most, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= self.tensor.numel()
+
+    peaks = []
+    for one_by_one in (False, True):
+        training, data = build("dacs"), batch(0)
+        alive = most = 0
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            if one_by_one:
+                for _, loss in training.terms(*data, generator=seeded(0)):
+                    loss.backward()
+            else:
+                training(*data, generator=seeded(0)).loss.backward()
+        peaks.append(most)
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_terms__are_checked_at_once() -> None:
+    source, labels, target = batch(0)
+    with pytest.raises(ValueError, match=r"`source_labels` .* must agree"):
+        build("dacs").terms(source, labels[:1], target)
+
+
+@pytest.mark.parametrize("weigh", ["target", "mixed"])
+@pytest.mark.parametrize("scope", ["image", "batch", "pixel"])
+@pytest.mark.parametrize("method", ["pseudo-label", "classmix", "dacs"])
+def test_target_weight__is_lambda(method: str, scope: str, weigh: str) -> None:
+    training = build(method, scope=scope, weigh=weigh)
+    data = batch(3)
+    output = training(*data, generator=seeded(0))
+    sure = (output.confidence >= THRESHOLD).double().mean()
+    assert 0 < float(sure) < 1
+    torch.testing.assert_close(output.target_weight, sure)
+    allowed = torch.zeros(N, H, W, dtype=torch.float64)
+    allowed[:, : H // 2] = 1
+    output = training(*data, target_weights=allowed, generator=seeded(0))
+    if scope == "batch":
+        torch.testing.assert_close(output.target_weight, sure * (H // 2) / H)
+    assert build("source")(*data).target_weight is None
+
+
+class Output(NamedTuple):
+    logits: Tensor
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.inner = confident_network()
+        self.wrap = wrap
+
+    def forward(self, images: Tensor) -> object:
+        return self.wrap(self.inner(images))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "fix", "line"),
+    [
+        (Output, "out.logits", lambda out: out.logits),
+        (lambda logits: SimpleNamespace(logits=logits), "out.logits", lambda out: out.logits),
+        (lambda logits: {"out": logits, "aux": 0}, "out['out']", lambda out: out["out"]),
+        (lambda logits: {"logits": logits}, "out['logits']", lambda out: out["logits"]),
+        (lambda logits: {"main": logits}, "out['main']", lambda out: out["main"]),
+        (lambda logits: [logits, logits], "out[0]", lambda out: out[0]),
+    ],
+    ids=["tuple", "object", "torchvision", "dict", "other", "list"],
+)
+def test_logits__takes_an_output_apart_as_the_error_says(
+    wrap: Callable[[Tensor], object], fix: str, line: Callable[[Any], Tensor]
+) -> None:
+    student = Wrapped(wrap)
+    data = batch(0)
+    with pytest.raises(TypeError, match=re.escape(f"pass `logits=lambda out: {fix}` to SelfTraining")):
+        recipes.self_training(student, C)(*data)
+    training = recipes.self_training(student, C, logits=line).train()
+    output = training(*data, generator=seeded(0))
+    torch.testing.assert_close(output.loss, build("dacs")(*data, generator=seeded(0)).loss)
+
+
+def test_num_classes__is_that_of_the_parts_or_the_argument() -> None:
+    network = confident_network()
+    teacher = MeanTeacher(network)
+    assert SelfTraining(network, teacher, mix=CrossDomainMix(C)).num_classes == C
+    assert SelfTraining(network, teacher, mix=None, align=DistributionAlignment(C)).num_classes == C
+    assert SelfTraining(network, teacher, mix=None).num_classes is None
+    with pytest.raises(ValueError, match="returned 5 classes but SelfTraining was built with num_classes=6"):
+        SelfTraining(network, teacher, mix=None, num_classes=6)(*batch(0))
+
+
+def test_sample__is_empty_where_nothing_is_random() -> None:
+    assert build("source").sample(N) == (None, None)
+    network = confident_network()
+    training = SelfTraining(network, MeanTeacher(network), mix=None, augment=lambda x: x)
+    assert training.sample(N, (H, W)) == (None, None)
+    one, two = (build("dacs").sample(N, *size, generator=seeded(0)) for size in ((), ((H, W),)))
+    assert torch.equal(one.scores, two.scores)
+
+
+@pytest.mark.parametrize("method", ["pseudo-label", "classmix", "dacs"])
+def test_layout__of_images_is_kept(method: str) -> None:
+    source, labels, target = batch(0)
+    source, target = (images.to(memory_format=torch.channels_last) for images in (source, target))
+    mixed = build(method)(source, labels, target).mixed
+    assert mixed.images.is_contiguous(memory_format=torch.channels_last)

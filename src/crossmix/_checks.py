@@ -1,4 +1,4 @@
-"""Checks on shape, dtype and device: metadata only, so they never wait for a GPU.
+"""Checks on shape, dtype and device, which never wait for a GPU; on values, where they are at hand without waiting.
 
 Every error says what was expected, what came, and what to do.
 """
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "can_look",
     "check_choice",
     "check_fraction",
     "check_images",
     "check_labels",
     "check_logits",
     "check_num_classes",
+    "check_range",
     "check_same_device",
     "check_same_shape",
     "check_tensor",
@@ -22,6 +24,7 @@ __all__ = [
 ]
 
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+SLACK = 0.5  # torch's bicubic resizing overshoots [0, 1] by up to 0.45; normalised images and bytes go far beyond
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -131,3 +134,29 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a word that is not one of `choices`, listing them."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting for a GPU and without breaking a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_range(
+    name: str, images: Tensor, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> None:
+    """Refuse images far outside of [0, 1], or of what normalising by `mean` and `std` makes of it, on a CPU.
+
+    NaN passes: the loss shows it on every device, and `FiniteGuard` deals with it.
+    """
+    if not can_look(images) or images.numel() == 0:
+        return
+    least, greatest = (float(value) for value in images.detach().aminmax())
+    shifts, scales = mean or (0.0,), std or (1.0,)
+    low = min((-SLACK - shift) / scale for shift, scale in zip(shifts, scales, strict=True))
+    high = max((1 + SLACK - shift) / scale for shift, scale in zip(shifts, scales, strict=True))
+    if least < low or greatest > high:
+        normalised = "" if mean is None else f" before they are normalised by mean={mean} and std={std}"
+        raise ValueError(
+            f"`{name}` must lie in [0, 1]{normalised}, got values from {least:.4g} to {greatest:.4g}; divide bytes by "
+            "255 and normalise inside the network, or give `StrongAugment` the `mean` and `std` of your loader."
+        )

@@ -5,14 +5,21 @@ jittered and blurred. The strengths are those of the released code; the paper gi
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from crossmix._checks import check_choice, check_fraction, check_images, check_same_device, check_tensor
+from crossmix._checks import (
+    check_choice,
+    check_fraction,
+    check_images,
+    check_range,
+    check_same_device,
+    check_tensor,
+)
 from crossmix._color import Channels, additive_jitter, torchvision_jitter
 from crossmix._tensors import uniform
 
@@ -65,10 +72,13 @@ class StrongAugment(nn.Module):
             each operation and turn the hue in HSV.
         same_on_batch: Whether one decision to jitter, and one to blur, holds for the whole batch, as in the released
             code. Factors, order and sigma are per image in either case.
+        mean: Mean of each channel by which images were normalised, (x - mean) / std, where a data loader does that
+            rather than the network. They then come and go normalised, and are augmented as the [0, 1] images they were.
+        std: Standard deviation of each channel; given with `mean`.
 
     Raises:
         TypeError: If an argument is no number.
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or one of `mean` and `std` is given alone.
 
     Example:
         >>> augment = StrongAugment()
@@ -88,8 +98,10 @@ class StrongAugment(nn.Module):
         jitter_p: float = 0.8,
         blur_p: float = 0.5,
         blur_sigma: tuple[float, float] = (0.15, 1.15),
-        flavor: Literal["additive", "torchvision"] = "additive",
+        flavor: Literal["additive", "torchvision"] = "torchvision",
         same_on_batch: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
@@ -104,6 +116,8 @@ class StrongAugment(nn.Module):
                 f"`blur_sigma` must be (least, greatest) in pixels, 0 < least <= greatest, got {blur_sigma}."
             )
         check_choice("flavor", flavor, ("additive", "torchvision"))
+        if (mean is None) != (std is None):
+            raise ValueError(f"`mean` and `std` belong together, got mean={mean} and std={std}; give both or neither.")
         self.brightness = brightness
         self.contrast = contrast
         self.saturation = saturation
@@ -113,6 +127,10 @@ class StrongAugment(nn.Module):
         self.blur_sigma = blur_sigma
         self.flavor = flavor
         self.same_on_batch = same_on_batch
+        self.mean = None if mean is None else _per_channel("mean", mean)
+        self.std = None if std is None else _per_channel("std", std)
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"`std` must be positive in each channel, got {self.std}.")
 
     def sample(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
@@ -147,18 +165,21 @@ class StrongAugment(nn.Module):
         """Augment a batch.
 
         Args:
-            images: (N, 3, H, W) floating, RGB in [0, 1]; computed in float32, in float64 for float64.
+            images: (N, 3, H, W) floating, RGB in [0, 1], or that normalised by `mean` and `std`; computed in float32,
+                in float64 for float64.
             draw: What `sample` returned, to replay it.
             generator: Source of randomness; None uses the global one. Cannot be traced by `torch.compile`: use `draw`.
 
         Returns:
-            (N, 3, H, W) in the dtype of `images`.
+            (N, 3, H, W) in the dtype and the memory format of `images`.
 
         Raises:
             TypeError: If `images` is not floating.
-            ValueError: If its shape is wrong, or the draw is for another batch size or on another device.
+            ValueError: If its shape is wrong, its values are far out of range (looked at on a CPU alone), or the draw
+                is for another batch size or on another device.
         """
         check_images("images", images, channels=3)
+        check_range("images", images, mean=self.mean, std=self.std)
         if draw is None:
             draw = self.sample(len(images), generator=generator, device=images.device)
         _check_draw(draw, images)
@@ -166,18 +187,23 @@ class StrongAugment(nn.Module):
             return images.clone()
         x = (images if images.dtype == torch.float64 else images.float()).contiguous()
         with torch.autocast(images.device.type, enabled=False):
+            if self.mean is not None and self.std is not None:
+                x = torch.stack([c * s + m for c, m, s in zip(x.unbind(1), self.mean, self.std, strict=True)], 1)
             if self.jitter_p > 0:
                 x = _jitter(x, draw, additive_jitter if self.flavor == "additive" else torchvision_jitter)
             if self.blur_p > 0:
                 x = _blur(x, draw, radius=math.ceil(4.3 * self.blur_sigma[1]))
-        return x.to(images.dtype)
+            if self.mean is not None and self.std is not None:
+                x = torch.stack([(c - m) / s for c, m, s in zip(x.unbind(1), self.mean, self.std, strict=True)], 1)
+                x = torch.where(_per_image(draw.jitter | draw.blur), x, images.to(x.dtype))  # no rounding for nothing
+        return _like(x, images)
 
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
         return (
             f"brightness={self.brightness}, contrast={self.contrast}, saturation={self.saturation}, hue={self.hue}, "
             f"jitter_p={self.jitter_p}, blur_p={self.blur_p}, blur_sigma={self.blur_sigma}, flavor={self.flavor!r}, "
-            f"same_on_batch={self.same_on_batch}"
+            f"same_on_batch={self.same_on_batch}, mean={self.mean}, std={self.std}"
         )
 
 
@@ -232,6 +258,22 @@ def _convolve(x: Tensor, kernels: Tensor, axis: int) -> Tensor:
 def _per_image(values: Tensor) -> Tensor:
     """(N,) as (N, 1, 1, 1)."""
     return values[:, None, None, None]
+
+
+def _like(x: Tensor, images: Tensor) -> Tensor:
+    """In the dtype and the memory format of the images, as pointwise operations of torch would have it."""
+    x = x.to(images.dtype)
+    out = torch.empty_like(images)  # contiguous where the images are not dense
+    as_it_is = not torch.compiler.is_compiling() and x.stride() == out.stride()  # a compiler makes no copy of it
+    return x if as_it_is else out.copy_(x)
+
+
+def _per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    """Three finite numbers, from a list, an array or a tensor."""
+    numbers = tuple(float(value) for value in values)
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"`{name}` must hold 3 finite numbers, one per channel, got {numbers}.")
+    return numbers
 
 
 def _check_draw(draw: AugmentDraw, images: Tensor) -> None:

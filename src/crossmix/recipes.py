@@ -5,9 +5,9 @@ Every difference between the two that concerns the algorithm is one field of `Re
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -106,7 +106,12 @@ def self_training(
     recipe: Literal["released", "paper"] | Recipe = "released",
     prior: Tensor | Sequence[float] | None = None,
     sync: bool = False,
+    ignore_index: int = 255,
     upsample: bool = False,
+    align_corners: bool = True,
+    logits: Callable[[Any], Tensor] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     **overrides: str | float | bool,
 ) -> SelfTraining:
     """Build a method of the paper's Table 3 in one of the two recipes.
@@ -126,7 +131,12 @@ def self_training(
             `.align.update_prior(source_labels)` is called in the training loop; the paper's row takes the target's own
             distribution, an oracle.
         sync: Whether divisors, lambda and alignment averages are those of the batch over all ranks.
+        ignore_index: The id of ignored pixels, in all parts.
         upsample: Whether the student may return logits smaller than the images; see `SelfTraining`.
+        align_corners: Of that upsampling; see `SelfTraining`.
+        logits: Takes the logits out of what the student returns; see `SelfTraining`.
+        mean: Of `StrongAugment`, with `std`: what images are normalised by, where the data loader does it.
+        std: Of `StrongAugment`.
         **overrides: Fields of `Recipe` by name, e.g. `scope="image"`.
 
     Returns:
@@ -146,33 +156,29 @@ def self_training(
     if prior is not None and method != "alignment":
         raise ValueError(f"`prior` belongs to method='alignment', got method={method!r}; leave it out.")
     choice = _resolve(recipe, overrides)
-    criterion = ConfidenceWeightedCE(choice.threshold, scope=choice.scope, normalizer="all", sync=sync)
-    source_criterion = ConfidenceWeightedCE(normalizer=choice.source_normalizer, sync=sync)
-    if method == "source":
-        training = SelfTraining(
-            student, None, mix=None, criterion=criterion, source_criterion=source_criterion, upsample=upsample
-        )
-        training.num_classes = num_classes
-        return training
     mix: CrossDomainMix | ClassMix | None = None
     if method == "dacs":
-        mix = CrossDomainMix(num_classes, include_ignored=choice.include_ignored)
+        mix = CrossDomainMix(num_classes, ignore_index=ignore_index, include_ignored=choice.include_ignored)
     elif method in {"classmix", "alignment"}:
-        mix = ClassMix(num_classes)
-    align = DistributionAlignment(num_classes, prior=prior, sync=sync) if method == "alignment" else None
-    training = SelfTraining(
+        mix = ClassMix(num_classes, ignore_index=ignore_index)
+    return SelfTraining(
         student,
-        MeanTeacher(student, decay=choice.decay, mode=choice.mode),
+        None if method == "source" else MeanTeacher(student, decay=choice.decay, mode=choice.mode),
         mix=mix,
-        augment=StrongAugment(flavor=choice.flavor, same_on_batch=choice.same_on_batch),
-        criterion=criterion,
-        source_criterion=source_criterion,
-        align=align,
+        num_classes=num_classes,
+        augment=StrongAugment(flavor=choice.flavor, same_on_batch=choice.same_on_batch, mean=mean, std=std),
+        criterion=ConfidenceWeightedCE(
+            choice.threshold, scope=choice.scope, ignore_index=ignore_index, normalizer="all", sync=sync
+        ),
+        source_criterion=ConfidenceWeightedCE(
+            ignore_index=ignore_index, normalizer=choice.source_normalizer, sync=sync
+        ),
+        align=DistributionAlignment(num_classes, prior=prior, sync=sync) if method == "alignment" else None,
         weigh=choice.weigh,
         upsample=upsample,
+        align_corners=align_corners,
+        logits=logits,
     )
-    training.num_classes = num_classes  # pseudo-labelling has no part that knows it
-    return training
 
 
 def _resolve(recipe: str | Recipe, overrides: dict[str, str | float | bool]) -> Recipe:

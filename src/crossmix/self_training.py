@@ -3,26 +3,98 @@
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 """
 
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, Protocol
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from crossmix._checks import check_choice, check_images, check_labels, check_same_device, check_same_shape, check_tensor
-from crossmix._tensors import uniform
-from crossmix.alignment import DistributionAlignment
+from crossmix._checks import (
+    check_choice,
+    check_images,
+    check_labels,
+    check_num_classes,
+    check_range,
+    check_same_device,
+    check_same_shape,
+    check_tensor,
+    check_weights,
+)
+from crossmix._tensors import uniform, upsample, weight_maps
 from crossmix.augment import AugmentDraw, StrongAugment
 from crossmix.losses import ConfidenceWeightedCE
-from crossmix.mixing import ClassMix, CrossDomainMix, Mixed, mix
-from crossmix.teacher import MeanTeacher, PseudoLabels, pseudo_label_from_probs
+from crossmix.mixing import Mixed, mix
+from crossmix.teacher import PseudoLabels, pseudo_label_from_probs
 
-__all__ = ["SelfTraining", "SelfTrainingDraw", "SelfTrainingOutput"]
+__all__ = [
+    "Alignment",
+    "AveragedModel",
+    "MixedCriterion",
+    "SelfTraining",
+    "SelfTrainingDraw",
+    "SelfTrainingOutput",
+    "SourceOntoTarget",
+    "TargetOntoTarget",
+    "Teacher",
+]
 
 
-class _WeightedLoss(Protocol):
-    """What `SelfTraining` asks of `criterion`: `ConfidenceWeightedCE`, or anything like it."""
+class SourceOntoTarget(Protocol):
+    """What `mix` does where it takes five arguments: `CrossDomainMix`, or anything that is called like it."""
+
+    def __call__(
+        self,
+        source_images: Tensor,
+        source_labels: Tensor,
+        target_images: Tensor,
+        target_labels: Tensor,
+        target_weights: Tensor,
+        /,
+    ) -> Mixed:
+        """Mix a source batch with a target batch, whose weights are (N, H, W); the result has the target's shapes."""
+
+
+class TargetOntoTarget(Protocol):
+    """What `mix` does where it takes three arguments: `ClassMix`, or anything that is called like it."""
+
+    def __call__(self, images: Tensor, labels: Tensor, weights: Tensor, /) -> Mixed:
+        """Mix a target batch with itself: image i and, where the mask is false, image (i + 1) mod N."""
+
+
+class Teacher(Protocol):
+    """What makes the pseudo-labels: `MeanTeacher`, `timm.utils.ModelEmaV3`, or anything like them."""
+
+    def __call__(self, images: Tensor, /) -> object:
+        """Return what the student returns. Runs without gradient."""
+
+    def update(self, student: nn.Module, /) -> object:
+        """Follow the student, after each optimizer step."""
+
+
+class AveragedModel(Protocol):
+    """A `Teacher` that names its update as `torch.optim.swa_utils.AveragedModel` does."""
+
+    def __call__(self, images: Tensor, /) -> object:
+        """Return what the student returns. Runs without gradient."""
+
+    def update_parameters(self, student: nn.Module, /) -> object:
+        """Follow the student, after each optimizer step."""
+
+
+class Alignment(Protocol):
+    """What corrects the teacher's predictions: `DistributionAlignment`, or anything like it."""
+
+    def __call__(self, probs: Tensor, /) -> Tensor:
+        """Align (N, C, H, W) probabilities."""
+
+    def update(self, probs: Tensor, /) -> object:
+        """Move running averages, in training mode, before the same probabilities are aligned."""
+
+
+class MixedCriterion(Protocol):
+    """What weighs target pixels and compares on mixed images: `ConfidenceWeightedCE`, or anything like it."""
 
     def weights(self, confidence: Tensor, /) -> Tensor:
         """Weigh target pixels by confidence, (N, H, W) to (N, H, W)."""
@@ -35,7 +107,7 @@ class SelfTrainingDraw(NamedTuple):
     """Everything random in one step, as tensors with one row per mixed image.
 
     Attributes:
-        scores: (N, C + 1) uniform numbers that draw the classes; None without a mix.
+        scores: (N, C + 1) uniform numbers that draw the classes; None without a mix that takes them.
         augment: The draw of `StrongAugment`; None without one.
     """
 
@@ -65,6 +137,8 @@ class SelfTrainingOutput(NamedTuple):
         mixed_loss: Scalar; 0 without a teacher.
         confidence: (N, H, W) of the teacher on the target images, after any alignment; None without a teacher.
         mixed: What the student saw and what it was compared with; None without a teacher.
+        target_weight: Scalar, the mean weight of target pixels before anything is pasted: lambda, times what
+            `target_weights` says; None without a teacher.
     """
 
     loss: Tensor
@@ -72,6 +146,14 @@ class SelfTrainingOutput(NamedTuple):
     mixed_loss: Tensor
     confidence: Tensor | None
     mixed: Mixed | None
+    target_weight: Tensor | None
+
+
+class _Batch(NamedTuple):
+    source_images: Tensor
+    source_labels: Tensor
+    target_images: Tensor
+    target_weights: Tensor | None
 
 
 class SelfTraining(nn.Module):
@@ -82,30 +164,46 @@ class SelfTraining(nn.Module):
     The student makes two forward passes, source then mixed, as in the released code: BatchNorm sees one domain at a
     time. `crossmix.recipes.self_training` builds this by the name of a method and of a recipe.
 
+    The parts are what behaves like ours, not only our classes: the protocols of this module say what is asked of each.
+    Parts that name an `ignore_index` or a `num_classes` must name the same; the default losses take that of the others.
+
     Args:
         student: The network f that is trained; takes `images`, returns (N, C, H, W) logits.
-        teacher: The `MeanTeacher` that labels target images. None trains on the source alone, whatever the other parts
-            are: the baseline is one argument away.
-        mix: `CrossDomainMix` (DACS), `ClassMix` (naive ClassMix) or None (pseudo-labelling: nothing is pasted).
-        augment: Applied to the mixed images alone: a `StrongAugment`, or any callable on images (which gets no draw).
+        teacher: Labels target images: a `MeanTeacher`, or anything called on images that has an `update(student)` or
+            `update_parameters(student)`. `.train()` and `.eval()` stop at it: it stays in the mode it came in. None
+            trains on the source alone, whatever the other parts are: the baseline is one argument away.
+        mix: `CrossDomainMix` (DACS), `ClassMix` (naive ClassMix), one of your own, or None (pseudo-labelling: nothing
+            is pasted). What can be called with five arguments (`SourceOntoTarget`) pastes source onto target, what
+            takes three (`TargetOntoTarget`) mixes the target with itself. It gets the keyword `scores`, the (N, C + 1)
+            uniform numbers of the draw, if it takes it and C is known; else `generator`, if it takes that. Without
+            `scores` it is not replayed by `draw`.
+        num_classes: The number of classes C that the networks must return; by default that of the parts.
+        augment: Applied to the mixed images alone: a `StrongAugment`, or any callable on images, which gets no draw and
+            no generator. It must not move pixels, since labels and weights stay where they are.
         criterion: Makes the weights of target pixels and the loss on mixed images; `ConfidenceWeightedCE()` by default.
         source_criterion: `source_criterion(logits, labels)`; cross-entropy averaged over valid pixels by default.
-        align: A `DistributionAlignment` for the teacher's predictions. In training mode each step first moves its
-            running average; labels and confidence then come from the aligned predictions.
+            Criteria that are not ours get int64 labels. Where they have a negative `ignore_index`, such as the -100 of
+            `nn.CrossEntropyLoss`, that is put in for ignored pixels and for ids that are no class.
+        align: A `DistributionAlignment` for the teacher's predictions, or anything like it. In training mode each step
+            first moves its running average; labels and confidence then come from the aligned predictions.
         weigh: `"target"` puts the confidence weight on target pixels and 1 on source pixels (the released code),
             `"mixed"` puts it on the whole mixed image (the paper's lambda). A naive ClassMix has target pixels alone:
             each keeps the weight of the image it comes from, or with `"mixed"` the weight follows from the mixed
             confidence.
         upsample: Whether the networks may return logits smaller than the images. Pseudo-labels are then made from
             bilinearly upsampled ones, and the losses are `crossmix.functional.upsampled_cross_entropy`.
+        align_corners: Of that upsampling: True as in DeepLab and the released code, False as in transformers,
+            mmsegmentation and DAFormer.
+        logits: Takes the logits out of what student and teacher return, where that is no tensor:
+            `lambda out: out.logits`.
 
     Attributes:
-        num_classes: The number of classes that the networks must return, taken from `mix` or `align`; None, where there
-            is neither, accepts any.
+        num_classes: The number of classes that the networks must return; None, where nothing says it, accepts any.
+        ignore_index: The id of ignored pixels in all parts; 255 where none says it.
 
     Raises:
-        TypeError: If a part is of the wrong kind.
-        ValueError: If `weigh` is unknown, or `mix` and `align` have different numbers of classes.
+        TypeError: If a part cannot be used as what it is given for.
+        ValueError: If `weigh` is unknown, or parts disagree about `num_classes` or `ignore_index`.
 
     Example:
         >>> from crossmix import CrossDomainMix, MeanTeacher, SelfTraining
@@ -117,71 +215,113 @@ class SelfTraining(nn.Module):
         >>> training.update()
     """
 
+    # As they were given: what they have beyond the protocols stays within reach, `training.teacher.module` say.
+    teacher: Any
+    mix: Any
+    criterion: Any
+    align: Any
+    _mix_call: "_MixCall | None"
+
     def __init__(
         self,
         student: nn.Module,
-        teacher: MeanTeacher | None,
+        teacher: Teacher | AveragedModel | None,
         *,
-        mix: CrossDomainMix | ClassMix | None,
+        mix: SourceOntoTarget | TargetOntoTarget | None,
+        num_classes: int | None = None,
         augment: Callable[[Tensor], Tensor] | None = None,
-        criterion: _WeightedLoss | None = None,
+        criterion: MixedCriterion | None = None,
         source_criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
-        align: DistributionAlignment | None = None,
+        align: Alignment | None = None,
         weigh: Literal["target", "mixed"] = "target",
         upsample: bool = False,
+        align_corners: bool = True,
+        logits: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        _check_kind("student", student, nn.Module)
-        _check_kind("teacher", teacher, MeanTeacher, type(None))
-        _check_kind("mix", mix, CrossDomainMix, ClassMix, type(None))
-        _check_kind("align", align, DistributionAlignment, type(None))
-        for name, part in (("augment", augment), ("criterion", criterion), ("source_criterion", source_criterion)):
-            if part is not None and not callable(part):
-                raise TypeError(f"`{name}` must be callable, got {type(part).__name__}; pass a module or a function.")
-        if criterion is not None and not callable(getattr(criterion, "weights", None)):
-            raise TypeError(
-                f"`criterion` must have a method `.weights(confidence)`, got {type(criterion).__name__} without one; "
-                "pass a ConfidenceWeightedCE, or add the method."
-            )
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"`student` must be an nn.Module, got {type(student).__name__}; pass the network itself.")
+        _check_part("teacher", teacher, "MeanTeacher", "update(student)", "update_parameters(student)")
+        _check_part("mix", mix, "CrossDomainMix")
+        _check_part("augment", augment, "StrongAugment")
+        _check_part("criterion", criterion, "ConfidenceWeightedCE", "weights(confidence)")
+        _check_part("source_criterion", source_criterion, "ConfidenceWeightedCE")
+        _check_part("align", align, "DistributionAlignment", "update(probs)")
+        _check_part("logits", logits, "nn.Identity")
         check_choice("weigh", weigh, ("target", "mixed"))
-        if mix is not None and align is not None and mix.num_classes != align.num_classes:
-            raise ValueError(
-                f"`mix` has num_classes={mix.num_classes} but `align` {align.num_classes}; make both with one number."
-            )
+        if num_classes is not None:
+            check_num_classes(num_classes)
+        parts = {"mix": mix, "align": align, "criterion": criterion, "source_criterion": source_criterion}
+        classes = {name: getattr(part, "num_classes", None) for name, part in parts.items()}
+        self.num_classes = _agreed("num_classes", {"SelfTraining": num_classes, **classes})
+        ids = {name: getattr(part, "ignore_index", None) for name, part in parts.items() if not _translated(name, part)}
+        ignore_index = _agreed("ignore_index", ids)
+        self.ignore_index = 255 if ignore_index is None else ignore_index
         self.student = student
         self.teacher = teacher
         self.mix = mix
         self.augment = augment
-        self.criterion = ConfidenceWeightedCE() if criterion is None else criterion
-        if source_criterion is None:
-            source_criterion = ConfidenceWeightedCE(normalizer="valid")  # without weights: the mean over valid pixels
+        if criterion is None:
+            criterion = ConfidenceWeightedCE(ignore_index=self.ignore_index)
+        self.criterion = criterion
+        if source_criterion is None:  # without weights: the mean over valid pixels
+            source_criterion = ConfidenceWeightedCE(ignore_index=self.ignore_index, normalizer="valid")
         self.source_criterion = source_criterion
         self.align = align
         self.weigh = weigh
         self.upsample = upsample
-        part = align if mix is None else mix
-        self.num_classes = None if part is None else part.num_classes
+        self.align_corners = align_corners
+        self.logits = logits
+        self._mix_keyword()
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - whatever a module may hold
+        """Set an attribute. A mix is looked at when it is set, since a compiler cannot trace that."""
+        if name == "mix":
+            self._mix_call = None if value is None else _how_to_call(value)
+        super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> "SelfTraining":
+        """Set the mode of all parts but the teacher, which keeps its own.
+
+        Args:
+            mode: Whether to train.
+
+        Returns:
+            This module.
+        """
+        self.training = mode
+        for name, part in self.named_children():
+            if name != "teacher":
+                part.train(mode)
+        return self
 
     def sample(
-        self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+        self,
+        n: int,
+        size: tuple[int, int] | None = None,  # noqa: ARG002 - no part so far depends on it
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
     ) -> SelfTrainingDraw:
         """Make everything random in a step beforehand.
 
         Nothing of it depends on the images, so a draw can be made for a global batch and its rows split over ranks, be
-        held in static tensors for a CUDA graph, or be handed to a compiled function.
+        held in static tensors for a CUDA graph, or be handed to a compiled function. What a mix or an augmentation of
+        your own draws by itself is no part of it.
 
         Args:
             n: The number of mixed images.
+            size: Height and width of the mixed images, for parts whose draw depends on it. None of ours does.
             generator: Source of randomness, used on its own device; None uses the global one.
             device: Where the draw shall be; the generator's device, or torch's default one, when not given.
 
         Returns:
-            The draw, for `forward(draw=...)`.
+            The draw, for `forward(draw=...)`; an empty one without a teacher.
         """
         scores = augment = None
-        if self.mix is not None:
-            scores = uniform((n, self.mix.num_classes + 1), generator=generator, device=device)
-        if isinstance(self.augment, StrongAugment):
+        if self.teacher is not None and self.num_classes is not None and self._mix_keyword() == "scores":
+            scores = uniform((n, self.num_classes + 1), generator=generator, device=device)
+        if self.teacher is not None and isinstance(self.augment, StrongAugment):
             augment = self.augment.sample(n, generator=generator, device=device)
         return SelfTrainingDraw(scores, augment)
 
@@ -198,9 +338,9 @@ class SelfTraining(nn.Module):
         """Compute the loss of one step. State is left alone but for the student's BatchNorm and `align`.
 
         Args:
-            source_images: (N, 3, H, W) floating in [0, 1].
+            source_images: (N, 3, H, W) floating in [0, 1], or normalised by the `mean` and `std` of a `StrongAugment`.
             source_labels: (N, H, W) integer ground truth.
-            target_images: (N, 3, H, W) floating in [0, 1]; with `CrossDomainMix` of the source's shape.
+            target_images: (N, 3, H, W), as the source's; of one shape where the source is pasted onto them.
             target_weights: (N, H, W) or (N,) floating, multiplied into the weights of target pixels: 0 for padding or
                 the ego-vehicle.
             generator: Source of randomness; None uses the global one. Cannot be traced by `torch.compile`: use `draw`.
@@ -210,49 +350,109 @@ class SelfTraining(nn.Module):
             Losses, the teacher's confidence and the mixed batch.
 
         Raises:
-            TypeError: If a dtype is wrong or a network does not return a tensor.
-            ValueError: If shapes or devices disagree, or a network returns smaller logits without `upsample=True`.
+            TypeError: If a dtype is wrong, or a part returns something else than it must.
+            ValueError: If shapes or devices disagree, images are far out of range (looked at on a CPU alone), or a
+                network returns smaller logits without `upsample=True`.
         """
-        self._check_batch(source_images, source_labels, target_images, target_weights)
-        source_logits = self._logits("student", self.student, source_images)
-        source_loss = self._loss(self.source_criterion, source_logits, source_labels)
+        batch = _Batch(source_images, source_labels, target_images, target_weights)
+        self._check_batch(batch)
+        source_loss = self._source_loss(batch)
         if self.teacher is None:
             nothing = torch.zeros_like(source_loss)
-            return SelfTrainingOutput(source_loss, source_loss, nothing, None, None)
-        if draw is None:
-            draw = self.sample(len(target_images), generator=generator, device=target_images.device)
-        self._check_draw(draw)
-        pseudo_labels = self._pseudo_label(self.teacher, target_images)
-        mixed = self._mix(
-            source_images,
-            source_labels,
-            target_images,
-            pseudo_labels,
-            target_weights=target_weights,
-            scores=draw.scores,
-        )
-        mixed = mixed._replace(images=self._augment(mixed.images, draw.augment))
-        mixed_logits = self._logits("student", self.student, mixed.images)
-        mixed_loss = self._loss(self.criterion, mixed_logits, mixed.labels, mixed.weights)
-        return SelfTrainingOutput(source_loss + mixed_loss, source_loss, mixed_loss, pseudo_labels.confidence, mixed)
+            return SelfTrainingOutput(source_loss, source_loss, nothing, None, None, None)
+        confidence, weight, mixed = self._mixed_batch(batch, generator, draw)
+        mixed_loss = self._mixed_loss(mixed)
+        return SelfTrainingOutput(source_loss + mixed_loss, source_loss, mixed_loss, confidence, mixed, weight)
+
+    def terms(
+        self,
+        source_images: Tensor,
+        source_labels: Tensor,
+        target_images: Tensor,
+        *,
+        target_weights: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        draw: SelfTrainingDraw | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Compute the losses of one step, of which `forward` returns the sum, one after the other.
+
+        The graph of one term can be gone before that of the next is made: the same gradients in less memory.
+
+            for name, loss in training.terms(source_images, source_labels, target_images):
+                loss.backward()
+
+        Args:
+            source_images: As in `forward`.
+            source_labels: As in `forward`.
+            target_images: As in `forward`.
+            target_weights: As in `forward`.
+            generator: As in `forward`.
+            draw: As in `forward`.
+
+        Returns:
+            An iterator over `("source_loss", loss)` and, with a teacher, `("mixed_loss", loss)`, by the names of
+            `SelfTrainingOutput`. Each is computed when it is asked for.
+
+        Raises:
+            TypeError: As `forward`.
+            ValueError: As `forward`.
+        """
+        batch = _Batch(source_images, source_labels, target_images, target_weights)
+        self._check_batch(batch)  # now, not when the first term is asked for
+
+        def one_by_one() -> Iterator[tuple[str, Tensor]]:
+            yield "source_loss", self._source_loss(batch)
+            if self.teacher is not None:
+                *_, mixed = self._mixed_batch(batch, generator, draw)
+                yield "mixed_loss", self._mixed_loss(mixed)
+
+        return one_by_one()
 
     def update(self) -> None:
         """Average the student into the teacher: call it after each optimizer step, and not after a skipped one."""
         if self.teacher is not None:
-            self.teacher.update(self.student)
+            update = getattr(self.teacher, "update", None) or self.teacher.update_parameters
+            update(self.student)
 
     def extra_repr(self) -> str:
         """Constructor arguments that are no modules, for `repr`."""
-        return f"weigh={self.weigh!r}, upsample={self.upsample}"
+        return (
+            f"weigh={self.weigh!r}, upsample={self.upsample}, align_corners={self.align_corners}, "
+            f"num_classes={self.num_classes}, ignore_index={self.ignore_index}"
+        )
 
-    def _pseudo_label(self, teacher: MeanTeacher, target_images: Tensor) -> PseudoLabels:
+    def _source_loss(self, batch: _Batch) -> Tensor:
+        logits = self._logits("student", self.student, batch.source_images)
+        return self._loss("source_criterion", logits, batch.source_labels)
+
+    def _mixed_loss(self, mixed: Mixed) -> Tensor:
+        logits = self._logits("student", self.student, mixed.images)
+        return self._loss("criterion", logits, mixed.labels, mixed.weights)
+
+    def _mixed_batch(
+        self, batch: _Batch, generator: torch.Generator | None, draw: SelfTrainingDraw | None
+    ) -> tuple[Tensor, Tensor, Mixed]:
+        """The teacher's confidence, the mean weight of target pixels, and what the student learns from."""
+        images = batch.target_images
+        if draw is None:
+            size = (images.shape[-2], images.shape[-1])
+            draw = self.sample(len(images), size, generator=generator, device=images.device)
+        self._check_draw(draw)
+        pseudo = self._pseudo_label(images)
+        weights = weight_maps(self.criterion.weights(pseudo.confidence), pseudo.confidence)
+        allowed = weights.new_ones(len(weights)) if batch.target_weights is None else batch.target_weights
+        allowed = weight_maps(allowed, weights)
+        keyword = self._mix_keyword()
+        randomness = {"scores": draw.scores, "generator": generator}
+        mixed = self._mix(batch, pseudo, weights, allowed, {keyword: randomness[keyword]} if keyword else {})
+        mixed = mixed._replace(images=self._augment(mixed.images, draw.augment))
+        return pseudo.confidence, (weights * allowed).sum() / max(weights.numel(), 1), mixed
+
+    def _pseudo_label(self, target_images: Tensor) -> PseudoLabels:
         """Labels and confidence from the teacher's predictions, aligned where asked."""
         with torch.no_grad():
-            logits = self._logits("teacher", teacher, target_images)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            if logits.shape[-2:] != target_images.shape[-2:]:
-                logits = _upsampled(logits, target_images)
-            probs = logits.softmax(1)
+            logits = self._logits("teacher", self.teacher, target_images)
+            probs = upsample(logits, target_images.shape[-2:], align_corners=self.align_corners).softmax(1)
             if self.align is not None:
                 if self.training:
                     self.align.update(probs)
@@ -260,33 +460,37 @@ class SelfTraining(nn.Module):
             return pseudo_label_from_probs(probs)
 
     def _mix(
-        self,
-        source_images: Tensor,
-        source_labels: Tensor,
-        target_images: Tensor,
-        pseudo_labels: PseudoLabels,
-        *,
-        target_weights: Tensor | None,
-        scores: Tensor | None,
+        self, batch: _Batch, pseudo: PseudoLabels, weights: Tensor, allowed: Tensor, keywords: Mapping[str, object]
     ) -> Mixed:
         """The mixed batch of the method, weighed by confidence."""
-        labels, confidence = pseudo_labels
-        weights = self.criterion.weights(confidence)
-        allowed = weights.new_ones(len(weights)) if target_weights is None else target_weights
-        allowed = (allowed[:, None, None] if allowed.ndim == 1 else allowed).expand_as(weights)
-        if self.mix is None:
-            return Mixed(target_images, labels, weights * allowed, torch.zeros_like(labels, dtype=torch.bool))
-        mixed: Mixed
-        if isinstance(self.mix, CrossDomainMix):
-            mixed = self.mix(source_images, source_labels, target_images, labels, weights * allowed, scores=scores)
+        labels, confidence = pseudo
+        images = batch.target_images
+        if self._mix_call is None:
+            return Mixed(images, labels, weights * allowed, torch.zeros_like(labels, dtype=torch.bool))
+        if self._mix_call.onto_target:
+            mixed = self.mix(batch.source_images, batch.source_labels, images, labels, weights * allowed, **keywords)
+            mixed = _checked_mixed(mixed, images)
             if self.weigh == "mixed":
                 mixed = mixed._replace(weights=mix(weights, mixed.weights, mixed.mask))
             return mixed
-        mixed = self.mix(target_images, labels, weights * allowed, scores=scores)
+        mixed = _checked_mixed(self.mix(images, labels, weights * allowed, **keywords), images)
         if self.weigh == "mixed":
-            weights = self.criterion.weights(mix(confidence, confidence.roll(-1, 0), mixed.mask))
+            confidence = mix(confidence, confidence.roll(-1, 0), mixed.mask)
+            weights = weight_maps(self.criterion.weights(confidence), confidence)
             mixed = mixed._replace(weights=weights * mix(allowed, allowed.roll(-1, 0), mixed.mask))
         return mixed
+
+    def _mix_keyword(self) -> str:
+        """The keyword by which the mix gets its randomness: `scores`, `generator`, or none of the two."""
+        if self._mix_call is None:
+            return ""
+        for keyword in self._mix_call.keywords:
+            if keyword != "scores" or self.num_classes is not None:
+                return keyword
+        raise ValueError(
+            "`mix` must be given `scores`, (N, num_classes + 1), but nothing says how many classes there are; "
+            "pass `num_classes=` to SelfTraining."
+        )
 
     def _augment(self, images: Tensor, draw: AugmentDraw | None) -> Tensor:
         if self.augment is None:
@@ -294,38 +498,71 @@ class SelfTraining(nn.Module):
         if isinstance(self.augment, StrongAugment):
             augmented: Tensor = self.augment(images, draw=draw)
             return augmented
-        return self.augment(images)
+        augmented = self.augment(images)
+        check_images("augment(images)", augmented)
+        if augmented.shape != images.shape:
+            raise ValueError(
+                f"`augment` must keep the shape of images, {tuple(images.shape)}, got {tuple(augmented.shape)}; labels "
+                "and weights stay where they are, so change colours alone, and crop or flip before the step."
+            )
+        check_same_device(images=images, **{"augment(images)": augmented})
+        return augmented.to(images.dtype)
 
     def _check_draw(self, draw: SelfTrainingDraw) -> None:
         """Refuse a draw that leaves something to chance: the modules would silently draw it themselves."""
-        if self.mix is not None and draw.scores is None:
+        if self._mix_keyword() == "scores" and draw.scores is None:
             raise ValueError("`draw.scores` must be given, since there is a `mix`; make the draw with `sample`.")
         if isinstance(self.augment, StrongAugment) and draw.augment is None:
             raise ValueError(
                 "`draw.augment` must be given, since there is a `StrongAugment`; make the draw with `sample`."
             )
 
-    def _loss(self, criterion: Callable[..., Tensor], logits: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:
-        if logits.shape[-2:] == labels.shape[-2:]:
-            return criterion(logits, labels, *weights)
+    def _loss(self, name: str, logits: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:
+        """What a criterion makes of logits, which may be small."""
+        criterion = getattr(self, name)
+        small = logits.shape[-2:] != labels.shape[-2:]
         if isinstance(criterion, ConfidenceWeightedCE):
-            return criterion.upsampled(logits, labels, *weights)
-        return criterion(_upsampled(logits, labels), labels, *weights)
+            if small:
+                return criterion.upsampled(logits, labels, *weights, align_corners=self.align_corners)
+            ours: Tensor = criterion(logits, labels, *weights)
+            return ours
+        if small:
+            logits = upsample(logits, labels.shape[-2:], align_corners=self.align_corners)
+        loss: Tensor = criterion(logits, self._labels_of(criterion, labels, logits.shape[1]), *weights)
+        check_tensor(f"{name}(logits, labels)", loss)
+        if loss.ndim != 0:
+            raise ValueError(
+                f"`{name}` must return a scalar, got shape {tuple(loss.shape)}; average over pixels, "
+                "`reduction='mean'` in torch's losses."
+            )
+        return loss
 
-    def _logits(self, name: str, network: Callable[[Tensor], object], images: Tensor) -> Tensor:
+    def _labels_of(self, criterion: object, labels: Tensor, num_classes: int) -> Tensor:
+        """Labels as a criterion that is not ours wants them: int64, and what is no class by its own id."""
+        labels = labels.long()
+        ignored = getattr(criterion, "ignore_index", None)
+        if not isinstance(ignored, int):
+            return labels
+        return labels.masked_fill((labels < 0) | (labels >= num_classes) | (labels == self.ignore_index), ignored)
+
+    def _logits(self, name: str, network: Callable[[Tensor], Any], images: Tensor) -> Tensor:
         """What a network returns for images, once it is known to be logits."""
         logits = network(images)
+        if self.logits is not None:
+            logits = self.logits(logits)
         if not isinstance(logits, Tensor):
             keys = f" with keys {', '.join(map(repr, logits))}" if isinstance(logits, Mapping) else ""
             raise TypeError(
                 f"`{name}` must return logits as a tensor, got {type(logits).__name__}{keys}; "
-                "return the logits from its forward, e.g. `output['out']` or `output.logits`."
+                f"pass `logits=lambda out: {_logits_in(logits)}` to SelfTraining."
             )
         if logits.ndim != 4 or len(logits) != len(images):
             raise ValueError(
                 f"`{name}` must return logits of shape (N, C, H, W) with N = {len(images)}, got {tuple(logits.shape)}; "
                 "return one map of class scores per image."
             )
+        if not logits.is_floating_point():
+            raise TypeError(f"`{name}` must return floating logits, got {logits.dtype}; take no argmax of them.")
         if logits.shape[-2:] != images.shape[-2:] and not self.upsample:
             raise ValueError(
                 f"`{name}` returned logits of size {tuple(logits.shape[-2:])} for images of size "
@@ -338,44 +575,104 @@ class SelfTraining(nn.Module):
             )
         return logits
 
-    def _check_batch(
-        self, source_images: Tensor, source_labels: Tensor, target_images: Tensor, target_weights: Tensor | None
-    ) -> None:
+    def _check_batch(self, batch: _Batch) -> None:
+        source_images, source_labels, target_images, target_weights = batch
         check_images("source_images", source_images)
         check_labels("source_labels", source_labels)
         check_images("target_images", target_images)
         n, _, height, width = source_images.shape
         check_same_shape("source_labels", source_labels.shape, "source_images", (n, height, width))
-        if isinstance(self.mix, CrossDomainMix):
+        if self._mix_call is not None and self._mix_call.onto_target:
             check_same_shape("target_images", target_images.shape, "source_images", source_images.shape)
         if target_weights is not None:
-            check_tensor("target_weights", target_weights)
             n, _, height, width = target_images.shape
-            shapes = ((n, height, width), (n,))  # no set: a hashed size is compiled as a constant
-            if tuple(target_weights.shape) not in shapes:
-                raise ValueError(
-                    f"`target_weights` must have shape (N, H, W) = {(n, height, width)} or (N,), "
-                    f"got {tuple(target_weights.shape)}; crop them with the target images."
-                )
-            if not target_weights.is_floating_point():
-                raise TypeError(
-                    f"`target_weights` must be floating, got {target_weights.dtype}; convert with `.float()`."
-                )
-        check_same_device(
-            source_images=source_images,
-            source_labels=source_labels,
-            target_images=target_images,
-            target_weights=target_weights,
+            check_weights("target_weights", target_weights, (n, height, width))
+        check_same_device(**batch._asdict())
+        mean, std = (self.augment.mean, self.augment.std) if isinstance(self.augment, StrongAugment) else (None, None)
+        check_range("source_images", source_images, mean=mean, std=std)
+        check_range("target_images", target_images, mean=mean, std=std)
+
+
+_KEYWORDS = ("scores", "generator", "")
+
+
+class _MixCall(NamedTuple):
+    """How a mix is called: with five arguments or three, and by which keywords it can get its randomness."""
+
+    onto_target: bool
+    keywords: tuple[str, ...]
+
+
+def _how_to_call(mix: Any) -> _MixCall:  # noqa: ANN401 - whatever was given
+    """Find it out from the signature: what five arguments can be given to is no mix of the target with itself."""
+    mix = getattr(mix, "_orig_mod", mix)  # a compiled module takes anything
+    signature = inspect.signature(mix.forward if isinstance(mix, nn.Module) else mix)
+    for keyword, count in itertools.product(_KEYWORDS, (5, 3)):  # `scores` may not be the fourth of five
+        if _takes(signature, count, keyword):
+            return _MixCall(count == 5, tuple(other for other in _KEYWORDS if _takes(signature, count, other)))
+    raise TypeError(
+        "`mix` must take (source_images, source_labels, target_images, target_labels, target_weights) or "
+        f"(images, labels, weights), and may take `scores` or `generator` by keyword, got {signature}; see "
+        "`SourceOntoTarget` and `TargetOntoTarget`."
+    )
+
+
+def _takes(signature: inspect.Signature, count: int, keyword: str) -> bool:
+    try:
+        signature.bind(*range(count), **({keyword: None} if keyword else {}))
+    except TypeError:
+        return False
+    return True
+
+
+def _checked_mixed(mixed: object, target_images: Tensor) -> Mixed:
+    """What a mix returned, once its shapes are known to be the target's."""
+    if not isinstance(mixed, Sequence) or len(mixed) != len(Mixed._fields):
+        raise TypeError(f"`mix` must return Mixed(images, labels, weights, mask), got {type(mixed).__name__}.")
+    n, _, height, width = target_images.shape
+    for name, value in zip(Mixed._fields, mixed, strict=True):
+        check_tensor(f"mixed.{name}", value)
+        shape = tuple(target_images.shape) if name == "images" else (n, height, width)
+        if tuple(value.shape) != shape:
+            raise ValueError(f"`mix` must return `{name}` of shape {shape}, got {tuple(value.shape)}.")
+    return Mixed(*mixed)
+
+
+def _logits_in(output: object) -> str:
+    """Where the logits most likely are in what a network returned."""
+    if hasattr(output, "logits"):
+        return "out.logits"
+    if isinstance(output, Mapping):
+        return f"out[{next((key for key in ('logits', 'out') if key in output), next(iter(output), 'out'))!r}]"
+    return "out[0]" if isinstance(output, Sequence) else "out.logits"
+
+
+def _translated(name: str, part: object) -> bool:
+    """Whether a criterion is not ours and ignores what no label map has, torch's -100: then it is put in for it."""
+    ignored = getattr(part, "ignore_index", None)
+    foreign = name in {"criterion", "source_criterion"} and not isinstance(part, ConfidenceWeightedCE)
+    return foreign and isinstance(ignored, int) and ignored < 0
+
+
+def _agreed(what: str, parts: Mapping[str, object]) -> int | None:
+    """The one number that all parts have of those that say one."""
+    said = {name: number for name, number in parts.items() if isinstance(number, int)}
+    first = next(iter(said), None)
+    for name, number in said.items():
+        if first is not None and number != said[first]:
+            raise ValueError(f"`{first}` has {what}={said[first]} but `{name}` {number}; make both with one number.")
+    return None if first is None else said[first]
+
+
+def _check_part(name: str, part: object, like: str, *methods: str) -> None:
+    """Refuse what cannot be called, or has none of some methods."""
+    if part is None:
+        return
+    if isinstance(part, type) or not callable(part):
+        got = f"the class {part.__name__}" if isinstance(part, type) else type(part).__name__
+        raise TypeError(f"`{name}` must be callable, got {got}; build a module such as {like}, or pass a function.")
+    if methods and not any(callable(getattr(part, method.partition("(")[0], None)) for method in methods):
+        raise TypeError(
+            f"`{name}` must have a method {' or '.join(f'`.{method}`' for method in methods)}, got "
+            f"{type(part).__name__} without one; pass a {like}, or add the method."
         )
-
-
-def _upsampled(logits: Tensor, like: Tensor) -> Tensor:
-    """Logits at the height and width of another tensor, at least in float32."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.interpolate(logits, size=like.shape[-2:], mode="bilinear", align_corners=True)
-
-
-def _check_kind(name: str, part: object, *kinds: type) -> None:
-    if not isinstance(part, kinds):
-        names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise TypeError(f"`{name}` must be {names}, got {type(part).__name__}; build one and pass it.")
