@@ -81,15 +81,6 @@ def test_readme__two_commands_do_everything() -> None:
     ]
 
 
-def test_figures_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import figures
-
-    assert set(figures.PAGES) == {ROOT / "README.md", ROOT / "docs" / "performance.md"}
-    for path, made in figures.PAGES.items():
-        assert made().strip() in path.read_text(encoding="utf-8")
-
-
 def test_links_to_files_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):

@@ -19,7 +19,7 @@ class CachedSamples(Dataset[Sample]):
 
     Samples are equal to the reader's byte for byte. Their tensors are private maps of the file: a crop loads no more of
     it than its own pages, writing to one changes neither the file nor what comes back the next time. That gives some
-    thousand crops of 512 x 512 from 720 x 1280 per second and core (benchmarks/input.py).
+    thousand crops of 512 x 512 from 720 x 1280 per second and core (benchmarks/speed/input.py).
 
     The folder holds `manifest.json`, what was read and how; and in shards of 32 samples `shard-00000.bin`, their bytes
     one after another, with `shard-00000.json`: size and mtime of their source files, shape, offset and CRC-32. So there

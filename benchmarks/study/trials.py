@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.study.pairs import PAIRS, Pair, class_shares, load
 from crossmix import ClassMix, CrossDomainMix, Mixed, SelfTraining, SelfTrainingOutput, StrongAugment, recipes
 from crossmix import functional as F
 from crossmix.datasets import Sample
@@ -28,7 +29,6 @@ from crossmix.engine import FolderLock, KeyedCrops, keyed_generator
 from crossmix.evaluation import evaluate
 from crossmix.models import DeepLabV2, deeplab_v2_tiny
 from crossmix.optim import parameter_groups, poly_lr
-from pairs import PAIRS, Pair, class_shares, load
 
 SOURCE, TARGET, STEP = 0, 1, 2  # streams of randomness, next to the seed; those of the trainer
 LOOKS = 20  # times that a run is scored and its pseudo-labels are held against the truth

@@ -1,28 +1,21 @@
-"""Make docs/results.md and its figures from the committed result files.
-
-    python benchmarks/results_page.py            print the page
-    python benchmarks/results_page.py --write    write the page, the figures and the entry in docs/index.md
+"""The page docs/results.md and its figures, from the committed result files.
 
 A suite without a result file is named on the page as missing. What a person has to say about a suite stands in
 results/<suite>.md and is taken over as it is.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from charts import Panel, bars, curves, nice
-from collected import mean_and_sd
-from expected import checks, mious
-from sensitivity import BASE, OPTIONS, row_name
-from trials import LOOKED_AT
+from benchmarks.charts import Panel, bars, curves
+from benchmarks.speed.common import RESULTS
+from benchmarks.study.collected import mean_and_sd
+from benchmarks.study.expected import checks, mious
+from benchmarks.study.studies import BASE, OPTIONS, row_name
+from benchmarks.study.trials import LOOKED_AT
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-DOCS = ROOT / "docs"
 TITLES = {"ablation-streetscenes": "StreetScenes", "ablation-camvid": "CamVid, day to dusk"}
 SENSITIVITY = "sensitivity-streetscenes"
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t(0.975), by seeds
@@ -37,12 +30,12 @@ held-out target images; ± is the standard deviation over seeds. This page and i
 `benchmarks/results/`:
 
 ```bash
-python benchmarks/ablation.py --pair streetscenes --workers 2 --save
-python benchmarks/ablation.py --pair camvid --camvid CamVid --workers 2 --save
-python benchmarks/sensitivity.py --workers 2 --save
-python benchmarks/causes.py --pair streetscenes --workers 2 --save
-python benchmarks/causes.py --pair camvid --camvid CamVid --workers 2 --save
-python benchmarks/results_page.py --write
+python -m benchmarks.study ablation --pair streetscenes --workers 2 --save
+python -m benchmarks.study ablation --pair camvid --camvid CamVid --workers 2 --save
+python -m benchmarks.study sensitivity --workers 2 --save
+python -m benchmarks.study causes --pair streetscenes --workers 2 --save
+python -m benchmarks.study causes --pair camvid --camvid CamVid --workers 2 --save
+python -m benchmarks.publish --write
 ```
 
 A run is a pure function of its options and its seed, to the bit on one machine. Every method of a seed has the same
@@ -62,8 +55,8 @@ precision of - means that the class is never predicted. Means over seeds.
 """
 
 TRIED = """\
-What was tried to find the causes (`benchmarks/causes.py`), over seeds {seeds}, in points of mIoU. The differences are
-to the baselines of the same seeds and as many steps:
+What was tried to find the causes (`python -m benchmarks.study causes`), over seeds {seeds}, in points of mIoU. The
+differences are to the baselines of the same seeds and as many steps:
 """
 
 ONE_AT_A_TIME = """\
@@ -76,7 +69,7 @@ PAIR_TEXT = {
     "ablation-streetscenes": (
         "Rendered scenes in two looks (`crossmix.datasets.StreetScenes`): 400 source and 400 target scenes of 64 x 128 "
         "pixels, 100 more target scenes to score on. Shift and class balance were fixed by what a network trained on "
-        "target labels and one trained on source labels score (`benchmarks/street_scenes_shift.py`), before any other "
+        "target labels and one trained on source labels score (`python -m benchmarks.study shift`), before any other "
         "method was run."
     ),
     "ablation-camvid": (
@@ -85,24 +78,6 @@ PAIR_TEXT = {
         "120 x 160. The hyper-parameters are those of StreetScenes."
     ),
 }
-
-
-def main() -> None:
-    """Print or write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
-    args = parser.parse_args()
-    if not args.write:
-        print(page())
-        return
-    (DOCS / "results").mkdir(exist_ok=True)
-    (DOCS / "results.md").write_text(page(), encoding="utf-8")
-    for name, content in figures().items():
-        (DOCS / "results" / name).write_text(content, encoding="utf-8")
-    index = DOCS / "index.md"
-    listed = index.read_text(encoding="utf-8")
-    if "\nresults\n" not in listed:
-        index.write_text(listed.replace("\nreproduce\n", "\nreproduce\nresults\n"), encoding="utf-8")
 
 
 def page() -> str:
@@ -379,8 +354,7 @@ def course_figure(document: Document) -> str:
     for key, title in titles.items():
         seeds = {name: [run["curves"].get(key) for run in entry["runs"]] for name, entry in rows.items()}
         series = {name: runs for name, runs in seeds.items() if runs[0] is not None}
-        highest = max(value for runs in series.values() for run in runs for value in run)
-        panels.append(Panel(title, series, limit=nice(100 * highest) / 100 if key == "student" else 1))
+        panels.append(Panel(title, series, limit=None if key == "student" else 1))
     return curves(f"{document['options']['pair']['name']}: over training", document["looks"], panels, columns=3)
 
 
@@ -398,7 +372,3 @@ def class_figure(document: Document, key: str) -> str:
 def ratio(value: float | None, unit: float) -> float | None:
     """A number in another unit, where both are known."""
     return value / unit if value is not None and unit else None
-
-
-if __name__ == "__main__":
-    main()

@@ -28,17 +28,11 @@ torch's own counter: two forward and backward passes and the teacher's. `matmul_
 large matrices reaches on the device, the rate that a step of nothing but arithmetic would have.
 """
 
-import argparse
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -46,12 +40,23 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import arguments, interleave, parser, save, show
+from benchmarks.speed.common import held_bytes, in_fresh_process, interleave, peak_mb, show
+from benchmarks.speed.mixing import CLASSES
+from benchmarks.speed.step_forms import (
+    NETWORKS,
+    Draw,
+    Form,
+    Size,
+    Step,
+    Training,
+    build,
+    forms,
+    move,
+    precision,
+    stepper,
+)
 from crossmix import functional as F
 from crossmix.models import DeepLabV2
-from loss import resident_bytes
-from mixing import CLASSES
-from step_forms import NETWORKS, Draw, Form, Size, Step, Training, build, forms, move, precision, stepper
 
 
 def first_loss(work: Training, step: Step, size: Size) -> float:
@@ -178,52 +183,51 @@ def matmul_rates(device: str, rounds: int) -> dict[str, float]:
 
 
 def peak(name: str, size: Size) -> dict[str, float]:
-    """What the second step of a form takes at most, in this process, which has done nothing yet."""
+    """What the second step of a form takes at most, networks and optimizer included, in this process, a fresh one."""
     torch.set_num_threads(1)
-    cuda = torch.device(size.device).type == "cuda"
     torch.optim.SGD([torch.zeros(1)], 0.1)  # torch imports its compiler for the first optimizer
-    before = 0 if cuda else resident_bytes("VmRSS")
+    before = held_bytes(size.device)
     work, step = stepper(forms(size.device)[name], size)
     step(work.sample())
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        step(work.sample())
-        return {
-            "peak_mb": torch.cuda.max_memory_allocated() / 1e6,
-            "reserved_mb": torch.cuda.max_memory_reserved() / 1e6,
-        }
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
-    step(work.sample())
-    return {"peak_mb": (resident_bytes("VmHWM") - before) / 1e6}
+    return peak_mb(lambda: step(work.sample()), size.device, since=before)
 
 
-def fresh_peak(name: str, size: Size) -> dict[str, float]:
-    """The same in a fresh process that gives large blocks back to the system."""
-    code = f"import json, step; print(json.dumps(step.peak({name!r}, step.Size(**{asdict(size)!r}))))"
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(  # noqa: S603 - this very file
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, stdout=subprocess.PIPE, check=True
-    )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def fresh_peaks(names: Sequence[str], size: Size) -> dict[str, dict[str, float]]:
+    """The same of several forms, in a process each."""
+    return {name: in_fresh_process("step", f"peak({name!r}, step.Size(**{asdict(size)!r}))") for name in names}
 
 
-def measure(
-    device: str,
-    rounds: int,
-    *,
-    quick: bool,
-    size: Size | None = None,
-    names: Sequence[str] = (),
-    memory: Sequence[str] | None = None,
-) -> dict[str, object]:
-    """Time all forms, or those named, the parts of some, and the memory of some; with little time nothing compiled."""
-    size = size or default_size(device)
+def measure(device: str, rounds: int, *, quick: bool) -> dict[str, object]:
+    """Every form, the parts of some, and memory; with little time, and on a GPU, none that is compiled for long."""
     known = forms(device)
-    few = [name for name in known if not (quick and (known[name].compiled or known[name].graph))]
-    names = list(names or few)
-    work = operations(size)
+    cuda = torch.device(device).type == "cuda"
+    names = [name for name, form in known.items() if not (form.compiled and (quick or cuda))]
+    size = default_size(device)
+    memory = [name for name in ("released style", "RepeatedSGD") if name in names] if quick else names
+    return measured(size, rounds, names, memory)
+
+
+def measure_compiled(device: str, rounds: int, *, quick: bool) -> dict[str, object]:  # noqa: ARG001 - all are slow
+    """The compiled forms beside what they start from."""
+    known = forms(device)
+    base = "bf16" if torch.device(device).type == "cuda" else "RepeatedSGD"
+    return measured(default_size(device), rounds, [base, *(name for name in known if known[name].compiled)], ())
+
+
+def measure_memory(device: str, rounds: int, *, quick: bool) -> dict[str, object]:  # noqa: ARG001 - no time is taken
+    """The memory of the paper's step, whatever the device."""
+    size = Size(network="resnet101", crop=(512, 512), batch=2, device=device)
+    rows = fresh_peaks(["released style", "RepeatedSGD"] if quick else ["released style", "plain", "RepeatedSGD"], size)
+    for name, row in rows.items():
+        print(f"  {name:24}  {', '.join(f'{key} {value:.0f}' for key, value in row.items())}")
+    return {**asdict(size), "rows": rows}
+
+
+def measured(size: Size, rounds: int, names: Sequence[str], memory: Sequence[str]) -> dict[str, object]:
+    """Time the named forms side by side, the first is 1.0; the parts of some, and the memory of some."""
+    device, known = size.device, forms(size.device)
+    work = tflop(size)
+    print(f"{work:.4g} TFLOP a step")
     made = {name: stepper(known[name], size) for name in names}
     first = {name: first_loss(*made[name], size) for name in names}
     rows = interleave(
@@ -237,9 +241,7 @@ def measure(
     height, width = size.crop
     title = f"one step of {size.network}, {size.batch} + {size.batch} crops of {height} x {width}, {device}"
     show(title, rows, names[0])
-    if memory is None:
-        memory = [name for name in ("released style", "RepeatedSGD") if name in names] if quick else names
-    peaks = {name: fresh_peak(name, size) for name in memory}
+    peaks = fresh_peaks(memory, size)
     for name, row in rows.items():
         rate = 1e3 / row["median_ms"]
         row.update(loss=first[name], it_per_s=rate, tflop_per_s=rate * work, **peaks.get(name, {}))
@@ -261,68 +263,8 @@ def show_parts(name: str, times: dict[str, float]) -> None:
         print(f"  {part:26}  {value:9.3f} ms  {100 * value / whole:5.1f} %")
 
 
-def operations(size: Size) -> float:
-    """The same as `tflop`, said aloud."""
-    work = tflop(size)
-    print(f"{work:.4g} TFLOP a step")
-    return work
-
-
 def default_size(device: str) -> Size:
     """The paper's on a GPU, the demo's on a CPU."""
     if torch.device(device).type == "cuda":
         return Size(network="resnet101", crop=(512, 512), batch=2, device=device)
     return Size(device=device)
-
-
-def main() -> None:
-    """Measure, print, and save."""
-    options = parser(__doc__)
-    options.add_argument("--network", choices=NETWORKS, help="resnet101 on a GPU, tiny on a CPU")
-    options.add_argument("--crop", type=height_and_width, help="H x W: 512x512 on a GPU, 64x128 on a CPU")
-    options.add_argument("--batch", type=int, help="source images, and as many target images: 2 on a GPU, 4 on a CPU")
-    options.add_argument("--forms", nargs="+", default=[], metavar="NAME", help="only these forms, the first is 1.0")
-    options.add_argument("--no-memory", action="store_true", help="leave out the memory, a fresh process per form")
-    options.add_argument("--memory", action="store_true", help="only the memory")
-    options.add_argument("--suite", default="step", help="the name of the result file")
-    args = arguments(options)
-    given = {name: getattr(args, name) for name in ("network", "crop", "batch") if getattr(args, name) is not None}
-    size = replace(default_size(args.device), **given)
-    if unknown := [name for name in args.forms if name not in forms(args.device)]:
-        options.error(f"--forms knows {', '.join(map(repr, forms(args.device)))}, got {unknown[0]!r}")
-    results: dict[str, object]
-    if args.memory:
-        results = memory_alone(args.forms or ["released style", "plain", "RepeatedSGD"], size)
-    else:
-        results = measure(
-            args.device,
-            args.rounds,
-            quick=args.quick,
-            size=size,
-            names=args.forms,
-            memory=() if args.no_memory else None,
-        )
-    if args.save:
-        save("step-memory" if args.memory else args.suite, args.device, results, args.out)
-
-
-def memory_alone(names: Sequence[str], size: Size) -> dict[str, object]:
-    """Of the named forms."""
-    rows = {}
-    for name in names:
-        rows[name] = fresh_peak(name, size)
-        print(f"  {name:24}  {', '.join(f'{key} {value:.0f}' for key, value in rows[name].items())}")
-    return {**asdict(size), "rows": rows}
-
-
-def height_and_width(text: str) -> tuple[int, int]:
-    """'64x128' as (64, 128)."""
-    try:
-        height, width = map(int, text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a size such as 64x128, got {text!r}") from None
-    return height, width
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.profiler import ProfilerActivity
 
-from common import command, interleave, show
+from benchmarks.speed.common import interleave, show
 from crossmix import MeanTeacher
 from crossmix.functional import ema_update_
 from crossmix.models import deeplab_v2_resnet101
@@ -71,7 +71,3 @@ def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, flo
                 rows[name]["launches"] = count
                 print(f"  {name}: {count} launches")
     return rows
-
-
-if __name__ == "__main__":
-    command("teacher", __doc__, measure)

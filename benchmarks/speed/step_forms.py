@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from augment import one_by_one
+from benchmarks.speed.augment import one_by_one
+from benchmarks.speed.mixing import CLASSES, per_image_loop, street_like
+from benchmarks.speed.teacher import released as released_average
 from crossmix import SelfTraining, recipes
 from crossmix.engine import FiniteGuard
 from crossmix.models import deeplab_v2_resnet101, deeplab_v2_tiny
 from crossmix.optim import RepeatedSGD, parameter_groups
-from mixing import CLASSES, per_image_loop, street_like
-from teacher import released as released_average
 
 LR, MOMENTUM, DECAY = 2.5e-4, 0.9, 5e-4  # of the optimizer; the head learns ten times as fast
 THRESHOLD = 0.13  # not the recipe's 0.968, of which random weights are nowhere sure: no pseudo-label would count

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import torch
 
-from common import command, interleave
+from benchmarks.speed.common import interleave
+from benchmarks.speed.mixing import street_like
 from crossmix import CrossDomainMix, StrongAugment
 from crossmix import functional as F
-from mixing import street_like
 
 
 class Shape(NamedTuple):
@@ -134,7 +134,3 @@ def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]
             }
         )
     return results
-
-
-if __name__ == "__main__":
-    command("scaling", __doc__, measure)

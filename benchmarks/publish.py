@@ -1,6 +1,9 @@
-"""Print the figures of README and docs/performance.md from the result files, or write them there with --write.
+"""Make the figures of README.md, docs/performance.md and docs/results.md from the result files.
 
-The picture docs/scaling.svg is written too. Of a GPU there are tables for the result files that are there.
+    python -m benchmarks.publish            print them
+    python -m benchmarks.publish --write    write them into the pages, with the pictures
+
+Of a GPU there are tables for the result files that are there.
 """
 
 import argparse
@@ -10,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from charts import growth
-from collected import mean_and_sd
+from benchmarks.charts import growth
+from benchmarks.speed.common import RESULTS, ROOT
+from benchmarks.study import page
+from benchmarks.study.collected import mean_and_sd
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 
 
@@ -26,10 +29,10 @@ def read(name: str) -> dict[str, Any]:
 
 def demo() -> list[str]:
     """Both rows of the demo by seed."""
-    document = read("demo--cpu")
+    document = read("demo")
     machine = f"{document['machine']['threads']} threads of {document['machine']['processor']}"
     lines = [
-        f"The demo, {machine} (`python benchmarks/demo.py --save`), mIoU in percent on held-out target scenes:",
+        f"The demo, {machine} (`python -m benchmarks.study demo --save`), mIoU in percent on held-out target scenes:",
         "",
         "| seed | source-only | DACS | difference | seconds |",
         "|---:|---:|---:|---:|---:|",
@@ -42,7 +45,7 @@ def demo() -> list[str]:
 
 def shift() -> list[str]:
     """What the two looks are apart."""
-    rows = read("street_scenes_shift")["rows"]
+    rows = read("shift")["rows"]
     means = {name: 100 * statistics.mean(run["miou"] for run in runs) for name, runs in rows.items()}
     count = len(rows["source on target"])
     return [
@@ -50,7 +53,7 @@ def shift() -> list[str]:
         f"{means['target on target']:.1f} % on the target when trained on labelled target scenes and",
         f"{means['source on target']:.1f} % when trained on source scenes, which gets",
         f"{means['source on source']:.1f} % on the source; means of {count} seeds",
-        "(`python benchmarks/street_scenes_shift.py --save`).",
+        "(`python -m benchmarks.study shift --save`).",
     ]
 
 
@@ -61,7 +64,7 @@ def evidence() -> list[str]:
     lines = [
         f"The paper's ablation, source-only with the colour jitter of DACS, and an oracle, {seeds} seeds each, mIoU in",
         "percent. [Results](docs/results.md) has every seed, what was expected and missed, what the pseudo-labels did,",
-        "and what matters to DACS (`python benchmarks/ablation.py --pair streetscenes --save`, or `camvid`):",
+        "and what matters to DACS (`python -m benchmarks.study ablation --save`, with `--pair camvid` too):",
         "",
         f"| pair | {' | '.join(pairs['StreetScenes']['rows'])} |",
         "|---" + "|---:" * len(pairs["StreetScenes"]["rows"]) + "|",
@@ -76,7 +79,7 @@ def evidence() -> list[str]:
         "",
         "Both pairs have the hyper-parameters of StreetScenes. On CamVid the threshold of 0.5 costs DACS its lead:",
         f"with the 0.968 of the paper's code it has {strict}, {len(runs)} seeds",
-        "(`python benchmarks/causes.py --pair camvid --save`).",
+        "(`python -m benchmarks.study causes --pair camvid --save`).",
     ]
 
 
@@ -93,7 +96,7 @@ def mixing() -> list[str]:
     columns = {name: title for name, title in columns.items() if name in document["results"][0]["rows"]}
     lines = [
         "Class masks and the mix of 8 x 3 x 512 x 512 images, labels and weights on one CPU thread, and what others",
-        "take as multiples of it (`python benchmarks/mixing.py --save`):",
+        "take as multiples of it (`python -m benchmarks.speed mixing --save`):",
         "",
         f"| labels | crossmix | {' | '.join(columns.values())} |",
         "|---|---:" + "|---:" * len(columns) + "|",
@@ -276,24 +279,31 @@ def figures() -> str:
     return "\n".join([*demo(), "", *shift(), "", *evidence(), "", *mixing(), ""])
 
 
-PICTURES = {ROOT / "docs" / "scaling.svg": scaling_figure}
 PAGES = {ROOT / "README.md": figures, ROOT / "docs" / "performance.md": performance}
+
+
+def pictures() -> dict[Path, str]:
+    """Every figure as SVG, by file."""
+    made = {ROOT / "docs" / "results" / name: content for name, content in page.figures().items()}
+    return {ROOT / "docs" / "scaling.svg": scaling_figure(), **made}
 
 
 def main() -> None:
     """Print or write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true")
-    args = parser.parse_args()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="write the pages and the pictures")
+    if not parser.parse_args().write:
+        print("\n".join([*(made() for made in PAGES.values()), page.page()]))
+        return
     for path, made in PAGES.items():
-        if not args.write:
-            print(made())
-            continue
         before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
         _, _, after = rest.partition(END)
         path.write_text(f"{before}{BEGIN}\n{made()}\n{END}{after}", encoding="utf-8")
-    for path, made in PICTURES.items() if args.write else ():
-        path.write_text(made(), encoding="utf-8")
+    (ROOT / "docs" / "results.md").write_text(page.page(), encoding="utf-8")
+    for path, content in pictures().items():
+        path.write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

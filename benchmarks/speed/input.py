@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common import command, interleave, show
+from benchmarks.speed.common import interleave, show
 from crossmix.datasets import GTA5, CachedSamples, Cityscapes, Sample, StreetScenes, write_png
 from crossmix.datasets.classes import label_ids, train_ids
 from crossmix.engine import KeyedCrops
@@ -207,7 +207,3 @@ def measure(device: str, rounds: int, *, quick: bool) -> dict[str, object]:  # n
             )
         ]
     return {"content": content, "processors": os.cpu_count(), "data_sets": results}
-
-
-if __name__ == "__main__":
-    command("input", __doc__, measure)

@@ -11,17 +11,13 @@ back before the call) minus the resident memory before, with every large block g
 is the allocator's maximum.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common import command, interleave, show
+from benchmarks.speed.common import held_bytes, in_fresh_process, interleave, peak_mb, show
 from crossmix.functional import upsampled_cross_entropy, weighted_cross_entropy
 
 N, CLASSES, SMALL, FULL = 2, 19, 65, 512
@@ -55,37 +51,13 @@ def step(loss: Loss, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return gradient
 
 
-def peak_mb(name: str, device: str) -> float:
-    """What one call takes at most, in this process."""
+def peak(name: str, device: str) -> dict[str, float]:
+    """What one call takes on top of its inputs, in this process."""
     torch.set_num_threads(1)
     loss, batch = candidates()[name], inputs(device)
     for _ in range(2):
         step(loss, batch)
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step(loss, batch)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
-    before = resident_bytes("VmRSS")
-    step(loss, batch)
-    return (resident_bytes("VmHWM") - before) / 1e6
-
-
-def resident_bytes(field: str) -> int:
-    """A size out of the process's status."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def fresh_peak_mb(name: str, device: str) -> float:
-    """The same in a fresh process that gives large blocks back to the system."""
-    code = f"import loss; print(loss.peak_mb({name!r}, {device!r}))"
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(  # noqa: S603 - this very file
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, stdout=subprocess.PIPE, check=True
-    )
-    return float(done.stdout)
+    return peak_mb(lambda: step(loss, batch), device, since=held_bytes(device))
 
 
 def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, float]]:
@@ -102,11 +74,7 @@ def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, flo
     show(f"{N} x {CLASSES} x {SMALL} x {SMALL} to {FULL} x {FULL}, {device}", rows, "plain")
     for name, loss in losses.items():
         error = (step(loss, batch) - exact).abs().max() / exact.abs().max()
-        rows[name] |= {"peak_mb": fresh_peak_mb(name, device), "gradient_error": error.item()}
+        rows[name] |= {**in_fresh_process("loss", f"peak({name!r}, {device!r})"), "gradient_error": error.item()}
         share = rows[name]["peak_mb"] / rows["plain"]["peak_mb"]
         print(f"  {name:14}  {rows[name]['peak_mb']:6.1f} MB  {share:5.3f} x plain  gradient error {error:.1e}")
     return rows
-
-
-if __name__ == "__main__":
-    command("loss", __doc__, measure)

@@ -1,78 +1,63 @@
-"""The evidence: runs that resume and repeat, a page that says what the files say, and a benchmark that can fail."""
+"""The studies: runs that resume and repeat, a page that says what the files say, and a benchmark that can fail."""
 
-import importlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from xml.etree import ElementTree as ET
 
 import pytest
 import torch
 
+from benchmarks.study import __main__ as command
+from benchmarks.study import page, trials
+from benchmarks.study.collected import row as collected_row
+from benchmarks.study.expected import checks
+from benchmarks.study.pairs import PAIRS, Domains, Pair, list_of
+from benchmarks.study.studies import METHODS, rows_of
+from benchmarks.study.trials import BoxMix, Job, Variant, box_mask
 from crossmix import ConfidenceWeightedCE, CrossDomainMix, MeanTeacher
 from crossmix.datasets import StreetScenes
 from oracles import seeded
 
-ROOT = Path(__file__).parent.parent
-MODULES = (
-    "ablation",
-    "causes",
-    "charts",
-    "collected",
-    "common",
-    "expected",
-    "pairs",
-    "results_page",
-    "sensitivity",
-    "trials",
-)
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-@pytest.fixture(scope="module")
-def modules() -> Iterator[dict[str, ModuleType]]:
-    """The modules of the benchmarks by name, importable as they import each other."""
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield {name: importlib.import_module(name) for name in MODULES}
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    yield
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def few(modules: dict[str, ModuleType]) -> Any:
+def few() -> Domains:
     """StreetScenes with fewer scenes."""
     kinds = (("source", 60, 0), ("target", 60, 1), ("target", 12, 2))
-    lists = [modules["pairs"].list_of(StreetScenes(n, domain=domain, seed=seed)) for domain, n, seed in kinds]
-    return modules["pairs"].Domains(*lists)
+    return Domains(*(list_of(StreetScenes(n, domain=domain, seed=seed)) for domain, n, seed in kinds))
 
 
-@pytest.fixture
-def bench(modules: dict[str, ModuleType], few: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    """The modules, on few scenes and looks."""
-    monkeypatch.setattr(modules["trials"], "load", lambda *_: few)
-    monkeypatch.setattr(modules["trials"], "LOOKS", 2)
-    monkeypatch.setattr(modules["trials"], "LOOKED_AT", 16)
-    return modules
+@pytest.fixture(autouse=True)
+def few_scenes_and_looks(few: Domains, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "load", lambda *_: few)
+    monkeypatch.setattr(trials, "LOOKS", 2)
+    monkeypatch.setattr(trials, "LOOKED_AT", 16)
 
 
 # ------------------------------------------------------------------------------------------------------ the benchmark
 
 
-def dacs(trials: ModuleType, seed: int = 0, steps: int = 40) -> dict[str, Any]:
+def dacs(seed: int = 0, steps: int = 40) -> dict[str, Any]:
     """What a short run ends with."""
-    run = trials.run(trials.Job("streetscenes", "dacs", trials.Variant("dacs"), seed, steps))
+    run = trials.run(Job("streetscenes", "dacs", Variant("dacs"), seed, steps))
     look: dict[str, Any] = run["looks"][-1]
     return look
 
 
 @pytest.mark.slow
-def test_benchmark__fails_when_the_algorithm_is_broken(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark__fails_when_the_algorithm_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, mix = ConfidenceWeightedCE.upsampled, CrossDomainMix.forward
     breaks = {
         "the loss has its sign flipped": (ConfidenceWeightedCE, "upsampled", lambda *args: -loss(*args)),
@@ -83,11 +68,11 @@ def test_benchmark__fails_when_the_algorithm_is_broken(bench: Any, monkeypatch: 
             lambda self, *args, **options: mix(self, *args, **options)._replace(labels=args[3]),
         ),
     }
-    intact, broken = dacs(bench["trials"]), {}
+    intact, broken = dacs(), {}
     for name, patch_of in breaks.items():
         with monkeypatch.context() as patch:
             patch.setattr(*patch_of)
-            broken[name] = dacs(bench["trials"])
+            broken[name] = dacs()
     # Half of a mixed image is pasted truth. What the teacher adds makes the rest right, or not.
     assert intact["mixed_accuracy"] > 0.65
     for name, run in broken.items():
@@ -100,19 +85,17 @@ def test_benchmark__fails_when_the_algorithm_is_broken(bench: Any, monkeypatch: 
         assert run["pseudo_labels"]["divergence"] > 0.5, name
 
 
-def test_run__repeats_to_the_bit_and_ends_at_the_last_step(bench: Any) -> None:
-    trials = bench["trials"]
-    job = trials.Job("streetscenes", "dacs", trials.Variant("dacs"), seed=1, steps=3)
+def test_run__repeats_to_the_bit_and_ends_at_the_last_step() -> None:
+    job = Job("streetscenes", "dacs", Variant("dacs"), seed=1, steps=3)
     first, second = trials.run(job), trials.run(job)
     assert first["looks"] == second["looks"]
     assert [look["step"] for look in first["looks"]] == [2, 3]
-    assert dacs(trials, seed=2, steps=3) != first["looks"][-1]
+    assert dacs(seed=2, steps=3) != first["looks"][-1]
 
 
 @pytest.mark.parametrize("name", ["source", "source + jitter", "pseudo-label", "classmix", "alignment", "oracle"])
-def test_run__every_method_has_scores_and_those_with_a_teacher_have_pseudo_labels(bench: Any, name: str) -> None:
-    trials = bench["trials"]
-    job = trials.Job("streetscenes", name, bench["ablation"].METHODS[name], seed=0, steps=1)
+def test_run__every_method_has_scores_and_those_with_a_teacher_have_pseudo_labels(name: str) -> None:
+    job = Job("streetscenes", name, METHODS[name], seed=0, steps=1)
     look = trials.run(job)["looks"][-1]
     has_teacher = name not in {"source", "source + jitter", "oracle"}
     assert 0 <= look["student"]["miou"] <= 1
@@ -120,11 +103,10 @@ def test_run__every_method_has_scores_and_those_with_a_teacher_have_pseudo_label
     assert ("teacher" in look, "pseudo_labels" in look) == (has_teacher, has_teacher)
 
 
-def test_every_method_of_a_seed_starts_from_one_network_and_sees_one_batch(bench: Any) -> None:
-    trials, pairs = bench["trials"], bench["pairs"]
-    pair, shares = pairs.PAIRS["streetscenes"], torch.full((19,), 1 / 19)
+def test_every_method_of_a_seed_starts_from_one_network_and_sees_one_batch() -> None:
+    pair, shares = PAIRS["streetscenes"], torch.full((19,), 1 / 19)
     weights = []
-    for variant in [*bench["ablation"].METHODS.values(), trials.Variant(aspp_branches=4)]:
+    for variant in [*METHODS.values(), Variant(aspp_branches=4)]:
         torch.manual_seed(3)
         student = trials.deeplab_v2_tiny(19, aspp_branches=variant.aspp_branches)
         weights.append(
@@ -133,9 +115,9 @@ def test_every_method_of_a_seed_starts_from_one_network_and_sees_one_batch(bench
     assert all(torch.equal(weights[0], other) for other in weights[1:])
 
 
-def test_box_mask__is_one_box_of_the_asked_share(bench: Any) -> None:
+def test_box_mask__is_one_box_of_the_asked_share() -> None:
     scores = torch.rand(50, 20, generator=seeded(0))
-    mask = bench["trials"].box_mask(scores, 0.5, 64, 128)
+    mask = box_mask(scores, 0.5, 64, 128)
     assert mask.shape == (50, 64, 128)
     for one in mask:
         rows, columns = one.any(1), one.any(0)
@@ -147,10 +129,10 @@ def test_box_mask__is_one_box_of_the_asked_share(bench: Any) -> None:
     assert len({tuple(one.any(1).nonzero().flatten().tolist()) for one in mask}) > 25  # they differ
 
 
-def test_box_mix__pastes_images_labels_and_weights_alike(bench: Any) -> None:
+def test_box_mix__pastes_images_labels_and_weights_alike() -> None:
     images = torch.zeros(2, 3, 32, 64), torch.ones(2, 3, 32, 64)
     labels = torch.zeros(2, 32, 64, dtype=torch.uint8), torch.ones(2, 32, 64, dtype=torch.int64)
-    mixed = bench["trials"].BoxMix(0.5)(
+    mixed = BoxMix(0.5)(
         images[0], labels[0], images[1], labels[1], torch.full((2, 32, 64), 0.25), scores=torch.rand(2, 20)
     )
     assert torch.equal(mixed.images[:, 0] == 0, mixed.mask)
@@ -186,35 +168,33 @@ def fake(job: Any) -> dict[str, Any]:
 
 
 def test_run_all__skips_what_is_finished_and_refuses_other_options(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trials = bench["trials"]
     started: list[int] = []
     monkeypatch.setattr(trials, "run", lambda job: started.append(job.seed) or fake(job))
-    jobs = [trials.Job("streetscenes", "source + jitter", trials.Variant("source"), seed, 5) for seed in range(3)]
+    jobs = [Job("streetscenes", "source + jitter", Variant("source"), seed, 5) for seed in range(3)]
     trials.run_all(jobs[:2], tmp_path, workers=1)
     documents = trials.run_all(jobs, tmp_path, workers=1)
     assert started == [0, 1, 2]
     assert [document["options"]["seed"] for document in documents] == [0, 1, 2]
     assert {path.name for path in tmp_path.glob("*.json*")} == {f"source-jitter--seed-{i}.json" for i in range(3)}
     assert "2 of 3 runs are finished" in capsys.readouterr().out
-    longer = trials.Job("streetscenes", "source + jitter", trials.Variant("source"), 0, 6)
+    longer = Job("streetscenes", "source + jitter", Variant("source"), 0, 6)
     with pytest.raises(SystemExit, match=r"source-jitter--seed-0\.json: is a run with other options; give another"):
         trials.run_all([longer], tmp_path, workers=1)
 
 
-def test_sensitivity__rows_have_files_of_their_own_and_the_base_is_there_once(bench: Any) -> None:
-    rows = bench["sensitivity"].rows()
-    trials = bench["trials"]
-    files = {trials.Job("streetscenes", name, variant, 0, 1).file for name, variant in rows.items()}
+def test_sensitivity__rows_have_files_of_their_own_and_the_base_is_there_once() -> None:
+    rows = rows_of("sensitivity", "streetscenes")
+    files = {Job("streetscenes", name, variant, 0, 1).file for name, variant in rows.items()}
     assert len(files) == len(rows) == len(set(rows.values())) == 16
-    assert rows["dacs"] == bench["ablation"].METHODS["dacs"]  # so that the runs are shared
+    assert rows["dacs"] == METHODS["dacs"]  # so that the runs are shared
 
 
 # ----------------------------------------------------------------------------------------------------------- the page
 
 
-def test_checks__tell_hits_from_misses(bench: Any) -> None:
+def test_checks__tell_hits_from_misses() -> None:
     def row(*mious: float, classes: list[float]) -> dict[str, Any]:
         return {"runs": [{"last": {"student": {"miou": miou, "per_class": classes}}} for miou in mious]}
 
@@ -224,7 +204,7 @@ def test_checks__tell_hits_from_misses(bench: Any) -> None:
         "pseudo-label": row(0.10, 0.25, classes=[0.4, 0.005]),
         "dacs": row(0.36, 0.36, classes=[0.5, 0.21]),
     }
-    found = {check.claim: check for check in bench["expected"].checks(rows, ["road", "pole"], "streetscenes")}
+    found = {check.claim: check for check in checks(rows, ["road", "pole"], "streetscenes")}
     held = {claim: check.holds for claim, check in found.items()}
     assert held == {
         "source above pseudo-label in the mean": True,
@@ -237,43 +217,36 @@ def test_checks__tell_hits_from_misses(bench: Any) -> None:
     )
     assert "lost: pole" in found["pseudo-label loses classes (mean IoU under 1 %) that source-only has"].found
     rows["classmix"] = row(0.2, 0.2, classes=[0.4, 0.02])
-    rescued = bench["expected"].checks(rows, ["road", "pole"], "streetscenes")[-1]
+    rescued = checks(rows, ["road", "pole"], "streetscenes")[-1]
     assert (rescued.holds, rescued.found) == (
         True,
         "pole (pseudo-label 0.5, dacs 21.0); pole (classmix 2.0, dacs 21.0)",
     )
 
 
-def test_page__shows_a_suite_and_names_a_missing_one(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    page, pair = bench["results_page"], bench["pairs"].Pair("streetscenes", ("road", "pole"), (64, 128), 2)
-    monkeypatch.setitem(bench["trials"].PAIRS, "streetscenes", pair)
-    for module in (page, bench["ablation"]):
+def test_page__shows_a_suite_and_names_a_missing_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(PAIRS, "streetscenes", Pair("streetscenes", ("road", "pole"), (64, 128), 2))
+    for module in (page, command):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     (tmp_path / "ablation-streetscenes.md").write_text("Pseudo-labelling was lucky.\n", encoding="utf-8")
     documents, rows = [], {}
-    for name, variant in bench["ablation"].METHODS.items():
-        runs = [fake(bench["trials"].Job("streetscenes", name, variant, seed, 2)) for seed in range(3)]
+    for name, variant in METHODS.items():
+        runs = [fake(Job("streetscenes", name, variant, seed, 2)) for seed in range(3)]
         documents += runs
-        rows[name] = bench["collected"].row(runs)
-    bench["ablation"].save("ablation-streetscenes", documents, rows)
+        rows[name] = collected_row(runs)
+    command.write("ablation-streetscenes", command.summary("ablation-streetscenes", documents, rows))
     text = page.page()
     assert "| dacs | 24.00 ± 10.00 | 29.00 ± 10.00 | 12.00 ± 5.00 | 12.00 ± 5.00 | 14.00, 24.00, 34.00 |" in text
     assert "Pseudo-labelling was lucky." in text
     assert "| pole | 10.0 | - / 0.0 (0.0) |" in text
-    assert "there is no `benchmarks/results/ablation-camvid.json`" in text
-    assert "there is no `benchmarks/results/sensitivity-streetscenes.json`" in text
-    assert "there is no `benchmarks/results/causes-streetscenes.json`" in text
-    for name, content in page.figures().items():
-        assert f"](results/{name})" in text
-        ET.fromstring(content)  # noqa: S314 - our own
+    for missing in ("ablation-camvid", "sensitivity-streetscenes", "causes-streetscenes"):
+        assert f"there is no `benchmarks/results/{missing}.json`" in text
+    assert all(f"](results/{name})" in text for name in page.figures())
 
-    causes = bench["causes"]
-    monkeypatch.setattr(causes, "load", lambda *_: None)
-    monkeypatch.setattr(causes, "run_all", lambda jobs, *_: [fake(job) for job in jobs])
-    monkeypatch.setattr(sys, "argv", ["causes.py", "--seeds", "2", "--save"])
-    causes.main()
+    monkeypatch.setattr(command, "load", lambda *_: None)
+    monkeypatch.setattr(command, "run_all", lambda jobs, *_: [fake(job) for job in jobs])
+    monkeypatch.setattr(sys, "argv", ["study", "causes", "--seeds", "2", "--save"])
+    command.main()
     text = page.page()
     assert "over seeds 0, 1, in points" in text
     assert "| classmix | 1000 | 23.00 ± 7.07 | 2.00 ± 0.00 | -7.00 ± 0.00 | 18.00, 28.00 |" in text
@@ -281,17 +254,12 @@ def test_page__shows_a_suite_and_names_a_missing_one(
     assert "| classmix, threshold 0.968 | 1000 | 40.00 ± 7.07 | 19.00 ± 0.00 | 10.00 ± 0.00 | 35.00, 45.00 |" in text
 
 
-def test_page__is_what_the_result_files_say(bench: Any) -> None:
-    page = bench["results_page"]
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    committed = [suite for suite in (*page.TITLES, page.SENSITIVITY) if page.read(suite) is not None]
-    assert (ROOT / "docs" / "results.md").exists() == ("\nresults\n" in index) == bool(committed)
-    if committed:
-        assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == page.page(), "run results_page.py --write"
-        for name, content in page.figures().items():
-            assert (ROOT / "docs" / "results" / name).read_text(encoding="utf-8") == content, name
+def test_page__is_what_the_result_files_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the real numbers of looks
+    committed = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert committed == page.page(), "run python -m benchmarks.publish --write"
 
 
-def test_result_files__are_json_without_nan(bench: Any) -> None:
-    for path in sorted(bench["common"].RESULTS.glob("*.json")):
+def test_result_files__are_json_without_nan() -> None:
+    for path in sorted(RESULTS.glob("*.json")):
         json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)

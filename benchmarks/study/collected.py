@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from trials import best
+from benchmarks.study.trials import best
 
 Document = dict[str, Any]
 CURVES = ("lambda", "agreement", "divergence")

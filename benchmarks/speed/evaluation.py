@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from common import command, interleave, show
+from benchmarks.speed.common import interleave, show
 from crossmix.metrics import ConfusionMatrix
 
 CLASSES = 19
@@ -61,7 +61,3 @@ def pixel_loop(labels: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]", predic
         if truth < CLASSES:
             counts[truth, predicted] += 1
     return counts
-
-
-if __name__ == "__main__":
-    command("evaluation", __doc__, measure)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import command, interleave, show
+from benchmarks.speed.common import interleave, show
 from crossmix.models import deeplab_v2_resnet101
 from crossmix.optim import RepeatedSGD, parameter_groups
 
@@ -62,7 +62,3 @@ def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, flo
     rows = interleave(candidates, rounds=rounds, device=device)
     show("one step, 43.8 million parameters", rows, "plain foreach")
     return rows
-
-
-if __name__ == "__main__":
-    command("optimizer", __doc__, measure)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import command, interleave, show
+from benchmarks.speed.common import interleave, show
 from crossmix import CrossDomainMix
 from crossmix import functional as F
 
@@ -126,7 +126,3 @@ def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]
             )
             results.append({"batch": n, "size": 512, "labels": name, "rows": rows, "speedup_over_released_loop": ratio})
     return results
-
-
-if __name__ == "__main__":
-    command("mixing", __doc__, measure)

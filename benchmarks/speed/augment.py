@@ -19,7 +19,7 @@ import kornia.filters
 import torch
 from torch import Tensor
 
-from common import command, interleave, show
+from benchmarks.speed.common import interleave, show
 from crossmix import StrongAugment
 
 STRENGTH = 0.25
@@ -91,7 +91,3 @@ def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]
         ratios = {key: rows[key]["median_ms"] / rows["kornia"]["median_ms"] for key in errors}
         results.append({"what": name, "batch": 8, "size": 512, "rows": rows, "of_kornia": ratios, "error": errors})
     return results
-
-
-if __name__ == "__main__":
-    command("augment", __doc__, measure)

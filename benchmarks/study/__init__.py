@@ -1,0 +1,1 @@
+"""What the methods score on data that anybody can get: `python -m benchmarks.study`."""

