@@ -45,16 +45,24 @@ def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     attributes = _attributes()
     found = []
+    bare: set[type] = set()  # the teacher walks at every step, and looking up a few types once saves half of that
 
-    def walk(part: nn.Module, name: str) -> None:
-        while (attribute := _attribute(part, attributes)) is not None:
-            part = part._modules[attribute]  # type: ignore[assignment]  # as in `unwrapped`
+    def walk(part: nn.Module, prefix: str, key: str) -> None:
+        while type(part) not in bare:
+            attribute = _attribute(part, attributes)
+            if attribute is None:
+                bare.add(type(part))
+            else:
+                part = part._modules[attribute]  # type: ignore[assignment]  # as in `unwrapped`
+        name = prefix + key
         found.append((name, part))
-        for key, child in part._modules.items():
-            if child is not None:
-                walk(child, f"{name}.{key}" if name else key)
+        if part._modules:
+            prefix = f"{name}." if name else ""
+            for attribute, child in part._modules.items():
+                if child is not None:
+                    walk(child, prefix, attribute)
 
-    walk(module, "")
+    walk(module, "", "")
     return found
 
 

@@ -7,8 +7,8 @@ As used by DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, 
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ def ema_update_(averaged: Sequence[Tensor], current: Sequence[Tensor], decay: fl
             raise error(
                 f"`averaged[{i}]` has {kind} {mine} but `current[{i}]` {theirs}; pass the tensors in one order."
             )
-    _move(_local_pairs(averaged, current), decay)
+    _move(_local_pairs(dict(enumerate(averaged)), dict(enumerate(current))), decay)
 
 
 class MeanTeacher(nn.Module):
@@ -239,7 +239,7 @@ class MeanTeacher(nn.Module):
                 own[key] = value
             return self.module(*inputs, **named)
         finally:
-            for own, key, value in kept:
+            for own, key, value in reversed(kept):
                 own[key] = value
 
     def pseudo_label(self, *inputs: Any, **named: Any) -> PseudoLabels:  # noqa: ANN401 - what the network takes
@@ -285,9 +285,7 @@ class MeanTeacher(nn.Module):
                 f"{self.decay} after {self.num_updates} updates; warm up eagerly first, or build with `warmup=False`."
             )
         mine, theirs = self._wide_state(), _state(student)
-        caches = _differing_caches(mine, theirs)
-        parameters = _matched(mine.parameters, theirs.parameters, "parameter")
-        buffers = _matched(_without(mine.buffers, caches), _without(theirs.buffers, caches), "buffer")
+        parameters, buffers, caches = _matched(mine, theirs)
         _move(parameters, decay)
         _move(buffers, decay if self.buffers_mode == "average" else 0.0)
         for name in caches:
@@ -378,18 +376,22 @@ class MeanTeacher(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MeanTeacher":
         """What `.to`, `.half` and their like do, but for a dtype below float32: that is for the forward pass alone."""
-        names = {id(value): name for name, value in _state(self.module).items()}
+        names: dict[int, list[str]] = {}
+        for name, value in _state(self.module).every_name():
+            names.setdefault(id(value), []).append(name)
 
         def keep_wide(value: Tensor) -> Tensor:
-            name = names.get(id(value))
-            if name is None or not _averages(value):
+            known = names.get(id(value), [])
+            if not known or not _averages(value):
                 return fn(value)
-            run = self._low.pop(name, value.dtype)
+            run = self._low.get(known[0], value.dtype)
             run = fn(torch.empty(0, dtype=run, device=value.device)).dtype
             moved = fn(value)
+            for name in known:
+                self._low.pop(name, None)
             if not _is_low(run):
                 return moved
-            self._low[name] = run
+            self._low.update(dict.fromkeys(known, run))
             return moved if moved.dtype == value.dtype else torch.empty_like(moved, dtype=value.dtype).copy_(value)
 
         super()._apply(keep_wide, recurse)
@@ -405,7 +407,8 @@ class MeanTeacher(nn.Module):
             changes.append((part.__dict__, "training", refreshing or batch_statistics))
             if self._low and not (norm and refreshing):  # what is refreshed is no copy
                 changes += self._in_low_dtype(part, f"{prefix}." if prefix else "")
-            if batch_statistics:  # without any to track, they are neither read nor moved, whatever the layer's code is
+            if batch_statistics:  # running ones that are out of sight are moved by no layer, whatever its code is
+                changes.append((part.__dict__, "track_running_stats", False))
                 changes += [(part._buffers, key, None) for key in _RUNNING if part._buffers.get(key) is not None]
         return changes
 
@@ -440,6 +443,8 @@ class MeanTeacher(nn.Module):
         self._loaded.without_count = False
 
 
+_Difference: TypeAlias = tuple[str, object, object]
+_Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -471,25 +476,36 @@ class _State(NamedTuple):
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
 
-    def items(self) -> list[tuple[str, Tensor]]:
-        return [*self.parameters.items(), *self.buffers.items()]
+    def every_name(self) -> list[tuple[str, Tensor]]:
+        """All tensors, shared ones under each of their names."""
+        return [
+            (f"{prefix}.{key}" if prefix else key, value)
+            for prefix, part in self.parts.items()
+            for own in (part._parameters, part._buffers)
+            for key, value in own.items()
+            if value is not None
+        ]
 
 
 def _state(module: nn.Module) -> _State:
     """What `named_parameters` and `named_buffers` give, in one walk: their four are a tenth of an update on a CPU."""
-    state = _State(dict(named_parts(module)), {}, {})
+    parts = dict(named_parts(module))
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
     seen = set()
     sharded = _type("torch.distributed.fsdp", "FSDPModule")
-    for name, part in state.parts.items():
+    for name, part in parts.items():
         if sharded is not None and isinstance(part, sharded):
             part.reshard()  # after a forward pass alone the root still holds whole tensors, which are soon thrown away
-        prefix = f"{name}." if name else ""
-        for own, found in ((part._parameters, state.parameters), (part._buffers, state.buffers)):
+        for own, found in ((part._parameters, parameters), (part._buffers, buffers)):
+            if not own:
+                continue
+            prefix = f"{name}." if name else ""
             for key, value in own.items():
                 if value is not None and id(value) not in seen:
                     seen.add(id(value))
                     found[prefix + key] = value
-    return state
+    return _State(parts, parameters, buffers)
 
 
 def _copied(student: nn.Module) -> nn.Module:
@@ -540,12 +556,10 @@ def _second(network: nn.Module, student: _State) -> nn.Module:
     """A second network of the user's, with the student's weights and buffers."""
     network = unwrapped(network)
     mine = _state(network)
-    shared = {id(value) for _, value in student.items()} & {id(value) for _, value in mine.items()}
+    shared = {id(value) for _, value in student.every_name()} & {id(value) for _, value in mine.every_name()}
     if shared:
         raise ValueError(f"`network` must be a second network, but shares {len(shared)} tensors with `student`.")
-    caches = _differing_caches(mine, student)
-    parameters = _matched(mine.parameters, student.parameters, "parameter")
-    buffers = _matched(_without(mine.buffers, caches), _without(student.buffers, caches), "buffer")
+    parameters, buffers, caches = _matched(mine, student)
     with torch.no_grad():
         _move([*parameters, *buffers], 0.0)
         for name in caches:
@@ -553,42 +567,56 @@ def _second(network: nn.Module, student: _State) -> nn.Module:
     return network
 
 
-def _difference(old: Tensor, new: Tensor) -> tuple[str, object, object] | None:
+def _difference(old: Tensor, new: Tensor) -> _Difference | None:
     """In what two tensors differ that belong together, and what each has; None if in nothing that matters."""
     if old.shape != new.shape:
         return "shape", tuple(old.shape), tuple(new.shape)
-    if _averages(old) != _averages(new):
+    if old.dtype != new.dtype and _averages(old) != _averages(new):
         return "dtype", old.dtype, new.dtype
     if old.is_meta != new.is_meta:
         return "device", old.device, new.device
     return None
 
 
-def _matched(averaged: dict[str, Tensor], current: dict[str, Tensor], kind: str) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of the teacher's and the student's tensors, matched by name, shape and kind of dtype."""
-    if averaged.keys() != current.keys():
-        differing = sorted(averaged.keys() ^ current.keys())
-        raise ValueError(
-            f"The student's {kind}s must be those of the teacher, but {len(differing)} names differ, "
-            f"first {differing[0]!r}; pass the network that the teacher was made from."
-        )
+def _matched(mine: _State, theirs: _State) -> tuple[_Pairs, _Pairs, list[str]]:
+    """The teacher's and the student's parameters and buffers in pairs, and the buffers to be taken over.
+
+    These are the ones that one network alone has, or that differ in shape, and that are persistent in neither.
+    """
+    different = _differences(mine.parameters, theirs.parameters)
+    _refuse("parameter", different)
+    parameters = _local_pairs(mine.parameters, theirs.parameters)
+    different = _differences(mine.buffers, theirs.buffers)
+    caches = [name for name in different if _is_cache(name, mine) and _is_cache(name, theirs)]
+    _refuse("buffer", {name: what for name, what in different.items() if name not in caches})
+    buffers = {name: value for name, value in mine.buffers.items() if name not in caches} if caches else mine.buffers
+    return parameters, _local_pairs(buffers, theirs.buffers), caches
+
+
+def _differences(averaged: dict[str, Tensor], current: dict[str, Tensor]) -> dict[str, _Difference | None]:
+    """What does not match, by name: what `_difference` says, or None where one side has no such tensor."""
+    found: dict[str, _Difference | None] = dict.fromkeys(sorted(averaged.keys() ^ current.keys()))
     for name, value in averaged.items():
-        if difference := _difference(value, current[name]):
+        if name not in found and (difference := _difference(value, current[name])):
+            found[name] = difference
+    return found
+
+
+def _refuse(kind: str, different: dict[str, _Difference | None]) -> None:
+    """Raise for what does not match; names first, since tensors of other names are those of another network."""
+    missing = [name for name, difference in different.items() if difference is None]
+    if missing:
+        raise ValueError(
+            f"The student's {kind}s must be those of the teacher, but {len(missing)} names differ, "
+            f"first {missing[0]!r}; pass the network that the teacher was made from."
+        )
+    for name, difference in different.items():
+        if difference is not None:
             what, mine, theirs = difference
             raise ValueError(
                 f"The student's {kind} {name!r} has {what} {theirs} but the teacher's {mine}; "
                 "pass the network that the teacher was made from."
             )
-    return _local_pairs(averaged.values(), [current[name] for name in averaged])
-
-
-def _differing_caches(mine: _State, theirs: _State) -> list[str]:
-    """Buffers that one network alone has, or that differ in shape, and that are persistent in neither."""
-    differing = mine.buffers.keys() ^ theirs.buffers.keys()
-    for name in mine.buffers.keys() & theirs.buffers.keys():
-        if _difference(mine.buffers[name], theirs.buffers[name]):
-            differing.add(name)
-    return sorted(name for name in differing if _is_cache(name, mine) and _is_cache(name, theirs))
 
 
 def _is_cache(name: str, state: _State) -> bool:
@@ -596,10 +624,6 @@ def _is_cache(name: str, state: _State) -> bool:
     prefix, _, key = name.rpartition(".")
     part = state.parts.get(prefix)
     return part is not None and (name not in state.buffers or key in part._non_persistent_buffers_set)
-
-
-def _without(tensors: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    return {name: value for name, value in tensors.items() if name not in names} if names else tensors
 
 
 def _take_over(name: str, mine: _State, theirs: _State) -> None:
@@ -614,36 +638,39 @@ def _take_over(name: str, mine: _State, theirs: _State) -> None:
         delattr(part, key)
 
 
-def _move(pairs: list[tuple[Tensor, Tensor]], decay: float) -> None:
+def _move(pairs: _Pairs, decay: float) -> None:
     """Average pairs in, in place; integers are copied."""
-    copied = [pair for pair in pairs if decay == 0 or not _averages(pair[0])]
-    lerped = [pair for pair in pairs if decay not in {0, 1} and _averages(pair[0])]
+    copied, lerped = (pairs, []) if decay == 0 else ([], [])
+    if decay != 0:
+        for pair in pairs:
+            (lerped if _averages(pair[0]) else copied).append(pair)
     if copied:
         torch._foreach_copy_([old for old, _ in copied], [new for _, new in copied])
-    if lerped:
-        wide = [_wide(old) for old, _ in lerped]
-        torch._foreach_lerp_(wide, [new.to(old) for old, (_, new) in zip(wide, lerped, strict=True)], 1.0 - decay)
-        rounded = [(old, new) for (old, _), new in zip(lerped, wide, strict=True) if old is not new]
-        if rounded:
-            torch._foreach_copy_([old for old, _ in rounded], [new for _, new in rounded])
+    if not lerped or decay == 1:
+        return
+    averages = [old for old, _ in lerped]
+    low = any(map(_is_low, {old.dtype for old in averages}))
+    wide = [_wide(old) for old in averages] if low else averages
+    torch._foreach_lerp_(wide, [new.to(old) for old, (_, new) in zip(wide, lerped, strict=True)], 1.0 - decay)
+    if low:
+        torch._foreach_copy_(averages, wide)  # a tensor onto itself where it was wide
 
 
-def _local_pairs(averaged: Iterable[Tensor], current: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _local_pairs(averaged: Mapping[Any, Tensor], current: Mapping[Any, Tensor]) -> _Pairs:
     """Pairs of plain tensors: for a sharded average this rank's shard, and the same part of the current value."""
-    pairs = list(zip(averaged, current, strict=True))
-    if _type("torch.distributed.tensor", "DTensor") is None:
+    pairs = [(value, current[name]) for name, value in averaged.items()]
+    if not any(map(_is_sharded, {type(value): value for pair in pairs for value in pair}.values())):
         return pairs
-    return [_local_pair(old, new) if _is_sharded(old) or _is_sharded(new) else (old, new) for old, new in pairs]
+    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - somebody has imported it
 
+    def local(old: Any, new: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - either may be a DTensor
+        if not isinstance(old, DTensor):
+            return old, new.full_tensor() if isinstance(new, DTensor) else new
+        if not isinstance(new, DTensor):
+            new = DTensor.from_local(new, old.device_mesh, [Replicate()] * old.device_mesh.ndim, run_check=False)
+        return old.to_local(), new.redistribute(old.device_mesh, old.placements).to_local()
 
-def _local_pair(old: Any, new: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - a DTensor, which is not imported here
-    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - is imported already, or none were here
-
-    if not _is_sharded(old):
-        return old, new.full_tensor()
-    if not _is_sharded(new):
-        new = DTensor.from_local(new, old.device_mesh, [Replicate()] * old.device_mesh.ndim, run_check=False)
-    return old.to_local(), new.redistribute(old.device_mesh, old.placements).to_local()
+    return [local(old, new) for old, new in pairs]
 
 
 def _is_sharded(value: Tensor) -> bool:
@@ -674,7 +701,10 @@ def _wide(value: Tensor) -> Tensor:
 
 def _low(state: _State) -> dict[str, torch.dtype]:
     """The dtypes below float32, by name."""
-    return {name: value.dtype for name, value in state.items() if _is_low(value.dtype)}
+    dtypes = {value.dtype for tensors in state[1:] for value in tensors.values()}
+    if not any(map(_is_low, dtypes)):
+        return {}
+    return {name: value.dtype for name, value in state.every_name() if _is_low(value.dtype)}
 
 
 def _check_no_output(logits: object) -> None:

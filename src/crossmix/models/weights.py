@@ -189,9 +189,7 @@ def _load(model: nn.Module, state: Mapping[str, Any], path: Path, *, strict: boo
         raise WeightsError(f"{path}: expected {what} to match, got {report}; the model is as it was; {advice}.")
     if torchvisions:
         values |= _preprocessing_converted(values)
-    with torch.no_grad():
-        for clean in fitting:
-            own[ours[clean]].copy_(values[clean])
+    model.load_state_dict({ours[clean]: values[clean] for clean in fitting}, strict=False)
     LOG.log(logging.WARNING if lacking or report.unexpected else logging.INFO, "%s: %s", path, report)
     if torchvisions:
         LOG.warning("%s: %s", path, TORCHVISION)
