@@ -182,7 +182,7 @@ class Norms(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for part in (self.batch, self.cumulative, self.sync, self.instance, self.plain):
-            x = part(x).exp()
+            x = part(x).sigmoid()
         last = self.by_hand
         return nn.functional.batch_norm(x, last.running_mean, last.running_var, training=last.training)
 
