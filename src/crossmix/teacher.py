@@ -108,10 +108,9 @@ def ema_update_(averaged: Sequence[Tensor], current: Sequence[Tensor], decay: fl
     averaged, current = list(averaged), list(current)
     if len(averaged) != len(current):
         raise ValueError(f"`averaged` holds {len(averaged)} tensors but `current` {len(current)}; pass matching lists.")
+    _check_tensors("averaged", averaged)
+    _check_tensors("current", current)
     for i, (old, new) in enumerate(zip(averaged, current, strict=True)):
-        if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
-            check_tensor(f"averaged[{i}]", old)
-            check_tensor(f"current[{i}]", new)
         if difference := _difference(old, new):
             kind, mine, theirs = difference
             error = TypeError if kind == "dtype" else ValueError
@@ -210,7 +209,7 @@ class MeanTeacher(nn.Module):
         self.module.eval()
         self._cumulative = self._count_cumulative()
         self._loaded = _Loaded()
-        self.module.register_load_state_dict_pre_hook(self._loaded)
+        self.module.register_load_state_dict_pre_hook(self._loaded)  # type: ignore[no-untyped-call]
         self._low: dict[str, torch.dtype] = {}  # what runs in less than the float32 that it is kept in
         self._wide_state()
         self._students_low = _low(theirs)
@@ -394,7 +393,7 @@ class MeanTeacher(nn.Module):
             self._low.update(dict.fromkeys(known, run))
             return moved if moved.dtype == value.dtype else torch.empty_like(moved, dtype=value.dtype).copy_(value)
 
-        super()._apply(keep_wide, recurse)
+        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _during_forward(self) -> list[tuple[dict[str, Any], str, Any]]:
@@ -430,7 +429,7 @@ class MeanTeacher(nn.Module):
         state = _state(self.module)
         low = _low(state)
         if low:
-            self.module._apply(_wide)
+            self.module._apply(_wide)  # type: ignore[no-untyped-call]
             self._low.update(low)
             state = _state(self.module)
         return state
@@ -640,10 +639,10 @@ def _take_over(name: str, mine: _State, theirs: _State) -> None:
 
 def _move(pairs: _Pairs, decay: float) -> None:
     """Average pairs in, in place; integers are copied."""
-    copied, lerped = (pairs, []) if decay == 0 else ([], [])
-    if decay != 0:
-        for pair in pairs:
-            (lerped if _averages(pair[0]) else copied).append(pair)
+    copied: _Pairs = []
+    lerped: _Pairs = []
+    for pair in pairs:
+        (copied if decay == 0 or not _averages(pair[0]) else lerped).append(pair)
     if copied:
         torch._foreach_copy_([old for old, _ in copied], [new for _, new in copied])
     if not lerped or decay == 1:
@@ -705,6 +704,12 @@ def _low(state: _State) -> dict[str, torch.dtype]:
     if not any(map(_is_low, dtypes)):
         return {}
     return {name: value.dtype for name, value in state.every_name() if _is_low(value.dtype)}
+
+
+def _check_tensors(name: str, values: Sequence[object]) -> None:
+    for i, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            check_tensor(f"{name}[{i}]", value)
 
 
 def _check_no_output(logits: object) -> None:
