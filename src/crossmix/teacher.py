@@ -491,18 +491,18 @@ def _state(module: nn.Module) -> _State:
     parts = dict(named_parts(module))
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
-    seen = set()
     sharded = _type("torch.distributed.fsdp", "FSDPModule")
+    if sharded is not None:
+        for part in parts.values():
+            if isinstance(part, sharded):
+                part.reshard()  # after a forward pass alone the root still holds whole tensors, soon to be thrown away
+    seen = set()
     for name, part in parts.items():
-        if sharded is not None and isinstance(part, sharded):
-            part.reshard()  # after a forward pass alone the root still holds whole tensors, which are soon thrown away
-        for own, found in ((part._parameters, parameters), (part._buffers, buffers)):
-            if not own:
-                continue
-            prefix = f"{name}." if name else ""
+        prefix = f"{name}." if name else ""
+        for own, found in (part._parameters, parameters), (part._buffers, buffers):
             for key, value in own.items():
-                if value is not None and id(value) not in seen:
-                    seen.add(id(value))
+                if value is not None and (this := id(value)) not in seen:
+                    seen.add(this)
                     found[prefix + key] = value
     return _State(parts, parameters, buffers)
 
@@ -639,13 +639,11 @@ def _take_over(name: str, mine: _State, theirs: _State) -> None:
 
 def _move(pairs: _Pairs, decay: float) -> None:
     """Average pairs in, in place; integers are copied."""
-    copied: _Pairs = []
-    lerped: _Pairs = []
-    for pair in pairs:
-        (copied if decay == 0 or not _averages(pair[0]) else lerped).append(pair)
+    copied = pairs if decay == 0 else [pair for pair in pairs if not _averages(pair[0])]
+    lerped = [] if decay in {0, 1} else [pair for pair in pairs if _averages(pair[0])]
     if copied:
         torch._foreach_copy_([old for old, _ in copied], [new for _, new in copied])
-    if not lerped or decay == 1:
+    if not lerped:
         return
     averages = [old for old, _ in lerped]
     low = any(map(_is_low, {old.dtype for old in averages}))
@@ -658,7 +656,8 @@ def _move(pairs: _Pairs, decay: float) -> None:
 def _local_pairs(averaged: Mapping[Any, Tensor], current: Mapping[Any, Tensor]) -> _Pairs:
     """Pairs of plain tensors: for a sharded average this rank's shard, and the same part of the current value."""
     pairs = [(value, current[name]) for name, value in averaged.items()]
-    if not any(map(_is_sharded, {type(value): value for pair in pairs for value in pair}.values())):
+    sharded = _type("torch.distributed.tensor", "DTensor")
+    if sharded is None or sharded not in {type(value) for pair in pairs for value in pair}:
         return pairs
     from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - somebody has imported it
 
