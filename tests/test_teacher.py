@@ -201,7 +201,7 @@ def test_forward__moves_no_statistics_of_any_layer() -> None:
 
 def test_module__taken_out_is_an_ordinary_network() -> None:
     network, images = Norms(), torch.rand(2, 3, 5, 5, generator=seeded(0))
-    teacher = MeanTeacher(network)
+    teacher = MeanTeacher(network, mode="train")
     teacher(images)
     taken = copy.deepcopy(teacher.module).train().requires_grad_()
     before = copy.deepcopy(dict(taken.state_dict()))
