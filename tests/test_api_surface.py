@@ -62,7 +62,7 @@ SIGNATURES = {
     "crossmix.StrongAugment":
         "* brightness=0.25 contrast=0.25 saturation=0.25 hue=0.25 jitter_p=0.8 blur_p=0.5 blur_sigma=(0.15, 1.15) "
         "flavor='torchvision' same_on_batch=False mean=None std=None",
-    "crossmix.MeanTeacher": "student * decay=0.99 warmup=True buffers='copy' mode='eval'",
+    "crossmix.MeanTeacher": "student * decay=0.99 warmup=True buffers='copy' mode='train' network=None start=0",
     "crossmix.ConfidenceWeightedCE":
         "threshold=0.968 * scope='image' ignore_index=255 normalizer='all' label_smoothing=0.0 sync=False",
     "crossmix.DistributionAlignment": "num_classes * prior=None momentum=0.999 sync=False",

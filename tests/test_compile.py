@@ -310,6 +310,36 @@ def test_teacher_and_alignment__compile() -> None:
     torch.testing.assert_close(torch.compile(align, fullgraph=True, backend="aot_eager")(probs), align(probs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("compiled", ["the teacher", "its network"])
+def test_teacher__compiled_once_whatever_modes_others_set(compiled: str, mode: str, dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    student = SlowNetwork(C).to(dtype)
+    teacher = MeanTeacher(student, mode=mode)
+    eager = copy.deepcopy(teacher)
+    images = inputs()["images"].to(dtype)
+    run: Callable[[Tensor], Tensor] = teacher
+    if compiled == "its network":
+        teacher.module.compile(fullgraph=True, backend="aot_eager")
+    else:
+        run = torch.compile(teacher, fullgraph=True, backend="aot_eager")
+    run(images)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step, set_mode in enumerate((teacher.module.train, teacher.module.eval, eager.train)):
+            set_mode()
+            flags = [part.training for part in teacher.module.modules()]
+            torch.testing.assert_close(run(images), eager(images))
+            assert [part.training for part in teacher.module.modules()] == flags
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.mul_(0.9 + 0.01 * step)
+            for one in (teacher, eager):
+                one.update(student)
+    torch.testing.assert_close(dict(teacher.state_dict()), dict(eager.state_dict()))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it loads the compiler
 @pytest.mark.parametrize(

@@ -123,14 +123,119 @@ SCRIPT = textwrap.dedent(
 )
 
 
+SHARDED = textwrap.dedent(
+    """
+    import os
+    import sys
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+    from crossmix import MeanTeacher
+
+    rank, store = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(rank))
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU()), nn.Conv2d(5, 3, 1))
+
+    def shard(network, **options):
+        fully_shard(network[0], **options)
+        return fully_shard(network, **options)
+
+    def ddp():
+        network = build()
+        return MeanTeacher(network), DistributedDataParallel(network)
+
+    def both_sharded_afterwards():
+        network = build()
+        teacher = MeanTeacher(network)
+        shard(teacher.module)
+        return teacher, shard(network)
+
+    def student_sharded_afterwards():
+        network = build()
+        teacher = MeanTeacher(network)
+        return teacher, shard(network)
+
+    def sharded_first(second):
+        network = shard(build())
+        try:
+            MeanTeacher(network)
+        except ValueError as error:
+            assert "make the teacher first" in str(error)
+            assert "network=" in str(error)
+        else:
+            raise AssertionError("fully_shard has learnt to be copied")
+        return MeanTeacher(network, network=second()), network
+
+    def whole_first_and_sharded_then():
+        teacher, network = sharded_first(build)
+        shard(teacher.module)
+        return teacher, network
+
+    def train(make):
+        teacher, network = make()
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        outputs = []
+        for _ in range(4):
+            outputs.append(teacher(images))
+            network(images).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                network(images)  # after which its root holds whole tensors
+            teacher.update(network)
+        whole = {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+            for name, value in teacher.module.named_parameters()
+        }
+        return whole, torch.stack(outputs), teacher.num_updates
+
+    want = train(ddp)
+    for make in (
+        both_sharded_afterwards,
+        student_sharded_afterwards,
+        lambda: sharded_first(build),
+        lambda: sharded_first(lambda: shard(build())),
+        whole_first_and_sharded_then,
+    ):
+        torch.testing.assert_close(train(make), want, rtol=1e-6, atol=1e-7)
+
+    network = shard(build().bfloat16())
+    teacher = MeanTeacher(network, network=shard(build(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)))
+    teacher.update(network)
+    assert teacher(images.bfloat16()).dtype == torch.bfloat16
+    teacher.update(network)
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+    dist.barrier()
+    dist.destroy_process_group()
+    print("ok", rank, flush=True)
+    os._exit(0)  # as above
+    """
+)
+
+
+@pytest.mark.slow
+def test_sharded_students_give_the_teacher_that_ddp_gives(tmp_path: Path) -> None:
+    run_two_ranks(tmp_path, SHARDED)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_two_ranks_equal_one_after_20_steps(tmp_path: Path, dtype: str) -> None:
+    run_two_ranks(tmp_path, SCRIPT, dtype)
+
+
+def run_two_ranks(tmp_path: Path, code: str, *arguments: str) -> None:
     script = tmp_path / "ranks.py"
-    script.write_text(SCRIPT)
+    script.write_text(code)
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store"), dtype],
+            [sys.executable, str(script), str(rank), str(tmp_path / "store"), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -5,7 +5,6 @@ A network may have an attribute of that name itself; only the type of the module
 """
 
 import sys
-from collections.abc import Iterator
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -33,7 +32,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def named_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module of a network that is no wrapper, with the name that it has without wrappers at any depth.
 
     The order is that of `named_modules`; a module that is held twice comes twice.
@@ -41,20 +40,30 @@ def named_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     Args:
         module: The network, wrapped or not, as a whole or in parts.
 
-    Yields:
+    Returns:
         Names such as `""` and `"backbone.0"`, and modules.
     """
     attributes = _attributes()
+    found = []
+    bare: set[type] = set()  # the teacher walks at every step, and looking up a few types once saves half of that
 
-    def walk(part: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        while (attribute := _attribute(part, attributes)) is not None:
-            part = part._modules[attribute]  # type: ignore[assignment]  # as in `unwrapped`
-        yield name, part
-        for key, child in part._modules.items():
-            if child is not None:
-                yield from walk(child, f"{name}.{key}" if name else key)
+    def walk(part: nn.Module, prefix: str, key: str) -> None:
+        while type(part) not in bare:
+            attribute = _attribute(part, attributes)
+            if attribute is None:
+                bare.add(type(part))
+            else:
+                part = part._modules[attribute]  # type: ignore[assignment]  # as in `unwrapped`
+        name = prefix + key
+        found.append((name, part))
+        if part._modules:
+            prefix = f"{name}." if name else ""
+            for attribute, child in part._modules.items():
+                if child is not None:
+                    walk(child, prefix, attribute)
 
-    return walk(module, "")
+    walk(module, "", "")
+    return found
 
 
 def plain_name(module: nn.Module, name: str) -> str:

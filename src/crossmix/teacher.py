@@ -5,16 +5,20 @@ As used by DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, 
 """
 
 import copy
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # what torch.compiler.disable is, without importing the compiler
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils.hooks import RemovableHandle
 
-from crossmix._checks import check_choice, check_fraction, check_logits
+from crossmix._checks import check_choice, check_fraction, check_logits, check_tensor
+from crossmix._tensors import at_least_float32
+from crossmix._wrappers import named_parts, unwrapped
 
 __all__ = ["MeanTeacher", "PseudoLabels", "ema_update_", "pseudo_label", "pseudo_label_from_probs"]
 
@@ -41,16 +45,16 @@ def pseudo_label(logits: Tensor) -> PseudoLabels:
         Labels and confidence, without gradient. Every pixel keeps its label; nothing is thresholded to ignored.
 
     Raises:
-        TypeError: If `logits` is not floating.
+        TypeError: If `logits` is not a floating tensor.
         ValueError: If its shape is wrong.
 
     Example:
         >>> pseudo_label(torch.tensor([0.0, 4.0])[None, :, None, None])
         PseudoLabels(labels=tensor([[[1]]]), confidence=tensor([[[0.9820]]]))
     """
+    _check_no_output(logits)
     check_logits("logits", logits)
-    logits = logits.detach()
-    return pseudo_label_from_probs((logits if logits.dtype == torch.float64 else logits.float()).softmax(1))
+    return pseudo_label_from_probs(at_least_float32(logits.detach()).softmax(1))
 
 
 def pseudo_label_from_probs(probs: Tensor) -> PseudoLabels:
@@ -71,8 +75,7 @@ def pseudo_label_from_probs(probs: Tensor) -> PseudoLabels:
         PseudoLabels(labels=tensor([[[1]]]), confidence=tensor([[[0.7500]]]))
     """
     check_logits("probs", probs)
-    probs = probs.detach()
-    confidence, labels = (probs if probs.dtype == torch.float64 else probs.float()).max(dim=1)
+    confidence, labels = at_least_float32(probs.detach()).max(dim=1)
     return PseudoLabels(labels, confidence)
 
 
@@ -82,13 +85,18 @@ def ema_update_(averaged: Sequence[Tensor], current: Sequence[Tensor], decay: fl
 
     averaged <- decay * averaged + (1 - decay) * current; integers and booleans are copied
 
+    Keep averages in float32: one in bfloat16 or float16 is computed in float32 and rounded back, and what is smaller
+    than a rounding step is lost. At decay 0.99 such an average stands still.
+
     Args:
-        averaged: Tensors to change.
-        current: As many tensors of the same shapes.
+        averaged: Tensors to change. Of a sharded one (DTensor) each rank changes its shard.
+        current: As many tensors of the same shapes. Those of another dtype are converted. Those on another device are
+            moved, which waits; shards that are placed otherwise are placed alike, which communicates.
         decay: Share of the average that is kept, in [0, 1], in double precision: 0 copies, 1 changes no float.
 
     Raises:
-        ValueError: If the lists differ in length or in a shape, or `decay` is out of range.
+        TypeError: If an average is floating and its current value is not, or the other way round.
+        ValueError: If the lists differ in length or in a shape, or `decay` is out of range. Nothing is changed then.
 
     Example:
         >>> average = torch.tensor([1.0])
@@ -100,18 +108,16 @@ def ema_update_(averaged: Sequence[Tensor], current: Sequence[Tensor], decay: fl
     averaged, current = list(averaged), list(current)
     if len(averaged) != len(current):
         raise ValueError(f"`averaged` holds {len(averaged)} tensors but `current` {len(current)}; pass matching lists.")
+    _check_tensors("averaged", averaged)
+    _check_tensors("current", current)
     for i, (old, new) in enumerate(zip(averaged, current, strict=True)):
-        if old.shape != new.shape:
-            raise ValueError(
-                f"`averaged[{i}]` has shape {tuple(old.shape)} but `current[{i}]` {tuple(new.shape)}; "
-                "pass the tensors in one order."
+        if difference := _difference(old, new):
+            kind, mine, theirs = difference
+            error = TypeError if kind == "dtype" else ValueError
+            raise error(
+                f"`averaged[{i}]` has {kind} {mine} but `current[{i}]` {theirs}; pass the tensors in one order."
             )
-    copied = [pair for pair in zip(averaged, current, strict=True) if decay == 0 or not _averages(pair[0])]
-    lerped = [pair for pair in zip(averaged, current, strict=True) if decay not in {0, 1} and _averages(pair[0])]
-    if copied:
-        torch._foreach_copy_([old for old, _ in copied], [new for _, new in copied])
-    if lerped:
-        torch._foreach_lerp_([old for old, _ in lerped], [new.to(old) for old, new in lerped], 1.0 - decay)
+    _move(_local_pairs(dict(enumerate(averaged)), dict(enumerate(current))), decay)
 
 
 class MeanTeacher(nn.Module):
@@ -119,31 +125,45 @@ class MeanTeacher(nn.Module):
 
     teacher <- decay_t * teacher + (1 - decay_t) * student,  decay_t = min(1 - 1 / (t + 1), decay)
 
-    t counts earlier updates from 0, so the first update copies the student; at decay 0.99 the ramp ends at t = 99. With
-    `warmup=False` decay_t is `decay` from the start. `decay=0` with `mode="train"` makes the teacher the network
-    itself, as in the paper's Algorithm 1.
+    t counts earlier updates from `start`, so with 0 the first update copies the student; at decay 0.99 the ramp ends at
+    t = 99. With `warmup=False` decay_t is `decay` from the start. `decay=0` makes the teacher the network itself, as in
+    the paper's Algorithm 1.
+
+    Averages are kept in float32 (in float64 for float64 ones), whatever this module or a parent of it is cast to, since
+    in bfloat16 they would stand still. The forward pass runs in the student's dtype, or in the one that this module was
+    cast to, parameter by parameter.
+
+    Weights that are loaded into the teacher (`load_state_dict` of it, of `.module` or of a parent; `load_weights`)
+    without a count of updates are not copied over: the ramp is then over, and the next update keeps `decay` of them.
 
     Args:
-        student: The network to average. A DistributedDataParallel or compiled wrapper is looked through.
+        student: The network to average, wrapped (DistributedDataParallel, torch.compile, ...) as a whole, in parts, or
+            not at all. It is deep-copied, without its wrappers.
         decay: Share of the teacher that an update keeps, in [0, 1]; the released code has 0.99.
         warmup: Whether the decay ramps up.
         buffers: `"copy"` takes the student's buffers at every update, `"average"` averages them too; integer ones are
             always copied. (The released code leaves them at their initial value: its teacher never reads them.)
-        mode: How the forward pass runs, whatever `.train()` or `.eval()` is called: `"eval"`, or `"train"` (the
-            released code), where BatchNorm uses the batch's statistics while its running ones are left alone. Dropout
-            is off in both.
+        mode: How the forward pass runs, whatever `.train()` or `.eval()` is called: `"train"` (the released code),
+            where BatchNorm and InstanceNorm use the batch's statistics and leave their running ones alone, or `"eval"`.
+            Dropout is off in both.
+        network: A second network of the student's kind, for a student that cannot be deep-copied. It becomes `.module`
+            and takes over the student's weights; it must share none with it. Where the student is sharded by
+            `fully_shard`, shard it alike.
+        start: Where the count of updates begins: 1 for DAFormer's ramp, which never copies.
 
     State:
         `module.*`: the teacher's parameters and buffers, changed by `update` alone. `_extra_state`: the number of
             updates.
 
     Attributes:
-        module: The averaged network. To evaluate it on the running statistics, put it in eval mode and call it
-            directly.
-        num_updates: How many updates were made.
+        module: The averaged network, an ordinary one, in eval mode until somebody changes that. To evaluate it on the
+            running statistics, call it directly. A forward pass of the teacher leaves its modes as they are.
+        num_updates: t: `start` and the updates made. After weights were loaded without a count, past the ramp.
 
     Raises:
-        ValueError: If `decay` is out of range, or `buffers` or `mode` unknown.
+        TypeError: If `student` or `network` is not a module.
+        ValueError: If `decay` or `start` is out of range, `buffers` or `mode` unknown, the student cannot be
+            deep-copied, or `network` does not match it.
 
     Example:
         >>> student = nn.Conv2d(3, 2, 1)
@@ -160,47 +180,81 @@ class MeanTeacher(nn.Module):
         decay: float = 0.99,
         warmup: bool = True,
         buffers: Literal["copy", "average"] = "copy",
-        mode: Literal["eval", "train"] = "eval",
+        mode: Literal["eval", "train"] = "train",
+        network: nn.Module | None = None,
+        start: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(student, nn.Module):
-            raise TypeError(f"`student` must be an nn.Module, got {type(student).__name__}; pass the network itself.")
+        for name, part in (("student", student), ("network", student if network is None else network)):
+            if not isinstance(part, nn.Module):
+                raise TypeError(f"`{name}` must be an nn.Module, got {type(part).__name__}; pass the network itself.")
         check_fraction("decay", decay)
         check_choice("buffers", buffers, ("copy", "average"))
         check_choice("mode", mode, ("eval", "train"))
+        if isinstance(start, bool) or not isinstance(start, int):
+            raise TypeError(f"`start` must be an int, got {type(start).__name__}.")
+        if start < 0:
+            raise ValueError(f"`start` must not be negative, got {start}; it is a count of updates.")
         self.decay = decay
         self.warmup = warmup
         self.buffers_mode = buffers
         self.mode = mode
-        self.num_updates = 0
-        self.module = copy.deepcopy(_unwrap(student)).requires_grad_(requires_grad=False)
-        self.module.zero_grad(set_to_none=True)
-        self._apply_mode()
+        self.num_updates = start
+        theirs = _state(student)
+        lazy = [name for name, value in theirs.parameters.items() if nn.parameter.is_lazy(value)]
+        if lazy:
+            raise ValueError(f"`student` has no shape yet for {lazy[0]!r}; run a batch through it first.")
+        self.module = _copied(unwrapped(student)) if network is None else _second(network, theirs)
+        self.module.requires_grad_(requires_grad=False).zero_grad(set_to_none=True)
+        self.module.eval()
+        self._cumulative = self._count_cumulative()
+        self._loaded = _Loaded()
+        self.module.register_load_state_dict_pre_hook(self._loaded)  # type: ignore[no-untyped-call]
+        self._low: dict[str, torch.dtype] = {}  # what runs in less than the float32 that it is kept in
+        self._wide_state()
+        self._students_low = _low(theirs)
+        self._low = dict(self._students_low)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Any:  # noqa: ANN401 - what the network returns
+    def forward(self, *inputs: Any, **named: Any) -> Any:  # noqa: ANN401 - what the network takes and returns
         """Run the teacher in its mode, without gradient and without a change of state.
 
+        The one exception is `torch.optim.swa_utils.update_bn(loader, teacher)`, which refreshes the running statistics
+        of `.module` as it does those of an `AveragedModel`. What shows it is a teacher in training mode with BatchNorm
+        layers whose `momentum` was set to None since the teacher was made. (Where the student's own have None, call
+        `update_bn(loader, teacher.module)`.)
+
         Args:
-            images: (N, 3, H, W) floating in [0, 1].
+            *inputs: What the network takes, as a rule images (N, 3, H, W) floating in [0, 1].
+            **named: What it takes by name.
 
         Returns:
             Logits (N, C, H, W), or whatever else the network returns.
         """
-        if any(module.training != self._batch_statistics(module) for module in self.module.modules()):
-            self._apply_mode()  # somebody called .train() or .eval() on the inner module
-        return self.module(images)
+        kept = []
+        try:
+            for own, key, value in self._during_forward():
+                kept.append((own, key, own[key]))
+                own[key] = value
+            return self.module(*inputs, **named)
+        finally:
+            for own, key, value in reversed(kept):
+                own[key] = value
 
-    def pseudo_label(self, images: Tensor) -> PseudoLabels:
+    def pseudo_label(self, *inputs: Any, **named: Any) -> PseudoLabels:  # noqa: ANN401 - what the network takes
         """Label images by the teacher.
 
         Args:
-            images: (N, 3, H, W) floating in [0, 1].
+            *inputs: What the network takes, as a rule images (N, 3, H, W) floating in [0, 1].
+            **named: What it takes by name.
 
         Returns:
             Labels (N, H, W) int64 and confidence (N, H, W).
+
+        Raises:
+            TypeError: If the network does not return logits but something that holds them.
         """
-        return pseudo_label(self(images))
+        return pseudo_label(self(*inputs, **named))
 
     @_disable_dynamo  # decay and count are Python numbers: it would be compiled anew at each step
     @torch.no_grad()
@@ -210,24 +264,73 @@ class MeanTeacher(nn.Module):
         Runs eagerly inside a compiled function. Replays of a CUDA graph use the decay of the captured update and do not
         count: set `num_updates` to the steps made before saving.
 
+        Buffers that are not persistent (caches) are taken over as they are where the student has others by now. Of a
+        student and a teacher that are sharded alike (`fully_shard`) each rank averages its shards; a teacher that is
+        whole gathers the student's.
+
         Args:
             student: The network given to the constructor, wrapped or not.
 
         Raises:
-            ValueError: If its parameters or buffers do not match the teacher's by name and shape.
+            ValueError: If its parameters or buffers do not match the teacher's by name and shape. Nothing is changed
+                then.
             RuntimeError: If a CUDA graph is being captured while the decay still rises.
         """
-        student = _unwrap(student)
+        self._end_ramp_if_loaded()
         decay = min(1.0 - 1.0 / (self.num_updates + 1), self.decay) if self.warmup else self.decay
         if decay < self.decay and _capturing():
             raise RuntimeError(
                 f"A captured `update` must have a decay that no longer changes, got {decay:.4g} on the way to "
                 f"{self.decay} after {self.num_updates} updates; warm up eagerly first, or build with `warmup=False`."
             )
-        mine, theirs = _tensors(self.module), _tensors(student)
-        ema_update_(*_matched(mine[0], theirs[0], "parameter"), decay)
-        ema_update_(*_matched(mine[1], theirs[1], "buffer"), decay if self.buffers_mode == "average" else 0.0)
+        mine, theirs = self._wide_state(), _state(student)
+        parameters, buffers, caches = _matched(mine, theirs)
+        _move(parameters, decay)
+        _move(buffers, decay if self.buffers_mode == "average" else 0.0)
+        for name in caches:
+            _take_over(name, mine, theirs)
+        low = _low(theirs)
+        if low != self._students_low:  # the student was cast since, or has another cache
+            self._students_low, self._low = low, dict(low)
         self.num_updates += 1
+
+    def follow(self, optimizer: torch.optim.Optimizer, student: nn.Module) -> RemovableHandle:
+        """Update after every step of an optimizer from now on, in place of calling `update`.
+
+        Right under gradient accumulation, under a GradScaler, whose skipped steps do not count, and in frameworks that
+        call the optimizer themselves. (A fused optimizer learns on the device whether it shall skip; under a GradScaler
+        each step then waits for the answer.)
+
+        Args:
+            optimizer: The student's.
+            student: The network given to the constructor, wrapped or not.
+
+        Returns:
+            A handle whose `remove()` ends it.
+
+        Raises:
+            TypeError: If `optimizer` is not a torch.optim.Optimizer.
+
+        Example:
+            >>> student = nn.Linear(2, 2)
+            >>> teacher, optimizer = MeanTeacher(student), torch.optim.SGD(student.parameters(), lr=0.1)
+            >>> handle = teacher.follow(optimizer, student)
+            >>> student(torch.rand(1, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> teacher.num_updates
+            1
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the one inside."
+            )
+
+        def after_step(stepped: torch.optim.Optimizer, *_: object) -> None:
+            skipped = getattr(stepped, "found_inf", None)  # a GradScaler's, while a fused step runs
+            if skipped is None or not skipped.item():
+                self.update(student)
+
+        return optimizer.register_step_post_hook(after_step)
 
     def update_parameters(self, model: nn.Module) -> None:
         """Do what `update` does, under the name that `torch.optim.swa_utils.AveragedModel` has for it.
@@ -238,7 +341,7 @@ class MeanTeacher(nn.Module):
         self.update(model)
 
     def train(self, mode: bool = True) -> "MeanTeacher":
-        """Set this module's flag and keep the teacher's own mode.
+        """Set this module's flag alone: the forward pass has its own mode, and `.module` keeps what it was put in.
 
         Args:
             mode: What a parent module passes on.
@@ -247,12 +350,12 @@ class MeanTeacher(nn.Module):
             This module.
         """
         self.training = mode
-        self._apply_mode()
         return self
 
     def get_extra_state(self) -> Tensor:
         """Return the number of updates, for the state_dict."""
-        return torch.tensor(self.num_updates)
+        self._end_ramp_if_loaded()
+        return torch.tensor(self.num_updates, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the number of updates.
@@ -262,74 +365,368 @@ class MeanTeacher(nn.Module):
         """
         self.num_updates = int(state)
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:  # noqa: ANN401
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._loaded.counted = f"{prefix}module." if f"{prefix}_extra_state" in state_dict else None
+
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
         return f"decay={self.decay}, warmup={self.warmup}, buffers={self.buffers_mode!r}, mode={self.mode!r}"
 
-    def _batch_statistics(self, module: nn.Module) -> bool:
-        """Whether a submodule runs in training mode: BatchNorm in mode "train"."""
-        return self.mode == "train" and isinstance(module, _BatchNorm)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MeanTeacher":
+        """What `.to`, `.half` and their like do, but for a dtype below float32: that is for the forward pass alone."""
+        names: dict[int, list[str]] = {}
+        for name, value in _state(self.module).every_name():
+            names.setdefault(id(value), []).append(name)
 
-    def _apply_mode(self) -> None:
-        for module in self.module.modules():
-            module.training = self._batch_statistics(module)
-            if self.mode == "train" and isinstance(module, _BatchNorm):
-                # In training mode without tracking, BatchNorm neither reads nor moves its running statistics. In eval
-                # mode it still reads them, so `.module.eval()` evaluates the teacher as usual.
-                module.track_running_stats = False
+        def keep_wide(value: Tensor) -> Tensor:
+            known = names.get(id(value), [])
+            if not known or not _averages(value):
+                return fn(value)
+            run = self._low.get(known[0], value.dtype)
+            run = fn(torch.empty(0, dtype=run, device=value.device)).dtype
+            moved = fn(value)
+            for name in known:
+                self._low.pop(name, None)
+            if not _is_low(run):
+                return moved
+            self._low.update(dict.fromkeys(known, run))
+            return moved if moved.dtype == value.dtype else torch.empty_like(moved, dtype=value.dtype).copy_(value)
+
+        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _during_forward(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """What the network's modules have in place of their own while the teacher runs: dictionary, key, value."""
+        refreshing = self.training and self._count_cumulative() > self._cumulative
+        changes: list[tuple[dict[str, Any], str, Any]] = []
+        for prefix, part in named_parts(self.module):
+            norm = isinstance(part, _NormBase)
+            batch_statistics = norm and self.mode == "train" and not refreshing
+            changes.append((part.__dict__, "training", refreshing or batch_statistics))
+            if self._low and not (norm and refreshing):  # what is refreshed is no copy
+                changes += self._in_low_dtype(part, f"{prefix}." if prefix else "")
+            if batch_statistics:  # running ones that are out of sight are moved by no layer, whatever its code is
+                changes.append((part.__dict__, "track_running_stats", False))
+                changes += [(part._buffers, key, None) for key in _RUNNING if part._buffers.get(key) is not None]
+        return changes
+
+    def _in_low_dtype(self, part: nn.Module, prefix: str) -> list[tuple[dict[str, Any], str, Any]]:
+        """A module's tensors in the dtype that they run in. Shards are left to the policy of `fully_shard`."""
+        return [
+            (own, key, value.to(self._low[prefix + key]))
+            for own in (part._parameters, part._buffers)
+            for key, value in own.items()
+            if value is not None and prefix + key in self._low and not _is_sharded(value)
+        ]
+
+    def _count_cumulative(self) -> int:
+        """How many BatchNorm layers average over all that they see, which is what `update_bn` has them do."""
+        return sum(isinstance(part, _BatchNorm) and part.momentum is None for part in self.module.modules())
+
+    def _wide_state(self) -> "_State":
+        """The network's tensors; those that somebody brought below float32 (`.module.half()`) are put back."""
+        state = _state(self.module)
+        low = _low(state)
+        if low:
+            self.module._apply(_wide)  # type: ignore[no-untyped-call]
+            self._low.update(low)
+            state = _state(self.module)
+        return state
+
+    def _end_ramp_if_loaded(self) -> None:
+        """Let the ramp of the decay be over if weights were loaded that came without a count."""
+        if self._loaded.without_count and self.warmup:
+            ramp = math.ceil(1 / (1 - self.decay)) if self.decay < 1 else 2**62
+            self.num_updates = max(self.num_updates, ramp)
+        self._loaded.without_count = False
+
+
+_Difference: TypeAlias = tuple[str, object, object]
+_Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class _Loaded:
+    """Notes that weights were loaded into the teacher's network, as a hook on it.
+
+    It knows the teacher by nothing but being shared with it, so that a copy of the network alone leaves no trace there.
+
+    Attributes:
+        without_count: Whether the weights that were loaded last came without a count of updates.
+        counted: The prefix under which the network of a teacher is about to be loaded whose count has been loaded.
+    """
+
+    def __init__(self) -> None:
+        self.without_count = False
+        self.counted: str | None = None
+
+    def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+        if prefix == self.counted:
+            self.without_count = False
+        elif any(prefix + name in state_dict for name, _ in module.named_parameters()):
+            self.without_count = True
+
+
+class _State(NamedTuple):
+    """A network's modules and tensors, under names without wrappers. Shared tensors are there once."""
+
+    parts: dict[str, nn.Module]
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+    def every_name(self) -> list[tuple[str, Tensor]]:
+        """All tensors, shared ones under each of their names."""
+        return [
+            (f"{prefix}.{key}" if prefix else key, value)
+            for prefix, part in self.parts.items()
+            for own in (part._parameters, part._buffers)
+            for key, value in own.items()
+            if value is not None
+        ]
+
+
+def _state(module: nn.Module) -> _State:
+    """What `named_parameters` and `named_buffers` give, in one walk: their four are a tenth of an update on a CPU."""
+    parts = dict(named_parts(module))
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    sharded = _type("torch.distributed.fsdp", "FSDPModule")
+    if sharded is not None:
+        for part in parts.values():
+            if isinstance(part, sharded):
+                part.reshard()  # after a forward pass alone the root still holds whole tensors, soon to be thrown away
+    seen = set()
+    for name, part in parts.items():
+        prefix = f"{name}." if name else ""
+        for own, found in (part._parameters, parameters), (part._buffers, buffers):
+            for key, value in own.items():
+                if value is not None and (this := id(value)) not in seen:
+                    seen.add(this)
+                    found[prefix + key] = value
+    return _State(parts, parameters, buffers)
+
+
+def _copied(student: nn.Module) -> nn.Module:
+    """A deep copy of a network without the wrappers in it."""
+    sharded = _type("torch.distributed.fsdp", "FSDPModule")
+    if sharded is not None and any(isinstance(part, sharded) for part in student.modules()):
+        raise ValueError(
+            "`student` must not be sharded yet, since what `fully_shard` made cannot be deep-copied; make the teacher "
+            "first, then shard the student and `teacher.module` alike, or shard a second network and pass it as "
+            "`network=`."
+        )
+    memo: dict[int, Any] = {}  # what deepcopy takes for copied already: for each wrapper a copy of what it wraps
+    try:
+        for part in reversed(list(student.modules())):
+            inner = unwrapped(part)
+            if inner is not part:
+                memo[id(part)] = copy.deepcopy(inner, memo)
+        return copy.deepcopy(student, memo)
+    except Exception as error:
+        where = _uncopyable(student)
+        raise ValueError(
+            f"`student` cannot be deep-copied, because of {where}: {error} Make the teacher before the first forward "
+            "pass, or build a second network and pass it as `network=`."
+        ) from error
+
+
+def _uncopyable(module: nn.Module, name: str = "") -> str:
+    """The smallest part of a network that cannot be deep-copied, in words."""
+    for key, child in module._modules.items():
+        if child is not None and not _can_be_copied(child):
+            return _uncopyable(child, f"{name}.{key}" if name else key)
+    of = f"its module {name!r} ({type(module).__name__})" if name else f"the {type(module).__name__} itself"
+    for key, value in {**module.__dict__, **module._parameters, **module._buffers}.items():
+        if key not in {"_parameters", "_buffers", "_modules"} and not _can_be_copied(value):
+            return f"`{key}` of {of}"
+    return of
+
+
+def _can_be_copied(value: object) -> bool:
+    try:
+        copy.deepcopy(value)
+    except Exception:  # noqa: BLE001 - whatever the reason
+        return False
+    return True
+
+
+def _second(network: nn.Module, student: _State) -> nn.Module:
+    """A second network of the user's, with the student's weights and buffers."""
+    network = unwrapped(network)
+    mine = _state(network)
+    shared = {id(value) for _, value in student.every_name()} & {id(value) for _, value in mine.every_name()}
+    if shared:
+        raise ValueError(f"`network` must be a second network, but shares {len(shared)} tensors with `student`.")
+    parameters, buffers, caches = _matched(mine, student)
+    with torch.no_grad():
+        _move([*parameters, *buffers], 0.0)
+        for name in caches:
+            _take_over(name, mine, student)
+    return network
+
+
+def _difference(old: Tensor, new: Tensor) -> _Difference | None:
+    """In what two tensors differ that belong together, and what each has; None if in nothing that matters."""
+    if old.shape != new.shape:
+        return "shape", tuple(old.shape), tuple(new.shape)
+    if old.dtype != new.dtype and _averages(old) != _averages(new):
+        return "dtype", old.dtype, new.dtype
+    if old.is_meta != new.is_meta:
+        return "device", old.device, new.device
+    return None
+
+
+def _matched(mine: _State, theirs: _State) -> tuple[_Pairs, _Pairs, list[str]]:
+    """The teacher's and the student's parameters and buffers in pairs, and the buffers to be taken over.
+
+    These are the ones that one network alone has, or that differ in shape, and that are persistent in neither.
+    """
+    different = _differences(mine.parameters, theirs.parameters)
+    _refuse("parameter", different)
+    parameters = _local_pairs(mine.parameters, theirs.parameters)
+    different = _differences(mine.buffers, theirs.buffers)
+    caches = [name for name in different if _is_cache(name, mine) and _is_cache(name, theirs)]
+    _refuse("buffer", {name: what for name, what in different.items() if name not in caches})
+    buffers = {name: value for name, value in mine.buffers.items() if name not in caches} if caches else mine.buffers
+    return parameters, _local_pairs(buffers, theirs.buffers), caches
+
+
+def _differences(averaged: dict[str, Tensor], current: dict[str, Tensor]) -> dict[str, _Difference | None]:
+    """What does not match, by name: what `_difference` says, or None where one side has no such tensor."""
+    found: dict[str, _Difference | None] = dict.fromkeys(sorted(averaged.keys() ^ current.keys()))
+    for name, value in averaged.items():
+        if name not in found and (difference := _difference(value, current[name])):
+            found[name] = difference
+    return found
+
+
+def _refuse(kind: str, different: dict[str, _Difference | None]) -> None:
+    """Raise for what does not match; names first, since tensors of other names are those of another network."""
+    missing = [name for name, difference in different.items() if difference is None]
+    if missing:
+        raise ValueError(
+            f"The student's {kind}s must be those of the teacher, but {len(missing)} names differ, "
+            f"first {missing[0]!r}; pass the network that the teacher was made from."
+        )
+    for name, difference in different.items():
+        if difference is not None:
+            what, mine, theirs = difference
+            raise ValueError(
+                f"The student's {kind} {name!r} has {what} {theirs} but the teacher's {mine}; "
+                "pass the network that the teacher was made from."
+            )
+
+
+def _is_cache(name: str, state: _State) -> bool:
+    """Whether a buffer is not persistent, or not there although its module is."""
+    prefix, _, key = name.rpartition(".")
+    part = state.parts.get(prefix)
+    return part is not None and (name not in state.buffers or key in part._non_persistent_buffers_set)
+
+
+def _take_over(name: str, mine: _State, theirs: _State) -> None:
+    """Give the teacher a cache that the student has, or take one away that it has no more."""
+    prefix, _, key = name.rpartition(".")
+    part, value = mine.parts[prefix], theirs.buffers.get(name)
+    if value is not None:
+        part.register_buffer(key, _wide(value.detach().clone()), persistent=False)
+    elif key in theirs.parts[prefix]._buffers:
+        part._buffers[key] = None
+    else:
+        delattr(part, key)
+
+
+def _move(pairs: _Pairs, decay: float) -> None:
+    """Average pairs in, in place; integers are copied."""
+    copied = pairs if decay == 0 else [pair for pair in pairs if not _averages(pair[0])]
+    lerped = [] if decay in {0, 1} else [pair for pair in pairs if _averages(pair[0])]
+    if copied:
+        torch._foreach_copy_([old for old, _ in copied], [new for _, new in copied])
+    if not lerped:
+        return
+    averages = [old for old, _ in lerped]
+    low = any(map(_is_low, {old.dtype for old in averages}))
+    wide = [_wide(old) for old in averages] if low else averages
+    torch._foreach_lerp_(wide, [new.to(old) for old, (_, new) in zip(wide, lerped, strict=True)], 1.0 - decay)
+    if low:
+        torch._foreach_copy_(averages, wide)  # a tensor onto itself where it was wide
+
+
+def _local_pairs(averaged: Mapping[Any, Tensor], current: Mapping[Any, Tensor]) -> _Pairs:
+    """Pairs of plain tensors: for a sharded average this rank's shard, and the same part of the current value."""
+    pairs = [(value, current[name]) for name, value in averaged.items()]
+    sharded = _type("torch.distributed.tensor", "DTensor")
+    if sharded is None or sharded not in {type(value) for pair in pairs for value in pair}:
+        return pairs
+    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - somebody has imported it
+
+    def local(old: Any, new: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - either may be a DTensor
+        if not isinstance(old, DTensor):
+            return old, new.full_tensor() if isinstance(new, DTensor) else new
+        if not isinstance(new, DTensor):
+            new = DTensor.from_local(new, old.device_mesh, [Replicate()] * old.device_mesh.ndim, run_check=False)
+        return old.to_local(), new.redistribute(old.device_mesh, old.placements).to_local()
+
+    return [local(old, new) for old, new in pairs]
+
+
+def _is_sharded(value: Tensor) -> bool:
+    kind = _type("torch.distributed.tensor", "DTensor")
+    return kind is not None and isinstance(value, kind)
+
+
+def _type(module: str, name: str) -> Any:  # noqa: ANN401 - a type whose module is not imported here
+    """A type of torch's, None if nobody has imported its module: then there are no objects of it."""
+    return getattr(sys.modules.get(module), name, None)
 
 
 def _averages(value: Tensor) -> bool:
     return value.is_floating_point() or value.is_complex()
 
 
+def _is_low(dtype: torch.dtype) -> bool:
+    """Whether an average in this dtype would stand still."""
+    return (dtype.is_floating_point and dtype.itemsize < 4) or dtype == torch.complex32
+
+
+def _wide(value: Tensor) -> Tensor:
+    """A tensor in a dtype that can hold an average; itself if its own can."""
+    if not _is_low(value.dtype):
+        return value
+    return value.to(torch.complex64 if value.is_complex() else torch.float32)
+
+
+def _low(state: _State) -> dict[str, torch.dtype]:
+    """The dtypes below float32, by name."""
+    dtypes = {value.dtype for tensors in state[1:] for value in tensors.values()}
+    if not any(map(_is_low, dtypes)):
+        return {}
+    return {name: value.dtype for name, value in state.every_name() if _is_low(value.dtype)}
+
+
+def _check_tensors(name: str, values: Sequence[object]) -> None:
+    for i, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            check_tensor(f"{name}[{i}]", value)
+
+
+def _check_no_output(logits: object) -> None:
+    """Refuse an output that holds the logits, with how to take them out."""
+    way = None
+    if not isinstance(logits, Tensor):
+        if isinstance(getattr(logits, "logits", None), Tensor):
+            way = "output.logits"
+        elif isinstance(logits, Mapping) and logits:
+            way = f"output[{next((key for key in ('out', 'logits') if key in logits), next(iter(logits)))!r}]"
+        elif isinstance(logits, tuple | list) and logits and isinstance(logits[0], Tensor):
+            way = "output[0]"
+    if way is not None:
+        raise TypeError(
+            f"`logits` must be a torch.Tensor, got {type(logits).__name__}; take it out of the network's output first: "
+            f"crossmix.functional.pseudo_label({way})."
+        )
+
+
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel and torch.compile wrappers, in any nesting."""
-    while True:
-        if isinstance(module, DistributedDataParallel | DataParallel):
-            module = module.module
-        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
-            module = inner
-        else:
-            return module
-
-
-def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What `named_parameters` and `named_buffers` give, in one walk: their four are a tenth of an update on a CPU."""
-    parameters: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    seen = set()  # shared ones are averaged once
-
-    def walk(part: nn.Module, prefix: str) -> None:
-        for own, found in ((part._parameters, parameters), (part._buffers, buffers)):
-            for name, value in own.items():
-                if value is not None and id(value) not in seen:
-                    seen.add(id(value))
-                    found[prefix + name] = value
-        for name, child in part._modules.items():
-            if child is not None:
-                walk(child, f"{prefix}{name}.")
-
-    walk(module, "")
-    return parameters, buffers
-
-
-def _matched(averaged: dict[str, Tensor], current: dict[str, Tensor], kind: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Two lists in one order, matched by name and shape."""
-    if averaged.keys() != current.keys():
-        differing = sorted(averaged.keys() ^ current.keys())
-        raise ValueError(
-            f"The student's {kind}s must be those of the teacher, but {len(differing)} names differ, "
-            f"first {differing[0]!r}; pass the network that the teacher was made from."
-        )
-    for name, value in averaged.items():
-        if value.shape != current[name].shape:
-            raise ValueError(
-                f"The student's {kind} {name!r} has shape {tuple(current[name].shape)} but the teacher's "
-                f"{tuple(value.shape)}; pass the network that the teacher was made from."
-            )
-    return list(averaged.values()), [current[name] for name in averaged]
