@@ -182,7 +182,7 @@ def _needs_plain_form(logits: Tensor, weights: Tensor | None) -> bool:
     given = [logits] if weights is None else [logits, weights]
     return (
         (torch.is_grad_enabled() and weights is not None and weights.requires_grad)
-        or any(forward_ad.unpack_dual(value).tangent is not None for value in given)
+        or any(forward_ad.unpack_dual(value).tangent is not None for value in given)  # type: ignore[no-untyped-call]
         or any(is_traceable_wrapper_subclass(value) for value in given)  # a DTensor
     )
 

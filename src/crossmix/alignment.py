@@ -198,7 +198,7 @@ class DistributionAlignment(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the averages as torch does, but leave them in float32 where `fn` casts, and rounds, to less."""
         before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in before.items():
             moved = self.get_buffer(name)
             if moved.dtype.itemsize < 4:
