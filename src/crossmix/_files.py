@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-__all__ = ["BusyError", "FolderLock", "amount", "sync_folder", "whole_file", "write_whole"]
+__all__ = ["BusyError", "FolderLock", "amount", "explained", "sync_folder", "whole_file", "write_whole"]
 
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -48,8 +48,11 @@ def whole_file(path: str | os.PathLike[str], *, needed: Callable[[], int] | None
     except BaseException as error:
         with contextlib.suppress(OSError):  # of a folder that is gone or read-only, say
             aside.unlink()
-        if isinstance(error, OSError) and error.filename in {None, str(aside)}:  # not of another file that was read
-            raise _explained(error, path, needed) from error
+        cause: BaseException | None = error
+        while type(cause) is RuntimeError:  # in which torch wraps what the system says
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, OSError) and cause.filename in {None, str(aside)}:  # not of another file that was read
+            raise explained(cause, path, needed) from error
         raise
     sync_folder(path.parent)
 
@@ -90,8 +93,17 @@ def amount(count: int) -> str:
     return f"{count} bytes"
 
 
-def _explained(error: OSError, path: Path, needed: Callable[[], int] | None) -> OSError:
-    """The same error, of the file that was to be written, with what can be done."""
+def explained(error: OSError, path: Path, needed: Callable[[], int] | None = None) -> OSError:
+    """Give an error of writing the name of the file that was to be written, and what can be done.
+
+    Args:
+        error: What the system says.
+        path: The file.
+        needed: Tells how many bytes it takes; asked when the disk is full.
+
+    Returns:
+        An error of the same number.
+    """
     text = error.strerror or str(error)
     if error.errno in FULL:
         room = [] if needed is None else [f"{amount(needed())} are needed"]
