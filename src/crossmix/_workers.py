@@ -35,6 +35,11 @@ def quiet_worker(_worker: int = 0) -> None:
 
     Args:
         _worker: The worker's number, which makes no difference.
+
+    Example:
+        >>> loader = DataLoader(range(2), num_workers=1, worker_init_fn=quiet_worker)
+        >>> [int(number) for number in loader]
+        [0, 1]
     """
     parent = multiprocessing.parent_process()
     if parent is None:
