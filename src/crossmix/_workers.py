@@ -1,5 +1,6 @@
 """Worker processes that leave signals to the process they work for, and end with it."""
 
+import _thread
 import contextlib
 import multiprocessing
 import os
@@ -94,8 +95,13 @@ def started_quietly(context: BaseContext | None = None) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+_orphaned = threading.Event()
+
+
 def _leave(_number: int, _frame: FrameType | None) -> None:
-    """The parent has it too."""
+    """The parent has it too; without one this is the end, by way of what cleans up half-written files."""
+    if _orphaned.is_set():
+        raise SystemExit(1)
 
 
 def _watch(parent: BaseProcess) -> None:
@@ -107,9 +113,12 @@ def _watch(parent: BaseProcess) -> None:
     starter = os.getppid()
     while parent.is_alive() and os.getppid() == starter:
         if not TELLS_SENDER:
-            time.sleep(1)
+            time.sleep(0.5)
             continue
-        told = signal.sigtimedwait(SIGNALS, 1)
+        told = signal.sigtimedwait(SIGNALS, 0.5)
         if told is not None and told.si_signo == signal.SIGTERM and told.si_pid == parent.pid:
             os._exit(0)
-    os._exit(1)  # not by an exception: the main thread may be waiting for ever
+    _orphaned.set()
+    _thread.interrupt_main(signal.SIGTERM if TELLS_SENDER else signal.SIGINT)  # has the main thread call `_leave`
+    time.sleep(2)
+    os._exit(1)  # it may be waiting for ever, or busy
