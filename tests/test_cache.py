@@ -1,5 +1,7 @@
 """The cache of decoded samples: the same bytes, whatever happens while it is built, and nothing else ever."""
 
+import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from crossmix.datasets import GTA5, CachedSamples, Cityscapes, DataError, Sample, StreetScenes, write_png
 from crossmix.datasets import _cache_folder as cache_folder
-from crossmix.engine import KeyedCrops
+from crossmix.engine import FolderLock, KeyedCrops
 
 SIZE = (48, 80)
 
@@ -59,7 +61,8 @@ def assert_equal(got: Sample, want: Sample) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """All but the name of who held the folder last, which stays when that process is killed."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock.holder"}
 
 
 def flip(path: Path, position: int, bits: int = 1) -> None:
@@ -247,7 +250,11 @@ def test_kill__workers_end_too(root: Path, tmp_path: Path) -> None:
     kill(process)
     wait_until(lambda: not stamps(folder, "*.tmp.*"))
     time.sleep(1)
-    assert stamps(folder).keys() == {".lock", "manifest.json"}  # or they would have gone on to the shards' ends
+    assert stamps(folder).keys() == {
+        ".lock",
+        ".lock.holder",
+        "manifest.json",
+    }  # or they would have gone on to the shards' ends
 
 
 def test_kill__workers_that_are_left_do_no_harm(root: Path, tmp_path: Path) -> None:
@@ -275,7 +282,6 @@ def test_lock__processes_at_once_build_one_cache(root: Path, tmp_path: Path, wor
 
 
 def test_lock__waiting_is_told(root: Path, tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
     build(GTA5(root), tmp_path / "whole")
     folder = tmp_path / "cache"
     folder.mkdir()
@@ -284,24 +290,29 @@ from crossmix.datasets import GTA5, CachedSamples, _cache_folder
 _cache_folder.PER_SHARD = 4
 CachedSamples(GTA5({str(root)!r}), {str(folder)!r})
 """
-    with (folder / ".lock").open("w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(held := contextlib.ExitStack())
+        held.enter_context(FolderLock(folder))
         with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
             told = process.stderr.readline()
-            assert told == f"{folder}: waiting for another process that builds this cache\n"
+            assert told.startswith(f"{folder}: is in use by process {os.getpid()} on ")
+            assert told.endswith("; waiting for it\n")
             for path in sorted((tmp_path / "whole").iterdir(), key=lambda path: path.suffix != ".bin"):
                 if path.name != ".lock":  # whole files, as a build leaves them, those that say so last
                     shutil.copy2(path, tmp_path / "aside")
                     (tmp_path / "aside").replace(folder / path.name)
-            fcntl.lockf(lock, fcntl.LOCK_UN)
+            held.close()
             assert not process.stderr.read()  # it built nothing
     assert process.returncode == 0
 
 
 def test_lock__says_so_where_there_is_none(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_folder, "fcntl", None)
-    with pytest.warns(UserWarning, match="cannot be locked .*; let only one process build"):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    with pytest.warns(UserWarning, match=r"cache: its file system has no locks .* only one process uses this folder"):
         build(GTA5(root), tmp_path / "cache")
 
 
@@ -490,13 +501,13 @@ def test_room__is_checked_to_the_byte_and_told(
     samples = GTA5(root)
     need = 10 * 4 * 60 * 100
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, need - 1))
-    with pytest.raises(DataError, match=r"cache: the cache needs 0\.24 MB more, 0\.24 MB are free; make room"):
+    with pytest.raises(DataError, match=r"cache: the cache needs 240\.00 kB more, 240\.00 kB are free; make room"):
         build(samples, tmp_path / "cache")
     assert contents(tmp_path / "cache") == {".lock": b""}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, need))
     CachedSamples(samples, tmp_path / "cache")
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == f"{tmp_path / 'cache'}: the cache needs 0.24 MB more, 0.24 MB are free"
+    assert told[0] == f"{tmp_path / 'cache'}: the cache needs 240.00 kB more, 240.00 kB are free"
     assert told[-1].startswith(f"{tmp_path / 'cache'}: 10 of 10 cached, ")
     assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.bin")) == need
     (tmp_path / "cache" / "shard-00002.json").unlink()  # the last two samples
@@ -522,12 +533,16 @@ def test_write__a_full_disk_is_told_and_finished_shards_are_kept(
 
     def fail_third(handle: int) -> None:
         calls.append(handle)
-        if len(calls) == 4:  # manifest (in the main process), bytes and record of a shard, the next one's bytes
+        if (
+            len(calls) == 7
+        ):  # manifest (in the main process), bytes and record of a shard, the next one's bytes; and folders
             raise OSError(28, "No space left on device")
         synchronise(handle)
 
     monkeypatch.setattr(os, "fsync", fail_third)
-    with pytest.raises(DataError, match=r"shard-0000.\.bin: cannot be written \(No space left on device\); make room"):
+    with pytest.raises(
+        DataError, match=r"shard-0000.\.bin: cannot be written: No space left on device \(.* are free\); make room"
+    ):
         build(samples, tmp_path / "cache", workers=workers)
     monkeypatch.undo()
     monkeypatch.setattr(cache_folder, "PER_SHARD", 4)

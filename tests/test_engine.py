@@ -1,7 +1,12 @@
 """Keyed sampling, the checkpoint store and the run log."""
 
+import errno
 import hashlib
 import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -206,21 +211,29 @@ def test_checkpoints__newest_comes_back_whole(tmp_path: Path) -> None:
     assert names == {n + s for n in ("best.pt", "step-0000002.pt", "step-0000010.pt") for s in ("", ".sha256")}
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "no-hash", "empty"])
-def test_checkpoints__a_damaged_one_is_never_loaded(tmp_path: Path, damage: str) -> None:
-    store = CheckpointStore(tmp_path)
-    store.save(1, state(1))
-    path = store.save(2, state(2))
+def damage(path: Path, how: str) -> None:
     data = bytearray(path.read_bytes())
-    if damage == "flip":
+    if how == "flip":
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-    elif damage == "truncate":
+    elif how == "truncate":
         path.write_bytes(data[:-10])
-    elif damage == "empty":
+    elif how == "empty":
         path.write_bytes(b"")
+    elif how == "other hash":
+        path.with_name(path.name + ".sha256").write_text("0" * 64 + "\n")
     else:
-        path.with_name(path.name + ".sha256").unlink()
+        path.with_name(path.name + ".sha256").write_bytes(b"\xff\xfe")
+
+
+DAMAGES = ["flip", "truncate", "empty", "other hash", "no hash"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_checkpoints__a_damaged_one_is_never_loaded(tmp_path: Path, how: str) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, state(1), best=True)
+    damage(store.save(2, state(2)), how)
     with pytest.warns(UserWarning, match=r"step-0000002\.pt: its .*; taking step-0000001\.pt instead"):
         loaded = store.load_newest()
     assert loaded is not None
@@ -228,22 +241,192 @@ def test_checkpoints__a_damaged_one_is_never_loaded(tmp_path: Path, damage: str)
     (tmp_path / "step-0000001.pt").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="No checkpoint can be read"):
         store.load_newest()
+    damage(store.best, how)
+    with pytest.raises(CheckpointError, match=r"best\.pt: its .*; the next best one replaces it"):
+        store.load_best()
+    store.save(3, state(3), best=True)
+    best = store.load_best()
+    assert best is not None
+    assert best["step"] == 3
+
+
+def test_checkpoints__best_comes_back(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    assert store.load_best() is None
+    store.save(1, state(1), best=True)
+    store.save(2, state(2))
+    best = store.load_best()
+    assert best is not None
+    assert best["step"] == 1
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+@pytest.mark.parametrize("how", DAMAGES)
+def test_checkpoints__a_damaged_one_takes_nobody_s_place(tmp_path: Path, how: str, keep: int) -> None:
+    store = CheckpointStore(tmp_path, keep=keep)
+    for step in range(1, keep + 1):
+        path = store.save(step, state(step))
+    damage(path, how)
+    store.save(keep + 1, state(keep + 1))
+    damage(tmp_path / f"step-{keep + 1:07d}.pt", how)
+    for last in range(keep - 1, 0, -1):  # every whole one is still there
+        with pytest.warns(UserWarning, match=f"taking step-{last:07d}.pt instead"):
+            loaded = store.load_newest()
+        assert loaded is not None
+        assert loaded["step"] == last
+        (tmp_path / f"step-{last:07d}.pt").write_bytes(b"")
+    for step in range(10, 10 + keep):
+        store.save(step, state(step))
+    assert {file.name for file in tmp_path.glob("*.pt")} == {f"step-{n:07d}.pt" for n in range(10, 10 + keep)}
+    assert {file.name for file in tmp_path.glob("*.sha256")} == {
+        f"step-{n:07d}.pt.sha256" for n in range(10, 10 + keep)
+    }
+
+
+def test_checkpoints__copied_elsewhere_they_are_verified(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "run")
+    store.save(1, state(1), best=True)
+    copies = CheckpointStore(shutil.copytree(store.folder, tmp_path / "copy"))
+    for loaded in (copies.load_newest(), copies.load_best()):
+        assert loaded is not None
+        assert loaded["step"] == 1
+    for path in copies.folder.glob("*.sha256"):  # the checkpoint alone was copied
+        path.unlink()
+    for loaded in (copies.load_newest(), copies.load_best()):
+        assert loaded is not None
+        assert torch.equal(loaded["student"]["weight"], torch.arange(50.0) + 1)
+    whole = copies.best.read_bytes()
+    for cut in (0, 10, len(whole) - 10):
+        copies.best.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match=r"best\.pt: its sha256 file is missing, and it is cut off"):
+            copies.load_best()
+
+
+@pytest.mark.slow
+def test_checkpoints__no_flipped_bit_of_a_lone_copy_is_loaded(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, state(1), best=True)
+    (tmp_path / "best.pt.sha256").unlink()
+    whole, noticed = store.best.read_bytes(), 0
+    directory = whole.index(b"PK\x01\x02")  # which has no checksum
+    for place in range(len(whole)):
+        for bit in range(8) if place >= directory else (place % 8,):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << bit
+            store.best.write_bytes(flipped)
+            try:
+                loaded = store.load_best()
+            except CheckpointError:
+                noticed += 1
+                continue
+            assert loaded is not None  # it was in a padding, or a date
+            assert loaded["step"] == 1
+            assert torch.equal(loaded["student"]["weight"], torch.arange(50.0) + 1)
+    assert noticed > directory // 2
 
 
 def test_checkpoints__a_failed_save_leaves_the_earlier_ones(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    store.save(1, state(1))
+    store.save(1, state(1), best=True)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(Exception, match="pickle"):
-        store.save(2, {"bad": lambda: None})
-    loaded = store.load_newest()
-    assert loaded is not None
-    assert loaded["step"] == 1
-    assert not list(tmp_path.glob("*.tmp.*"))
+        store.save(2, {"bad": lambda: None}, best=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_checkpoints__a_full_disk_is_named_with_the_file_and_the_space(small_disk: Path) -> None:
+    store = CheckpointStore(small_disk)
+    store.save(1, state(1), best=True)
+    before = {file.name: file.read_bytes() for file in small_disk.iterdir()}
+    large = {"step": 2, "student": {"weight": torch.zeros(500_000)}}
+    with pytest.raises(OSError, match=r"2\.00 MB are needed, \d.* are free") as caught:
+        store.save(2, large)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(small_disk / "step-0000002.pt")
+    assert {file.name: file.read_bytes() for file in small_disk.iterdir()} == before
+    half = {"step": 2, "student": {"weight": torch.zeros(150_000)}}
+    with pytest.raises(OSError, match=r"0\.60 MB|601\.\d\d kB are needed") as caught:
+        store.save(2, half, best=True)  # there is room for one, not for the best as well
+    assert caught.value.filename == str(store.best)
+    newest, best = store.load_newest(), store.load_best()
+    assert newest is not None
+    assert best is not None
+    assert (newest["step"], best["step"]) == (2, 1)
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_checkpoints__a_kill_at_any_moment_leaves_whole_ones(tmp_path: Path, number: int) -> None:
+    code = """
+        import os, sys
+        from pathlib import Path
+        import torch
+        from crossmix.engine import CheckpointStore
+        store, moment = CheckpointStore(sys.argv[1]), int(sys.argv[2])
+        store.save(1, {"step": 1}, best=True)
+        store.save(2, {"step": 2})
+        real, count = Path.replace, 0
+        def replace(path, target):
+            global count
+            count += 1
+            if count == (moment + 1) // 2 and moment % 2:
+                os._exit(9)  # before this rename
+            real(path, target)
+            if count == moment // 2 and not moment % 2:
+                os._exit(9)  # after it
+        Path.replace = replace
+        store.save(2, {"step": 2, "again": True}, best=True)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path, str(number)], check=False)
+    assert done.returncode == 9
+    store = CheckpointStore(tmp_path)
+    newest, best = store.load_newest(), store.load_best()  # without a warning
+    assert newest is not None
+    assert best is not None
+    assert newest["step"] == 2
+    assert best["step"] in {1, 2}
+    store.save(3, {"step": 3}, best=True)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        name + end for name in ("best.pt", "step-0000002.pt", "step-0000003.pt") for end in ("", ".sha256")
+    }
+
+
+def test_checkpoints__what_killed_writers_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
+    left = ["step-0000007.pt.tmp.123", "best.pt.tmp.4", "best.pt.sha256.tmp.4", "step-0000009.pt.sha256"]
+    mine = ["notes.tmp.1", "step-7.pt.tmp.old", "best.pt.tmp.d", "model.pt.sha256"]
+    for name in [*left, *mine]:
+        (tmp_path / name).touch()
+    CheckpointStore(tmp_path).save(1, state(1))
+    assert {file.name for file in tmp_path.iterdir()} == {*mine, "step-0000001.pt", "step-0000001.pt.sha256"}
 
 
 def test_checkpoints__refuses_to_keep_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 2"):
         CheckpointStore(tmp_path, keep=1)
+
+
+def test_run_log__lines_that_are_none_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "new" / "log.jsonl")
+    log.cut(0)  # of a training that had not begun
+    log.write({"step": 1})
+    for line in (b'{"step": 2, \xff', b"\x00\x00", b"[1]", b"7", b"{}", b""):
+        with log.path.open("ab") as file:
+            file.write(line + b"\n")
+    log.write({"step": 3})
+    with pytest.warns(UserWarning, match=r"log\.jsonl: line [2-6] is damaged") as told:
+        log.cut(5)
+    assert len(told) == 5
+    assert log.read() == [{"step": 1}, {"step": 3}]
+
+
+def test_run_log__a_full_disk_names_the_file(small_disk: Path) -> None:
+    log = RunLog(small_disk / "log.jsonl")
+    log.write({"step": 1})
+    with pytest.raises(OSError, match=r"2\.00 MB are needed") as caught:
+        log.write({"step": 2, "text": "x" * 2_000_000})
+    assert caught.value.filename == str(log.path)
+    assert [record["step"] for record in log.read()] == [1]
+    log.cut(1)
+    assert log.path.read_text() == '{"step": 1}\n'
 
 
 def test_run_log__cut_and_torn_line(tmp_path: Path) -> None:

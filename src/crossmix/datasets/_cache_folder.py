@@ -8,17 +8,17 @@ import re
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
+from crossmix._files import FolderLock, amount, write_whole
+from crossmix._workers import QuietLoader
 from crossmix.datasets._files import Files
 from crossmix.datasets._images import read_header
-from crossmix.datasets._sealed import read_sealed, sealed, sync_folder, whole_file
+from crossmix.datasets._sealed import read_sealed, sealed
 from crossmix.datasets._shards import (
     PER_SHARD,
     FileSamples,
@@ -26,14 +26,9 @@ from crossmix.datasets._shards import (
     ShardBuilder,
     read_items,
     shard_path,
-    stop_if_orphaned,
 )
 from crossmix.datasets.sample import DataError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 try:
     from tqdm import tqdm
 except ImportError:
@@ -44,7 +39,7 @@ __all__ = ["CacheFolder"]
 FORMAT = 1
 """To be raised when files are laid out otherwise, or a reader comes to return other pixels of the same file."""
 
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST = "manifest.json"
 OURS = re.compile(r"(manifest\.json|shard-\d{5,}\.(bin|json))(\.tmp\.\d+)?")
 LEFT_BEHIND = re.compile(OURS.pattern.removesuffix("?"))
 ELSEWHERE = "choose a folder that can be written to, or make this one so"
@@ -92,12 +87,10 @@ class CacheFolder:
                 for name in filter(LEFT_BEHIND.fullmatch, _listing(self.folder)):
                     (self.folder / name).unlink()
                 if not (self.folder / MANIFEST).exists():
-                    with whole_file(self.folder / MANIFEST) as file:
-                        file.write(self.manifest)
+                    write_whole(self.folder / MANIFEST, self.manifest)
                 self._fill(missing, workers, progress=progress)
-                sync_folder(self.folder)
             except OSError as error:
-                raise DataError(f"{self.folder}: cannot be written ({error.strerror}); {ELSEWHERE}.") from error
+                raise DataError(f"{error.filename or self.folder}: cannot be written: {error.strerror}.") from error
 
     def _missing(self) -> list[int]:
         """The shards that are not finished."""
@@ -113,13 +106,7 @@ class CacheFolder:
         builder = ShardBuilder(self.samples, self.folder, self.digest, [(i, self.shards[i]) for i in missing])
         todo = sum(len(self.shards[i]) for i in missing)
         # A generator of its own: a loader draws a seed for its workers, by default from the global one.
-        loader = DataLoader(
-            builder,
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=stop_if_orphaned,
-            generator=torch.Generator(),
-        )
+        loader = QuietLoader(builder, batch_size=None, num_workers=workers, generator=torch.Generator())
         with _progress(self.folder, len(self.samples), len(self.samples) - todo, shown=progress) as advance:
             for built in loader:
                 if isinstance(built, DataError):
@@ -151,7 +138,7 @@ class CacheFolder:
     def _check_room(self, missing: Sequence[int], *, progress: bool) -> None:
         need = sum(_bytes(self.samples.files[i], self.samples.size) for shard in missing for i in self.shards[shard])
         free = shutil.disk_usage(self.folder).free
-        text = f"{self.folder}: the cache needs {_amount(need)} more, {_amount(free)} are free"
+        text = f"{self.folder}: the cache needs {amount(need)} more, {amount(free)} are free"
         if need > free:
             raise DataError(f"{text}; make room, choose another folder, or read at a smaller `size`.")
         if progress:
@@ -204,35 +191,16 @@ def _listing(folder: Path) -> set[str]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, progress: bool) -> Iterator[None]:
-    """Hold the folder's lock, which dies with this process: unlike flock, forked workers do not inherit it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise DataError(
-            f"{folder}: is not a complete cache and cannot be written ({error.strerror}); {ELSEWHERE}."
-        ) from error
-    try:
-        _lock(handle, folder, progress=progress)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, folder: Path, *, progress: bool) -> None:
-    try:
-        if fcntl is None:
-            raise OSError(None, "no file locks on this system")
+    """Hold the folder, waiting for another process that does."""
+    with contextlib.ExitStack() as stack:
+        lock = FolderLock(folder, waiting=lambda text: _say(f"{text}; waiting for it") if progress else None)
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            if progress:
-                _say(f"{folder}: waiting for another process that builds this cache")
-            fcntl.lockf(handle, fcntl.LOCK_EX)
-    except OSError as error:
-        warnings.warn(
-            f"{folder}: cannot be locked ({error.strerror}); let only one process build this cache", stacklevel=6
-        )
+            stack.enter_context(lock)
+        except OSError as error:
+            raise DataError(
+                f"{folder}: is not a complete cache and cannot be written ({error.strerror}); {ELSEWHERE}."
+            ) from error
+        yield
 
 
 @contextlib.contextmanager
@@ -257,7 +225,3 @@ def _progress(folder: Path, total: int, done: int, *, shown: bool) -> Iterator[C
 
 def _say(text: str) -> None:
     sys.stderr.write(text + "\n")
-
-
-def _amount(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"

@@ -1,31 +1,15 @@
-"""Files that are either whole or not there, and JSON that carries its own hash."""
+"""JSON that carries its own hash."""
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from crossmix._files import write_whole
 from crossmix.datasets.sample import DataError
 
-__all__ = ["read_sealed", "sealed", "sync_folder", "whole_file", "write_sealed"]
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, put in its place when all of it is on the disk."""
-    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+__all__ = ["read_sealed", "sealed", "write_sealed"]
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
@@ -36,8 +20,7 @@ def sealed(content: Mapping[str, Any]) -> bytes:
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Write a sealed file, whole or not at all."""
-    with whole_file(path) as file:
-        file.write(sealed(content))
+    write_whole(path, sealed(content))
 
 
 def read_sealed(path: Path, *, fix: str = "delete it and open the cache again") -> dict[str, Any]:
@@ -54,16 +37,6 @@ def read_sealed(path: Path, *, fix: str = "delete it and open the cache again") 
     content: dict[str, Any] = json.loads(data)
     del content["sha256"]
     return content
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames themselves survive a power cut, where the platform can."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _first_line(below: bytes) -> bytes:

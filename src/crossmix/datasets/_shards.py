@@ -4,8 +4,6 @@ A shard is `shard-00007.bin`, the pixels of its samples one after another, and `
 counts when both are there.
 """
 
-import multiprocessing
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +11,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
+from crossmix._files import whole_file
 from crossmix.datasets._files import Files
-from crossmix.datasets._sealed import read_sealed, whole_file, write_sealed
+from crossmix.datasets._sealed import read_sealed, write_sealed
 from crossmix.datasets.sample import DataError, Sample
 
-__all__ = ["PER_SHARD", "FileSamples", "Item", "ShardBuilder", "read_items", "shard_path", "stop_if_orphaned"]
+__all__ = ["PER_SHARD", "FileSamples", "Item", "ShardBuilder", "read_items", "shard_path"]
 
 PER_SHARD = 32
 """Samples in a shard. A worker that is killed loses at most these: some seconds of work."""
@@ -87,8 +86,8 @@ class ShardBuilder(Dataset[int | DataError]):
             return error
         except OSError as error:
             return DataError(
-                f"{path}: cannot be written ({error.strerror}); make room or choose another folder, and start again: "
-                "finished shards are kept."
+                f"{error.filename or path}: cannot be written: {error.strerror}. "
+                "Then start again: finished shards are kept."
             )
 
     def _build(self, shard: int, span: range, path: Path) -> int:
@@ -96,7 +95,6 @@ class ShardBuilder(Dataset[int | DataError]):
         offset = 0
         with whole_file(path) as file:
             for i in span:
-                stop_if_orphaned()
                 sources = _sources(self.samples.files[i])  # before reading: a file that changes meanwhile is stale
                 sample = self.samples[i]
                 pixels = _pixels(sample)
@@ -176,14 +174,3 @@ def _sources(files: Files) -> list[list[int]]:
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); restore the file.") from error
     return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
-
-
-def stop_if_orphaned(_: int = 0) -> None:
-    """End a worker whose main process was killed: it would go on to the shard's end, or wait for ever for the next."""
-    parent = multiprocessing.parent_process() if get_worker_info() is not None else None
-    if parent is None:
-        return
-    # That a parent is gone shows by a pipe, which younger workers keep open too if they were forked.
-    forked = multiprocessing.get_start_method() == "fork"
-    if not parent.is_alive() or (forked and os.getppid() != parent.pid):
-        raise SystemExit(1)

@@ -1,6 +1,8 @@
 """A step that went wrong leaves no trace: decided on the device, told to the host when it is known there."""
 
-from collections.abc import Iterable
+import copy
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,20 +28,28 @@ class FiniteGuard:
     """Undo an optimizer step whose loss or gradients are not finite.
 
     `check` after the backward pass, `restore` after the optimizer and the averages have moved. Everything is then as it
-    was before the step, or as the step left it, as the device finds out; the host does not wait. It learns of a bad
-    step when the flag has arrived, on a GPU a few steps later: `check` then raises.
+    was before the step, or as the step left it, as the device finds out: weights, buffers and what optimizers keep. The
+    host learns of a bad step when the flag has arrived, on a GPU a few steps later: `check` then raises.
+
+    What lives on the host can only be put back there, once it knows: the teacher's count of updates, the `step` of Adam
+    unless it is built with `fused=True` or `capturable=True`, and state that the first step has made. The next `check`
+    does that before anything can depend on it, and to this end waits for the flag of the step before. Since then the
+    host has launched another forward and backward pass, so the device does not run dry. Reading an optimizer's
+    state_dict does the same; before reading a module's, call `settle`.
 
     It keeps a copy of all that moves and, in passing, a second one: for ResNet-101 with a teacher 1 GB.
 
     Args:
-        modules: Modules whose parameters and buffers move: student, teacher, averages.
-        optimizer: Its state moves too.
+        modules: Modules whose parameters and buffers move: student, teacher, averages. What they return from
+            `get_extra_state` is put back too.
+        optimizer: Its parameters and its state move too; or several.
         skip: How many bad steps are passed over before one is an error.
 
     Attributes:
         skipped: How many bad steps there were, as far as the host knows.
 
     Raises:
+        TypeError: If `optimizer` is neither an optimizer nor several.
         ValueError: If `skip` is negative.
 
     Example:
@@ -56,26 +66,43 @@ class FiniteGuard:
         (True, 1)
     """
 
-    def __init__(self, modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer, *, skip: int = 0) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        *,
+        skip: int = 0,
+    ) -> None:
         if skip < 0:
             raise ValueError(f"`skip` must not be negative, got {skip}; 0 makes every bad step an error.")
         self.modules = list(modules)
-        self.optimizer = optimizer
+        self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self.skip = skip
         self.skipped = 0
         self._good: Tensor | None = None
+        self._heard_good = True
+        self._before: _HostState | None = None
+        self._unsettled: tuple[_Flag, _HostState] | None = None
         self._report = _Report()
         self._kept: dict[Tensor, Tensor] = {}
         self._now: dict[Tensor, Tensor] = {}
         self._flat: list[tuple[Tensor, Tensor]] = []
+        self._extras: list[nn.Module] = []
+        itself = weakref.WeakMethod(self.settle)
+        for one in self.optimizers:
+            if not isinstance(one, torch.optim.Optimizer):
+                raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, or several, got {type(one).__name__}.")
+            one.register_state_dict_pre_hook(lambda _: (settle := itself()) and settle())
         self.keep()
 
     @torch.no_grad()
     def keep(self) -> None:
         """Take everything as it is now for good: after loading a checkpoint, say."""
-        self._allocate(self._moving())
-        for tensor, copy in self._kept.items():
-            copy.copy_(tensor)
+        self._good = self._before = self._unsettled = None
+        every = (module for root in self.modules for module in root.modules())
+        self._extras = [one for one in every if type(one).get_extra_state is not nn.Module.get_extra_state]
+        self._kept = {}
+        self._keep_new()
 
     @torch.no_grad()
     def check(self, loss: Tensor, step: int, *, gradients: bool = True) -> None:
@@ -90,22 +117,26 @@ class FiniteGuard:
             NonFiniteError: If there was one bad step too many: this one on a CPU, on a GPU one of the last few.
                 Everything is then as it was before this step.
         """
+        self.settle()
+        self._keep_new()
         good = loss.detach().isfinite().all()
-        found = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if found and gradients:
-            good = good & torch.stack(torch._foreach_norm(found)).isfinite().all()
+        if gradients:
+            good = good & self._gradients_are_finite(good.device)
         if dist.is_available() and dist.is_initialized():
             every = good.int()
             dist.all_reduce(every, dist.ReduceOp.MIN)
             good = every.bool()
         self._good = good
+        self._before = _HostState(self.optimizers, self._extras, self._kept)
         bad = self._report.tell(good, step)
+        self._heard_good = bad is None
         if bad is None:
             return
         self.skipped, latest = bad
         if self.skipped > self.skip:
             self._good = torch.zeros_like(good)
             self.restore()
+            self.settle()
             raise NonFiniteError(
                 latest,
                 f"step {latest}: the loss or a gradient is not finite, {self.skipped} such steps so far and "
@@ -119,32 +150,80 @@ class FiniteGuard:
         Raises:
             RuntimeError: If there was no `check`.
         """
-        if self._good is None:
+        good, before = self._good, self._before
+        if good is None or before is None:
             raise RuntimeError("`restore` needs a `check` before it; check the loss after the backward pass.")
-        moving = self._moving()
-        if self._kept.keys() != set(moving):  # the optimizer has new state: it starts from zero
-            old = self._kept
-            self._allocate(moving)
-            for tensor, copy in self._kept.items():
-                copy.copy_(old[tensor]) if tensor in old else copy.zero_()
+        self._good = self._before = None
+        moving = list(self._kept)
         torch._foreach_copy_([self._now[tensor] for tensor in moving], moving)
         for kept, now in self._flat:
-            torch.where(self._good, now, kept, out=kept)
+            torch.where(good.to(kept.device, non_blocking=True), now, kept, out=kept)
         torch._foreach_copy_(moving, [self._kept[tensor] for tensor in moving])
-        self._good = None
+        if before.is_needed():
+            self._unsettled = _Flag(good, known=self._heard_good), before
+            if self._is_known(good):
+                self.settle()
 
-    def _moving(self) -> list[Tensor]:
-        """Each tensor once."""
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put back what lives on the host if the last step was bad, waiting until that is known.
+
+        `check` does it by itself. Call it before reading counts: the state_dict of a `MeanTeacher` for a checkpoint.
+        """
+        if self._unsettled is not None:
+            flag, before = self._unsettled
+            self._unsettled = None
+            if not flag.is_good():
+                before.put_back()
+
+    def _is_known(self, good: Tensor) -> bool:
+        """Whether the host knows a flag without waiting."""
+        return good.device.type != "cuda"
+
+    def _gradients_are_finite(self, device: torch.device) -> Tensor:
+        """Whether all gradients of all optimizers are, as a scalar on a device."""
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for parameter in self._parameters():
+            if (gradient := parameter.grad) is not None:
+                values = gradient._values() if gradient.is_sparse else gradient
+                kinds.setdefault((values.device, values.dtype), []).append(values)
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        for (_, dtype), found in kinds.items():
+            half = dtype in {torch.float16, torch.bfloat16}  # in which a norm is soon infinite
+            norms = torch._foreach_norm(found, 2, torch.float32 if half else None)
+            finite = finite & torch.stack(norms).isfinite().all().to(device)
+        return finite
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for one in self.optimizers for group in one.param_groups for p in group["params"])
+
+    def _moving(self) -> dict[Tensor, None]:
+        """Each tensor once. Where there is a device, what is not on it is the host's, and not here."""
         tensors: dict[Tensor, None] = {}
         for module in self.modules:
             tensors.update(dict.fromkeys(module.parameters()))
             tensors.update(dict.fromkeys(module.buffers()))
-        for state in self.optimizer.state.values():
-            tensors.update(dict.fromkeys(value for value in state.values() if isinstance(value, Tensor)))
-        return list(tensors)
+        tensors.update(dict.fromkeys(self._parameters()))
+        for one in self.optimizers:
+            for state in one.state.values():
+                tensors.update(dict.fromkeys(value for value in state.values() if isinstance(value, Tensor)))
+        for tensor in self._on_host(tensors):
+            del tensors[tensor]
+        return tensors
 
-    def _allocate(self, moving: list[Tensor]) -> None:
-        """Two copies of everything, as views into one long tensor each, so that choosing is one operation."""
+    def _on_host(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Those that the device does not put back."""
+        found = [tensor for tensor in tensors if tensor.is_cpu]
+        return found if any(not parameter.is_cpu for parameter in self._parameters()) else []
+
+    def _keep_new(self) -> None:
+        """Copy what has no copy yet: at first everything, later the state that a step has made.
+
+        Two copies of everything, as views into one long tensor each, so that choosing is one operation.
+        """
+        old, moving = self._kept, self._moving()
+        if old and old.keys() == moving.keys():
+            return
         self._kept, self._now, self._flat = {}, {}, []
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in moving:
@@ -157,6 +236,78 @@ class FiniteGuard:
                 for row, copies in zip(flat, (self._kept, self._now), strict=True):
                     copies[tensor] = _like(row[offset : offset + tensor.numel()], tensor)
                 offset += tensor.numel()
+                self._kept[tensor].copy_(old.get(tensor, tensor))
+
+
+class _HostState:
+    """What optimizers and modules have on the host before a step: counts, and which tensors belong to a state.
+
+    A value is saved beside what it was; a tensor that the device puts back is its own.
+    """
+
+    def __init__(
+        self, optimizers: Sequence[torch.optim.Optimizer], extras: Sequence[nn.Module], kept: Mapping[Tensor, Tensor]
+    ) -> None:
+        def saved(value: Any) -> tuple[Any, Any]:  # noqa: ANN401 - whatever an optimizer keeps
+            if isinstance(value, Tensor):
+                return value, value if value in kept else value.clone()
+            return value, copy.copy(value)
+
+        self.states = [
+            (one, {key: {name: saved(value) for name, value in state.items()} for key, state in one.state.items()})
+            for one in optimizers
+        ]
+        self.extras = [(module, module.get_extra_state()) for module in extras]
+
+    def is_needed(self) -> bool:
+        """Whether the step may have changed something that the device does not put back."""
+        return bool(self.extras) or any(map(self._differs, self.states))
+
+    def put_back(self) -> None:
+        """Undo the step."""
+        for one, states in self.states:
+            for key in one.state.keys() - states.keys():
+                del one.state[key]
+            for key, values in states.items():
+                one.state[key].clear()
+                for name, (value, was) in values.items():
+                    if isinstance(value, Tensor) and was is not value:
+                        value.copy_(was)
+                    one.state[key][name] = value if isinstance(value, Tensor) else was
+        for module, extra in self.extras:
+            module.set_extra_state(extra)
+
+    @staticmethod
+    def _differs(saved: tuple[torch.optim.Optimizer, dict[Any, dict[str, tuple[Any, Any]]]]) -> bool:
+        one, states = saved
+        if one.state.keys() != states.keys():
+            return True
+        for key, values in states.items():
+            if one.state[key].keys() != values.keys():
+                return True
+            for name, (value, was) in values.items():
+                on_device = isinstance(value, Tensor) and was is value
+                if not on_device or one.state[key][name] is not value:
+                    return True
+        return False
+
+
+class _Flag:
+    """Whether a step was good: what the host was told of it, or, from a GPU, on its way."""
+
+    def __init__(self, good: Tensor, *, known: bool) -> None:
+        self.good: Tensor | bool = known
+        self.event: Any = None
+        if good.device.type == "cuda":
+            self.good = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(good, non_blocking=True)
+            self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.event.record()
+
+    def is_good(self) -> bool:
+        """Wait for it."""
+        if self.event is not None:
+            self.event.synchronize()
+        return bool(self.good)
 
 
 def _like(memory: Tensor, tensor: Tensor) -> Tensor:
