@@ -1,4 +1,4 @@
-"""Locks, stop requests and the guard against numbers that are none, with real processes and signals."""
+"""Stop requests and the guard against numbers that are none, with real processes and signals."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crossmix import DistributionAlignment, MeanTeacher
-from crossmix.engine import BusyError, FiniteGuard, FolderLock, NonFiniteError, StopRequest
+from crossmix.engine import FiniteGuard, NonFiniteError, StopRequest
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:
@@ -30,57 +30,6 @@ def wait_for(process: subprocess.Popen[str], word: str) -> None:
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line.strip() == word, (line, process.stderr.read() if process.stderr else "")
-
-
-HOLD = """
-    import sys
-    from crossmix.engine import FolderLock
-    with FolderLock(sys.argv[1]):
-        print("held", flush=True)
-        sys.stdin.read()
-"""
-
-
-def test_lock__one_process_and_gone_with_it(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    process = start(HOLD, str(folder))
-    wait_for(process, "held")
-    with (
-        pytest.raises(BusyError, match=rf"run: is in use by process {process.pid}; wait for it to end"),
-        FolderLock(folder),
-    ):
-        pass
-    process.kill()  # without any chance to clean up
-    process.communicate()
-    with FolderLock(folder), pytest.raises(BusyError, match=f"in use by process {os.getpid()}"), FolderLock(folder):
-        pass
-    with FolderLock(folder) as lock:
-        assert lock.path.read_text() == f"process {os.getpid()}\n"
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
-def test_lock__is_not_kept_by_a_forked_process_that_outlives_its_holder(tmp_path: Path) -> None:
-    code = """
-        import os, sys, time
-        from crossmix.engine import FolderLock
-        with FolderLock(sys.argv[1]):
-            child = os.fork()
-            if child == 0:
-                time.sleep(60)
-                os._exit(0)
-            print(child, flush=True)
-            time.sleep(60)
-    """
-    process = start(code, str(tmp_path))
-    assert process.stdout is not None
-    child = int(process.stdout.readline())
-    with pytest.raises(BusyError), FolderLock(tmp_path):  # the child let go of its copy, not of the lock
-        pass
-    process.kill()
-    process.wait(60)
-    with FolderLock(tmp_path):
-        os.kill(child, 9)
-    process.communicate()
 
 
 LOOP = """

@@ -3,9 +3,9 @@
 Nothing in here knows about mixing, networks or data sets.
 """
 
+from crossmix._files import BusyError, FolderLock
 from crossmix.engine.checkpoints import CheckpointError, CheckpointStore
 from crossmix.engine.finite import FiniteGuard, NonFiniteError
-from crossmix.engine.lock import BusyError, FolderLock
 from crossmix.engine.progress import Progress
 from crossmix.engine.report import Report
 from crossmix.engine.run_log import RunLog
