@@ -34,7 +34,8 @@ PUBLIC = {
     "crossmix.visualize": ["colorize", "gallery"],
     "crossmix.engine": [
         "BusyError", "CheckpointError", "CheckpointStore", "FiniteGuard", "FolderLock", "KeyedCrops",
-        "NonFiniteError", "Progress", "Report", "RunLog", "StopRequest", "keyed_generator", "resident",
+        "NonFiniteError", "Progress", "QuietLoader", "Report", "RunLog", "StopRequest", "keyed_generator",
+        "quiet_worker", "resident",
     ],
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ Nothing in here knows about mixing, networks or data sets.
 """
 
 from crossmix._files import BusyError, FolderLock
+from crossmix._workers import QuietLoader, quiet_worker
 from crossmix.engine.checkpoints import CheckpointError, CheckpointStore
 from crossmix.engine.finite import FiniteGuard, NonFiniteError
 from crossmix.engine.progress import Progress
@@ -21,9 +22,11 @@ __all__ = [
     "KeyedCrops",
     "NonFiniteError",
     "Progress",
+    "QuietLoader",
     "Report",
     "RunLog",
     "StopRequest",
     "keyed_generator",
+    "quiet_worker",
     "resident",
 ]
