@@ -6,10 +6,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
 from crossmix._distributed import rank, world_size
 from crossmix._tensors import nearest
+from crossmix._workers import QuietLoader
 from crossmix.metrics import ConfusionMatrix
 
 __all__ = ["evaluate"]
@@ -141,7 +141,7 @@ def _each(samples: Samples | Iterable[Labelled], workers: int, *, sync: bool) ->
         return
     share = range(rank(), len(samples), world_size()) if sync else range(len(samples))
     if workers:
-        yield from DataLoader(
+        yield from QuietLoader(
             samples,  # type: ignore[arg-type]
             batch_size=None,
             sampler=share,

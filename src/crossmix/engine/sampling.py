@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset
 
 __all__ = ["KeyedCrops", "keyed_generator", "resident"]
@@ -72,9 +73,10 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
 
     Every image is drawn once in each pass, in an order of the pass's own; the crop's position is uniform.
 
-    A sample that cannot be read is an error. With `skip` up to so many different ones are left out instead, each logged
-    as a warning and kept in `skipped`: the draw then takes the sample that the same draw of the next pass would take,
-    so that it is a pure function still, of the files as they are. Each worker process counts for itself.
+    A sample that cannot be read, or whose image is smaller than the crop, is an error. With `skip` up to so many
+    different ones are left out instead, each logged as a warning and kept in `skipped`: the draw then takes the sample
+    that the same draw of the next pass would take, so that it is a pure function still, of the files as they are. Each
+    worker process counts for itself.
 
     Args:
         samples: Items with `image` (3, H, W) uint8, `label` (H, W) uint8 or None, and `name`.
@@ -82,13 +84,14 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         seed: Seed of the run.
         stream: Tells the data sets of one run apart: the same seed with another stream is unrelated.
         skip: How many different samples that cannot be read are left out before one is an error.
+        pad: Whether an image smaller than the crop is padded, below and to the right, with black pixels of label 255.
 
     Attributes:
         skipped: Indices of the samples left out so far, with the reasons.
 
     Raises:
         ValueError: If there are no samples, the size is not positive, or `skip` is negative; on access, if an image is
-            smaller than the crop. What reading a sample raises is passed on.
+            smaller than the crop, without `pad`. What reading a sample raises is passed on.
 
     Example:
         >>> from crossmix.datasets import StreetScenes
@@ -98,7 +101,16 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         (torch.Size([3, 32, 32]), torch.Size([32, 32]))
     """
 
-    def __init__(self, samples: Samples, size: tuple[int, int], *, seed: int, stream: int, skip: int = 0) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        size: tuple[int, int],
+        *,
+        seed: int,
+        stream: int,
+        skip: int = 0,
+        pad: bool = False,
+    ) -> None:
         if len(samples) == 0:
             raise ValueError("`samples` must not be empty; check the folder that they are read from.")
         if min(size) < 1:
@@ -110,6 +122,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         if skip < 0:
             raise ValueError(f"`skip` must not be negative, got {skip}; 0 makes every broken sample an error.")
         self.skip = skip
+        self.pad = pad
         self.skipped: dict[int, str] = {}
         self._order: tuple[int, Tensor] | None = None
 
@@ -125,27 +138,29 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         sample = self._read(draw)
         height, width = sample.image.shape[-2:]
         crop_height, crop_width = self.size
-        if height < crop_height or width < crop_width:
-            raise ValueError(
-                f"{sample.name}: the image is {height} x {width}, smaller than the crop of {crop_height} x "
-                f"{crop_width}; crop smaller or resize the images when reading them."
-            )
         generator = keyed_generator(self.seed, self.stream, 1, draw)
-        top = int(torch.randint(height - crop_height + 1, (), generator=generator))
-        left = int(torch.randint(width - crop_width + 1, (), generator=generator))
+        top = int(torch.randint(max(0, height - crop_height) + 1, (), generator=generator))
+        left = int(torch.randint(max(0, width - crop_width) + 1, (), generator=generator))
         rows, columns = slice(top, top + crop_height), slice(left, left + crop_width)
-        image = sample.image[:, rows, columns].contiguous()
+        image = self._padded(sample.image[:, rows, columns], 0)
         if sample.label is None:
             return image, torch.full(self.size, 255, dtype=torch.uint8, device=image.device)
-        return image, sample.label[rows, columns].contiguous()
+        return image, self._padded(sample.label[rows, columns], 255)
+
+    def _padded(self, pixels: Tensor, value: int) -> Tensor:
+        """Fill up to the size of the crop; what has it already is only laid out in memory."""
+        missing = [size - side for size, side in zip(self.size, pixels.shape[-2:], strict=True)]
+        if not any(missing):
+            return pixels.contiguous()
+        return functional.pad(pixels, (0, missing[1], 0, missing[0]), value=value)
 
     def _read(self, draw: int) -> Labelled:
-        """The sample of a draw, or of the first later pass's where it cannot be read and may be skipped."""
+        """The sample of a draw, or of the first later pass's where it cannot be used and may be skipped."""
         while True:
             index = self.index(draw)
             if index not in self.skipped:
                 try:
-                    return self.samples[index]
+                    return self._large_enough(self.samples[index])
                 except (ValueError, OSError) as error:  # what readers raise for a broken file
                     if self.skip == 0:
                         raise
@@ -156,6 +171,16 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
                     self.skipped[index] = str(error)
                     LOG.warning("left out: %s", error)
             draw += len(self.samples)
+
+    def _large_enough(self, sample: Labelled) -> Labelled:
+        """Refuse an image that is smaller than the crop and is not to be padded."""
+        (height, width), (crop_height, crop_width) = sample.image.shape[-2:], self.size
+        if not self.pad and (height < crop_height or width < crop_width):
+            raise ValueError(
+                f"{sample.name}: the image is {height} x {width}, smaller than the crop of {crop_height} x "
+                f"{crop_width}; crop smaller, pad, or resize the images when reading them."
+            )
+        return sample
 
     def index(self, draw: int) -> int:
         """Return which sample a draw takes.
