@@ -262,7 +262,7 @@ def checked(name: str, value: object, where: str) -> Any:  # noqa: ANN401 - an o
     """Return a value as it is used, or refuse it; `where` is what messages call it."""
     kind: Kind = OPTIONS[name].metadata["kind"]
     if not kind.allows(value):
-        raise SystemExit(f"error: {where} must be {kind.expected()}, got {value!r}{_meant(value, kind.choices)}.")
+        raise SystemExit(f"error: {where} must be {kind.expected()}, got {value!r}{_meant(value, kind.choices)}")
     if kind.native is not None:
         return size_name(size(str(value)))
     return kind.type(value)
@@ -352,15 +352,14 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise SystemExit(f"error: {path}: is no JSON object of options, but holds a {type(found).__name__}.")
     found.pop("versions", None)
     for name in found.keys() - OPTIONS.keys():
-        hint = _meant(name, tuple(OPTIONS)) or "; --help lists them"
-        raise SystemExit(f"error: {path}: unknown option {name!r}{hint}.")
+        raise SystemExit(f"error: {path}: unknown option {name!r}{_meant(name, tuple(OPTIONS))}")
     return {name: checked(name, value, f"{path}: {name!r}") for name, value in found.items()}
 
 
 def _meant(value: object, names: Sequence[Any]) -> str:
-    """What was meant, perhaps."""
+    """The end of a message, with what was meant, perhaps."""
     near = difflib.get_close_matches(str(value), [str(name) for name in names], 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _resolved(chosen: dict[str, Any], *, demo: bool) -> Config:

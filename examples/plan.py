@@ -64,13 +64,15 @@ def problems(request: Request, folders: list[Path], world: int = 1) -> list[str]
         folders: Those of its trainings; none where they are still to be chosen.
         world: How many processes there are.
     """
+    fresh = not (request.resume and all(map(has_begun, folders)))  # otherwise all comes from the checkpoints
     looks: list[Callable[[], Iterator[str]]] = [
         lambda: _of_packages(request),
         lambda: _of_folders(request, folders),
-        lambda: _of_weights(request, folders),
     ]
+    if fresh and request.config.weights:
+        looks.append(lambda: _of_weights(request.config))
     if not request.demo:
-        looks.append(lambda: _of_data(request.config, world))
+        looks.append(lambda: _of_data(request.config, world, fresh=fresh))
     found = []
     for look in looks:
         try:
@@ -115,14 +117,12 @@ def _visible(out: Path) -> Iterator[Path]:
     return (path for path in out.iterdir() if not path.name.startswith(".") and path.name != "data")
 
 
-def _of_weights(request: Request, folders: list[Path]) -> Iterator[str]:
-    config = request.config
-    if config.weights and not (request.resume and all(map(has_begun, folders))):
-        load_weights(empty_network(config), config.weights, strict=False)
+def _of_weights(config: Config) -> Iterator[str]:
+    load_weights(empty_network(config), config.weights, strict=False)
     yield from ()
 
 
-def _of_data(config: Config, world: int) -> Iterator[str]:
+def _of_data(config: Config, world: int, *, fresh: bool) -> Iterator[str]:
     data = open_data(config)
     whole = config.batch * world
     for name, samples in (("source", data.source), ("target", data.target)):
@@ -135,7 +135,7 @@ def _of_data(config: Config, world: int) -> Iterator[str]:
                 f"--crop {config.crop} is larger than {len(small)} of {len(samples)} {name} images, such as "
                 f"{small[0]}; crop smaller, pad with --pad{leave_out}, or give a larger --{name}-size."
             )
-    if config.method == "alignment" and config.prior == "oracle":
+    if config.method == "alignment" and config.prior == "oracle" and fresh:
         Cityscapes(config.cityscapes, "train", images=False)
     for samples in (data.validation,) if config.skip_files else data:
         samples[0]  # what is wrong with all of them is wrong with the first

@@ -122,7 +122,7 @@ def saved_at_any_end(run: Run) -> Iterator[None]:
         yield
     except NonFiniteError as error:  # the guard has put everything back
         run.whole = True
-        count_skipped(run, but=error.step == run.done)
+        run.skipped -= error.step == run.done  # it is not finished
         names = ", ".join(drawn_names(run.config, run.data, error.step, run.ranks.world))
         raise NonFiniteError(
             error.step, f"{error} --skip-steps {run.config.skip_steps + 1} undoes one more. Its samples: {names}."
@@ -192,9 +192,9 @@ def whole_batch(run: Run) -> int:
     return run.config.batch * run.config.accumulate * run.ranks.world
 
 
-def count_skipped(run: Run, *, but: int = 0) -> None:
+def count_skipped(run: Run) -> None:
     """Note how many of the finished steps were undone, as far as the host knows."""
-    run.metrics["skipped_steps"] = run.skipped + run.guard.skipped - but
+    run.metrics["skipped_steps"] = run.skipped + run.guard.skipped
 
 
 # --------------------------------------------------------------------------------------------------------------- log

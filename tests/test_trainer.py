@@ -219,7 +219,9 @@ def test_options__flags_over_file_over_recipe(
             value = [flag if paper[name] else flag.replace("--", "--no-")]
         assert resolved(trainer, capsys, *base, *value)[name] == paper[name]
     file = tmp_path / "c.json"
-    file.write_text(json.dumps({"recipe": "paper", "decay": 0.99, "steps": 7, "gta5": "a", "cityscapes": "b", "random_init": True}))
+    file.write_text(
+        json.dumps({"recipe": "paper", "decay": 0.99, "steps": 7, "gta5": "a", "cityscapes": "b", "random_init": True})
+    )
     mixed = resolved(trainer, capsys, "--config", str(file), "--steps", "9")
     assert (mixed["scope"], mixed["decay"], mixed["steps"]) == ("image", 0.99, 9)
     file.write_text('{"lambda": 1}')
