@@ -47,10 +47,10 @@ from crossmix.engine import (
 from crossmix.evaluation import evaluate
 from crossmix.models import DeepLabV2, WeightsError, load_weights
 from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
-from domains import SOURCE, TARGET, Batch, open_data, prepared, with_rendered_data
+from domains import SOURCE, TARGET, Batch, identity, open_data, prepared, with_rendered_data
 from evaluate import percent, summary
 from options import Config, Request, label_sizes, read_options, size
-from plan import empty_network, plan, problems
+from plan import empty_network, has_begun, plan, problems
 from processes import Ranks, Stopped, ended_by_signals, reason, start_ranks
 from training_run import (
     STEP,
@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     with ExitStack() as stack:
         stack.enter_context(ended_by_signals())
+        ranks, out = Ranks(), request.out
         try:
             ranks = start_ranks(request.config.device, stack)
             out = ranks.once(lambda: begin(request, ranks, stack))
@@ -90,10 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 request = request._replace(config=ranks.once(lambda: with_rendered_data(request.config, out / "data")))
             run_all(request, out, ranks)
         except Stopped as stopped:
-            if str(stopped) and ranks.first:
-                print(f"stopped {stopped}; the same command with --resume --out {out} goes on")
-            elif ranks.first:
-                print("stopped before the first step")
+            begun = out is not None and any(has_begun(folder) for _, folder in trainings(request, out))
+            how = f"the same command with --resume --out {out} goes on" if begun else "nothing was trained yet"
+            if ranks.first:
+                print(f"stopped{stopped}; {how}")
         except (DataError, WeightsError, NonFiniteError, BusyError, CheckpointError, OSError, ImportError) as error:
             raise SystemExit(f"error: {reason(error)}") from error
     return 0
@@ -250,7 +251,7 @@ def build(config: Config, folder: Path, ranks: Ranks, *, resume: bool) -> Run:
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.precision == "fp16")
     optimizer = build_optimizer(student, config)
     guard = FiniteGuard(training.children(), optimizer, skip=config.skip_steps)
-    run = Run(config, folder, ranks, data, student, training, optimizer, scaler, guard)
+    run = Run(config, folder, ranks, data, identity(data), student, training, optimizer, scaler, guard)
     if saved is not None:
         restore(run, saved)
     elif resume and ranks.first:

@@ -88,8 +88,10 @@ def identity(data: Data) -> dict[str, dict[str, Any]]:
     return found
 
 
-def differences(old: dict[str, dict[str, Any]], data: Data) -> tuple[list[str], list[str]]:
-    """Compare what a checkpoint says of its data with what there is now.
+def differences(
+    old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], data: Data
+) -> tuple[list[str], list[str]]:
+    """Compare what a checkpoint says of its data with the identity of what there is now.
 
     A file that was repaired has another size. So one such file, or a tenth of all, is the same data still.
 
@@ -97,7 +99,7 @@ def differences(old: dict[str, dict[str, Any]], data: Data) -> tuple[list[str], 
         How the data is another, and the names of samples whose files have changed.
     """
     other, changed = [], []
-    for part, now in identity(data).items():
+    for part, now in new.items():
         was, samples = old[part], getattr(data, part)
         for key in ("reader", "count", "names"):
             if was[key] != now[key]:

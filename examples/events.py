@@ -22,7 +22,7 @@ class Events:
 
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
-        self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder))
         for record in records:
             self.write(record)
 
@@ -30,9 +30,9 @@ class Events:
         """Add a line of the log; it can be seen at once."""
         for name, value in record.items():
             if name != "step":
-                self._writer.add_scalar(name, value, record["step"])  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
 
     def close(self) -> None:
         """End the file."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

@@ -24,7 +24,7 @@ from crossmix.engine import (
 )
 from crossmix.models import DeepLabV2
 from crossmix.visualize import gallery
-from domains import SOURCE, TARGET, Data, crop_size, differences, drawn_names, identity, loader
+from domains import SOURCE, TARGET, Data, crop_size, differences, drawn_names, loader
 from events import Events
 from options import FREE, Config
 from pages import comparison_page, run_page
@@ -47,6 +47,7 @@ class Run:
     folder: Path
     ranks: Ranks
     data: Data
+    identity: dict[str, dict[str, Any]]  # what the data is
     student: DeepLabV2
     training: SelfTraining
     optimizer: torch.optim.SGD
@@ -100,7 +101,7 @@ def state(run: Run) -> dict[str, Any]:
         "scaler": run.scaler.state_dict(),
         "metrics": run.metrics,
         "config": asdict(run.config),
-        "data": identity(run.data),
+        "data": run.identity,
         "whole_batch": whole_batch(run),
         "versions": versions(),
     }
@@ -143,7 +144,7 @@ def goes_on(run: Run) -> str:
 
 def stopped(run: Run) -> Stopped:
     """The end that a signal asked for."""
-    return Stopped(f"after step {run.done}, which is saved" if run.done else "")
+    return Stopped(f" after step {run.done}, which is saved" if run.done else "")
 
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
@@ -175,7 +176,7 @@ def refuse_another_run(run: Run, saved: dict[str, Any]) -> None:
         raise SystemExit(
             f"error: cannot resume with other options: {', '.join(changed)}; give the old ones, or another --out."
         )
-    other, mended = differences(saved["data"], run.data) if "data" in saved else ([], [])
+    other, mended = differences(saved["data"], run.identity, run.data) if "data" in saved else ([], [])
     if other:
         raise SystemExit(f"error: cannot resume on other data: {'; '.join(other)}. Give the old one, or another --out.")
     if mended and run.ranks.first:
