@@ -24,6 +24,7 @@ from crossmix import recipes
 __all__ = ["FREE", "Config", "Request", "config_files", "label_sizes", "read_options", "size", "size_name"]
 
 MOST = 10**9  # of any count
+SMALLEST = 8  # side of a crop, in pixels
 
 
 class Kind(NamedTuple):
@@ -178,6 +179,9 @@ FREE = {
 """Options that a resumed run may change: they choose no data and no arithmetic. (What the data is, and the batch of all
 processes together, are compared apart.)"""
 
+ALTERNATIVES = {"gta5": "synthia", "synthia": "gta5", "weights": "random_init", "random_init": "weights"}
+"""A flag takes the place of the other that a file holds."""
+
 PAPER_OPTIONS = {
     **asdict(recipes.PAPER),
     "aspp_branches": 4,
@@ -240,7 +244,13 @@ def read_options(argv: Sequence[str] | None, description: str) -> Request:
         raise SystemExit(f"error: --runs must be a whole number from 1 to 10000, got {runs!r}.")
     if args.resume and args.out is None:
         raise SystemExit("error: --resume needs --out DIR, the folder of the run that goes on.")
-    chosen = {**({} if args.config is None else _from_file(Path(args.config))), **given}
+    if args.out == "":
+        raise SystemExit("error: --out must name a folder, got ''.")
+    chosen = {} if args.config is None else _from_file(Path(args.config))
+    for name, other in ALTERNATIVES.items():
+        if given.get(name):
+            chosen.pop(other, None)
+    chosen |= given
     if args.resume and not chosen.keys() & {"weights", "random_init"}:  # then the run's own
         for path in config_files(Path(args.out))[:1]:
             before = _from_file(path)
@@ -390,6 +400,8 @@ def _refuse_contradictions(config: Config, given: dict[str, Any], *, demo: bool)
             "give --weights FILE: the paper starts from weights trained on COCO, and ResNet-101 from random ones comes "
             "nowhere near its numbers; or --random-init, to go on all the same"
         )
+    elif min(size(config.crop) or ()) < SMALLEST:
+        problem = f"--crop must be {SMALLEST}x{SMALLEST} at least, the stride of the network, got {config.crop}"
     elif config.evaluation not in scored:
         problem = f"--evaluation must be one of the scored sizes, {' or '.join(scored)}, got {config.evaluation!r}"
     elif config.nesterov and config.momentum == 0:

@@ -113,12 +113,25 @@ def test_file__a_runs_own_repeats_it(trainer: ModuleType, run: Callable[..., Pat
     assert_same(final(out), final(tmp_path / "again"))
 
 
+def test_file__a_flag_takes_the_place_of_its_alternative(
+    trainer: ModuleType, folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps({"synthia": "s", "gta5": "", "weights": "w", "random_init": False, "cityscapes": "c"}))
+    assert trainer.main([*folders, "--config", str(file), "--dry-run"]) == 0
+    options = json.loads(capsys.readouterr().out)["options"]
+    assert (options["synthia"], options["gta5"]) == ("", folders[1])
+    assert (options["weights"], options["random_init"]) == ("", True)
+
+
 def test_contradictions__are_refused(trainer: ModuleType, folders: list[str]) -> None:
     for flags, message in (
         (["--demo", "--gta5", "x"], "--demo renders its own data; leave out --gta5"),
         ([*folders, "--nesterov", "--momentum", "0"], "--nesterov needs --momentum above 0"),
         ([*folders, "--weights", "w"], "or --random-init"),
         ([*folders[2:]], "give --gta5 DIR or --synthia DIR"),
+        ([*folders, "--crop", "4x32"], "--crop must be 8x8 at least, the stride of the network, got 4x32"),
+        ([*folders, "--out", ""], "--out must name a folder"),
         ([*folders, "--runs", "x"], "--runs must be a whole number from 1 to 10000, got 'x'"),
     ):
         with pytest.raises(SystemExit, match=message):

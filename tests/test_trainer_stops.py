@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
-from crossmix.datasets import StreetScenes
+from crossmix.datasets import Sample, StreetScenes, write_png
+from crossmix.engine import KeyedCrops
 from crossmix.models import deeplab_v2_tiny, save_weights
 from test_trainer import EXAMPLE, assert_same, final, folders, run, trainer
 from test_trainer_robust import TORCHRUN, one_thread, start, wait_for_step
@@ -389,8 +391,6 @@ def test_skip_steps__are_counted_and_the_count_goes_on(
 def test_nothing_to_score__is_said(
     trainer: ModuleType, own_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from crossmix.datasets import write_png
-
     for label in (tmp_path / "data" / "cs").glob("gtFine/val/*/*_labelIds.png"):
         write_png(label, torch.zeros(32, 64, dtype=torch.uint8))  # unlabelled
     assert trainer.main([*own_data, "--out", str(tmp_path / "run")]) == 0
@@ -406,6 +406,54 @@ def test_pad__trains_on_images_smaller_than_the_crop(run: Callable[..., Path]) -
     assert all(0 < line["loss"] < 20 for line in log)
     plain = run("--crop", "32", out="plain")
     assert_same(final(plain)["student"], final(run("--crop", "32", "--pad", out="padded"))["student"])
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_crops__pad_is_a_padded_image(*, labelled: bool) -> None:
+    scenes = StreetScenes(3, size=(20, 64), seed=4)
+    samples = [Sample(one.image, one.label if labelled else None, one.name) for one in (scenes[i] for i in range(3))]
+    padded = [
+        Sample(functional.pad(one.image, (0, 0, 0, 12)),
+               one.label if one.label is None else functional.pad(one.label, (0, 0, 0, 12), value=255), one.name)
+        for one in samples
+    ]  # fmt: skip
+    crops = KeyedCrops(samples, (32, 40), seed=0, stream=0, pad=True)
+    oracle = KeyedCrops(padded, (32, 40), seed=0, stream=0)
+    for draw in range(9):
+        for got, want in zip(crops[draw], oracle[draw], strict=True):
+            assert torch.equal(got, want)
+    with pytest.raises(
+        ValueError, match=f"{scenes[0].name[:3]}.*: the image is 20 x 64, smaller than the crop of 32 x 40"
+    ):
+        KeyedCrops(samples, (32, 40), seed=0, stream=0)[0]
+
+
+def test_crops__leave_a_small_image_out() -> None:
+    good, small = StreetScenes(4, size=(32, 64)), StreetScenes(1, size=(20, 64))[0]
+    crops = KeyedCrops([good[0], small, good[2], good[3]], (32, 32), seed=0, stream=0, skip=1)
+    plain = KeyedCrops(good, (32, 32), seed=0, stream=0)
+    for draw in range(12):
+        if plain.index(draw) != 1:
+            assert torch.equal(crops[draw][0], plain[draw][0])
+        else:
+            assert crops[draw][0].shape == (3, 32, 32)
+    assert list(crops.skipped) == [1]
+
+
+@pytest.mark.slow
+def test_signal__before_the_first_step_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    flags = ["--demo", "--method", "dacs", "--steps", "2", "--device", "cpu", "--out", str(out)]
+    process = start(*flags)
+    wait_until((out / "data" / "gta5").exists, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    assert "stopped; nothing was trained yet" in printed
+    process = start(*flags)
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    assert steps_saved(out) == [2]
 
 
 @pytest.mark.slow
