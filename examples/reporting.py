@@ -1,4 +1,4 @@
-"""What a run of the trainer shows: tables beside the paper's rows, pictures, and event files for TensorBoard."""
+"""What a run of the trainer shows: tables beside the paper's rows, and pictures."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ from crossmix.visualize import colorize, gallery
 from evaluate import percent, plain
 from paper import paper_row
 
-__all__ = ["TITLES", "first", "mixed_rows", "predicted_rows", "spread", "table", "write_events", "write_pictures"]
+__all__ = ["TITLES", "first", "mixed_rows", "predicted_rows", "spread", "table", "write_pictures"]
 
 TITLES = {"miou": "mIoU", "miou_16": "mIoU of 16", "miou_13": "mIoU of 13"}
 PICTURES = 4  # rows of a kind on a page
@@ -126,16 +126,6 @@ def write_pictures(folder: Path, kinds: Mapping[str, Sequence[Sequence[Tensor]]]
                 write_png(folder / f"{kind}-{i}-{j}.png", gallery([[picture]], gap=0))
 
 
-def write_events(folder: Path, records: Sequence[dict[str, Any]]) -> None:
-    """The log once more, for TensorBoard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package
-    except ImportError as error:
-        raise SystemExit("--tensorboard needs the package tensorboard: pip install tensorboard.") from error
-    with SummaryWriter(str(folder)) as writer:
-        for record in records:
-            for name, value in record.items():
-                writer.add_scalar(name, value, record["step"])
 
 
 def _row(title: str, cells: Iterable[str]) -> str:

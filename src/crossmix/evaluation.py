@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from crossmix._checks import check_labels, check_tensor
 from crossmix._distributed import rank, world_size
 from crossmix._tensors import nearest, upsample
+from crossmix._workers import QuietLoader
 from crossmix.metrics import ConfusionMatrix
 
 __all__ = ["evaluate", "resize_labels"]
@@ -199,7 +200,7 @@ def _each(data: Samples | Iterable[object], workers: int, *, sync: bool) -> Iter
         return
     share = range(rank(), len(data), world_size()) if sync else range(len(data))
     if workers:
-        yield from DataLoader(
+        yield from QuietLoader(
             data,  # type: ignore[arg-type]
             batch_size=None,
             sampler=share,

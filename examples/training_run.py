@@ -1,0 +1,313 @@
+"""One training of the trainer and its folder: how far it is, its checkpoints, its log, its report."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import crossmix
+from crossmix import SelfTraining, SelfTrainingOutput
+from crossmix.datasets import write_png
+from crossmix.engine import (
+    CheckpointStore,
+    FiniteGuard,
+    NonFiniteError,
+    Progress,
+    RunLog,
+    StopRequest,
+    keyed_generator,
+)
+from crossmix.models import DeepLabV2
+from crossmix.visualize import gallery
+from domains import SOURCE, TARGET, Data, crop_size, differences, drawn_names, loader
+from events import Events
+from options import FREE, Config
+from pages import comparison_page, run_page
+from processes import Ranks, Stopped
+from reporting import first, mixed_rows, predicted_rows, table, write_pictures
+
+__all__ = [
+    "STEP", "Record", "Run", "conclude", "crops", "goes_on", "miou", "recorded", "restore", "save", "saved_at_any_end",
+    "stopped", "versions", "what_was_skipped", "write_json", "write_report",
+]  # fmt: skip
+
+STEP = 2  # stream of randomness, next to those of SOURCE and TARGET
+
+
+@dataclass
+class Run:
+    """All that one training works with, and how far it is."""
+
+    config: Config
+    folder: Path
+    ranks: Ranks
+    data: Data
+    identity: dict[str, dict[str, Any]]  # what the data is
+    student: DeepLabV2
+    training: SelfTraining
+    optimizer: torch.optim.SGD
+    scaler: torch.amp.GradScaler
+    guard: FiniteGuard
+    samples: tuple[Any, Any] = ((), ())  # source and target as they are cropped
+    done: int = 0  # finished steps
+    whole: bool = True  # whether everything is as the last of them left it
+    saved: int = 0  # the step of the newest checkpoint
+    skipped: int = 0  # steps that were undone before this process began
+    metrics: dict[str, Any] = field(
+        default_factory=lambda: {"evaluations": [], "last": None, "best": None, "skipped_steps": 0, "skipped_files": []}
+    )
+
+    def __post_init__(self) -> None:
+        self.stop = StopRequest(self.ranks.control)
+        self.store = CheckpointStore(self.folder / "checkpoints")
+        self.log = RunLog(self.folder / "log.jsonl")
+
+    def due(self, every: int) -> bool:
+        """Whether this step is one of those; the last one always is."""
+        return self.done > 0 and (self.done % every == 0 or self.done == self.config.steps)
+
+
+def crops(run: Run, stream: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of crops on the device, images in [0, 1], from a step on."""
+    config, ranks = run.config, run.ranks
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    files = run.data[stream].files
+    for images, labels, absent in loader(
+        config, run.samples[stream], stream, start, rank=ranks.rank, world=ranks.world
+    ):
+        left_out = {files[i].name for i in absent.tolist() if i >= 0}
+        run.metrics["skipped_files"] = sorted(left_out | set(run.metrics["skipped_files"]))
+        on_device = images.to(config.device, non_blocking=True).float() / 255
+        yield on_device.contiguous(memory_format=layout), labels.to(config.device, non_blocking=True)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def state(run: Run) -> dict[str, Any]:
+    """All that a run is, as plain tensors, numbers and strings."""
+    teacher, align = run.training.teacher, run.training.align
+    return {
+        "step": run.done,
+        "student": run.student.state_dict(),
+        "teacher": None if teacher is None else teacher.state_dict(),
+        "align": None if align is None else align.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "metrics": run.metrics,
+        "config": asdict(run.config),
+        "data": run.identity,
+        "whole_batch": whole_batch(run),
+        "versions": versions(),
+    }
+
+
+def save(run: Run, *, best: bool = False) -> None:
+    """Write a checkpoint and the metrics."""
+    run.guard.settle()  # the guard may not have heard yet of a step that it undid
+    count_skipped(run)
+    if run.ranks.first:
+        run.store.save(run.done, state(run), best=best)
+        write_json(run.folder / "metrics.json", run.metrics)
+    run.saved = run.done
+
+
+@contextmanager
+def saved_at_any_end(run: Run) -> Iterator[None]:
+    """Whatever ends the `with` block: what is good is saved, where the disk lets it."""
+    try:
+        yield
+    except NonFiniteError as error:  # the guard has put everything back
+        run.whole = True
+        run.skipped -= error.step == run.done  # it is not finished
+        names = ", ".join(drawn_names(run.config, run.data, error.step, run.ranks.world))
+        raise NonFiniteError(
+            error.step, f"{error} --skip-steps {run.config.skip_steps + 1} undoes one more. Its samples: {names}."
+        ) from error
+    finally:
+        if run.whole and run.done > run.saved and run.ranks.first:
+            with suppress(OSError):
+                save(run)
+                print(f"{run.folder}: {goes_on(run)}", flush=True)
+
+
+def goes_on(run: Run) -> str:
+    """What is left to do after an error."""
+    if run.done == 0:
+        return "nothing was trained yet"
+    return f"step {run.saved} is saved, the same command with --resume and this --out goes on"
+
+
+def stopped(run: Run) -> Stopped:
+    """The end that a signal asked for."""
+    return Stopped(f" after step {run.done}, which is saved" if run.done else "")
+
+
+def restore(run: Run, saved: dict[str, Any]) -> None:
+    """Go on from a checkpoint, which holds all that the run needs but its data."""
+    refuse_another_run(run, saved)
+    run.student.load_state_dict(saved["student"])
+    for name, module in (("teacher", run.training.teacher), ("align", run.training.align)):
+        if module is not None:
+            module.load_state_dict(saved[name])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.scaler.load_state_dict(saved["scaler"])
+    run.done = run.saved = int(saved["step"])
+    run.metrics |= saved["metrics"]
+    run.skipped = run.metrics["skipped_steps"]
+    run.guard.skip -= run.skipped
+    run.guard.keep()
+    if run.ranks.first:
+        print(f"resumed at step {run.done}", flush=True)
+
+
+def refuse_another_run(run: Run, saved: dict[str, Any]) -> None:
+    """A resumed run is the same run, on the same data, wherever that lies."""
+    old, new = {**asdict(Config()), **saved["config"]}, asdict(run.config)
+    changed = [f"{name} {old[name]!r} is now {new[name]!r}" for name in sorted(new.keys() - FREE)
+               if new[name] != old[name]]  # fmt: skip
+    if whole_batch(run) != saved["whole_batch"]:
+        changed.append(f"the batch of all processes {saved['whole_batch']} is now {whole_batch(run)}")
+    if changed:
+        raise SystemExit(
+            f"error: cannot resume with other options: {', '.join(changed)}; give the old ones, or another --out."
+        )
+    other, mended = differences(saved["data"], run.identity, run.data) if "data" in saved else ([], [])
+    if other:
+        raise SystemExit(f"error: cannot resume on other data: {'; '.join(other)}. Give the old one, or another --out.")
+    if mended and run.ranks.first:
+        print(f"files of another size than before: {', '.join(mended)}", flush=True)
+    if (undone := saved["metrics"].get("skipped_steps", 0)) > run.config.skip_steps:
+        raise SystemExit(
+            f"error: {undone} steps were undone so far, for a loss or gradient not finite; --skip-steps {undone} "
+            "allows so many."
+        )
+
+
+def whole_batch(run: Run) -> int:
+    """Source images of one step."""
+    return run.config.batch * run.config.accumulate * run.ranks.world
+
+
+def count_skipped(run: Run) -> None:
+    """Note how many of the finished steps were undone, as far as the host knows."""
+    run.metrics["skipped_steps"] = run.skipped + run.guard.skipped
+
+
+# --------------------------------------------------------------------------------------------------------------- log
+
+
+class Record:
+    """The log of a run, as a file, for people, and for TensorBoard."""
+
+    def __init__(self, run: Run) -> None:
+        config, first = run.config, run.ranks.first
+        self.progress = Progress(config.steps, start=run.done, title=config.method, shown=first)
+        self.events = Events(run.folder / "report", run.log.read()) if config.tensorboard and first else None
+
+    def step(self, run: Run, output: SelfTrainingOutput) -> None:
+        """One object for log.jsonl, and a line for people: this is where the host waits for the device."""
+        line = {
+            "step": run.done,
+            "loss": output.loss.item(),
+            "source_loss": output.source_loss.item(),
+            "mixed_loss": output.mixed_loss.item(),
+            "lr": run.optimizer.param_groups[0]["lr"],
+        }
+        if output.confidence is not None and output.mixed is not None:
+            line["confident"] = float((output.confidence >= run.config.threshold).float().mean())
+            target = torch.logical_not(output.mixed.mask)
+            line["lambda"] = float((output.mixed.weights * target).sum() / target.sum().clamp(min=1))
+        count_skipped(run)
+        line |= {key: run.metrics[key] for key in ("skipped_steps", "overflowed_steps") if run.metrics.get(key)}
+        line |= self.progress.measured(run.done)
+        if run.ranks.first:
+            run.log.write(line)
+            self.progress.show(line)
+            if self.events is not None:
+                self.events.write(line)
+
+
+@contextmanager
+def recorded(run: Run) -> Iterator[Record]:
+    """The record, closed at the end."""
+    record = Record(run)
+    try:
+        yield record
+    finally:
+        record.progress.close()
+        if record.events is not None:
+            record.events.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def miou(entry: dict[str, Any], config: Config) -> float | None:
+    """The student's mean IoU at the size that decides, over the classes that the source has."""
+    value: float | None = entry["student"][config.evaluation]["miou_16" if config.synthia else "miou"]
+    return value
+
+
+def what_was_skipped(run: Run) -> str:
+    """What was left out or undone on the way, for people."""
+    steps, files = run.metrics["skipped_steps"], run.metrics["skipped_files"]
+    undone = f"{steps} of {run.done} steps were undone: the loss or a gradient was not finite\n" if steps else ""
+    return undone + (f"{len(files)} files were left out: {', '.join(files)}\n" if files else "")
+
+
+def write_report(run: Run) -> None:
+    """A page, and its parts: the table, and source, target, mixed image, mixed label, then image, prediction, truth."""
+    config, folder = run.config, run.folder / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(run.folder / "metrics.json", run.metrics)  # a run that died after its last step has it saved elsewhere
+    (folder / "table.md").write_text(shown({config.method: [run.metrics]}, config), encoding="utf-8")
+    quiet = replace(config, workers=0, resident=False)
+    last = replace(run, config=quiet, ranks=Ranks(), samples=run.data[:2])
+    (source_images, source_labels), (target_images, _) = (
+        next(crops(last, stream, config.steps - 1)) for stream in (SOURCE, TARGET)
+    )
+    draw = run.training.sample(
+        config.batch, generator=keyed_generator(config.seed, STEP, config.steps - 1), device=config.device
+    )
+    mixed = mixed_rows(run.training, run.student, (source_images, source_labels, target_images), draw)
+    samples = first(run.data.validation, config.batch)
+    predicted = predicted_rows(run.student, samples, crop_size(config), config.device)
+    write_png(folder / "gallery.png", gallery([[*m, *p] for m, p in zip(mixed, predicted, strict=False)]))
+    write_pictures(folder / "pictures", {"mixed": mixed, "predicted": predicted})
+    run_page(run.folder)
+
+
+def conclude(
+    results: dict[str, list[dict[str, Any]]], folders: dict[str, list[Path]], config: Config, report: Path
+) -> None:
+    """Print the table of all trainings; of several, write it and a page that compares them."""
+    print("\n" + shown(results, config))
+    if sum(map(len, folders.values())) > 1:
+        comparison_page(folders, report)
+        (report / "table.md").write_text(shown(results, config), encoding="utf-8")
+    print(f"report: {report / 'index.html'}")
+
+
+def shown(results: dict[str, list[dict[str, Any]]], config: Config) -> str:
+    """The table that people see."""
+    source = "synthia" if config.synthia else "gta5"
+    return table(results, source=source, evaluation=config.evaluation, beside_paper=config.network == "resnet101")
+
+
+def versions() -> dict[str, str]:
+    """What a number depends on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"crossmix": crossmix.__version__, "torch": str(torch.__version__), "gpu": gpu}
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write aside, then rename: a reader never sees half a file."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)
