@@ -126,8 +126,6 @@ def write_pictures(folder: Path, kinds: Mapping[str, Sequence[Sequence[Tensor]]]
                 write_png(folder / f"{kind}-{i}-{j}.png", gallery([[picture]], gap=0))
 
 
-
-
 def _row(title: str, cells: Iterable[str]) -> str:
     return "| " + " | ".join([title, *cells]) + " |"
 

@@ -233,3 +233,38 @@ def test_loader__signals_reach_this_process_when_the_workers_have_been_started()
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"]
+
+
+def test_each__workers_of_a_pool_leave_signals_to_their_parent(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys, time
+from pathlib import Path
+from crossmix.datasets._parallel import each
+
+def slow(i):
+    Path(sys.argv[1], str(i)).touch()
+    time.sleep(0.2)
+    return i
+
+if __name__ == "__main__":
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+    results = []
+    for _, result in each(slow, list(range(24)), "slow", workers=2):
+        results.append(result)
+        if len(results) == 1:
+            os.killpg(0, signal.SIGTERM)
+    assert results == list(range(24)) and stopped == [1], (results, stopped)
+    print("all there")
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        start_new_session=True,
+        check=False,
+    )
+    assert done.stdout == "all there\n", done.stderr

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from typing import TypeVar
 
+from crossmix._workers import quiet_worker, started_quietly
+
 try:
     from tqdm import tqdm
 except ImportError:  # the bar is an extra
@@ -24,7 +26,10 @@ def each(
     A bar on a terminal where tqdm is installed; otherwise a line for every tenth.
     """
     if workers:
-        with get_context("spawn").Pool(min(workers, len(items)) or 1) as pool:  # decoders hold the interpreter's lock
+        context = get_context("spawn")  # decoders hold the interpreter's lock, so threads would not do
+        with started_quietly(context):
+            pool = context.Pool(min(workers, len(items)) or 1, initializer=quiet_worker)
+        with pool:
             yield from zip(items, _shown(pool.imap(work, items, chunksize=8), len(items), title), strict=True)
     else:
         yield from zip(items, _shown(map(work, items), len(items), title), strict=True)
