@@ -237,34 +237,32 @@ def test_loader__signals_reach_this_process_when_the_workers_have_been_started()
 
 def test_each__workers_of_a_pool_leave_signals_to_their_parent(tmp_path: Path) -> None:
     code = """
-import os, signal, sys, time
-from pathlib import Path
+import signal, sys, time
 from crossmix.datasets._parallel import each
 
 def slow(i):
-    Path(sys.argv[1], str(i)).touch()
     time.sleep(0.2)
     return i
 
 if __name__ == "__main__":
-    stopped = []
+    stopped, results = [], []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-    results = []
     for _, result in each(slow, list(range(24)), "slow", workers=2):
         results.append(result)
-        if len(results) == 1:
-            os.killpg(0, signal.SIGTERM)
-    assert results == list(range(24)) and stopped == [1], (results, stopped)
-    print("all there")
+        print("begun", flush=True)
+    print(results == list(range(24)), stopped)
 """
     script = tmp_path / "script.py"
     script.write_text(code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        start_new_session=True,
-        check=False,
-    )
-    assert done.stdout == "all there\n", done.stderr
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            printed, _ = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("it waits for ever")
+    assert printed.splitlines()[-1] == "True [1]"
