@@ -240,6 +240,12 @@ CASES: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         ValueError,
         "one of 'copy', 'average'",
     ),
+    (
+        "teacher update",
+        lambda: MeanTeacher(nn.ReLU()).update(None),
+        TypeError,
+        "`student` must be an nn.Module, got None",
+    ),
     ("teacher student", lambda: MeanTeacher(lambda x: x), TypeError, "`student` must be an nn.Module, got function"),
     ("ema lengths", lambda: F.ema_update_([MAP], [], 0.5), ValueError, "holds 1 tensors but `current` 0"),
     ("ema shapes", lambda: F.ema_update_([MAP], [PRIOR], 0.5), ValueError, r"`averaged\[0\]` has shape \(2, 4, 5\)"),

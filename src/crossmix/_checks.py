@@ -6,7 +6,7 @@ Every error says what was expected, what came, and what to do.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "can_look",
@@ -15,6 +15,7 @@ __all__ = [
     "check_images",
     "check_labels",
     "check_logits",
+    "check_module",
     "check_num_classes",
     "check_range",
     "check_same_device",
@@ -33,6 +34,12 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(
             f"`{name}` must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor."
         )
+
+
+def check_module(name: str, value: object) -> None:
+    """Refuse anything that is not a network."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"`{name}` must be an nn.Module, got {type(value).__name__}; pass the network itself.")
 
 
 def check_images(name: str, images: Tensor, *, channels: int | None = None) -> None:

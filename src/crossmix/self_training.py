@@ -15,6 +15,7 @@ from crossmix._checks import (
     check_choice,
     check_images,
     check_labels,
+    check_module,
     check_num_classes,
     check_range,
     check_same_device,
@@ -239,8 +240,7 @@ class SelfTraining(nn.Module):
         logits: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(student, nn.Module):
-            raise TypeError(f"`student` must be an nn.Module, got {type(student).__name__}; pass the network itself.")
+        check_module("student", student)
         _check_part("teacher", teacher, "MeanTeacher", "update(student)", "update_parameters(student)")
         _check_part("mix", mix, "CrossDomainMix")
         _check_part("augment", augment, "StrongAugment")
