@@ -12,6 +12,7 @@ __all__ = [
     "can_look",
     "check_choice",
     "check_fraction",
+    "check_ignore_index",
     "check_images",
     "check_labels",
     "check_logits",
@@ -126,6 +127,15 @@ def check_num_classes(num_classes: int) -> None:
     if num_classes < 1:
         raise ValueError(
             f"`num_classes` must be at least 1, got {num_classes}; count the classes without the ignored one."
+        )
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    """Refuse anything but an int: compared with labels, it would ignore nothing."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(
+            f"`ignore_index` must be an int, got {type(ignore_index).__name__}; where no pixel is ignored, pass an id "
+            "that no label has, such as -100."
         )
 
 
