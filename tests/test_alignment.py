@@ -206,6 +206,20 @@ def flat(out: object) -> Iterator[torch.Tensor]:
             yield value
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_averages__loaded_in_half_precision_are_kept_in_float32_and_move(dtype: torch.dtype) -> None:
+    align = DistributionAlignment(2)
+    state = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in align.state_dict().items()
+    }
+    state["running_count"] = torch.tensor(10**6)
+    align.load_state_dict(state, assign=True)
+    for _ in range(3000):
+        align.update(torch.tensor([0.53, 0.47])[None, :, None, None])
+    assert align.running.dtype == align.prior.dtype == torch.float32
+    torch.testing.assert_close(align.running[0], torch.tensor(0.53 - 0.03 * 0.999**3000), rtol=0, atol=1e-5)
+
+
 def test_nothing_needs_float64_on_the_device() -> None:
     g = seeded(0)
     logits, labels = torch.randn(2, 3, 4, 5, generator=g), torch.randint(0, 4, (2, 9, 8), generator=g)

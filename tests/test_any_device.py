@@ -1,13 +1,15 @@
 """Nothing in a forward pass or an update needs float64, which not every device has."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from checks import Watch
-from crossmix import ClassMix, ConfidenceWeightedCE, CrossDomainMix, MeanTeacher, StrongAugment
+from crossmix import ClassMix, ConfidenceWeightedCE, CrossDomainMix, MeanTeacher, StrongAugment, recipes
 from crossmix import functional as F
 from crossmix.diagnostics import PseudoLabelMonitor
 from crossmix.evaluation import evaluate
@@ -36,6 +38,40 @@ CALLS: dict[str, Callable[[], object]] = {
     ),
     "evaluate": lambda: evaluate(nn.Conv2d(3, C, 1), [(IMAGES[0], LABELS[0])], num_classes=C, window=(5, 6), flip=True),
 }
+
+
+def step(method: str) -> None:
+    """All that a training step does, twice."""
+    student = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.AvgPool2d(2))
+    training = recipes.self_training(student, C, method=method, upsample=True)
+    for _ in range(2):
+        output = training(IMAGES, LABELS, IMAGES.flip(0), draw=training.sample(2), target_weights=CONFIDENCE)
+        output.loss.backward()
+        training.update()
+
+
+CALLS |= {f"a step of {method}": partial(step, method) for method in recipes.METHODS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_draws_are_float32_whatever_the_default_is(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        draws = recipes.self_training(nn.Conv2d(3, C, 1), C).sample(2), StrongAugment().sample(2, generator=seeded(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {v.dtype for v in pytree.tree_leaves(draws)} == {torch.float32, torch.int64, torch.bool}
+
+
+def test_shapes_are_found_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        training = recipes.self_training(nn.Conv2d(3, C, 1), C)
+        images = torch.rand(2, 3, 8, 9)
+        output = training(images, torch.zeros(2, 8, 9, dtype=torch.uint8), images)
+        mask = F.cow_mask(torch.rand(2, 8, 9), sigma=2.0)
+    assert output.loss.is_meta
+    assert output.mixed.images.shape == images.shape
+    assert mask.shape == (2, 8, 9)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -17,6 +17,7 @@ from crossmix import (
     recipes,
 )
 from crossmix import functional as F
+from crossmix.diagnostics import PseudoLabelMonitor
 from crossmix.metrics import ConfusionMatrix
 
 IMAGES, LABELS = torch.rand(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
@@ -240,6 +241,12 @@ CASES: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         ValueError,
         "one of 'copy', 'average'",
     ),
+    (
+        "teacher update",
+        lambda: MeanTeacher(nn.ReLU()).update(None),
+        TypeError,
+        "`student` must be an nn.Module, got None",
+    ),
     ("teacher student", lambda: MeanTeacher(lambda x: x), TypeError, "`student` must be an nn.Module, got function"),
     ("ema lengths", lambda: F.ema_update_([MAP], [], 0.5), ValueError, "holds 1 tensors but `current` 0"),
     ("ema shapes", lambda: F.ema_update_([MAP], [PRIOR], 0.5), ValueError, r"`averaged\[0\]` has shape \(2, 4, 5\)"),
@@ -253,6 +260,27 @@ CASES: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         r"must lie in 0..2 where there is a label",
     ),
     ("matrix classes", lambda: ConfusionMatrix(3).compute([3]), ValueError, r"ids in 0..2, got \[3\]"),
+    (
+        "loss ignore",
+        lambda: F.weighted_cross_entropy(LOGITS, LABELS, ignore_index=None),
+        TypeError,
+        "must be an int, got",
+    ),
+    (
+        "upsampled ignore",
+        lambda: F.upsampled_cross_entropy(LOGITS, LABELS, ignore_index=1.0),
+        TypeError,
+        "`ignore_index`",
+    ),
+    (
+        "criterion ignore",
+        lambda: ConfidenceWeightedCE(ignore_index="255"),
+        TypeError,
+        "`ignore_index` .* got str; where",
+    ),
+    ("matrix ignore", lambda: ConfusionMatrix(3, ignore_index=None), TypeError, "`ignore_index` must be an int"),
+    ("monitor ignore", lambda: PseudoLabelMonitor(3, ignore_index=True), TypeError, "`ignore_index` must be an int"),
+    ("recipe", lambda: recipes.self_training(nn.ReLU(), 3, recipe=None), TypeError, "a name or a Recipe, got NoneType"),
     ("matrix no classes", lambda: ConfusionMatrix(3).compute([]), ValueError, r"got \[\]; name some"),
 ]
 
@@ -314,6 +342,14 @@ def test_self_training__networks_that_return_something_else(
 def train(student: nn.Module | None = None, **options: Any) -> SelfTraining:
     student = nn.Conv2d(3, 3, 1) if student is None else student
     return SelfTraining(student, MeanTeacher(student), **{"mix": CrossDomainMix(3), **options})
+
+
+class Criterion(ConfidenceWeightedCE):
+    """Weighs as it is told."""
+
+    def __init__(self, weights: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weights = weights
 
 
 PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
@@ -387,6 +423,36 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         lambda: train(augment=lambda x: (x * 255).to(torch.uint8))(IMAGES, LABELS, IMAGES),
         TypeError,
         r"`augment\(images\)` must be floating",
+    ),
+    (
+        "augment's range",
+        lambda: train(augment=lambda x: x * 255)(IMAGES, LABELS, IMAGES),
+        ValueError,
+        r"`augment\(images\)` must lie in \[0, 1\]",
+    ),
+    (
+        "criterion's weights are no tensor",
+        lambda: train(criterion=Criterion(lambda confidence: confidence.numpy()))(IMAGES, LABELS, IMAGES),
+        TypeError,
+        r"`criterion.weights\(confidence\)` must be a torch.Tensor, got ndarray",
+    ),
+    (
+        "criterion's weights are bool",
+        lambda: train(criterion=Criterion(lambda confidence: confidence > 0.5))(IMAGES, LABELS, IMAGES),
+        TypeError,
+        r"`criterion.weights\(confidence\)` must be floating, got torch.bool",
+    ),
+    (
+        "criterion's weights of another shape",
+        lambda: train(criterion=Criterion(lambda confidence: confidence[:, None]))(IMAGES, LABELS, IMAGES),
+        ValueError,
+        r"`criterion.weights\(confidence\)` must have shape \(N, H, W\)",
+    ),
+    (
+        "draw's type",
+        lambda: train()(IMAGES, LABELS, IMAGES, draw=(None, None)),
+        TypeError,
+        "`draw` must be a SelfTrainingDraw, got tuple; make it with `sample`",
     ),
     (
         "augment's type",

@@ -731,6 +731,32 @@ def test_criteria__of_others_get_int64_and_their_own_ignored_id(dtype: torch.dty
     )
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+def test_augment__ours_is_drawn_and_replayed_compiled_too(normalised: bool) -> None:
+    network, options = nn.Conv2d(3, C, 1), {"mean": (0.5,) * 3, "std": (0.25,) * 3} if normalised else {}
+    source, target = torch.rand(2, 2, 3, 6, 5, generator=seeded(0)) * (4 if normalised else 1) - 2 * normalised
+    labels = torch.randint(0, C, (2, 6, 5), generator=seeded(1))
+    plain, compiled = (
+        SelfTraining(network, MeanTeacher(network), mix=CrossDomainMix(C), augment=augment)
+        for augment in (StrongAugment(**options), torch.compile(StrongAugment(**options), backend="eager"))
+    )
+    draw = compiled.sample(2, generator=seeded(2))
+    want = plain(source, labels, target, draw=plain.sample(2, generator=seeded(2)))
+    torch.testing.assert_close(compiled(source, labels, target, draw=draw).mixed.images, want.mixed.images)
+    with pytest.raises(ValueError, match=r"`draw.augment` must be given"):
+        compiled(source, labels, target, draw=draw._replace(augment=None))
+
+
+def test_criterion__may_give_one_weight_for_all() -> None:
+    class Half(ConfidenceWeightedCE):
+        def weights(self, confidence: torch.Tensor) -> torch.Tensor:
+            return confidence.new_tensor(0.5)
+
+    network = confident_network()
+    training = SelfTraining(network, MeanTeacher(network), mix=None, criterion=Half())
+    assert training(*batch(0)).mixed.weights.unique().tolist() == [0.5]
+
+
 def test_augment__keeps_the_dtype_of_the_images() -> None:
     training = SelfTraining(nn.Conv2d(3, C, 1), Ema(nn.Conv2d(3, C, 1)), mix=None, augment=lambda x: x.double())
     images = torch.rand(2, 3, 4, 4)

@@ -187,6 +187,42 @@ class Norms(nn.Module):
         return nn.functional.batch_norm(x, last.running_mean, last.running_var, training=last.training)
 
 
+class ByOneself(nn.BatchNorm2d):
+    """Does everything itself, and has statistics of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("smallest", torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, square = x.mean((0, 2, 3)), (x**2).mean((0, 2, 3))
+        if self.training:
+            self.running_mean += 0.1 * (mean.detach() - self.running_mean)
+            self.running_var.mul_(0.9).add_(0.1 * (square - mean**2).detach())
+            self.smallest.copy_(x.detach().amin((0, 2, 3)))
+        else:
+            mean, square = self.running_mean, self.running_var + self.running_mean**2
+        return (x - mean[:, None, None]) / (square - mean**2 + self.eps).sqrt()[:, None, None]
+
+
+class InFloat32(nn.BatchNorm2d):
+    """Casts everything, then does as torch does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = (self.running_mean.float(), self.running_var.float(), self.weight.float(), self.bias.float())
+        return nn.functional.batch_norm(x.float(), *parts, self.training, self.momentum, self.eps).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [ByOneself, InFloat32])
+def test_forward__lets_layers_of_ones_own_move_copies(norm: type[nn.Module], dtype: torch.dtype) -> None:
+    for network in (norm(3).to(dtype), nn.Sequential(nn.Conv2d(3, 3, 1), norm(3)).to(dtype)):
+        teacher, images = MeanTeacher(network), torch.rand(2, 3, 5, 5, generator=seeded(0)).to(dtype)
+        before = copy.deepcopy(dict(teacher.state_dict()))
+        torch.testing.assert_close(teacher(images), copy.deepcopy(network).train()(images))
+        torch.testing.assert_close(dict(teacher.state_dict()), before, rtol=0, atol=0)
+
+
 def test_forward__moves_no_statistics_of_any_layer() -> None:
     network, images = Norms(), torch.rand(2, 3, 5, 5, generator=seeded(0))
     teacher = MeanTeacher(network)
@@ -417,6 +453,31 @@ def test_forward__runs_each_parameter_in_the_students_dtype() -> None:
     assert {p.dtype for p in again.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("parent", [False, True])
+@pytest.mark.parametrize("students", [torch.float32, torch.bfloat16])
+def test_load__of_half_precision_weights_does_not_change_what_the_teacher_runs_in(
+    students: torch.dtype, parent: bool
+) -> None:
+    network, images = student().to(students), torch.rand(2, 3, 8, 8, generator=seeded(0)).to(students)
+    teacher = MeanTeacher(network)
+    state = {f"module.{name}": value for name, value in student().half().state_dict().items()}
+    if parent:
+        nn.Sequential(teacher).load_state_dict({f"0.{k}": v for k, v in state.items()}, strict=False, assign=True)
+    else:
+        teacher.load_state_dict(state, strict=False, assign=True)
+    for _ in range(2):
+        assert teacher(images).dtype == students
+        assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+        teacher.update(network)
+
+
+def test_network__in_half_precision_takes_over_the_weights_unrounded() -> None:
+    network = student()
+    teacher = MeanTeacher(network, network=student().half())
+    torch.testing.assert_close(dict(teacher.module.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
+    assert teacher(torch.rand(2, 3, 8, 8)).dtype == torch.float32
+
+
 def test_float64__stays() -> None:
     network = student(torch.float64)
     teacher = MeanTeacher(network)
@@ -468,6 +529,10 @@ LOADS: dict[str, Callable[[MeanTeacher, dict[str, Tensor], Path], object]] = {
     "the module's state": lambda teacher, state, _: teacher.module.load_state_dict(state),
     "the module's, assigned": lambda teacher, state, _: teacher.module.load_state_dict(state, assign=True),
     "the teacher's without a count": load_a_teachers_state_without_a_count,
+    "each part's": lambda teacher, state, _: [
+        part.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith(f"{name}.")})
+        for name, part in teacher.module.named_children()
+    ],
     "a parent's without a count": lambda teacher, state, _: nn.ModuleDict({"teacher": teacher}).load_state_dict(
         {f"teacher.module.{name}": value for name, value in state.items()}, strict=False
     ),
@@ -594,9 +659,17 @@ def on_the_meta_device(network: nn.Module) -> None:
     network.saved = network.saved.to("meta")
 
 
+def complex_numbers(network: nn.Module) -> None:
+    network.saved = torch.zeros(2, dtype=torch.complex64)
+
+
+def sparse(network: nn.Module) -> None:
+    network.saved = torch.zeros(2).to_sparse()
+
+
 @pytest.mark.parametrize(
     "break_it",
-    [wrong_shape, wrong_kind, one_buffer_more, one_parameter_more, on_the_meta_device],
+    [wrong_shape, wrong_kind, complex_numbers, sparse, one_buffer_more, one_parameter_more, on_the_meta_device],
     ids=lambda f: f.__name__,
 )
 def test_update__refused_changes_nothing(break_it: Callable[[nn.Module], None]) -> None:
@@ -610,6 +683,25 @@ def test_update__refused_changes_nothing(break_it: Callable[[nn.Module], None]) 
         teacher.update(network)
     torch.testing.assert_close(dict(teacher.state_dict()) | dict(teacher.named_buffers()), before, rtol=0, atol=0)
     assert teacher.num_updates == 0
+
+
+def test_update__in_inference_mode_or_of_caches_made_there() -> None:
+    network, images = Cache(), torch.rand(1, 3, 4, 5, generator=seeded(0))
+    teacher = MeanTeacher(network)
+    with torch.inference_mode():
+        teacher(images)  # the network makes buffers here, which no other mode may change
+        network(images)
+        shake(network, 1)
+        teacher.update(network)
+    for step in (2, 3):
+        network(torch.rand(1, 3, 3, step))
+        shake(network, step)
+        teacher.update(network)
+        with torch.inference_mode():
+            teacher(torch.rand(1, 3, 6, step))
+    teacher.update(network)
+    assert teacher.num_updates == 4
+    torch.testing.assert_close(dict(teacher.module.named_buffers()), dict(network.named_buffers()), rtol=0, atol=0)
 
 
 def test_update__takes_over_caches_that_do_not_match() -> None:
@@ -706,7 +798,7 @@ def test_student__that_cannot_be_copied_is_named_with_the_remedy() -> None:
         MeanTeacher(nn.Sequential(nn.ReLU(), old_weight_norm(nn.Conv2d(3, 2, 1))))
     network.body.last = None
     network.group = (value for value in (1, 2))  # as little to be copied as a process group
-    with pytest.raises(ValueError, match=r"`group` of the Remembers itself: cannot pickle"):
+    with pytest.raises(ValueError, match=r"`group` of the Remembers itself \(cannot pickle"):
         MeanTeacher(network)
 
 

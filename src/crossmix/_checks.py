@@ -6,15 +6,17 @@ Every error says what was expected, what came, and what to do.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "can_look",
     "check_choice",
     "check_fraction",
+    "check_ignore_index",
     "check_images",
     "check_labels",
     "check_logits",
+    "check_module",
     "check_num_classes",
     "check_range",
     "check_same_device",
@@ -33,6 +35,12 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(
             f"`{name}` must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor."
         )
+
+
+def check_module(name: str, value: object) -> None:
+    """Refuse anything that is not a network."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"`{name}` must be an nn.Module, got {type(value).__name__}; pass the network itself.")
 
 
 def check_images(name: str, images: Tensor, *, channels: int | None = None) -> None:
@@ -119,6 +127,15 @@ def check_num_classes(num_classes: int) -> None:
     if num_classes < 1:
         raise ValueError(
             f"`num_classes` must be at least 1, got {num_classes}; count the classes without the ignored one."
+        )
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    """Refuse anything but an int: compared with labels, it would ignore nothing."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(
+            f"`ignore_index` must be an int, got {type(ignore_index).__name__}; where no pixel is ignored, pass an id "
+            "that no label has, such as -100."
         )
 
 

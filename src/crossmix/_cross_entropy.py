@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from crossmix._tensors import arithmetic, upsample, weight_maps
+from crossmix._tensors import arithmetic, no_autocast, upsample, weight_maps
 
 __all__ = ["pixel_losses", "sum_by_blocks", "upsample_for", "upsampled_sum", "valid_pixels"]
 
@@ -110,7 +110,7 @@ def sum_by_blocks(
     limit = largest * 1e-12
     small = logits.nan_to_num(0.0, posinf=0.0, neginf=-largest / 4)  # TF32 rounds the very lowest number to -inf
     small = small.permute(2, 0, 1, 3)
-    with torch.autocast(logits.device.type, enabled=False):
+    with no_autocast(logits.device):
         wide = _widened(small, width, align_corners=align_corners)
         broken = _reached(~(logits.amax(1).abs() < math.inf), (height, width), logits, align_corners=align_corners)
         scale = scale.masked_fill(broken & ~silent, math.nan)

@@ -1,12 +1,13 @@
 """Small tensor operations that several rooms share: arithmetic dtypes, weight maps, resizing, random numbers."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["arithmetic", "at_least_float32", "nearest", "uniform", "upsample", "weight_maps"]
+__all__ = ["arithmetic", "at_least_float32", "nearest", "no_autocast", "uniform", "upsample", "weight_maps"]
 
 
 def arithmetic(*values: Tensor | None) -> torch.dtype:
@@ -18,6 +19,11 @@ def arithmetic(*values: Tensor | None) -> torch.dtype:
 def at_least_float32(value: Tensor) -> Tensor:
     """A floating tensor in float32, or as it is in float64."""
     return value.to(arithmetic(value))
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Keep to the dtypes that are there, on devices with autocast and on those without one, such as meta."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def weight_maps(weights: Tensor, like: Tensor) -> Tensor:
@@ -55,9 +61,9 @@ def _centres(old: int, new: int) -> Tensor:
 def uniform(
     shape: Sequence[int], *, generator: torch.Generator | None, device: torch.device | str | None = None
 ) -> Tensor:
-    """Uniform numbers in [0, 1) on `device`, or where they were drawn; a generator draws on its own device."""
+    """Uniform float32 numbers in [0, 1) on `device`, or where they were drawn; a generator draws on its own device."""
     if generator is None:
-        return torch.rand(shape, device=device)
+        return torch.rand(shape, dtype=torch.float32, device=device)
     if torch.compiler.is_compiling():  # without fullgraph=True the compiler catches this, and the draw is made eagerly
         raise TypeError(
             "`generator` must be None inside a compiled function, since torch.compile cannot trace a torch.Generator; "
@@ -66,5 +72,5 @@ def uniform(
     target = generator.device if device is None else torch.device(device)
     # A GPU copies from pinned memory alone without the host; a copy to the CPU that nobody waits for has not arrived.
     pinned = generator.device.type == "cpu" and target.type == "cuda"
-    numbers = torch.rand(shape, generator=generator, device=generator.device, pin_memory=pinned)
+    numbers = torch.rand(shape, dtype=torch.float32, generator=generator, device=generator.device, pin_memory=pinned)
     return numbers.to(target, non_blocking=pinned)

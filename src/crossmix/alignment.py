@@ -6,7 +6,7 @@ On pseudo-labels of a target domain: DACS, Tranheden et al., WACV 2021, https://
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -204,6 +204,10 @@ class DistributionAlignment(nn.Module):
             if moved.dtype.itemsize < 4:
                 setattr(self, name, value.to(moved.device))
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:  # noqa: ANN401 - torch's
+        super()._load_from_state_dict(*args)
+        self.prior, self.running = map(at_least_float32, (self.prior, self.running))  # `assign=True` keeps any dtype
 
     def _average(self, average: Tensor, count: Tensor, sums: Tensor) -> None:
         """Move `average` in place towards `sums` scaled to 1, decided on the device: without a finite sum it stays."""

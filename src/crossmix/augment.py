@@ -21,7 +21,7 @@ from crossmix._checks import (
     check_tensor,
 )
 from crossmix._color import Channels, additive_jitter, torchvision_jitter
-from crossmix._tensors import uniform
+from crossmix._tensors import at_least_float32, no_autocast, uniform
 
 __all__ = ["AugmentDraw", "StrongAugment"]
 
@@ -111,7 +111,8 @@ class StrongAugment(nn.Module):
         check_fraction("hue", hue)
         if hue > 0.5:
             raise ValueError(f"`hue` must lie in [0, 0.5], half of the colour circle, got {hue}.")
-        if not 0 < blur_sigma[0] <= blur_sigma[1] < math.inf:
+        least, greatest = _numbers("blur_sigma", blur_sigma, 2, "the least and the greatest")
+        if not 0 < least <= greatest:
             raise ValueError(
                 f"`blur_sigma` must be (least, greatest) in pixels, 0 < least <= greatest, got {blur_sigma}."
             )
@@ -124,11 +125,11 @@ class StrongAugment(nn.Module):
         self.hue = hue
         self.jitter_p = jitter_p
         self.blur_p = blur_p
-        self.blur_sigma = blur_sigma
+        self.blur_sigma = (least, greatest)
         self.flavor = flavor
         self.same_on_batch = same_on_batch
-        self.mean = None if mean is None else _per_channel("mean", mean)
-        self.std = None if std is None else _per_channel("std", std)
+        self.mean = None if mean is None else _numbers("mean", mean, 3, "one per channel")
+        self.std = None if std is None else _numbers("std", std, 3, "one per channel")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"`std` must be positive in each channel, got {self.std}.")
 
@@ -185,8 +186,8 @@ class StrongAugment(nn.Module):
         _check_draw(draw, images)
         if images.numel() == 0:
             return images.clone()
-        x = (images if images.dtype == torch.float64 else images.float()).contiguous()
-        with torch.autocast(images.device.type, enabled=False):
+        x = at_least_float32(images).contiguous()
+        with no_autocast(images.device):
             if self.mean is not None and self.std is not None:
                 x = torch.stack([c * s + m for c, m, s in zip(x.unbind(1), self.mean, self.std, strict=True)], 1)
             if self.jitter_p > 0:
@@ -268,11 +269,14 @@ def _like(x: Tensor, images: Tensor) -> Tensor:
     return x if as_it_is else out.copy_(x)
 
 
-def _per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    """Three finite numbers, from a list, an array or a tensor."""
-    numbers = tuple(float(value) for value in values)
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"`{name}` must hold 3 finite numbers, one per channel, got {numbers}.")
+def _numbers(name: str, values: Sequence[float], count: int, which: str) -> tuple[float, ...]:
+    """Some finite numbers, from a list, an array or a tensor."""
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`{name}` must be a sequence of {count} numbers, {which}, got {values!r}.") from error
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"`{name}` must hold {count} finite numbers, {which}, got {numbers}.")
     return numbers
 
 

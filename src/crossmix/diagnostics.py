@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from crossmix._checks import (
     check_fraction,
+    check_ignore_index,
     check_labels,
     check_num_classes,
     check_same_device,
@@ -22,6 +23,7 @@ from crossmix._checks import (
     check_tensor,
 )
 from crossmix._distributed import all_reduce_sum
+from crossmix._tensors import at_least_float32
 
 __all__ = ["PseudoLabelMonitor", "PseudoLabelQuality"]
 
@@ -144,6 +146,7 @@ class PseudoLabelMonitor(nn.Module):
         super().__init__()
         check_num_classes(num_classes)
         check_fraction("threshold", threshold)
+        check_ignore_index(ignore_index)
         self.num_classes = num_classes
         self.threshold = threshold
         self.ignore_index = ignore_index
@@ -177,7 +180,7 @@ class PseudoLabelMonitor(nn.Module):
         """
         self._check_batch(labels, confidence, truth, student)
         pseudo, counted = self._ids(labels)
-        confidence = (confidence if confidence.dtype == torch.float64 else confidence.float()).flatten()
+        confidence = at_least_float32(confidence).flatten()
         counted = counted & ~confidence.isnan()
         confidence = confidence.nan_to_num(0).clamp(0, 1)
         true = torch.full_like(pseudo, self.num_classes)

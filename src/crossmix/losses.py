@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from crossmix._checks import (
     check_choice,
     check_fraction,
+    check_ignore_index,
     check_labels,
     check_logits,
     check_same_device,
@@ -106,7 +107,7 @@ def weighted_cross_entropy(
     """
     _check_loss_inputs(logits, labels, weights)
     check_same_shape("labels", labels.shape, "logits", (logits.shape[0], *logits.shape[2:]))
-    _check_loss_options(normalizer, label_smoothing)
+    _check_loss_options(ignore_index, normalizer, label_smoothing)
     check_choice("reduction", reduction, _REDUCTIONS)
     losses = pixel_losses(logits, labels, weights, ignore_index, label_smoothing)
     if reduction == "none":
@@ -163,7 +164,7 @@ def upsampled_cross_entropy(
         tensor(0.3157)
     """
     _check_small_logits(logits, labels, weights)
-    _check_loss_options(normalizer, label_smoothing)
+    _check_loss_options(ignore_index, normalizer, label_smoothing)
     check_choice("reduction", reduction, _REDUCTIONS)
     if reduction == "none":
         full = upsample_for(logits, labels, weights, align_corners=align_corners)
@@ -220,7 +221,7 @@ class ConfidenceWeightedCE(nn.Module):
         super().__init__()
         check_fraction("threshold", threshold)
         check_choice("scope", scope, _SCOPES)
-        _check_loss_options(normalizer, label_smoothing)
+        _check_loss_options(ignore_index, normalizer, label_smoothing)
         self.threshold = threshold
         self.scope: Scope = scope
         self.ignore_index = ignore_index
@@ -383,6 +384,7 @@ def _check_small_logits(logits: Tensor, labels: Tensor, weights: Tensor | None) 
         )
 
 
-def _check_loss_options(normalizer: str, label_smoothing: float) -> None:
+def _check_loss_options(ignore_index: int, normalizer: str, label_smoothing: float) -> None:
+    check_ignore_index(ignore_index)
     check_choice("normalizer", normalizer, _NORMALIZERS)
     check_fraction("label_smoothing", label_smoothing)

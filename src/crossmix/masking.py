@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from crossmix._checks import check_fraction, check_same_device, check_tensor
-from crossmix._tensors import at_least_float32
+from crossmix._tensors import at_least_float32, no_autocast
 
 __all__ = ["block_mask", "box_mask", "cow_mask"]
 
@@ -95,7 +95,7 @@ def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Ten
     check_fraction("ratio", ratio)
     widths = _check_sigma(sigma, noise)
     noise = at_least_float32(noise)
-    with torch.autocast(noise.device.type, enabled=False):  # products in half precision would move the blobs' edges
+    with no_autocast(noise.device):  # products in half precision would move the blobs' edges
         down, across = (_smoothing(widths.to(noise.dtype), length) for length in noise.shape[1:])
         smooth = down @ noise @ across.mT
     centred = smooth - smooth.mean((1, 2), keepdim=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from crossmix._checks import check_labels, check_num_classes, check_same_device, check_same_shape
+from crossmix._checks import check_ignore_index, check_labels, check_num_classes, check_same_device, check_same_shape
 from crossmix._distributed import all_reduce_sum
 
 __all__ = ["ConfusionMatrix", "IoU"]
@@ -59,6 +59,7 @@ class ConfusionMatrix(nn.Module):
     def __init__(self, num_classes: int, *, ignore_index: int = 255) -> None:
         super().__init__()
         check_num_classes(num_classes)
+        check_ignore_index(ignore_index)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.register_buffer("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64))

@@ -185,6 +185,8 @@ def _resolve(recipe: str | Recipe, overrides: dict[str, str | float | bool]) -> 
     if isinstance(recipe, str):
         check_choice("recipe", recipe, ("released", "paper"))
         recipe = RELEASED if recipe == "released" else PAPER
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"`recipe` must be a name or a Recipe, got {type(recipe).__name__}.")
     unknown = sorted(overrides.keys() - Recipe.__dataclass_fields__.keys())
     if unknown:
         fields = ", ".join(Recipe.__dataclass_fields__)

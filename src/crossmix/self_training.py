@@ -15,6 +15,7 @@ from crossmix._checks import (
     check_choice,
     check_images,
     check_labels,
+    check_module,
     check_num_classes,
     check_range,
     check_same_device,
@@ -239,8 +240,7 @@ class SelfTraining(nn.Module):
         logits: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(student, nn.Module):
-            raise TypeError(f"`student` must be an nn.Module, got {type(student).__name__}; pass the network itself.")
+        check_module("student", student)
         _check_part("teacher", teacher, "MeanTeacher", "update(student)", "update_parameters(student)")
         _check_part("mix", mix, "CrossDomainMix")
         _check_part("augment", augment, "StrongAugment")
@@ -321,7 +321,7 @@ class SelfTraining(nn.Module):
         scores = augment = None
         if self.teacher is not None and self.num_classes is not None and self._mix_keyword() == "scores":
             scores = uniform((n, self.num_classes + 1), generator=generator, device=device)
-        if self.teacher is not None and isinstance(self.augment, StrongAugment):
+        if self.teacher is not None and _is_ours(self.augment):
             augment = self.augment.sample(n, generator=generator, device=device)
         return SelfTrainingDraw(scores, augment)
 
@@ -439,7 +439,7 @@ class SelfTraining(nn.Module):
             draw = self.sample(len(images), size, generator=generator, device=images.device)
         self._check_draw(draw)
         pseudo = self._pseudo_label(images)
-        weights = weight_maps(self.criterion.weights(pseudo.confidence), pseudo.confidence)
+        weights = self._weights(pseudo.confidence)
         allowed = weights.new_ones(len(weights)) if batch.target_weights is None else batch.target_weights
         allowed = weight_maps(allowed, weights)
         keyword = self._mix_keyword()
@@ -476,9 +476,16 @@ class SelfTraining(nn.Module):
         mixed = _checked_mixed(self.mix(images, labels, weights * allowed, **keywords), images)
         if self.weigh == "mixed":
             confidence = mix(confidence, confidence.roll(-1, 0), mixed.mask)
-            weights = weight_maps(self.criterion.weights(confidence), confidence)
-            mixed = mixed._replace(weights=weights * mix(allowed, allowed.roll(-1, 0), mixed.mask))
+            mixed = mixed._replace(weights=self._weights(confidence) * mix(allowed, allowed.roll(-1, 0), mixed.mask))
         return mixed
+
+    def _weights(self, confidence: Tensor) -> Tensor:
+        """What the criterion weighs pixels by, (N, H, W)."""
+        weights: Tensor = self.criterion.weights(confidence)
+        check_tensor("criterion.weights(confidence)", weights)
+        if weights.ndim > 0:  # else one weight for all
+            check_weights("criterion.weights(confidence)", weights, confidence.shape)
+        return weight_maps(weights, confidence)
 
     def _mix_keyword(self) -> str:
         """The keyword by which the mix gets its randomness: `scores`, `generator`, or none of the two."""
@@ -495,7 +502,7 @@ class SelfTraining(nn.Module):
     def _augment(self, images: Tensor, draw: AugmentDraw | None) -> Tensor:
         if self.augment is None:
             return images
-        if isinstance(self.augment, StrongAugment):
+        if _is_ours(self.augment):
             augmented: Tensor = self.augment(images, draw=draw)
             return augmented
         augmented = self.augment(images)
@@ -506,13 +513,16 @@ class SelfTraining(nn.Module):
                 "and weights stay where they are, so change colours alone, and crop or flip before the step."
             )
         check_same_device(images=images, **{"augment(images)": augmented})
+        check_range("augment(images)", augmented)
         return augmented.to(images.dtype)
 
     def _check_draw(self, draw: SelfTrainingDraw) -> None:
         """Refuse a draw that leaves something to chance: the modules would silently draw it themselves."""
+        if not isinstance(draw, SelfTrainingDraw):
+            raise TypeError(f"`draw` must be a SelfTrainingDraw, got {type(draw).__name__}; make it with `sample`.")
         if self._mix_keyword() == "scores" and draw.scores is None:
             raise ValueError("`draw.scores` must be given, since there is a `mix`; make the draw with `sample`.")
-        if isinstance(self.augment, StrongAugment) and draw.augment is None:
+        if _is_ours(self.augment) and draw.augment is None:
             raise ValueError(
                 "`draw.augment` must be given, since there is a `StrongAugment`; make the draw with `sample`."
             )
@@ -588,7 +598,7 @@ class SelfTraining(nn.Module):
             n, _, height, width = target_images.shape
             check_weights("target_weights", target_weights, (n, height, width))
         check_same_device(**batch._asdict())
-        mean, std = (self.augment.mean, self.augment.std) if isinstance(self.augment, StrongAugment) else (None, None)
+        mean, std = (self.augment.mean, self.augment.std) if _is_ours(self.augment) else (None, None)
         check_range("source_images", source_images, mean=mean, std=std)
         check_range("target_images", target_images, mean=mean, std=std)
 
@@ -615,6 +625,11 @@ def _how_to_call(mix: Any) -> _MixCall:  # noqa: ANN401 - whatever was given
         f"(images, labels, weights), and may take `scores` or `generator` by keyword, got {signature}; see "
         "`SourceOntoTarget` and `TargetOntoTarget`."
     )
+
+
+def _is_ours(augment: object) -> bool:
+    """Whether an augmentation is a `StrongAugment`, compiled or not, which takes a draw."""
+    return isinstance(getattr(augment, "_orig_mod", augment), StrongAugment)
 
 
 def _takes(signature: inspect.Signature, count: int, keyword: str) -> bool:

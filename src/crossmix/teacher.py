@@ -16,7 +16,7 @@ from torch._compile import _disable_dynamo  # what torch.compiler.disable is, wi
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.hooks import RemovableHandle
 
-from crossmix._checks import check_choice, check_fraction, check_logits, check_tensor
+from crossmix._checks import check_choice, check_fraction, check_logits, check_module, check_tensor
 from crossmix._tensors import at_least_float32
 from crossmix._wrappers import named_parts, unwrapped
 
@@ -185,9 +185,9 @@ class MeanTeacher(nn.Module):
         start: int = 0,
     ) -> None:
         super().__init__()
-        for name, part in (("student", student), ("network", student if network is None else network)):
-            if not isinstance(part, nn.Module):
-                raise TypeError(f"`{name}` must be an nn.Module, got {type(part).__name__}; pass the network itself.")
+        check_module("student", student)
+        if network is not None:
+            check_module("network", network)
         check_fraction("decay", decay)
         check_choice("buffers", buffers, ("copy", "average"))
         check_choice("mode", mode, ("eval", "train"))
@@ -209,7 +209,9 @@ class MeanTeacher(nn.Module):
         self.module.eval()
         self._cumulative = self._count_cumulative()
         self._loaded = _Loaded()
-        self.module.register_load_state_dict_pre_hook(self._loaded)  # type: ignore[no-untyped-call]
+        for part in self.module.modules():
+            part.register_load_state_dict_pre_hook(self._loaded)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         self._low: dict[str, torch.dtype] = {}  # what runs in less than the float32 that it is kept in
         self._wide_state()
         self._students_low = _low(theirs)
@@ -257,6 +259,7 @@ class MeanTeacher(nn.Module):
         return pseudo_label(self(*inputs, **named))
 
     @_disable_dynamo  # decay and count are Python numbers: it would be compiled anew at each step
+    @torch.inference_mode(mode=False)  # what is made here is changed by later updates
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Average the student in: call it after each optimizer step, and not after a step that was skipped.
@@ -272,10 +275,12 @@ class MeanTeacher(nn.Module):
             student: The network given to the constructor, wrapped or not.
 
         Raises:
+            TypeError: If it is not a module.
             ValueError: If its parameters or buffers do not match the teacher's by name and shape. Nothing is changed
                 then.
             RuntimeError: If a CUDA graph is being captured while the decay still rises.
         """
+        check_module("student", student)
         self._end_ramp_if_loaded()
         decay = min(1.0 - 1.0 / (self.num_updates + 1), self.decay) if self.warmup else self.decay
         if decay < self.decay and _capturing():
@@ -367,7 +372,7 @@ class MeanTeacher(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:  # noqa: ANN401
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._loaded.counted = f"{prefix}module." if f"{prefix}_extra_state" in state_dict else None
+        self._loaded.count = f"{prefix}_extra_state" in state_dict
 
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
@@ -400,15 +405,15 @@ class MeanTeacher(nn.Module):
         """What the network's modules have in place of their own while the teacher runs: dictionary, key, value."""
         refreshing = self.training and self._count_cumulative() > self._cumulative
         changes: list[tuple[dict[str, Any], str, Any]] = []
-        for prefix, part in named_parts(self.module):
+        for name, part in named_parts(self.module):
+            prefix = f"{name}." if name else ""
             norm = isinstance(part, _NormBase)
             batch_statistics = norm and self.mode == "train" and not refreshing
             changes.append((part.__dict__, "training", refreshing or batch_statistics))
             if self._low and not (norm and refreshing):  # what is refreshed is no copy
-                changes += self._in_low_dtype(part, f"{prefix}." if prefix else "")
-            if batch_statistics:  # running ones that are out of sight are moved by no layer, whatever its code is
-                changes.append((part.__dict__, "track_running_stats", False))
-                changes += [(part._buffers, key, None) for key in _RUNNING if part._buffers.get(key) is not None]
+                changes += self._in_low_dtype(part, prefix)
+            if batch_statistics:
+                changes += self._without_running_ones(part, prefix)
         return changes
 
     def _in_low_dtype(self, part: nn.Module, prefix: str) -> list[tuple[dict[str, Any], str, Any]]:
@@ -418,6 +423,17 @@ class MeanTeacher(nn.Module):
             for own in (part._parameters, part._buffers)
             for key, value in own.items()
             if value is not None and prefix + key in self._low and not _is_sharded(value)
+        ]
+
+    def _without_running_ones(self, part: nn.Module, prefix: str) -> list[tuple[dict[str, Any], str, Any]]:
+        """What keeps a norm from moving its running statistics: torch's code goes without, others' moves copies."""
+        if type(part).forward.__module__.startswith("torch.nn."):
+            there = [key for key in _RUNNING if part._buffers.get(key) is not None]
+            return [(part.__dict__, "track_running_stats", False), *((part._buffers, key, None) for key in there)]
+        return [
+            (part._buffers, key, value.to(self._low.get(prefix + key, value.dtype), copy=True))
+            for key, value in part._buffers.items()
+            if value is not None
         ]
 
     def _count_cumulative(self) -> int:
@@ -448,24 +464,29 @@ _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class _Loaded:
-    """Notes that weights were loaded into the teacher's network, as a hook on it.
+    """Notes that weights were loaded into the teacher's network, as a hook on each of its modules.
 
     It knows the teacher by nothing but being shared with it, so that a copy of the network alone leaves no trace there.
 
     Attributes:
         without_count: Whether the weights that were loaded last came without a count of updates.
-        counted: The prefix under which the network of a teacher is about to be loaded whose count has been loaded.
+        count: Whether the teacher's state that was loaded last came with one.
     """
 
     def __init__(self) -> None:
         self.without_count = False
-        self.counted: str | None = None
+        self.count = False
 
     def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-        if prefix == self.counted:
-            self.without_count = False
-        elif any(prefix + name in state_dict for name, _ in module.named_parameters()):
+        if any(prefix + name in state_dict for name in module._parameters):
             self.without_count = True
+
+
+def _after_loading(teacher: MeanTeacher, _: object) -> None:
+    """What follows the loading of a teacher's state, whose weights may be of any dtype: `assign=True` keeps it."""
+    teacher.module._apply(_wide)  # type: ignore[no-untyped-call]
+    if teacher._loaded.count:
+        teacher._loaded.without_count = False
 
 
 class _State(NamedTuple):
@@ -526,7 +547,7 @@ def _copied(student: nn.Module) -> nn.Module:
     except Exception as error:
         where = _uncopyable(student)
         raise ValueError(
-            f"`student` cannot be deep-copied, because of {where}: {error} Make the teacher before the first forward "
+            f"`student` cannot be deep-copied, because of {where} ({error}); make the teacher before the first forward "
             "pass, or build a second network and pass it as `network=`."
         ) from error
 
@@ -558,6 +579,9 @@ def _second(network: nn.Module, student: _State) -> nn.Module:
     shared = {id(value) for _, value in student.every_name()} & {id(value) for _, value in mine.every_name()}
     if shared:
         raise ValueError(f"`network` must be a second network, but shares {len(shared)} tensors with `student`.")
+    _matched(mine, student)  # refused before anything is changed
+    network._apply(_wide)  # type: ignore[no-untyped-call]
+    mine = _state(network)
     parameters, buffers, caches = _matched(mine, student)
     with torch.no_grad():
         _move([*parameters, *buffers], 0.0)
@@ -570,23 +594,27 @@ def _difference(old: Tensor, new: Tensor) -> _Difference | None:
     """In what two tensors differ that belong together, and what each has; None if in nothing that matters."""
     if old.shape != new.shape:
         return "shape", tuple(old.shape), tuple(new.shape)
-    if old.dtype != new.dtype and _averages(old) != _averages(new):
+    if old.dtype != new.dtype and (_averages(old), old.is_complex()) != (_averages(new), new.is_complex()):
         return "dtype", old.dtype, new.dtype
     if old.is_meta != new.is_meta:
         return "device", old.device, new.device
+    if old.layout != new.layout:
+        return "layout", old.layout, new.layout
     return None
 
 
 def _matched(mine: _State, theirs: _State) -> tuple[_Pairs, _Pairs, list[str]]:
     """The teacher's and the student's parameters and buffers in pairs, and the buffers to be taken over.
 
-    These are the ones that one network alone has, or that differ in shape, and that are persistent in neither.
+    These are the ones that one network alone has, or that differ in shape, and that are persistent in neither; and
+    those that the teacher's network made in `torch.inference_mode`, where no other mode may change them.
     """
     different = _differences(mine.parameters, theirs.parameters)
     _refuse("parameter", different)
     parameters = _local_pairs(mine.parameters, theirs.parameters)
     different = _differences(mine.buffers, theirs.buffers)
-    caches = [name for name in different if _is_cache(name, mine) and _is_cache(name, theirs)]
+    fixed = [name for name, value in mine.buffers.items() if value.is_inference() and name not in different]
+    caches = [name for name in (*different, *fixed) if _is_cache(name, mine) and _is_cache(name, theirs)]
     _refuse("buffer", {name: what for name, what in different.items() if name not in caches})
     buffers = {name: value for name, value in mine.buffers.items() if name not in caches} if caches else mine.buffers
     return parameters, _local_pairs(buffers, theirs.buffers), caches
