@@ -116,7 +116,7 @@ def test_compute__classes_as_anything_that_holds_whole_numbers() -> None:
         assert matrix.compute(classes).mean == want
     with pytest.raises(TypeError, match="integer"):
         matrix.compute([0.5])
-    with pytest.raises(ValueError, match="`classes` must be ids in 0..2, got "):
+    with pytest.raises(ValueError, match="`classes` must be ids"):
         matrix.compute([])
 
 

@@ -66,9 +66,7 @@ def parameter_groups(
         raise TypeError(f"`network` must be an nn.Module, got {type(network).__name__}; pass the network itself.")
     for name, value in (("lr", lr), ("head_factor", head_factor)):
         if not 0 <= value < math.inf:
-            raise ValueError(
-                f"`{name}` must be finite and not negative, got {value}; pass what the optimizer steps by."
-            )
+            raise ValueError(f"`{name}` must be finite and not negative, got {value}; pass the size of a step.")
     modules = dict(named_parts(network))
     several = isinstance(head, Iterable) and not isinstance(head, str | nn.Module)
     heads = [] if head is None else head if several else [head]
