@@ -23,7 +23,7 @@ from crossmix.datasets import DataError, image_files, read_image, write_png
 from crossmix.engine import Progress
 from crossmix.models import DeepLabV2, WeightsError
 from crossmix.visualize import colorize
-from evaluate import NETWORKS, image_size, load_network, saved_config
+from evaluate import NETWORKS, image_size, load_network, saved_config, usable_device
 
 KINDS = ("ids", "color", "overlay")
 SUFFIXES = {"ids": "_trainIds.png", "color": "_color.png", "overlay": "_overlay.png"}
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "size" not in args:
             args.size = image_size(saved_config(args.weights).get("target_size", "512x1024"))
         predict_all(model.to(args.device), targets, args)
-    except (DataError, WeightsError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except (DataError, WeightsError, OSError, ImportError, argparse.ArgumentTypeError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"error: {error}") from error
     return 0
 
@@ -55,29 +55,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
     parser.add_argument(
         "--size",
-        type=height_and_width,
+        type=image_size,
         default=argparse.SUPPRESS,
         help="HxW that images are resized to, or native; default: the run's, or 512x1024",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--skip", action="store_true", help="go on after an image that cannot be read")
-    args = parser.parse_args(argv)
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}; try --device cpu")
-    return args
-
-
-def height_and_width(text: str) -> tuple[int, int] | None:
-    """'512x1024' as (512, 1024), 'native' as None."""
-    if text == "native":
-        return None
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) * int(width)):
-        raise argparse.ArgumentTypeError(f"expected HxW in pixels, such as 512x1024, or native, got {text!r}")
-    return int(height), int(width)
+    return parser.parse_args(argv)
 
 
 def planned(given: Sequence[Path], out: Path, what: Sequence[str]) -> dict[Path, Path]:

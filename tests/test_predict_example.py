@@ -256,7 +256,7 @@ def test_predict__refuses_before_anything_is_written(script: ModuleType, weights
         script.main(["--weights", weights, "--network", "tiny", *good, "--out", str(tmp_path / "file")])
 
 
-@pytest.mark.parametrize("flags", [["--size", "512"], ["--size", "0x5"], ["--size", "axb"], ["--device", "nowhere"]])
+@pytest.mark.parametrize("flags", [["--size", "512x"], ["--size", "0x5"], ["--size", "axb"], ["--device", "nowhere"]])
 def test_predict__wrong_flags_exit_with_2(
     flags: list[str], script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
