@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from crossmix.evaluation import evaluate
 from crossmix.metrics import ConfusionMatrix
 from crossmix.models import DeepLabV2, WeightsError, deeplab_v2_resnet101, deeplab_v2_tiny, load_weights
 from crossmix.models.weight_files import read_weights
+from crossmix.recipes import METHODS
 from paper import paper_row
 
 NETWORKS = {"resnet101": deeplab_v2_resnet101, "tiny": deeplab_v2_tiny}
@@ -41,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.device.startswith("cuda"):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        if args.out:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         scores = {entry: score(entry, args, ranks=ranks) for entry in args.entry}
-    except (DataError, WeightsError, FileNotFoundError, ImportError) as error:
+    except (DataError, WeightsError, OSError, ImportError, argparse.ArgumentTypeError) as error:
         raise SystemExit(f"error: {error}") from error
     finally:
         if ranks:
@@ -65,12 +69,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--network", choices=tuple(NETWORKS), help="default: the run's, or resnet101")
     parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
     parser.add_argument(
-        "--image-size", help="HxW that images are resized to, or native; default: the run's, or 512x1024"
+        "--image-size",
+        type=image_size,
+        default=argparse.SUPPRESS,
+        help="HxW that images are resized to, or native; default: the run's, or 512x1024",
     )
-    parser.add_argument("--paper", default="gta5/dacs", help="row to print beside: gta5/METHOD or synthia/METHOD")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    rows = [f"{source}/{method}" for source in ("gta5", "synthia") for method in METHODS]
+    parser.add_argument(
+        "--paper", default="gta5/dacs", choices=rows, metavar="ROW", help=f"row to print beside: {', '.join(rows)}"
+    )
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read images")
+    parser.add_argument("--workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that read images")
     parser.add_argument("--out", help="JSON file for the scores")
     return parser.parse_args(argv)
 
@@ -88,7 +98,12 @@ def load_network(
         raise WeightsError(f"{weights}: was trained on the network {name!r}, which this script does not build.")
     branches = aspp_branches or config.get("aspp_branches", 2)
     model = NETWORKS[name](classes, aspp_branches=branches)
-    report = load_weights(model, weights, entry=None if entry == "student" else entry, strict=False)
+    try:
+        report = load_weights(model, weights, entry=None if entry == "student" else entry, strict=False)
+    except WeightsError as error:
+        if network or "network" in config:
+            raise
+        raise WeightsError(f"{error} It was taken for {name}: is it another --network?") from error
     lacking = [name for name in (*report.missing, *report.mismatched) if not name.endswith("num_batches_tracked")]
     if lacking:
         raise WeightsError(f"{weights}: expected everything to match a network of {classes} classes, got {report}.")
@@ -103,12 +118,26 @@ def saved_config(weights: str) -> Mapping[str, Any]:
 
 def image_size(text: str) -> tuple[int, int] | None:
     """'512x1024' as (512, 1024), '512' as a square, 'native' as None."""
-    if text == "native":
-        return None
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and (width or height).isdecimal() and int(height) * int(width or height)):
-        raise WeightsError(f"expected a size such as 512x1024, or native, got {text!r}.")
-    return int(height), int(width or height)
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if match is None and text != "native":
+        raise argparse.ArgumentTypeError(f"expected HxW in pixels, such as 512x1024, or native, got {text!r}")
+    return (int(match[1]), int(match[2] or match[1])) if match else None
+
+
+def usable_device(text: str) -> str:
+    """A device that torch has."""
+    try:
+        torch.empty(1, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {str(error).splitlines()[0]}; try cpu") from error
+    return text
+
+
+def count(text: str) -> int:
+    """A number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    return int(text)
 
 
 def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any]:
@@ -116,7 +145,11 @@ def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any
     model = load_network(args.weights, entry, network=args.network, aspp_branches=args.aspp_branches)
     if model.num_classes != len(CLASS_NAMES):
         raise WeightsError(f"{args.weights}: has {model.num_classes} classes, but Cityscapes {len(CLASS_NAMES)}.")
-    size = image_size(args.image_size or saved_config(args.weights).get("target_size", "512x1024"))
+    size = (
+        args.image_size
+        if "image_size" in args
+        else image_size(saved_config(args.weights).get("target_size", "512x1024"))
+    )
     matrices = evaluate(
         model.to(args.device),
         Cityscapes(args.cityscapes, args.split),

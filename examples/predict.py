@@ -5,8 +5,9 @@
 
 For each image, of a folder's in its subfolders too, OUT gets NAME_trainIds.png (a byte per pixel, the train id),
 NAME_color.png (in the colours of Cityscapes) and NAME_overlay.png (half image, half colour), of the image's own size.
-A photograph is turned as its EXIF orientation says. Images are resized to the size that the published network was
-trained at, 512 x 1024, or a run of the trainer; the logits are then upsampled.
+A photograph is turned as its EXIF orientation says; what is neither PNG nor JPEG is left out and named. Images are
+resized to the size that the published network was trained at, 512 x 1024, or a run of the trainer; the logits are then
+upsampled.
 """
 
 import argparse
@@ -18,12 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as tf
 
-from crossmix.datasets import DataError, write_png
+from crossmix.datasets import DataError, image_files, read_image, write_png
 from crossmix.engine import Progress
 from crossmix.models import DeepLabV2, WeightsError
 from crossmix.visualize import colorize
-from evaluate import NETWORKS, image_size, load_network, saved_config
-from photos import ENDINGS, read_photo
+from evaluate import NETWORKS, image_size, load_network, saved_config, usable_device
 
 KINDS = ("ids", "color", "overlay")
 SUFFIXES = {"ids": "_trainIds.png", "color": "_color.png", "overlay": "_overlay.png"}
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "size" not in args:
             args.size = image_size(saved_config(args.weights).get("target_size", "512x1024"))
         predict_all(model.to(args.device), targets, args)
-    except (DataError, WeightsError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except (DataError, WeightsError, OSError, ImportError, argparse.ArgumentTypeError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"error: {error}") from error
     return 0
 
@@ -55,29 +55,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
     parser.add_argument(
         "--size",
-        type=height_and_width,
+        type=image_size,
         default=argparse.SUPPRESS,
         help="HxW that images are resized to, or native; default: the run's, or 512x1024",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--skip", action="store_true", help="go on after an image that cannot be read")
-    args = parser.parse_args(argv)
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}; try --device cpu")
-    return args
-
-
-def height_and_width(text: str) -> tuple[int, int] | None:
-    """'512x1024' as (512, 1024), 'native' as None."""
-    if text == "native":
-        return None
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) * int(width)):
-        raise argparse.ArgumentTypeError(f"expected HxW in pixels, such as 512x1024, or native, got {text!r}")
-    return int(height), int(width)
+    return parser.parse_args(argv)
 
 
 def planned(given: Sequence[Path], out: Path, what: Sequence[str]) -> dict[Path, Path]:
@@ -87,16 +72,25 @@ def planned(given: Sequence[Path], out: Path, what: Sequence[str]) -> dict[Path,
         if path.is_dir():
             if out.resolve().is_relative_to(path.resolve()):
                 raise DataError(f"{out}: lies in {path}, whose images are the input; give an --out elsewhere.")
-            images = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+            images, left_out = image_files(path)
+            if left_out:
+                names = ", ".join(str(file.relative_to(path)) for file in left_out[:5])
+                more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+                print(f"{path}: left out, being neither PNG nor JPEG: {names}{more}", file=sys.stderr)
             if not images:
-                raise DataError(f"{path}: holds no images; expected files that end in {', '.join(sorted(ENDINGS))}.")
-            targets.update((image, out / image.relative_to(path).with_suffix("")) for image in images)
+                raise DataError(f"{path}: holds no PNG or JPEG images; check the folder.")
+            targets.update((image, out / without_ending(image.relative_to(path))) for image in images)
         elif path.is_file():
-            targets[path] = out / path.stem
+            targets[path] = out / without_ending(Path(path.name))
         else:
             raise DataError(f"{path}: no such file or folder; check the path.")
     refuse_clashes(targets, what)
     return targets
+
+
+def without_ending(path: Path) -> Path:
+    """`a/b.jpg` as `a/b`; the number of `frame.0001` is no ending."""
+    return path if path.suffix[1:].isdecimal() else path.with_suffix("")
 
 
 def refuse_clashes(targets: dict[Path, Path], what: Sequence[str]) -> None:
@@ -120,7 +114,7 @@ def predict_all(model: DeepLabV2, targets: dict[Path, Path], args: argparse.Name
     for done, (path, target) in enumerate(targets.items(), 1):
         try:
             with progress.waiting():
-                image = read_photo(path)
+                image = read_image(path)
         except DataError as error:
             if not args.skip:
                 raise

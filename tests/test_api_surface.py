@@ -26,7 +26,8 @@ PUBLIC = {
     ],
     "crossmix.datasets": [
         "GTA5", "CachedSamples", "Cityscapes", "Classes", "DataError", "ImageFiles", "Sample", "SegmentationFolder",
-        "StreetScenes", "Synthia", "class_counts", "image_files", "read_classes", "write_png",
+        "StreetScenes", "Synthia", "class_counts", "image_files", "read_classes", "read_image",
+        "write_png",
     ],
     "crossmix.metrics": ["ConfusionMatrix", "IoU"],
     "crossmix.evaluation": ["evaluate", "resize_labels"],

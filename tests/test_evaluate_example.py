@@ -75,7 +75,9 @@ def test_evaluate__prints_and_writes_both_sizes(
     assert "| road |" in printed
 
 
-def test_evaluate__bad_input_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate__bad_input_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = load("evaluate", monkeypatch)
     (tmp_path / "x.pth").write_bytes(b"<html>")
     for weights, data, message in (
@@ -87,8 +89,24 @@ def test_evaluate__bad_input_is_one_line(folder: Path, tmp_path: Path, monkeypat
         with pytest.raises(SystemExit, match=message):
             script.main(["--weights", str(weights), "--cityscapes", str(data), "--network", "tiny", "--workers", "0"])
     good = ["--cityscapes", str(folder), "--network", "tiny", "--workers", "0", "--weights"]
-    with pytest.raises(SystemExit, match="expected a size such as 512x1024, or native, got '0x4'"):
-        script.main([*good, str(tmp_path / "y.pth"), "--image-size", "0x4"])
+    for flag, value in (
+        ("--image-size", "0x4"),
+        ("--image-size", "32x"),
+        ("--workers", "-1"),
+        ("--paper", "gta5/none"),
+        ("--device", "nowhere"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            script.main([*good, str(tmp_path / "y.pth"), flag, value])
+        assert f"argument {flag}: " in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: .*file"):  # before it scores anything
+        script.main([*good, str(tmp_path / "none.pth"), "--out", str(tmp_path / "file" / "x.json")])
+    torch.save({"student": deeplab_v2_tiny(19).state_dict(), "config": {"target_size": "big"}}, tmp_path / "big.pt")
+    with pytest.raises(SystemExit, match="expected HxW in pixels, such as 512x1024, or native, got 'big'"):
+        script.main([*good, str(tmp_path / "big.pt")])
+    with pytest.raises(SystemExit, match=r"y\.pth: .* It was taken for resnet101: is it another --network\?"):
+        script.main(["--cityscapes", str(folder), "--weights", str(tmp_path / "y.pth"), "--workers", "0"])
     torch.save({"student": deeplab_v2_tiny(5).state_dict(), "config": {"num_classes": 5}}, tmp_path / "five.pt")
     with pytest.raises(SystemExit, match=r"five\.pt: has 5 classes, but Cityscapes 19"):
         script.main([*good, str(tmp_path / "five.pt")])

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from crossmix._tensors import nearest
-from crossmix.datasets import Sample
+from crossmix.datasets import Sample, SegmentationFolder, write_png
 from crossmix.datasets.classes import PALETTE
 from crossmix.evaluation import evaluate
 from crossmix.metrics import ConfusionMatrix
@@ -320,12 +320,39 @@ def test_evaluate__one_label_size_twice_is_scored_once() -> None:
     assert torch.equal(twice["4x6"].counts, once["4x6"].counts)
 
 
-def test_evaluate__nothing_is_labelled() -> None:
+def test_evaluate__nothing_is_labelled(caplog: pytest.LogCaptureFixture) -> None:
     data = [Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.full((4, 4), 255), "a")]
     iou = evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5)["native"].compute()
+    assert "not one pixel of the 1 images has a label" in caplog.text
     assert math.isnan(iou.mean)
     assert math.isnan(iou.pixel_accuracy)
     assert iou.per_class.isnan().all()
+
+
+WRAPS: dict[str, Callable[[SegmentationFolder], Any]] = {
+    "folder": lambda data: data,
+    "subset": lambda data: Subset(data, [0]),
+    "loader": lambda data: DataLoader(Subset(data, [0, 1]), batch_size=2),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_evaluate__a_folder_without_labels_is_refused(wrap: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_png(tmp_path / f"{name}.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="no label maps to score against, got a SegmentationFolder of images alone"):
+        evaluate(nn.Conv2d(3, 5, 1), WRAPS[wrap](SegmentationFolder(tmp_path)), num_classes=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("data", [[(torch.rand(3, 4, 6), torch.zeros(4, 6, dtype=torch.uint8))], samples([(4, 6)])])
+@pytest.mark.parametrize("window", [None, 3])
+def test_evaluate__images_in_the_dtype_of_the_network(dtype: torch.dtype, data: Any, window: int | None) -> None:
+    network = nn.Conv2d(3, 5, 1)
+    want = evaluate(network, data, num_classes=5)["native"].counts
+    got = evaluate(network.to(dtype), data, num_classes=5, window=window)["native"].counts
+    assert got.sum() == want.sum()
+    assert (got - want).abs().sum() <= (4 if dtype == torch.bfloat16 else 0)
 
 
 @pytest.mark.parametrize(("value", "ignore_index"), [(5, 255), (-1, 255), (255, 0), (254, 255)])
@@ -357,8 +384,15 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("no sizes", {"label_sizes": []}, ValueError, "`label_sizes` must not be empty"),
     ("stride alone", {"stride": 3}, ValueError, "`stride` belongs to a `window`"),
     ("wide stride", {"window": 3, "stride": (3, 4)}, ValueError, "pixels between windows would have no prediction"),
-    ("no stride", {"window": 3, "stride": 0}, ValueError, "`stride` in 1..window, got 3 and 0"),
+    ("no stride", {"window": 3, "stride": 0}, ValueError, r"`stride` must be positive, got \(0, 0\)"),
     ("no window", {"window": (0, 3)}, ValueError, "`window` must be positive"),
+    ("one window side", {"window": (3,)}, TypeError, r"`window` must be \(height, width\), .* got \(3,\); pass both"),
+    ("float window", {"window": 3.0}, TypeError, r"`window` must be \(height, width\), .* got 3.0"),
+    ("float stride", {"window": 3, "stride": (1.5, 1)}, TypeError, r"`stride` must be \(height, width\)"),
+    ("one side", {"image_size": 4}, TypeError, r"`image_size` must be \(height, width\), .* got 4"),
+    ("bool", {"image_size": (4, True)}, TypeError, "`image_size` must be"),
+    ("no list", {"label_sizes": (4, 4)}, TypeError, r"`label_sizes` must be a list of \(height, width\) or None"),
+    ("no height", {"label_sizes": [(0, 4)]}, ValueError, "`label_sizes` must be positive"),
     ("no module", {"network": lambda x: x}, TypeError, "`network` must be an nn.Module, got function"),
     ("rank", {"logits": lambda out: out[0]}, ValueError, r"logits of shape \(N, C, H, W\) with N = 1, got \(5, 4, 4\)"),
     ("loader", {"data": DataLoader([(IMAGE, LABEL)]), "workers": 1}, TypeError, "got DataLoader; pass its `dataset`"),

@@ -11,7 +11,16 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from crossmix.datasets import GTA5, CachedSamples, Cityscapes, DataError, SegmentationFolder, Synthia, image_files
+from crossmix.datasets import (
+    GTA5,
+    CachedSamples,
+    Cityscapes,
+    DataError,
+    SegmentationFolder,
+    Synthia,
+    image_files,
+    read_image,
+)
 from crossmix.datasets import _images as images
 from crossmix.datasets.__main__ import main
 from oracles import seeded
@@ -241,7 +250,7 @@ def test_check__names_images_of_other_types_and_counts_the_rest(
     assert main(["check", str(tmp_path), "--workers", "2"]) == 1
     out = capsys.readouterr().out
     assert f"{tif}: is left out, being neither PNG nor JPEG; convert it" in out
-    assert f"{empty}: expected a PNG or JPEG file, got 0 bytes" in out
+    assert f"{empty}: is empty; " in out
     assert main(["stats", str(tmp_path)]) == 0
     assert "GTA5: 4 label maps" in (out := capsys.readouterr().out)
     assert "left out, being neither PNG nor JPEG: 1 of .tif, 1 of .txt" in out
@@ -264,8 +273,9 @@ def test_jpeg__is_pillows(tmp_path: Path, subsampling: int, progressive: bool, s
 
 @pytest.mark.parametrize("orientation", [None, 0, *range(1, 10)])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_jpeg__is_turned_as_exif_says(tmp_path: Path, orientation: int | None, order: str) -> None:
-    path = tmp_path / "a.jpg"
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_images__are_turned_as_exif_says(tmp_path: Path, orientation: int | None, order: str, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
     head = b"II*\0" if order == "<" else b"MM\0*"
     tags = [] if orientation is None else [struct.pack(f"{order}HHIHxx", 0x0112, 3, 1, orientation)]
     other = struct.pack(f"{order}HHII", 0x0100, 4, 1, 7)
@@ -281,13 +291,14 @@ def test_jpeg__is_turned_as_exif_says(tmp_path: Path, orientation: int | None, o
     assert torch.equal(cached[0].image, got)
 
 
-def test_jpeg__damaged_exif_turns_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_images__damaged_exif_turns_nothing(tmp_path: Path, kind: str) -> None:
     for exif in (b"", b"II*\0", b"MM\0*" + b"\xff" * 8, b"II*\0" + struct.pack("<IH", 8, 9)):
-        Image.fromarray(picture()).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
+        Image.fromarray(picture()).save(tmp_path / f"a.{kind}", exif=b"Exif\0\0" + exif)
         assert SegmentationFolder(tmp_path)[0].image.shape == (3, 12, 20)
 
 
-@pytest.mark.parametrize("kind", ["half", "end", "few", "marker", "bomb", "cmyk", "html", "empty"])
+@pytest.mark.parametrize("kind", ["half", "end", "few", "marker", "length", "bomb", "cmyk", "html", "empty"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_jpeg__damaged_files_are_named_and_never_read(tmp_path: Path, kind: str, progressive: bool) -> None:
     data = bytearray(encoded(picture(96, 128), "jpeg", progressive=progressive, quality=95))
@@ -299,6 +310,8 @@ def test_jpeg__damaged_files_are_named_and_never_read(tmp_path: Path, kind: str,
         data = data[:40]
     elif kind == "marker":
         data[2] = 0
+    elif kind == "length":
+        data[4:6] = bytes(2)  # shorter than itself
     elif kind == "bomb":
         frame = data.index(b"\xff\xc2" if progressive else b"\xff\xc0")
         data[frame + 5 : frame + 9] = struct.pack(">HH", 60_000, 60_000)
@@ -352,6 +365,17 @@ def test_images__of_any_kind_are_rgb_in_a_folder(tmp_path: Path, kind: str) -> N
     with Image.open(tmp_path / "a.png") as opened:
         want = np.asarray(opened.convert("RGB"))
     assert np.array_equal(SegmentationFolder(tmp_path)[0].image.permute(1, 2, 0).numpy(), want)
+    assert np.array_equal(read_image(str(tmp_path / "a.png")).permute(1, 2, 0).numpy(), want)
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_images__of_any_kind_are_turned_too(tmp_path: Path, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ODD[kind]().save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as opened:
+        want = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    assert np.array_equal(read_image(tmp_path / "a.png").permute(1, 2, 0).numpy(), want)
 
 
 def test_images__grey_jpeg(tmp_path: Path) -> None:
@@ -374,8 +398,10 @@ def test_images__that_may_be_label_maps_are_refused_by_official_readers(tmp_path
 def test_images__odd_ones_without_pillow_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "Image", None)
     ODD["palette"]().save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"a\.png: .*\(pip install pillow\)"):
+    with pytest.raises(DataError, match=r"a\.png: .*by `pip install crossmix\[pictures\]`"):
         SegmentationFolder(tmp_path)[0]
+    data = encoded(picture(), "jpeg")  # these need none
+    assert read_image(put(tmp_path / "b.jpg", data)).shape == (3, 12, 20)
 
 
 def test_images__of_16_bits_are_refused(tmp_path: Path) -> None:

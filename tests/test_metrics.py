@@ -108,6 +108,18 @@ def test_ignored_class__has_no_score_and_no_part_in_the_mean() -> None:
     assert math.isnan(matrix.compute([0]).mean)  # and no warning, which would be an error here
 
 
+def test_compute__classes_as_anything_that_holds_whole_numbers() -> None:
+    matrix = ConfusionMatrix(3)
+    matrix.update(torch.tensor([[[0, 1, 2, 0]]]), torch.tensor([[[0, 1, 2, 1]]]))
+    want = matrix.compute([0, 2]).mean
+    for classes in ((0, 2), {0, 2}, range(0, 3, 2), torch.tensor([0, 2]), np.array([0, 2]), iter([0, 2])):
+        assert matrix.compute(classes).mean == want
+    with pytest.raises(TypeError, match="integer"):
+        matrix.compute([0.5])
+    with pytest.raises(ValueError, match="`classes` must be ids"):
+        matrix.compute([])
+
+
 def test_state__a_loaded_one_takes_the_place_of_what_was_merged() -> None:
     other = ConfusionMatrix(2)
     other.update(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 1]]]))

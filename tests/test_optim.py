@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -146,6 +147,17 @@ def test_groups__of_a_wrapped_network_are_those_of_the_bare_one(wrap: str, *, re
     assert named(wrapped, network.layer5) == want
     [(in_names, _)] = [item for item in wrapped.named_modules() if item[1] is network.layer5]
     assert named(wrapped, in_names) == want
+
+
+@pytest.mark.parametrize("own", ["module", "_orig_mod"])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, compiled, lambda network: compiled(nn.DataParallel(network))])
+def test_groups__a_head_of_a_wrappers_name(own: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    network = nn.ModuleDict({own: nn.Linear(2, 2), "body": nn.Linear(2, 2)})
+    wrapped = wrap(network)
+    for head in (own, network[own]):
+        backbone, in_head = parameter_groups(wrapped, 0.1, head=head)
+        assert set(backbone["params"]) == set(network["body"].parameters())
+        assert set(in_head["params"]) == set(network[own].parameters())
 
 
 def test_groups__any_network_and_kinds_without_decay() -> None:
@@ -486,6 +498,18 @@ def test_groups__bad_arguments() -> None:
         parameter_groups(network, 0.1, head=nn.Linear(2, 2))
     with pytest.raises(TypeError, match="`head` must be a name, a module, several of them or None, got int"):
         parameter_groups(network, 0.1, head=[3])
+    with pytest.raises(TypeError, match="`head` must be a name, a module, several of them or None, got int"):
+        parameter_groups(network, 0.1, head=3)
+    with pytest.raises(ValueError, match="`head` must name a submodule of the model, got 'module'; it has body"):
+        parameter_groups(nn.DataParallel(network), 0.1, head="module")
+    for wrong in (
+        {"lr": -0.1},
+        {"lr": math.nan},
+        {"lr": 0.1, "head_factor": -1.0},
+        {"lr": 0.1, "head_factor": math.inf},
+    ):
+        with pytest.raises(ValueError, match=f"`{[*wrong][-1]}` must be finite and not negative"):
+            parameter_groups(network, head="head", **wrong)
     with pytest.raises(TypeError, match=r"`network` must be an nn\.Module, got list"):
         parameter_groups(list(network.parameters()), 0.1)
     with pytest.raises(ValueError, match="`no_decay` must be of 'norm', 'bias' and 'position', got 'norms'"):

@@ -428,6 +428,23 @@ def test_load__out_of_a_training_module_however_it_was_wrapped(
     assert_equal(again.teacher.module, teacher)
 
 
+@pytest.mark.parametrize("place", ["the whole file", "an entry", "a prefix"])
+def test_load__into_a_network_around_it_says_which_part_to_pass(place: str, tmp_path: Path) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({"net": tiny(2)})
+            self.more = nn.Linear(2, 2)
+
+    want, model = snapshot(tiny(1)), Around()
+    prefixed = {f"a.b.{name}": tensor for name, tensor in want.items()}
+    torch.save({"the whole file": want, "an entry": {"student": want}, "a prefix": prefixed}[place], tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=r"the weights of a part of it, load them into `model\.parts\.net`"):
+        load_weights(model, tmp_path / "x.pth")
+    load_weights(model.get_submodule("parts.net"), tmp_path / "x.pth")
+    assert_equal(model.get_submodule("parts.net"), want)
+
+
 def test_load__says_what_it_took(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = snapshot(tiny(1))
     cases: dict[str, tuple[object, str | None, str, str]] = {
@@ -492,7 +509,7 @@ def test_load__where_it_cannot_tell_the_advice_works(tmp_path: Path) -> None:
         model = tiny(2)
     for contents, entry, message in (
         ({"net": nn.Linear(1, 1).state_dict()}, "teacher", r"no entry 'teacher', but \(net\), and none matches"),
-        ({"net": {"step": 3}, "step": 3}, None, r"expected tensors, got none among \(net, step\)"),
+        ({"net": {"step": 3}, "step": 3}, None, r"expected tensors, got \(net, step\)"),
         (without(first, "layer3"), None, "build the network that it was saved from"),
         ({"conv1.weight": torch.ones(1), "module.conv1.weight": torch.ones(1)}, None,
          "'conv1.weight' and 'module.conv1.weight' are the same name"),
@@ -606,6 +623,13 @@ def test_safetensors__are_read(name: str, tmp_path: Path) -> None:
     assert_equal(model, want)
 
 
+def test_safetensors__a_file_of_torch_by_their_name(tmp_path: Path) -> None:
+    want, model = snapshot(tiny(1)), tiny(2)
+    torch.save(want, tmp_path / "renamed.safetensors")
+    load_weights(model, tmp_path / "renamed.safetensors")
+    assert_equal(model, want)
+
+
 def test_safetensors__that_begin_like_a_page_are_read(tmp_path: Path) -> None:
     data = by_hand({"weight": torch.ones(1, 2), "bias": torch.ones(1)})
     length = int.from_bytes(data[:8], "little")
@@ -702,6 +726,16 @@ class Malicious:
         return os.system, (self.command,)
 
 
+class Calls:
+    """Calls a function when unpickled."""
+
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return self.call[0], self.call[1:]
+
+
 def written(state: object, *, legacy: bool = False) -> bytes:
     file = io.BytesIO()
     torch.save(state, file, _use_new_zipfile_serialization=not legacy)
@@ -726,6 +760,7 @@ BAD: dict[str, tuple[Callable[[State], bytes], str]] = {
     "a list": (lambda s: written(list(s.values())), "expected a dict of tensors, got list"),
     "a tensor": (lambda _: written(torch.ones(3)), "expected a dict of tensors, got Tensor"),
     "a whole model": (lambda _: written(nn.Linear(1, 1)), "it holds code or objects other than tensors"),
+    "an empty dict": (lambda _: written({}), "expected tensors, got an empty dict"),
     "another network": (lambda _: written(nn.Linear(1, 1).state_dict()), "expected everything to match, got 0 matched"),
 }
 
@@ -742,7 +777,8 @@ def test_bad_files__name_the_path_and_the_reason(case: str, name: str, tmp_path:
     with pytest.raises(WeightsError) as caught:
         load_weights(model, path)
     assert str(path) in str(caught.value)
-    if name == "x.pth" or case in {"empty", "a page", "a pointer"}:
+    # By name, what is no zip file of torch's is taken for safetensors, and their package says what is wrong.
+    if name == "x.pth" or case not in {"text", "zeros", "truncated", "truncated early", "truncated, legacy"}:
         assert reason in str(caught.value)
     assert "Re-running" not in str(caught.value)  # torch's advice to trust the file
     assert_equal(model, before)
@@ -837,6 +873,21 @@ def test_objects__of_another_numpy_and_partly_allowed(tmp_path: Path) -> None:
 )
 def test_objects__that_cannot_be_allowed_are_not_advised(contents: object, message: str, tmp_path: Path) -> None:
     torch.save(contents, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=message) as caught:
+        load_weights(nn.Linear(1, 1), tmp_path / "x.pth")
+    assert "safe_globals" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ({"model": nn.Linear(1, 1)}, "Without them it has no tensors: load it where its code is"),
+        ({"model": {"w": torch.ones(1)}, "x": Calls(eval, "1 + 1")}, "It calls eval, by which a file can do anything"),
+        ({"model": {"w": torch.ones(1)}, "x": Calls(getattr, 1, "real")}, "It calls getattr, by which a file"),
+    ],
+)
+def test_objects__what_allowing_would_not_help_or_would_harm(beside: object, message: str, tmp_path: Path) -> None:
+    torch.save(beside, tmp_path / "x.pth")
     with pytest.raises(WeightsError, match=message) as caught:
         load_weights(nn.Linear(1, 1), tmp_path / "x.pth")
     assert "safe_globals" not in str(caught.value)

@@ -1,5 +1,8 @@
 """Evaluation as the published numbers have it: one image at a time, one confusion matrix for the data set."""
 
+import logging
+import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
@@ -17,6 +20,7 @@ from crossmix.metrics import ConfusionMatrix
 
 __all__ = ["evaluate", "resize_labels"]
 
+LOG = logging.getLogger(__name__)
 Size = tuple[int, int]
 IMAGE_KEYS = ("image", "images", "pixel_values")
 LABEL_KEYS = ("label", "labels", "mask", "masks")
@@ -71,7 +75,8 @@ def evaluate(
         data: A map-style data set or any iterable, of single images or, as from a `DataLoader`, of batches: items with
             `image`, `label` and maybe `name`, as the readers return them; or (image, label, ...); or dicts with
             "image", "images" or "pixel_values" and "label", "labels", "mask" or "masks". Images are (C, H, W) or
-            (N, C, H, W), uint8 or floating as the network takes them; labels (H, W) or (N, H, W), of any size.
+            (N, C, H, W), uint8 or floating as the network takes them, in any dtype; labels (H, W) or (N, H, W), of any
+            size.
         num_classes: The number of classes C.
         image_size: (height, width) that images are resized to, bilinear and antialiased; None leaves them.
         label_sizes: Sizes to score at, each (height, width), or None for the label's own. Labels are resized to the
@@ -93,13 +98,13 @@ def evaluate(
 
     Returns:
         A `ConfusionMatrix` on the device for each label size, by "HxW", or "native" for None. Where not one pixel has
-        a label, its scores are NaN.
+        a label, its scores are NaN, and a warning is logged.
 
     Raises:
-        TypeError: If the network returns no tensor, an item is none of the above, or `data` has no length and `workers`
-            or `sync` need one.
-        ValueError: If there is no data, an image has no label, a label on the CPU has an id that is neither a class nor
-            `ignore_index`, or the logits have another number of classes.
+        TypeError: If the network returns no tensor, an item or a size is none of the above, or `data` has no length and
+            `workers` or `sync` need one.
+        ValueError: If there is no data, an image or the whole folder has no label, a label on the CPU has an id that is
+            neither a class nor `ignore_index`, or the logits have another number of classes.
 
     Example:
         >>> from crossmix.datasets import StreetScenes
@@ -111,8 +116,10 @@ def evaluate(
         raise TypeError(f"`network` must be an nn.Module, got {type(network).__name__}; pass the network first.")
     sizes = _named(label_sizes)
     tiles = _tiles(window, stride)
-    if device is None:
-        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    image_size = None if image_size is None else _pair("image_size", image_size)
+    _refuse_unlabelled(data)
+    like = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), torch.empty(0))
+    device = like.device if device is None else device
     matrices = {name: ConfusionMatrix(num_classes, ignore_index=ignore_index).to(device) for name in sizes}
 
     def run(images: Tensor) -> Tensor:
@@ -125,7 +132,7 @@ def evaluate(
         for item in _each(data, workers, sync=sync):
             batch = _batch(item, seen)
             _check_ids(batch, num_classes, ignore_index)
-            images = _unit(_resized(batch.images.to(device), image_size))
+            images = _unit(_resized(batch.images.to(device), image_size)).to(like.dtype)
             views = [_view(run, images, tiles, num_classes, align_corners=align_corners)]
             if flip:
                 views.append(_view(run, images.flip(-1), tiles, num_classes, align_corners=align_corners).flip(-1))
@@ -139,6 +146,8 @@ def evaluate(
     if sync:
         for matrix in matrices.values():
             matrix.merge()
+    if all(math.isnan(matrix.compute().pixel_accuracy) for matrix in matrices.values()):
+        LOG.warning("not one pixel of the %d images has a label, so all scores are NaN; look at the label maps.", seen)
     return matrices
 
 
@@ -175,7 +184,20 @@ def _named(sizes: Sequence[Size | None]) -> dict[str, Size | None]:
     """Label sizes by name, each once."""
     if not sizes:
         raise ValueError("`label_sizes` must not be empty; [None] scores at the labels' own size.")
-    return {"native" if size is None else f"{size[0]}x{size[1]}": size for size in sizes}
+    pairs = [None if size is None else _pair("label_sizes", size) for size in sizes]
+    return {"native" if size is None else f"{size[0]}x{size[1]}": size for size in pairs}
+
+
+def _pair(name: str, size: object) -> Size:
+    """(height, width), or what else it is in an error."""
+    sides = size if isinstance(size, Sequence) and len(size) == 2 else [size]
+    if len(sides) == 1 or any(isinstance(side, bool) or not hasattr(side, "__index__") for side in sides):
+        listed = "a list of (height, width) or None" if name == "label_sizes" else "(height, width)"
+        raise TypeError(f"`{name}` must be {listed}, ints in pixels, got {size!r}; pass both sides.")
+    height, width = map(operator.index, sides)
+    if min(height, width) < 1:
+        raise ValueError(f"`{name}` must be positive, got {(height, width)}; pass (height, width) in pixels.")
+    return height, width
 
 
 @contextmanager
@@ -188,6 +210,17 @@ def _eval_mode(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _refuse_unlabelled(data: object) -> None:
+    """Refuse a folder without label maps, whose labels are all ignored, also in a `Subset` or a `DataLoader`."""
+    while hasattr(data, "dataset"):
+        data = data.dataset
+    if getattr(data, "labelled", True) is False:
+        raise ValueError(
+            f"`data` has no label maps to score against, got a {type(data).__name__} of images alone; read it with its "
+            "labels."
+        )
 
 
 def _each(data: Samples | Iterable[object], workers: int, *, sync: bool) -> Iterator[object]:
@@ -330,13 +363,13 @@ def _tiles(window: Size | int | None, stride: Size | int | None) -> tuple[Size, 
         if stride is not None:
             raise ValueError(f"`stride` belongs to a `window`, got {stride} without one; pass both.")
         return None
-    height, width = (window, window) if isinstance(window, int) else window
+    height, width = _pair("window", (window, window) if isinstance(window, int) else window)
     if stride is None:
         stride = (max(1, 2 * height // 3), max(1, 2 * width // 3))
-    down, across = (stride, stride) if isinstance(stride, int) else stride
-    if min(height, width) < 1 or not (1 <= down <= height and 1 <= across <= width):
+    down, across = _pair("stride", (stride, stride) if isinstance(stride, int) else stride)
+    if down > height or across > width:
         raise ValueError(
-            f"`window` must be positive and `stride` in 1..window, got {window} and {stride}; "
+            f"`stride` must not exceed `window`, got {stride} and {window}; "
             "pixels between windows would have no prediction."
         )
     return (height, width), (down, across)

@@ -1,6 +1,7 @@
 """The confusion matrix of a whole data set, and intersection over union from it: the benchmark's definition of mIoU."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -108,7 +109,7 @@ class ConfusionMatrix(nn.Module):
         self.invalid.zero_()
         self._merged = None
 
-    def compute(self, classes: Sequence[int] | None = None) -> IoU:
+    def compute(self, classes: Iterable[int] | None = None) -> IoU:
         """Compute the scores from the counts, those of all ranks after `merge`.
 
         Args:
@@ -120,14 +121,15 @@ class ConfusionMatrix(nn.Module):
             The scores; `per_class` always has all C entries.
 
         Raises:
+            TypeError: If a class id is no whole number.
             ValueError: If a class id is out of range or there are none, or a prediction on a GPU was no class.
         """
         state = (self._state() if self._merged is None else self._merged).cpu()
         if state[-1]:
             self._refuse()
-        chosen = range(self.num_classes) if classes is None else list(classes)
+        chosen = [operator.index(one) for one in (range(self.num_classes) if classes is None else classes)]
         if not chosen or min(chosen) < 0 or max(chosen) >= self.num_classes:
-            raise ValueError(f"`classes` must be ids in 0..{self.num_classes - 1}, got {list(chosen)}; name some.")
+            raise ValueError(f"`classes` must be ids in 0..{self.num_classes - 1}, got {chosen}; name some.")
         counts = state[:-1].view(self.counts.shape).double()
         hits = counts.diagonal()
         per_class = hits / (counts.sum(0) + counts.sum(1) - hits)  # 0 / 0 is NaN: absent from both
@@ -135,7 +137,7 @@ class ConfusionMatrix(nn.Module):
             per_class[self.ignore_index] = torch.nan
         return IoU(
             per_class=per_class,
-            mean=float(per_class[list(chosen)].nanmean()),
+            mean=float(per_class[chosen].nanmean()),
             pixel_accuracy=float(hits.sum() / counts.sum()),
         )
 

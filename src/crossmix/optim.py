@@ -1,5 +1,6 @@
 """Parameter groups, the repeated SGD of the released code, and the learning rate schedule of DeepLab-v2 training."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain, repeat
@@ -37,8 +38,8 @@ def parameter_groups(
     Args:
         network: Any network, such as a `crossmix.models.DeepLabV2`, wrapped or not.
         lr: Learning rate of the backbone; 2.5e-4 in the paper.
-        head: The head: the name of a submodule, the submodule itself, or several of either; None makes all of the
-            network a backbone.
+        head: The head: the name of a submodule, with or without what wrappers add to it, the submodule itself, or
+            several of either; None makes all of the network a backbone.
         head_factor: The head's learning rate over the backbone's.
         no_decay: Which parameters get a weight decay of 0, whatever the optimizer's is: those of normalisation layers
             (`"norm"`: classes whose name ends so, such as LayerNorm or BatchNorm2d), biases (`"bias"`, by name), and
@@ -53,7 +54,8 @@ def parameter_groups(
 
     Raises:
         TypeError: If `head` is something else.
-        ValueError: If it is no part of the network or has no parameters, or `no_decay` names something else.
+        ValueError: If it is no part of the network or has no parameters, `no_decay` names something else, or a learning
+            rate would be negative or not finite.
 
     Example:
         >>> from crossmix.models import deeplab_v2_tiny
@@ -62,10 +64,13 @@ def parameter_groups(
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"`network` must be an nn.Module, got {type(network).__name__}; pass the network itself.")
+    for name, value in (("lr", lr), ("head_factor", head_factor)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"`{name}` must be finite and not negative, got {value}; pass the size of a step.")
     modules = dict(named_parts(network))
-    in_head: set[nn.Parameter] = set()
-    for one in [] if head is None else [head] if isinstance(head, str | nn.Module) else head:
-        in_head |= _head_parameters(modules, plain_name(network, one) if isinstance(one, str) else one)
+    several = isinstance(head, Iterable) and not isinstance(head, str | nn.Module)
+    heads = [] if head is None else head if several else [head]
+    in_head = {parameter for one in heads for parameter in _head_parameters(network, modules, one)}
     undecayed = _undecayed(modules, {no_decay} if isinstance(no_decay, str) else set(no_decay))
     once = [parameter for parameter in network.parameters() if parameter.requires_grad]
     listed = once
@@ -259,12 +264,15 @@ def poly_lr(
     return float(lr * (1 - step / steps) ** power * warm)
 
 
-def _head_parameters(modules: Mapping[str, nn.Module], head: str | nn.Module) -> set[nn.Parameter]:
-    """The parameters of a head, which have to be the network's."""
-    if isinstance(head, str) and (not head or head not in modules):
-        names = ", ".join(name for name in modules if name and "." not in name)
-        raise ValueError(f"`head` must name a submodule of the model, got {head!r}; it has {names}.")
-    part = modules[head] if isinstance(head, str) else head
+def _head_parameters(network: nn.Module, modules: Mapping[str, nn.Module], head: object) -> set[nn.Parameter]:
+    """The parameters of a head, which have to be the network's. A name of the network's own wins over a wrapper's."""
+    part = head
+    if isinstance(head, str):
+        name = head if head in modules else plain_name(network, head)
+        if not name or name not in modules:
+            names = ", ".join(name for name in modules if name and "." not in name)
+            raise ValueError(f"`head` must name a submodule of the model, got {head!r}; it has {names}.")
+        part = modules[name]
     if not isinstance(part, nn.Module):
         raise TypeError(f"`head` must be a name, a module, several of them or None, got {type(part).__name__}.")
     inside = set(part.parameters())

@@ -1,6 +1,7 @@
 """Readers of the field's data sets: label ids become Cityscapes train ids, and a wrong file is named."""
 
 from crossmix.datasets._class_file import Classes, read_classes
+from crossmix.datasets._images import read_image
 from crossmix.datasets._listing import ImageFiles, image_files
 from crossmix.datasets._png import write_png
 from crossmix.datasets.cache import CachedSamples
@@ -26,5 +27,6 @@ __all__ = [
     "class_counts",
     "image_files",
     "read_classes",
+    "read_image",
     "write_png",
 ]

@@ -27,46 +27,65 @@ ORIENTATION = 0x0112
 
 
 class Header(NamedTuple):
-    """A JPEG's size as it is shown, its channels, and how its pixels are to be turned, as EXIF numbers it."""
+    """An image's size as it is shown, and how its pixels are to be turned for that, as EXIF numbers it."""
 
     width: int
     height: int
-    channels: int
     orientation: int
+    channels: int = 0
+    """Of a JPEG."""
 
 
-def read_image(path: Path, *, any_kind: bool = False) -> Tensor:
-    """Read an image; transparency is left out, a JPEG is turned as its EXIF orientation says.
+def read_image(path: str | Path, *, any_kind: bool = True) -> Tensor:
+    """Read an image as RGB, turned as its EXIF orientation says; transparency is left out.
 
     Args:
-        path: The file, PNG or JPEG by its contents, of 8 bits per channel.
+        path: A file, PNG or JPEG by its contents, of 8 bits per channel.
         any_kind: Whether grey images become RGB ones, and so do PNGs of palettes, of grey with transparency or of fewer
-            bits, by Pillow. In the official data sets they are label maps, and errors.
+            bits, which takes Pillow, the extra `pictures`. False refuses them: they may be label maps.
 
     Returns:
         (3, H, W) uint8.
 
     Raises:
-        DataError: If the file is missing, damaged, too large, or of another kind.
+        DataError: If the file is missing, damaged, too large, or of another kind, or Pillow is needed and missing.
+
+    Example:
+        >>> import tempfile
+        >>> from crossmix.datasets import write_png
+        >>> path = Path(tempfile.mkdtemp()) / "grey.png"
+        >>> write_png(path, torch.zeros(4, 6, dtype=torch.uint8))
+        >>> read_image(path).shape
+        torch.Size([3, 4, 6])
     """
+    path = Path(path)
     if _png.read_start(path).startswith(_png.JPEG):
-        pixels = _read_jpeg(path)
+        pixels, orientation = _read_jpeg(path)
     else:
-        header = _png.read_header(path)
-        odd = header.color_type in {_png.PALETTE, _png.GREY_ALPHA} or header.bit_depth < 8
-        pixels = _by_pillow(path) if any_kind and odd and header.bit_depth <= 8 else _png.read_png(path)
+        pixels, orientation = _read_png(path, any_kind=any_kind), _png_orientation(path)
     channels = pixels.shape[0]
-    if channels == 1 and any_kind:
-        return pixels.repeat(3, 1, 1)
-    if channels not in {3, 4}:
+    if channels not in {3, 4} and not (any_kind and channels == 1):
         raise DataError(f"{path}: expected an RGB image, got {channels} channels; is this a label map?")
-    return pixels[:3]
+    return _turned(pixels[:3].expand(3, -1, -1), orientation).contiguous()
 
 
-def read_header(path: Path) -> _png.Header | Header:
+def read_header(path: Path) -> Header:
     """Width and height of an image, without decoding it; one of too many pixels is refused."""
-    is_jpeg = _png.read_start(path).startswith(_png.JPEG)
-    return _read_jpeg_header(path) if is_jpeg else _png.read_header(path)
+    if _png.read_start(path).startswith(_png.JPEG):
+        return _read_jpeg_header(path)
+    header, orientation = _png.read_header(path), _png_orientation(path)
+    return Header(*_as_shown(header.width, header.height, orientation), orientation)
+
+
+def _read_png(path: Path, *, any_kind: bool) -> Tensor:
+    """(C, H, W) with C = 1, 3 or 4."""
+    header = _png.read_header(path)
+    odd = header.color_type in {_png.PALETTE, _png.GREY_ALPHA} or header.bit_depth < 8
+    return _by_pillow(path) if any_kind and odd and header.bit_depth <= 8 else _png.read_png(path)
+
+
+def _png_orientation(path: Path) -> int:
+    return _orientation(_png.read_exif(path))
 
 
 def _read_jpeg_header(path: Path) -> Header:
@@ -79,16 +98,20 @@ def _read_jpeg_header(path: Path) -> Header:
     return header
 
 
-def _read_jpeg(path: Path) -> Tensor:
-    """(3, H, W), or (1, H, W) of a grey one. Of the decoders of kornia_rs only this one refuses a file cut off."""
+def _read_jpeg(path: Path) -> tuple[Tensor, int]:
+    """(3, H, W), or (1, H, W) of a grey one, and its orientation."""
     header = _read_jpeg_header(path)
     if header.channels not in {1, 3}:
         raise DataError(f"{path}: is a JPEG of {header.channels} channels; convert it to RGB.")
-    try:
+    try:  # of the decoders of kornia_rs only this one refuses a file cut off
         pixels = torch.from_numpy(np.asarray(io.read_image_jpegturbo(str(path)))).permute(2, 0, 1)
     except Exception as error:  # kornia_rs raises bare Exception
         raise DataError(f"{path}: cannot be decoded ({error}); copy or download it again.") from error
-    return _turned(pixels[: header.channels], header.orientation)
+    return pixels[: header.channels], header.orientation
+
+
+def _as_shown(width: int, height: int, orientation: int) -> tuple[int, int]:
+    return (height, width) if orientation > 4 else (width, height)
 
 
 def _turned(pixels: Tensor, orientation: int) -> Tensor:
@@ -111,9 +134,11 @@ def _jpeg_header(file: BinaryIO) -> Header:
         while marker == 0xFF:  # any number of fill bytes
             marker = file.read(1)[0]
         (length,) = struct.unpack(">H", file.read(2))
+        if length < 2:
+            raise struct.error("no length")
         if marker in FRAMES:
             _, height, width, channels = struct.unpack(">BHHB", file.read(6))
-            return Header(*((height, width) if orientation > 4 else (width, height)), channels, orientation)
+            return Header(*_as_shown(width, height, orientation), orientation, channels)
         body = file.read(length - 2)
         if marker == 0xE1 and body.startswith(b"Exif\0\0"):
             orientation = _orientation(body[6:])
@@ -139,7 +164,7 @@ def _by_pillow(path: Path) -> Tensor:
     if Image is None:
         raise DataError(
             f"{path}: is a PNG of a palette, of grey with transparency or of few bits, which takes Pillow to read as "
-            "an image; install it (pip install pillow), or save the file as RGB."
+            "an image; install it by `pip install crossmix[pictures]`, or save the file as RGB."
         )
     try:
         with Image.open(path, formats=("PNG",)) as picture:

@@ -19,6 +19,7 @@ __all__ = [
     "PALETTE",
     "Header",
     "check_pixels",
+    "read_exif",
     "read_header",
     "read_png",
     "read_start",
@@ -65,7 +66,7 @@ def read_png(path: str | Path, *, deep: bool = False) -> Tensor:
     path = Path(path)
     header = read_header(path)
     if header.bit_depth == 16 and not deep:
-        raise DataError(f"{path}: expected 8 bits per channel, got 16; this is not a file of this data set.")
+        raise DataError(f"{path}: expected 8 bits per channel, got 16; is it the right file? Convert it to 8 bits.")
     try:
         pixels = _read_packed(path, header) if header.bit_depth < 8 else _decoded(path, header)
     except DataError:
@@ -125,12 +126,23 @@ def read_header(path: Path) -> Header:
     if start.startswith(JPEG):
         raise DataError(f"{path}: is a JPEG file, which changes ids a little everywhere; save label maps as PNG.")
     if len(start) < 33 or not start.startswith(SIGNATURE) or start[12:16] != b"IHDR":
-        raise DataError(
-            f"{path}: expected a PNG or JPEG file, got {len(start)} bytes that do not begin so; download it again."
-        )
+        damaged = "is cut off" if start.startswith(SIGNATURE) else f"is {'neither PNG nor JPEG' if start else 'empty'}"
+        raise DataError(f"{path}: {damaged}; convert it to PNG, or copy or download it again.")
     header = Header(*struct.unpack(">IIBBBBB", start[16:29]))
     check_pixels(path, header.width, header.height)
     return header
+
+
+def read_exif(path: Path) -> bytes:
+    """The body of a PNG's eXIf chunk; nothing where it has none."""
+    with path.open("rb") as file:
+        file.seek(len(SIGNATURE))
+        while len(start := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", start)
+            if kind == b"eXIf":
+                return file.read(length)
+            file.seek(length + 4, 1)  # over its body and its checksum
+    return b""
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:

@@ -63,6 +63,7 @@ class SegmentationFolder(FolderDataset):
         transform: Takes each `Sample`; what it returns is the item. It is called in the loader's workers.
 
     Attributes:
+        labelled: Whether there are label maps; without, every label is all `ignore_index`.
         num_classes: C where it is known, else None.
         ignore_index: The train id of ignored pixels.
         transform: What is done to each sample, or None.
@@ -110,6 +111,7 @@ class SegmentationFolder(FolderDataset):
         of_images, of_labels = found(images, labels)
         files = paired(f"images {images}, labels {labels}:", of_images, of_labels, LAYOUT, names=names)
         super().__init__(files, label_format, size, resampling, any_kind=True)
+        self.labelled = of_labels is not None
         self.num_classes = label_format.num_classes
         self.ignore_index = ignore_index
         self.transform = transform

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crossmix.models.weight_files import WeightsError
 
-__all__ = ["WRAPPERS", "Place", "core", "few", "find", "fits", "is_extra", "tensors"]
+__all__ = ["WRAPPERS", "Place", "core", "few", "find", "fits", "is_extra", "part_of", "tensors"]
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "Scale"}
 """Parts of a file's names that wrappers put there (the last one is the multi-scale wrapper of the ImageNet file), or
@@ -73,6 +73,16 @@ def find(contents: Mapping[str, Any], own: Mapping[str, Tensor], entry: str | No
         listed = " or ".join(f"`entry={place.name!r}`" for place in rivals)
         raise WeightsError(f"{path}: {len(rivals)} parts of it match the model alike; pass {listed}.")
     return chosen
+
+
+def part_of(contents: Mapping[str, Any], own: Mapping[str, Tensor]) -> str:
+    """The largest part of a network, by name, all of whose tensors are in a file; empty where there is none."""
+    starts = {name[: i + 1] for name in own for i, letter in enumerate(name) if letter == "."}
+    for start in sorted(starts, key=len):
+        part = {name.removeprefix(start): tensor for name, tensor in own.items() if name.startswith(start)}
+        if 2 * len(part) >= len(own) and any(_score(place, part)[0] == -len(part) for place in _places(contents, part)):
+            return start.removesuffix(".")
+    return ""
 
 
 def _places(contents: Mapping[str, Any], own: Iterable[str]) -> list[Place]:

@@ -1,5 +1,6 @@
 """Where weights come from: a table of published files, downloads, and files read without running what is in them."""
 
+import builtins
 import hashlib
 import os
 import pickle
@@ -117,7 +118,8 @@ def _read(path: Path, checksum: str) -> Mapping[str, Any]:
     if not flat and start.startswith((b"<", b"version https://git-lfs")):
         kind = "an HTML page, as hosts send in place of a file" if start.startswith(b"<") else "a Git LFS pointer"
         raise WeightsError(f"{path}: expected weights, got {kind}; get the file itself.")
-    library = safetensors_of(path) if flat or path.suffix == ".safetensors" else None
+    by_name = path.suffix == ".safetensors" and not zipfile.is_zipfile(path)
+    library = safetensors_of(path) if flat or by_name else None
     try:
         contents: object = _read_torch(path) if library is None else library.load_file(path)
     except Exception as error:
@@ -134,7 +136,13 @@ def _read_torch(path: Path) -> object:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"its part {damaged} does not match its checksum")
-    contents: object = torch.load(path, map_location="cpu", weights_only=True)
+    return _unpickled(path)
+
+
+def _unpickled(path: Path) -> object:
+    """What `torch.load` makes of a file, which it would take for one of safetensors by a name that ends so."""
+    with path.open("rb") as file:
+        contents: object = torch.load(file, map_location="cpu", weights_only=True)
     return contents
 
 
@@ -198,7 +206,7 @@ def _objects(path: Path, refusal: Exception) -> str:
         allowed: list[Any] = [(kind, _qualified(name)) for name, kind in stand_ins.items()]
         with torch.serialization.safe_globals(allowed):
             try:
-                contents, last = torch.load(path, map_location="cpu", weights_only=True), None
+                contents, last = _unpickled(path), None
             except Exception as error:  # noqa: BLE001 - looked at above
                 last = error
     names = list(stand_ins)
@@ -209,6 +217,12 @@ def _objects(path: Path, refusal: Exception) -> str:
     said = f"it holds code or objects other than tensors ({', '.join(names)}), which were not run; nothing was loaded"
     if isinstance(contents, _StandIn):
         return f"{said}. It is a {type(contents).__name__} as a whole: load it where its code is, save its state_dict."
+    if last is None and not _holds_tensors(contents):
+        return f"{said}. Without them it has no tensors: load it where its code is, save the network's state_dict."
+    if code := [name for name in names if "." not in name and not isinstance(vars(builtins).get(name), type)]:
+        return (
+            f"{said}. It calls {', '.join(code)}, by which a file can do anything: do not allow it, get another file."
+        )
     if last and not (last is refusal and "Can only build" in str(last)):
         return f"{said}. Torch refuses them even where they are allowed: save the state_dict alone, where it was made."
     listed = ", ".join(map(_expression, names))
@@ -216,6 +230,11 @@ def _objects(path: Path, refusal: Exception) -> str:
         f"{said}. If you trust the file, allow them while you load it, `with torch.serialization.safe_globals("
         f"[{listed}]):`, or save the state_dict alone, where the file was made."
     )
+
+
+def _holds_tensors(value: object) -> bool:
+    """Whether there is a tensor in mappings of mappings."""
+    return isinstance(value, torch.Tensor) or (isinstance(value, Mapping) and any(map(_holds_tensors, value.values())))
 
 
 def _dtype_class(code: object, *_: object) -> str:

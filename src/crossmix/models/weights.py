@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from crossmix._wrappers import named_parts, plain_name, unwrapped
-from crossmix.models._places import WRAPPERS, Place, core, few, find, fits, is_extra, tensors
+from crossmix.models._places import WRAPPERS, Place, core, few, find, fits, is_extra, part_of, tensors
 from crossmix.models.deeplab_v2 import MEAN_BGR, DeepLabV2
 from crossmix.models.weight_files import WeightsError, read_weights, safetensors_of
 
@@ -172,7 +172,9 @@ def _load(
     values = {name: place.state[theirs] for name, theirs in names.items()}
     inside = [name for name in place.state if str(name).startswith(place.scope)]
     if not any(isinstance(place.state[name], Tensor) for name in inside):
-        raise WeightsError(f"{path}: expected tensors, got none among {few(inside)}; pass the right `entry`.")
+        raise WeightsError(
+            f"{path}: expected tensors, got {few(inside) or 'an empty dict'}; pass another `entry`, or file."
+        )
     used = {*names.values()}
     report = LoadReport(
         matched=tuple(full for name, (full, to) in ours.items() if name in values and fits(to, values[name])),
@@ -185,7 +187,8 @@ def _load(
         clean[name] for name in (*report.missing, *report.mismatched) if not name.endswith("num_batches_tracked")
     }
     torchvisions = _torchvisions(model, values, report.unexpected)
-    _check(report, place, lacking, path, strict=strict, head=head, torchvisions=bool(torchvisions))
+    part = "" if report.matched else part_of(contents, own)
+    _check(report, place, lacking, path, strict=strict, head=head, torchvisions=bool(torchvisions), part=part)
     for start in torchvisions:
         values |= _preprocessing_converted(values, start)
     copied = {full: _as_sharded(values[clean[full]], own[clean[full]]) for full in report.matched}
@@ -197,13 +200,23 @@ def _load(
 
 
 def _check(
-    report: LoadReport, place: Place, lacking: set[str], path: Path, *, strict: bool, head: str, torchvisions: bool
+    report: LoadReport,
+    place: Place,
+    lacking: set[str],
+    path: Path,
+    *,
+    strict: bool,
+    head: str,
+    torchvisions: bool,
+    part: str,
 ) -> None:
     """Refuse what does not match as it has to, with what would."""
     backbone = bool(report.matched) and all(name.startswith(f"{head}.") for name in lacking)
     if backbone and not (strict and (lacking or report.unexpected)):
         return
-    if not (strict and backbone):
+    if part:
+        advice = f"these are the weights of a part of it, load them into `model.{part}`"
+    elif not (strict and backbone):
         advice = "build the network that it was saved from"
     elif torchvisions:
         advice = "it looks like torchvision's ResNet-101, which `strict=False` converts as far as it can be"
