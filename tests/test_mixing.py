@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checks import Watch
-from crossmix import ClassMix, CrossDomainMix, mixing
+from crossmix import ClassMix, CrossDomainMix, _class_codes
 from crossmix import functional as F
 from oracles import classes_by_loop, mask_by_loop, seeded
 
@@ -41,7 +41,7 @@ def label_maps(draw: st.DrawFn) -> tuple[torch.Tensor, int, int]:
 
 @pytest.fixture(params=[1 << 18, 5], ids=["in one part", "in parts of five pixels"])
 def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixing, "PART", request.param)
+    monkeypatch.setattr(_class_codes, "PART", request.param)
 
 
 @pytest.mark.usefixtures("part")
