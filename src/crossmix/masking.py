@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from crossmix._checks import check_fraction, check_same_device, check_tensor
+from crossmix._checks import check_fraction, check_positive, check_same_device, check_tensor
 from crossmix._tensors import at_least_float32, uniform
 
 __all__ = ["BoxMasks", "CowMasks", "block_mask", "box_mask", "cow_mask"]
@@ -374,8 +374,7 @@ def _check_sigma(sigma: float | Tensor, noise: Tensor) -> Tensor:
                 "give one per image."
             )
         check_same_device(noise=noise, sigma=sigma)
-        if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((sigma > 0).all()):
-            raise ValueError(f"`sigma` must be positive, got {float(sigma.min())}; it is in pixels.")
+        check_positive("sigma", sigma, "it is in pixels")
         return sigma
     if isinstance(sigma, bool) or not isinstance(sigma, int | float):
         raise TypeError(f"`sigma` must be a number or a tensor, got {type(sigma).__name__}.")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from crossmix._checks import (
-    can_look,
     check_choice,
     check_fraction,
     check_images,
     check_labels,
     check_num_classes,
+    check_positive,
     check_same_device,
     check_same_shape,
     check_tensor,
@@ -30,6 +30,7 @@ __all__ = ["ClassMix", "CrossDomainMix", "MaskSource", "Mixed", "class_mask", "m
 
 FIXED_BITS = 40  # 2**40 times a count of up to 2**22 classes fits an int64
 FIXED = 1 << FIXED_BITS
+WEIGHTS_HINT = "give a class that is hardly ever to be drawn a small one"
 Rounding = Literal["ceil", "floor"]
 
 
@@ -124,7 +125,8 @@ def sample_classes(
     check_fraction("ratio", ratio)
     check_choice("rounding", rounding, ("ceil", "floor"))
     if class_weights is not None:
-        _check_class_weights(class_weights, num_classes, look=can_look(class_weights))
+        _check_class_weights(class_weights, num_classes)
+        check_positive("class_weights", class_weights, WEIGHTS_HINT)
     return _draw(
         class_codes(labels, num_classes, ignore_index),
         _scores(labels, num_classes, scores, generator),
@@ -664,11 +666,13 @@ def _given_weights(weights: Tensor | Sequence[float], num_classes: int) -> Tenso
             f"`class_weights` must be a sequence of numbers, got {type(weights).__name__} ({error}); "
             "give one per class."
         ) from error
-    _check_class_weights(values, num_classes, look=not values.is_meta)
+    _check_class_weights(values, num_classes)
+    if not values.is_meta:
+        check_positive("class_weights", values.cpu(), WEIGHTS_HINT)
     return values
 
 
-def _check_class_weights(weights: Tensor, num_classes: int, *, look: bool) -> None:
+def _check_class_weights(weights: Tensor, num_classes: int) -> None:
     check_tensor("class_weights", weights)
     if not weights.is_floating_point():
         raise TypeError(f"`class_weights` must be floating, got {weights.dtype}; convert with `.float()`.")
@@ -676,11 +680,6 @@ def _check_class_weights(weights: Tensor, num_classes: int, *, look: bool) -> No
         raise ValueError(
             f"`class_weights` must have shape (C,) = ({num_classes},), got {tuple(weights.shape)}; give one per class, "
             "none for the ignored pixels."
-        )
-    if look and not bool(((weights > 0) & weights.isfinite()).all()):
-        raise ValueError(
-            f"`class_weights` must be positive and finite, got {weights.tolist()}; "
-            "give a class that is hardly to be drawn a small weight."
         )
 
 
