@@ -24,6 +24,7 @@ from crossmix._checks import (
     check_weights,
 )
 from crossmix._class_codes import Indices, Words, class_codes
+from crossmix._compiled_mix import stored, where
 from crossmix._tensors import arithmetic, at_least_float32, uniform
 
 __all__ = ["ClassMix", "CrossDomainMix", "MaskSource", "Mixed", "class_mask", "mix", "sample_classes"]
@@ -207,34 +208,9 @@ def mix(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
     dims = max(pasted.ndim, base.ndim, 3)
     pasted, base = _broadcast(pasted, dims), _broadcast(base, dims)
     if torch.compiler.is_compiling() and mask.device.type == "cpu":
-        return _mix_compiled(pasted, base, mask)
+        return where(mask, pasted, base)
     shape = (mask.shape[0], *[1] * (dims - 3), *mask.shape[1:])
     return torch.where(mask.reshape(shape), pasted, base)
-
-
-def _mix_compiled(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
-    """The same, in a form of which the compiler makes one pass of vector code over images, labels and weights.
-
-    The channels of an image are kept apart: with a dimension for them the pass would be one of its own, and read the
-    mask back. Small integers are widened, since the compiler's masks over bytes are a loop.
-    """
-    contiguous = pasted.is_contiguous() and base.is_contiguous()
-    if pasted.shape == base.shape and pasted.ndim == 4 and 1 <= pasted.shape[1] <= 4 and contiguous:
-        channels = zip(pasted.unbind(1), base.unbind(1), strict=True)
-        return torch.stack([torch.where(mask, a, b) for a, b in channels], 1)
-    mask = mask.reshape(mask.shape[0], *[1] * (base.ndim - 3), *mask.shape[1:])
-    dtype = torch.promote_types(pasted.dtype, base.dtype)
-    if dtype in {torch.uint8, torch.int8, torch.int16}:
-        return torch.where(mask, pasted.to(torch.int32), base.to(torch.int32)).to(dtype)
-    return torch.where(mask, pasted, base)
-
-
-def _stored(mask: Tensor) -> Tensor:
-    """The mask as a result. The compiler stores bools of a CPU one by one, and what it stores it also reads back."""
-    if not torch.compiler.is_compiling() or mask.device.type != "cpu":
-        return mask
-    one = torch.ones((), dtype=torch.int32, device=mask.device)
-    return torch.where(mask, one, torch.zeros_like(one)).to(torch.uint8).view(torch.bool)
 
 
 class _Mix(nn.Module):
@@ -443,7 +419,7 @@ class ClassMix(_Mix):
             labels=mix(labels, labels.roll(-1, 0), mask),  # first, while the cache holds them
             images=mix(images, images.roll(-1, 0), mask),
             weights=mix(weights, weights.roll(-1, 0), mask),
-            mask=_stored(mask),
+            mask=stored(mask),
         )
 
 
@@ -548,7 +524,7 @@ class CrossDomainMix(_Mix):
             labels=mix(source_labels, target_labels, mask),  # first, while the cache holds them
             images=mix(source_images, target_images, mask),
             weights=mix(weights.new_ones(len(weights)), weights, mask),
-            mask=_stored(mask),
+            mask=stored(mask),
         )
 
 
