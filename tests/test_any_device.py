@@ -9,7 +9,16 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from checks import Watch
-from crossmix import ClassMix, ConfidenceWeightedCE, CrossDomainMix, MeanTeacher, StrongAugment, recipes
+from crossmix import (
+    BoxMasks,
+    ClassMix,
+    ConfidenceWeightedCE,
+    CowMasks,
+    CrossDomainMix,
+    MeanTeacher,
+    StrongAugment,
+    recipes,
+)
 from crossmix import functional as F
 from crossmix.diagnostics import PseudoLabelMonitor
 from crossmix.evaluation import evaluate
@@ -26,6 +35,9 @@ CALLS: dict[str, Callable[[], object]] = {
     "sample_classes of 55 %": lambda: F.sample_classes(LABELS, 120, ratio=0.55),
     "ClassMix": lambda: ClassMix(C)(IMAGES, LABELS),
     "CrossDomainMix": lambda: CrossDomainMix(C)(IMAGES, LABELS, IMAGES, LABELS, CONFIDENCE),
+    "class weights": lambda: CrossDomainMix(C, class_weights=range(1, C + 1))(IMAGES, LABELS, IMAGES, LABELS),
+    "BoxMasks": lambda: ClassMix(C, masks=BoxMasks())(IMAGES, LABELS),
+    "CowMasks": lambda: ClassMix(C, masks=CowMasks(sigma=2.0))(IMAGES, LABELS),
     "StrongAugment": lambda: StrongAugment(jitter_p=1, blur_p=1)(IMAGES),
     "pseudo_label": lambda: F.pseudo_label(LOGITS),
     "confidence_weight": lambda: F.confidence_weight(CONFIDENCE, 0.5),

@@ -11,8 +11,9 @@ import pytest
 
 PUBLIC = {
     "crossmix": [
-        "ClassMix", "ConfidenceWeightedCE", "CrossDomainMix", "DistributionAlignment", "MeanTeacher", "Mixed",
-        "PseudoLabels", "SelfTraining", "SelfTrainingOutput", "StrongAugment", "functional", "recipes",
+        "BoxMasks", "ClassMix", "ConfidenceWeightedCE", "CowMasks", "CrossDomainMix", "DistributionAlignment",
+        "MeanTeacher", "Mixed", "PseudoLabels", "SelfTraining", "SelfTrainingOutput", "StrongAugment", "functional",
+        "recipes",
     ],
     "crossmix.functional": [
         "align_distribution", "block_mask", "box_mask", "class_mask", "confidence_weight", "cow_mask", "ema_update_",
@@ -43,7 +44,8 @@ PUBLIC = {
 
 SIGNATURES = {
     "crossmix.functional.sample_classes":
-        "labels num_classes * ratio=0.5 ignore_index=255 include_ignored=False scores=None generator=None",
+        "labels num_classes * ratio=0.5 ignore_index=255 include_ignored=False rounding='ceil' whole_batch=False "
+        "class_weights=None scores=None generator=None",
     "crossmix.functional.class_mask": "labels classes * ignore_index=255",
     "crossmix.functional.mix": "pasted base mask",
     "crossmix.functional.box_mask": "scores size * area=(0.02, 0.4) aspect=(0.3, 3.3333333333333335)",
@@ -59,8 +61,25 @@ SIGNATURES = {
         "reduction='mean'",
     "crossmix.functional.align_distribution": "probs prior running * eps=1e-06",
     "crossmix.functional.ema_update_": "averaged current decay",
-    "crossmix.ClassMix": "num_classes * ratio=0.5 ignore_index=255 include_ignored=False",
-    "crossmix.CrossDomainMix": "num_classes * ratio=0.5 ignore_index=255 include_ignored=False",
+    "crossmix.ClassMix":
+        "num_classes * ratio=0.5 ignore_index=255 include_ignored=False rounding='ceil' whole_batch=False "
+        "class_weights=None masks=None",
+    "crossmix.ClassMix.sample_scores": "self n size=None * generator=None device=None",
+    "crossmix.CrossDomainMix":
+        "num_classes * ratio=0.5 ignore_index=255 include_ignored=False rounding='ceil' whole_batch=False "
+        "class_weights=None masks=None",
+    "crossmix.CrossDomainMix.sample_scores": "self n size=None * generator=None device=None",
+    "crossmix.ClassMix.sample": "self labels * generator=None",
+    "crossmix.ClassMix.forward":
+        "self images labels weights=None * classes=None scores=None mask=None generator=None",
+    "crossmix.CrossDomainMix.sample": "self source_labels * generator=None",
+    "crossmix.CrossDomainMix.forward":
+        "self source_images source_labels target_images target_labels target_weights=None * classes=None scores=None "
+        "mask=None generator=None",
+    "crossmix.BoxMasks": "* area=(0.02, 0.4) aspect=(0.3, 3.3333333333333335)",
+    "crossmix.BoxMasks.sample": "self n size=None * generator=None device=None",
+    "crossmix.CowMasks": "* sigma=(8.0, 32.0) ratio=0.5",
+    "crossmix.CowMasks.sample": "self n size=None * generator=None device=None",
     "crossmix.StrongAugment":
         "* brightness=0.25 contrast=0.25 saturation=0.25 hue=0.25 jitter_p=0.8 blur_p=0.5 blur_sigma=(0.15, 1.15) "
         "flavor='torchvision' same_on_batch=False mean=None std=None",

@@ -11,8 +11,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
 from crossmix import (
+    BoxMasks,
     ClassMix,
     ConfidenceWeightedCE,
+    CowMasks,
     CrossDomainMix,
     DistributionAlignment,
     MeanTeacher,
@@ -66,6 +68,15 @@ FUNCTIONS: dict[str, Callable[[dict[str, Tensor], int], object]] = {
     "CrossDomainMix": lambda x, c: tuple(
         CrossDomainMix(c)(x["images"], x["labels"], x["images"].flip(0), x["labels"].flip(0), scores=x["scores"])
     ),
+    "sample_classes with odds": lambda x, c: F.sample_classes(
+        x["labels"], c, scores=x["scores"], class_weights=x["prior"], rounding="floor", whole_batch=True
+    ),
+    "CrossDomainMix of a mask": lambda x, c: tuple(
+        CrossDomainMix(c)(x["images"], x["labels"], x["images"].flip(0), x["labels"].flip(0), mask=x["labels"] > 2)
+    ),
+    "ClassMix of boxes": lambda x, c: tuple(
+        ClassMix(c, masks=BoxMasks())(x["images"], x["labels"], x["weights"], scores=x["scores"][:, :4])
+    ),
     "ConfidenceWeightedCE": lambda x, c: ConfidenceWeightedCE()(x["logits"], x["labels"], x["weights"]),
 }
 
@@ -91,6 +102,26 @@ def test_mixing__compiled_under_another_default_device_and_without_channels() ->
     nothing = torch.empty(2, 0, 8, 9)
     mix = torch.compile(F.mix, fullgraph=True, backend="aot_eager")
     assert mix(nothing, nothing, want.mask).shape == nothing.shape
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        CrossDomainMix(C, class_weights=[1, 2, 3, 4, 5], include_ignored=True),
+        CrossDomainMix(C, masks=BoxMasks()),
+        CrossDomainMix(C, masks=CowMasks(sigma=(1.0, 3.0))),
+    ],
+    ids=["odds", "boxes", "blobs"],
+)
+def test_mixing__options_by_one_graph_of_any_batch_and_image_size(mixer: CrossDomainMix) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, height, width in ((2, 12, 17), (3, 20, 24), (5, 9, 30)):
+        labels = torch.randint(0, C, (n, height, width), generator=seeded(n))
+        images = torch.rand(n, 3, height, width, generator=seeded(n))
+        scores = mixer.sample_scores(n, (height, width), generator=seeded(n))
+        arguments = (images, labels, images.flip(0), labels.flip(0))
+        torch.testing.assert_close(compiled(*arguments, scores=scores), mixer(*arguments, scores=scores))
 
 
 def test_ema_update__compiled_equals_eager() -> None:

@@ -13,11 +13,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from crossmix import CrossDomainMix, MeanTeacher, SelfTraining, SelfTrainingOutput, StrongAugment, _checks, recipes
+from crossmix import (
+    BoxMasks,
+    CowMasks,
+    CrossDomainMix,
+    MeanTeacher,
+    Mixed,
+    SelfTraining,
+    SelfTrainingOutput,
+    StrongAugment,
+    _checks,
+    recipes,
+)
 from crossmix import functional as F
 from crossmix._cross_entropy import sum_by_blocks
 from crossmix.engine import FiniteGuard
 from crossmix.optim import RepeatedSGD, poly_lr
+from oracles import seeded
 
 C = 7
 N, HEIGHT, WIDTH = 2, 12, 16
@@ -153,6 +165,32 @@ class Inputs:
         for old, new in zip(tree_leaves(self.draw), tree_leaves(fresh), strict=True):
             if old is not None:
                 old.copy_(new)
+
+
+MIXES: dict[str, dict[str, Any]] = {
+    "odds": {"class_weights": range(1, C + 1), "include_ignored": True},
+    "down, whole batch": {"rounding": "floor", "whole_batch": True},
+    "boxes": {"masks": BoxMasks()},
+    "blobs": {"masks": CowMasks(sigma=(1.0, 3.0))},
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", MIXES)
+def test_mixes__replayed_equal_eager(name: str, device: str) -> None:
+    mix = CrossDomainMix(C, **MIXES[name]).to(device)
+    size = (HEIGHT, WIDTH)
+    images, other = torch.rand(2, N, 3, *size, generator=seeded(0)).to(device)
+    labels, pseudo = torch.randint(0, C, (2, N, *size), generator=seeded(1)).to(device)
+    scores = mix.sample_scores(N, size, generator=seeded(2), device=device)
+    out: list[Mixed] = []
+    warmed_up(device, lambda: mix(images, labels, other, pseudo, scores=scores), 1)
+    replay = captured(device, lambda: out.append(mix(images, labels, other, pseudo, scores=scores)))
+    for step in range(3, 6):
+        scores.copy_(mix.sample_scores(N, size, generator=seeded(step), device=device))
+        labels.copy_(labels.roll(1, 1))
+        replay()
+        assert_same(device, out[0], mix(images, labels, other, pseudo, scores=scores))
 
 
 @pytest.mark.parametrize("device", DEVICES)

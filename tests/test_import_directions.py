@@ -17,7 +17,9 @@ LEAVES = {"mixing", "augment", "masking", "teacher", "losses", "alignment"}
 # Room (a module file or a folder): the rooms of crossmix that it may import.
 ALLOWED: dict[str, set[str]] = {
     "_checks": set(),
+    "_class_codes": set(),  # the forms of a label map in `mixing`, and of no other room
     "_color": set(),  # the pixel operations of `augment`, and of no other room
+    "_compiled_mix": set(),  # of `mixing`, as the class codes
     "_distributed": set(),
     "_files": set(),
     "_workers": set(),
@@ -27,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     **{leaf: {"_checks", "_distributed", "_tensors"} for leaf in LEAVES},
     "augment": {"_checks", "_color", "_distributed", "_tensors"},
     "masking": {"_checks", "_tensors"},
+    "mixing": {"_checks", "_class_codes", "_compiled_mix", "_tensors"},
     "losses": {"_checks", "_distributed", "_tensors", "_cross_entropy"},
     "teacher": {"_checks", "_distributed", "_tensors", "_wrappers"},
     "metrics": {"_checks", "_distributed", "_tensors"},

@@ -1,5 +1,6 @@
 """Boxes, blobs and blocks, against loops over pixels."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from checks import Watch, check_op
+from checks import Watch, check_module, check_op
+from crossmix import BoxMasks, CowMasks
 from crossmix import functional as F
 from oracles import seeded
 
@@ -67,6 +69,59 @@ def test_box_mask__every_place_where_it_fits_is_as_likely(place: int) -> None:
     scores = torch.tensor([[0.5, 0.5, (place + 0.5) / 4, 0.0]])
     mask = F.box_mask(scores, (5, 5), area=(0.16, 0.16), aspect=(1.0, 1.0))
     assert mask[0].nonzero().tolist() == [[place, 0], [place, 1], [place + 1, 0], [place + 1, 1]]
+
+
+def chi_square(counts: Tensor, probabilities: Tensor) -> float:
+    """How far counts are from the law, over the value that chance exceeds once in 10,000 times."""
+    expected = probabilities.double() * int(counts.sum())
+    assert abs(float(probabilities.sum()) - 1) < 1e-9
+    assert expected.min() > 5
+    freedom = len(counts) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3  # Wilson and Hilferty
+    return float(((counts - expected) ** 2 / expected).sum()) / limit
+
+
+def sides(masks: BoxMasks, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Heights, widths, tops and lefts of 20,000 boxes."""
+    mask = masks(masks.sample(20_000, generator=seeded(0)), size)
+    rows, columns = mask.any(2), mask.any(1)
+    return rows.sum(1), columns.sum(1), rows.int().argmax(1), columns.int().argmax(1)
+
+
+def test_box_masks__area_is_linear() -> None:
+    low, high, size = 0.04, 0.36, 40
+    rows, columns, *_ = sides(BoxMasks(area=(low, high), aspect=(1.0, 1.0)), (size, size))
+    assert torch.equal(rows, columns)
+    lengths = torch.arange(8, 25, dtype=torch.float64)  # that of 0.04 to that of 0.36
+    ends = torch.stack([lengths - 0.5, lengths + 0.5]).square().div(size**2).clamp(low, high)  # rounded to pixels
+    assert chi_square(rows.bincount(minlength=25)[8:], (ends[1] - ends[0]) / (high - low)) < 1
+
+
+def test_box_masks__aspect_is_linear_in_the_logarithm() -> None:
+    low, high, pixels = 0.3, 1 / 0.3, 400.0
+    rows, columns, *_ = sides(BoxMasks(area=(0.25, 0.25), aspect=(low, high)), (40, 40))
+    lengths = torch.arange(11, 38, dtype=torch.float64)  # 20 * sqrt(0.3) = 10.95 to 36.5
+    ends = (torch.stack([lengths - 0.5, lengths + 0.5]).square() / pixels).clamp(low, high).log()
+    law = (ends[1] - ends[0]) / (math.log(high) - math.log(low))
+    assert chi_square(columns.bincount(minlength=38)[11:], law) < 1
+    assert chi_square(rows.bincount(minlength=38)[11:], law) < 1  # height over width has the same law
+
+
+def test_box_masks__places_are_uniform() -> None:
+    rows, columns, top, left = sides(BoxMasks(area=(0.1, 0.1), aspect=(0.5, 0.5)), (24, 20))
+    height, width = int(rows[0]), int(columns[0])
+    assert (height, width) == (10, 5)  # 48 pixels, twice as high as wide
+    places = (top * 16 + left).bincount(minlength=15 * 16)
+    assert chi_square(places, torch.full((15 * 16,), 1 / (15 * 16), dtype=torch.float64)) < 1
+
+
+def test_block_mask__hides_each_block_by_itself_with_the_asked_chance() -> None:
+    hidden = F.block_mask(torch.rand(20_000, 2, 3, generator=seeded(0)), (2, 3), 1, ratio=0.7).flatten(1)
+    sets = (hidden.long() * 2 ** torch.arange(6)).sum(1).bincount(minlength=64)
+    ones = torch.tensor([bin(i).count("1") for i in range(64)])
+    counts = torch.zeros(7).scatter_add(0, ones, sets.float())
+    assert chi_square(counts, torch.tensor([math.comb(6, k) * 0.7**k * 0.3 ** (6 - k) for k in range(7)])) < 1
+    assert abs(float(hidden.double().mean()) - 0.7) < 4 * math.sqrt(0.21 / hidden.numel())
 
 
 def mirrored(i: int, size: int) -> int:
@@ -142,6 +197,112 @@ def test_block_mask__equals_the_loop(n: int, height: int, width: int, block: int
         assert bool(got[i, row, column]) == (float(scores[i, row // block, column // block]) < ratio)
 
 
+def cosines(size: int) -> Tensor:
+    """Columns: the orthonormal waves of a cosine transform."""
+    waves = [
+        [math.sqrt((2 if k else 1) / size) * math.cos(math.pi * k * (x + 0.5) / size) for k in range(size)]
+        for x in range(size)
+    ]
+    return torch.tensor(waves, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+@pytest.mark.parametrize(("size", "sigma"), [((48, 61), 2.0), ((33, 40), 5.0), ((64, 16), 1.2)])
+def test_cow_masks__are_white_noise_after_a_gaussian(size: tuple[int, int], sigma: float, ratio: float) -> None:
+    """Noise mirrored beyond the edge, smoothed tap by tap, against the draw that has the noise's longest waves."""
+    height, width = size
+    noise = torch.randn(3, height, width, generator=seeded(0), dtype=torch.float64)
+    masks = CowMasks(sigma=sigma, ratio=ratio)
+    waves = cosines(height).T @ noise @ cosines(width)
+    kept = [min(length, math.ceil(math.sqrt(2 * math.log(100)) * length / (math.pi * sigma))) for length in size]
+    heights = waves[:, : kept[0], : kept[1]].flatten(1)
+    scores = torch.cat([torch.zeros(3, 1), (1 + (heights / math.sqrt(2)).erf()) / 2], 1)
+    assert scores.shape == masks.sample(3, size).shape
+    got = masks(scores, size)
+    assert torch.equal(
+        CowMasks(sigma=(sigma, 9.0), ratio=ratio)(scores, size), got
+    )  # the lowest score: the least sigma
+    for i in range(3):
+        tall = np.pad(noise[i].numpy(), ((height, height), (width, width)), mode="symmetric")
+        smooth = smooth_by_loop(tall, sigma)[height : 2 * height, width : 2 * width]
+        smooth = (smooth - smooth.mean()) / smooth.std()
+        limit = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - 2 * ratio).double()))
+        clear = np.abs(smooth - limit) > 0.03  # without the short waves: 0.6 % of the standard deviation, 5 sigma of it
+        assert clear.mean() > 0.95
+        assert np.array_equal(got[i].numpy()[clear], (smooth > limit)[clear])
+
+
+def test_cow_masks__mark_the_share_they_are_asked_for() -> None:
+    for ratio, slack in ((0.0, 0.0), (0.3, 0.02), (0.5, 0.02), (1.0, 0.0)):
+        masks = CowMasks(sigma=(2.0, 4.0), ratio=ratio)
+        mask = masks(masks.sample(64, (96, 128), generator=seeded(0)), (96, 128))
+        assert abs(float(mask.double().mean()) - ratio) <= slack
+
+
+def test_cow_masks__sigma_is_linear_in_the_logarithm_of_the_first_number() -> None:
+    masks = CowMasks(sigma=(8.0, 32.0))
+    scores = masks.sample(1, (80, 90), generator=seeded(0)).expand(3, -1).clone()
+    scores[:, 0] = torch.tensor([0.0, 0.5, 1.0])
+    got = masks(scores, (80, 90))
+    edges = (got[:, 1:] != got[:, :-1]).sum((1, 2)).tolist()
+    assert edges == sorted(edges, reverse=True)
+    for i, sigma in enumerate((8.0, 16.0, 32.0)):
+        fewer = CowMasks(sigma=sigma)
+        rows, columns = fewer.sample(1, (80, 90)).shape[1] - 1, masks.sample(1, (80, 90)).shape[1] - 1
+        assert rows <= columns
+        one = CowMasks(sigma=(8.0, sigma))
+        assert torch.equal(one(torch.cat([torch.ones(1, 1), scores[i : i + 1, 1:]], 1), (80, 90)), got[i : i + 1])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (3, 2), (16, 16)])
+@pytest.mark.parametrize("sigma", [0.3, 40.0, 1e4])
+def test_cow_masks__of_any_size_and_width(size: tuple[int, int], sigma: float) -> None:
+    """A Gaussian wider than the image leaves its longest wave: half of the image or so."""
+    masks = CowMasks(sigma=sigma)
+    mask = masks(masks.sample(200, size, generator=seeded(0)), size)
+    assert mask.shape == (200, *size)
+    if size[0] > 1:
+        assert 0.4 < float(mask.double().mean()) < 0.6
+        assert not mask.flatten(1).all(1).any()
+
+
+def test_cow_masks__of_numbers_at_the_ends_are_as_good_as_any() -> None:
+    masks = CowMasks(sigma=2.0)
+    scores = masks.sample(2, (20, 20), generator=seeded(0))
+    for end in (0.0, 1.0):
+        scores[:, ::3] = end
+        mask = masks(scores, (20, 20))
+        assert 0.05 < float(mask.double().mean()) < 0.95
+
+
+SOURCES = {
+    "boxes": (BoxMasks(area=(0.1, 0.3)), {"area": (0.1, 0.3)}),
+    "blobs": (CowMasks(sigma=(1.0, 4.0), ratio=0.4), {"sigma": (1.0, 4.0), "ratio": 0.4}),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_mask_sources__are_modules_whose_draw_is_rows(name: str) -> None:
+    masks, shown = SOURCES[name]
+    size = (18, 25)
+    scores = masks.sample(5, size, generator=seeded(0))
+    state = torch.get_rng_state()
+    assert torch.equal(scores, masks.sample(5, size, generator=seeded(0)))
+    assert torch.equal(state, torch.get_rng_state())
+    assert ((scores >= 0) & (scores < 1)).all()
+    assert masks.sample(2, size, device="meta").device.type == "meta"
+    assert not masks.state_dict()
+    check_module(copy.deepcopy(masks), lambda module: module(scores, size), shown)
+    check_op(lambda scores: masks(scores, size), {"scores": scores})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(masks(scores, size), masks(scores, size))
+    with Watch() as seen:
+        want = masks(scores, size)
+    assert torch.float64 not in seen.dtypes
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(masks, fullgraph=True, backend="aot_eager")(scores, size), want)
+
+
 OPS: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor]]] = {
     "box": (lambda scores: F.box_mask(scores, (9, 12)), {"scores": SCORES}),
     "cow": (lambda noise: F.cow_mask(noise, sigma=3.0), {"noise": NOISE}),
@@ -184,13 +345,36 @@ CASES: list[tuple[str, Callable[[], object], type[Exception], str]] = [
     ("noise", lambda: F.cow_mask(NOISE[:, None], sigma=1.0), ValueError, r"`noise` must have shape \(N, H, W\)"),
     ("ratio", lambda: F.cow_mask(NOISE, sigma=1.0, ratio=1.5), ValueError, r"`ratio` must lie in \[0, 1\]"),
     ("sigma", lambda: F.cow_mask(NOISE, sigma=0.0), ValueError, "`sigma` must be positive"),
-    ("a sigma", lambda: F.cow_mask(NOISE, sigma=SIGMAS - 1), ValueError, "`sigma` must be positive, got -0.69"),
+    (
+        "a sigma",
+        lambda: F.cow_mask(NOISE, sigma=SIGMAS - 1),
+        ValueError,
+        "`sigma` must be positive and finite, got .-0.69",
+    ),
     ("sigmas", lambda: F.cow_mask(NOISE, sigma=SIGMAS[:2]), ValueError, r"\(N,\) = \(5,\), got \(2,\)"),
     ("sigma type", lambda: F.cow_mask(NOISE, sigma="wide"), TypeError, "a number or a tensor, got str"),
     ("sigma ids", lambda: F.cow_mask(NOISE, sigma=SIGMAS.long()), TypeError, "`sigma` must be floating"),
     ("sigma device", lambda: F.cow_mask(NOISE, sigma=SIGMAS.to("meta")), ValueError, "`sigma` is on meta"),
     ("block", lambda: F.block_mask(GRID, (9, 14), 0), ValueError, "`block` must be at least 1"),
     ("block type", lambda: F.block_mask(GRID, (9, 14), 4.0), TypeError, "`block` must be an int, got float"),
+    ("box range", lambda: BoxMasks(area=(0.5, 0.4)), ValueError, "`area` must be .* got"),
+    ("box pair", lambda: BoxMasks(aspect=2.0), TypeError, r"`aspect` must be two numbers \(low, high\), got 2.0"),
+    ("box words", lambda: F.box_mask(SCORES, (4, 4), area=("a", "b")), TypeError, "`area` must be two numbers"),
+    ("box draw", lambda: BoxMasks()(SCORES[:, :3], (4, 4)), ValueError, r"shape \(N, 4\), got \(5, 3\)"),
+    ("cow sigma", lambda: CowMasks(sigma=0.0), ValueError, "`sigma` must be .* 0 < low <= high"),
+    ("cow range", lambda: CowMasks(sigma=(32.0, 8.0)), ValueError, "`sigma` must be .* 0 < low <= high"),
+    ("cow nan", lambda: CowMasks(sigma=math.nan), ValueError, "`sigma` must be .* 0 < low <= high"),
+    ("cow type", lambda: CowMasks(sigma=("a", "b")), TypeError, "`sigma` must be two numbers"),
+    ("cow bool", lambda: CowMasks(sigma=True), TypeError, "`sigma` must be two numbers"),
+    ("cow ratio", lambda: CowMasks(ratio=2.0), ValueError, r"`ratio` must lie in \[0, 1\]"),
+    ("cow draw size", lambda: CowMasks().sample(2), ValueError, "`size` must be given"),
+    (
+        "cow other size",
+        lambda: CowMasks(sigma=1.0)(CowMasks(sigma=1.0).sample(2, (8, 8)), (9, 9)),
+        ValueError,
+        "draw them",
+    ),
+    ("cow integers", lambda: CowMasks()(torch.ones(2, 5).long(), (8, 8)), TypeError, "`scores` must be floating"),
     ("grid", lambda: F.block_mask(GRID, (9, 14), 5), ValueError, r"= \(N, 2, 3\), got \(5, 3, 4\)"),
 ]
 

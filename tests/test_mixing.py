@@ -1,9 +1,11 @@
 """Class masks and mixing."""
 
 import copy
+import itertools
 import math
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checks import Watch
-from crossmix import ClassMix, CrossDomainMix, mixing
+from crossmix import BoxMasks, ClassMix, CowMasks, CrossDomainMix, _class_codes
 from crossmix import functional as F
 from oracles import classes_by_loop, mask_by_loop, seeded
 
@@ -41,7 +43,7 @@ def label_maps(draw: st.DrawFn) -> tuple[torch.Tensor, int, int]:
 
 @pytest.fixture(params=[1 << 18, 5], ids=["in one part", "in parts of five pixels"])
 def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixing, "PART", request.param)
+    monkeypatch.setattr(_class_codes, "PART", request.param)
 
 
 @pytest.mark.usefixtures("part")
@@ -133,6 +135,204 @@ def test_sample_classes__is_uniform_without_replacement(num_classes: int) -> Non
     sets, counts = classes.long().unique(dim=0, return_counts=True)
     assert len(sets) == 10  # all 3-subsets of 5
     assert float(((counts - n / 10) ** 2 / (n / 10)).sum()) < 33  # chi-square, 9 degrees: beyond with p < 2e-4
+
+
+WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 6.0])
+
+
+def inclusion(weights: list[float], count: int) -> tuple[list[float], dict[tuple[int, ...], float]]:
+    """How likely each class and each set is among `count` draws without replacement, over all orders."""
+    sets: dict[tuple[int, ...], float] = {}
+    for order in itertools.permutations(range(len(weights)), count):
+        left, chance = sum(weights), 1.0
+        for k in order:
+            chance *= weights[k] / left
+            left -= weights[k]
+        key = tuple(sorted(order))
+        sets[key] = sets.get(key, 0.0) + chance
+    return [sum(chance for key, chance in sets.items() if k in key) for k in range(len(weights))], sets
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("num_classes", [4, 40])
+def test_sample_classes__weighted_has_the_exact_inclusion_probabilities(count: int, num_classes: int) -> None:
+    n = 20_000
+    labels = torch.arange(4).expand(n, 1, 4)
+    weights = torch.cat([WEIGHTS, torch.full((num_classes - 4,), 100.0)])  # the others are in no image
+    got = F.sample_classes(labels, num_classes, ratio=count / 4, class_weights=weights, generator=seeded(0))
+    single, sets = inclusion(WEIGHTS.tolist(), count)
+    assert torch.equal(got.sum(1), torch.full((n,), count))
+    for k, chance in enumerate(single):
+        assert abs(int(got[:, k].sum()) - n * chance) < 4 * math.sqrt(n * chance * (1 - chance))
+    found = {key: int(got[:, list(key)].all(1).sum()) for key in sets}
+    assert sum((found[key] - n * p) ** 2 / (n * p) for key, p in sets.items()) < 26  # chi-square: 3 or 5 degrees, 1e-4
+
+
+def test_sample_classes__the_ignored_have_the_mean_weight() -> None:
+    n = 20_000
+    labels = torch.tensor([0, 1, 255]).expand(n, 1, 3)
+    for scale in (1.0, 1e-6, 1e6):  # only proportions count
+        weights = torch.tensor([1.0, 5.0]) * scale
+        got = F.sample_classes(labels, 2, ratio=0.3, include_ignored=True, class_weights=weights, generator=seeded(0))
+        for k, chance in enumerate(inclusion([1.0, 5.0, 3.0], 1)[0]):
+            assert abs(int(got[:, k].sum()) - n * chance) < 4 * math.sqrt(n * chance * (1 - chance))
+
+
+def test_sample_classes__weights_are_formula_and_equal_ones_change_nothing() -> None:
+    labels = torch.randint(0, 6, (50, 3, 4), generator=seeded(0))
+    scores = torch.rand(50, 7, generator=seeded(1))
+    weights = torch.tensor([0.1, 1.0, 3.0, 0.2, 9.0, 1.0])
+    keys = -torch.log(1 - scores.double()) / torch.cat([weights, weights.mean()[None]]).double()
+    got = F.sample_classes(labels, 6, class_weights=weights, scores=scores, include_ignored=True)
+    assert torch.equal(got, classes_by_loop(labels, 6, keys, 0.5, 255, ignored=True))
+    equal = F.sample_classes(labels, 6, class_weights=torch.full((6,), 0.3), scores=scores)
+    assert torch.equal(equal, F.sample_classes(labels, 6, scores=scores))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.55, 1.0])
+def test_sample_classes__rounds_down_when_asked(ratio: float) -> None:
+    n = 40
+    labels = torch.arange(n).expand(n, n).tril()[:, None]  # i + 1 classes in image i
+    got = F.sample_classes(labels, n, ratio=ratio, rounding="floor", generator=seeded(0))
+    assert got.sum(1).tolist() == [math.floor(ratio * k) for k in range(1, n + 1)]
+    up = F.sample_classes(labels, n, ratio=ratio, generator=seeded(0))
+    assert not (got & ~up).any()
+
+
+def test_sample_classes__whole_batch_draws_for_each_image_from_the_classes_of_all() -> None:
+    """As `unique` of the batch's labels does in the code of DAFormer and MIC, with a choice per image."""
+    n = 20_000
+    labels = torch.tensor([[0, 0], [1, 1], [2, 3], [255, 255]]).repeat(n // 4, 1)[:, None]
+    got = F.sample_classes(labels, 9, whole_batch=True, generator=seeded(0))
+    assert torch.equal(got.sum(1), torch.full((n,), 2))
+    assert not got[:, 4:].any()
+    sets, counts = got.long().unique(dim=0, return_counts=True)
+    assert len(sets) == 6
+    assert float(((counts - n / 6) ** 2 / (n / 6)).sum()) < 26
+    wide = labels.reshape(1, 1, -1).expand(3, -1, -1)  # each of three images is the whole batch
+    scores = torch.rand(n, 10, generator=seeded(1))
+    assert torch.equal(
+        F.sample_classes(labels, 9, whole_batch=True, scores=scores)[:3], F.sample_classes(wide, 9, scores=scores[:3])
+    )
+    assert F.sample_classes(labels[:0], 9, whole_batch=True).shape == (0, 10)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "down": {"rounding": "floor"},
+    "batch": {"whole_batch": True},
+    "odds": {"class_weights": torch.tensor([0.2, 1.0, 4.0, 1.0, 1.0])},
+    "all": {
+        "rounding": "floor", "whole_batch": True, "class_weights": torch.rand(5, generator=seeded(3)) + 0.1,
+        "ratio": 0.7, "include_ignored": True, "ignore_index": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_mixers__take_the_options_of_sample_classes(name: str) -> None:
+    labels = torch.randint(0, 6, (4, 5, 6), generator=seeded(0))
+    labels[0] %= 2  # an image without most classes
+    images, scores = torch.rand(4, 3, 5, 6), torch.rand(4, 6, generator=seeded(1))
+    want = F.sample_classes(labels, 5, scores=scores, **OPTIONS[name])
+    mask = F.class_mask(labels, want, ignore_index=OPTIONS[name].get("ignore_index", 255))
+    assert not torch.equal(want, F.sample_classes(labels, 5, scores=scores))
+    for mixer in (ClassMix(5, **OPTIONS[name]), CrossDomainMix(5, **OPTIONS[name])):
+        other = () if isinstance(mixer, ClassMix) else (images, labels)
+        assert torch.equal(mixer(images, labels, *other, scores=scores).mask, mask)
+        drawn = F.sample_classes(labels, 5, generator=seeded(2), **OPTIONS[name])
+        assert torch.equal(mixer.sample(labels, generator=seeded(2)), drawn)
+        assert torch.equal(mixer(images, labels, *other, classes=want).mask, mask)
+
+
+def test_class_weights__are_checked_once_moved_and_kept_wide() -> None:
+    mixer = CrossDomainMix(3, class_weights=[1e-9, 1.0, 2.0])
+    assert mixer.class_weights.dtype == torch.float32
+    for change in (mixer.half, mixer.bfloat16, mixer.double, mixer.float):
+        change()
+        torch.testing.assert_close(
+            mixer.class_weights.double(), torch.tensor([1e-9, 1.0, 2.0]).double(), rtol=1e-6, atol=0
+        )
+    assert copy.deepcopy(mixer).to("meta").class_weights.device.type == "meta"
+    given = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    mixer = ClassMix(3, class_weights=given)
+    given.zero_()  # is not the mixer's
+    assert mixer.class_weights.tolist() == [1.0, 2.0, 3.0]
+    images, labels = torch.rand(2, 3, 2, 2), torch.zeros(2, 2, 2, dtype=torch.uint8)
+    mixer.class_weights[0] = math.nan  # not looked at again
+    assert mixer(images, labels).mask.all()
+
+
+class Halves(torch.nn.Module):
+    """A user's own masks: the left or the right half."""
+
+    def sample(self, n: int, _: Any, *, generator: torch.Generator | None = None, device: Any = None) -> torch.Tensor:
+        return torch.rand(n, generator=generator).to(device or "cpu") < 0.5
+
+    def forward(self, scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        left = torch.arange(size[1], device=scores.device) < size[1] // 2
+        return (left ^ scores[:, None])[:, None].expand(-1, *size)
+
+
+@pytest.mark.parametrize("masks", [BoxMasks(), CowMasks(sigma=(2.0, 4.0)), Halves()], ids=["boxes", "blobs", "own"])
+def test_masks__take_the_place_of_classes(masks: Any) -> None:
+    g = seeded(0)
+    source, target, weights = torch.rand(3, 3, 12, 17), torch.rand(3, 3, 12, 17), torch.rand(3, 12, 17)
+    labels, pseudo = torch.randint(0, 5, (2, 3, 12, 17), generator=g)
+    labels[0] = 255
+    mixer, onto_next = CrossDomainMix(5, masks=masks), ClassMix(5, masks=masks)
+    scores = mixer.sample_scores(3, (12, 17), generator=seeded(1))
+    assert torch.equal(scores, onto_next.sample_scores(3, (12, 17), generator=seeded(1)))
+    want = masks(scores, (12, 17))
+    assert want.any()
+    mixed = mixer(source, labels, target, pseudo, weights, scores=scores)
+    assert torch.equal(mixed.mask, want)
+    assert torch.equal(mixed.images, torch.where(want[:, None], source, target))
+    assert torch.equal(mixed.labels, torch.where(want, labels, pseudo))  # ignored pixels too
+    assert torch.equal(mixed.weights, torch.where(want, torch.ones(()), weights))
+    for got, other in zip(mixer(source, labels, target, pseudo, weights, generator=seeded(1)), mixed, strict=True):
+        assert torch.equal(got, other)
+    for got, other in zip(mixer(source, labels, target, pseudo, weights, mask=want), mixed, strict=True):
+        assert torch.equal(got, other)
+    rows = mixer(source[1:], labels[1:], target[1:], pseudo[1:], weights[1:], scores=scores[1:])  # of another rank
+    for got, other in zip(rows, mixed, strict=True):
+        assert torch.equal(got, other[1:])
+    turned = onto_next(source, labels, weights, scores=scores)
+    assert torch.equal(turned.images, torch.where(want[:, None], source, source.roll(-1, 0)))
+    with pytest.raises(ValueError, match="`sample` draws classes, but this mix has `masks`"):
+        mixer.sample(labels)
+    with pytest.raises(ValueError, match="`classes` must be None, since this mix has `masks`"):
+        onto_next(source, labels, classes=torch.ones(3, 6) > 0)
+
+
+def test_sample_scores__is_what_forward_draws() -> None:
+    images, labels = torch.rand(3, 3, 4, 5), torch.randint(0, 5, (3, 4, 5))
+    for mixer in (ClassMix(5), CrossDomainMix(5)):
+        other = () if isinstance(mixer, ClassMix) else (images.flip(0), labels.flip(0))
+        scores = mixer.sample_scores(3, (4, 5), generator=seeded(1))
+        assert scores.shape == (3, 6)
+        assert torch.equal(scores, mixer.sample_scores(3, generator=seeded(1)))
+        got = mixer(images, labels, *other, scores=scores)
+        for a, b in zip(got, mixer(images, labels, *other, generator=seeded(1)), strict=True):
+            assert torch.equal(a, b)
+        assert mixer.sample_scores(3, device="meta").device.type == "meta"
+
+
+def test_mask__that_is_ready_is_taken_as_it_is() -> None:
+    images, labels, mask = torch.rand(3, 3, 4, 5), torch.randint(0, 5, (3, 4, 5)), torch.rand(3, 4, 5) < 0.5
+    mixed = ClassMix(5)(images, labels, mask=mask)
+    assert torch.equal(mixed.mask, mask)
+    assert torch.equal(mixed.labels, torch.where(mask, labels, labels.roll(-1, 0)))
+
+
+@pytest.mark.parametrize("num_classes", [5, 40])
+def test_class_codes__can_be_used_again(num_classes: int, part: None) -> None:  # noqa: ARG001
+    labels = torch.randint(0, 6, (2, 8, 9), generator=seeded(0))
+    codes = _class_codes.class_codes(labels, num_classes, 255)
+    present = codes.present()
+    for seed in range(3):
+        classes = torch.rand(2, num_classes + 1, generator=seeded(seed)) < 0.5
+        assert torch.equal(codes.mask(classes), mask_by_loop(labels, classes, 255))
+        assert torch.equal(codes.present(), present)
 
 
 def test_sample_classes__generator() -> None:
@@ -262,7 +462,14 @@ def test_mixers__memory_formats_and_untouched_inputs() -> None:
     assert mixed.images.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("mixer", [ClassMix(5, ratio=0.3), CrossDomainMix(5, ignore_index=0, include_ignored=True)])
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        ClassMix(5, ratio=0.3),
+        CrossDomainMix(5, ignore_index=0, include_ignored=True, rounding="floor", class_weights=[1, 2, 3, 4, 5]),
+        CrossDomainMix(5, masks=CowMasks(ratio=0.4)),
+    ],
+)
 def test_mixers__are_stateless_modules(mixer: torch.nn.Module) -> None:
     assert not mixer.state_dict()
     assert not list(mixer.parameters())
@@ -304,6 +511,46 @@ WRONG: list[tuple[str, Callable[[], object], type[Exception], str]] = [
     ("classes device", lambda: F.class_mask(LABELS, torch.ones(2, 6, device="meta") > 0), ValueError, "is on meta"),
     ("classes drawn", lambda: F.sample_classes(LABELS, 0), ValueError, "`num_classes` must be at least 1"),
     ("ratio drawn", lambda: F.sample_classes(LABELS, 5, ratio=2.0), ValueError, r"`ratio` must lie in \[0, 1\]"),
+    ("rounding", lambda: ClassMix(5, rounding="round"), ValueError, "`rounding` must be one of 'ceil', 'floor'"),
+    ("rounding drawn", lambda: F.sample_classes(LABELS, 5, rounding="up"), ValueError, "`rounding` must be one of"),
+    ("odds of 0", lambda: ClassMix(2, class_weights=[1, 0]), ValueError, "`class_weights` must be positive and finite"),
+    ("odds of nan", lambda: CrossDomainMix(2, class_weights=[1, math.nan]), ValueError, "must be positive and finite"),
+    ("odds of inf", lambda: CrossDomainMix(2, class_weights=[1, math.inf]), ValueError, "must be positive and finite"),
+    ("odds below float32", lambda: ClassMix(2, class_weights=[1, 1e-60]), ValueError, "must be positive and finite"),
+    ("odds too few", lambda: ClassMix(3, class_weights=[1, 2]), ValueError, r"shape \(C,\) = \(3,\), got \(2,\)"),
+    ("odds too many", lambda: ClassMix(3, class_weights=torch.ones(4)), ValueError, "none for the ignored pixels"),
+    ("odds no numbers", lambda: ClassMix(2, class_weights="ab"), TypeError, "`class_weights` must be a sequence of"),
+    ("odds drawn of 0", lambda: F.sample_classes(LABELS, 2, class_weights=torch.zeros(2)), ValueError, "be positive"),
+    ("odds drawn integer", lambda: F.sample_classes(LABELS, 2, class_weights=torch.ones(2).int()), TypeError, "float"),
+    ("odds drawn list", lambda: F.sample_classes(LABELS, 2, class_weights=[1, 2]), TypeError, "must be a torch.Tensor"),
+    ("odds drawn shape", lambda: F.sample_classes(LABELS, 2, class_weights=torch.ones(3)), ValueError, "got .3,."),
+    (
+        "odds device",
+        lambda: F.sample_classes(LABELS, 2, class_weights=torch.ones(2, device="meta")),
+        ValueError,
+        "`class_weights` is on meta but `labels` is on cpu",
+    ),
+    ("odds and masks", lambda: ClassMix(2, class_weights=[1, 2], masks=BoxMasks()), ValueError, "must not both be"),
+    ("masks class", lambda: ClassMix(2, masks=BoxMasks), TypeError, r"got the class BoxMasks; build `BoxMasks\(\)`"),
+    ("masks mask", lambda: ClassMix(2, masks=LABELS > 0), TypeError, "got Tensor; build .* `forward.mask=....`"),
+    ("masks function", lambda: ClassMix(2, masks=lambda s, n: s), TypeError, "`masks` must have `sample.n, size.`"),
+    ("mask type", lambda: ClassMix(5)(IMAGES, LABELS, mask=LABELS), TypeError, "`mask` must be bool, got torch.uint8"),
+    ("mask list", lambda: ClassMix(5)(IMAGES, LABELS, mask=[True]), TypeError, "`mask` must be a torch.Tensor"),
+    ("mask size", lambda: ClassMix(5)(IMAGES, LABELS, mask=LABELS[1:] > 0), ValueError, "`mask` must have shape"),
+    ("mask dims", lambda: ClassMix(5)(IMAGES, LABELS, mask=IMAGES > 0), ValueError, "without a channel dimension"),
+    ("mask place", lambda: ClassMix(5)(IMAGES, LABELS, mask=(LABELS > 0).to("meta")), ValueError, "`mask` is on meta"),
+    (
+        "mask and scores",
+        lambda: ClassMix(5)(IMAGES, LABELS, mask=LABELS > 0, scores=torch.rand(2, 6)),
+        ValueError,
+        "`scores` and `mask` must not both be given",
+    ),
+    (
+        "own masks too small",
+        lambda: CrossDomainMix(5, masks=Halves())(IMAGES, LABELS, IMAGES, LABELS, scores=torch.ones(1) > 0),
+        ValueError,
+        r"`masks.scores, size.` must have shape .N, H, W. = .2, 4, 6., got .1, 4, 6.",
+    ),
     (
         "image sizes",
         lambda: CrossDomainMix(5)(IMAGES, LABELS, IMAGES[..., :5], LABELS[..., :5]),

@@ -11,7 +11,16 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from crossmix import SelfTraining, SelfTrainingOutput, _checks, recipes
+from crossmix import (
+    BoxMasks,
+    ClassMix,
+    CowMasks,
+    CrossDomainMix,
+    SelfTraining,
+    SelfTrainingOutput,
+    _checks,
+    recipes,
+)
 from crossmix import functional as F
 from crossmix._cross_entropy import sum_by_blocks
 from crossmix.diagnostics import PseudoLabelMonitor
@@ -192,6 +201,10 @@ def test_functional(num_classes: int) -> None:
         classes = F.sample_classes(labels, num_classes, include_ignored=True)
         mask = F.class_mask(labels, classes)
         F.mix(images, images.flip(0), mask)
+        F.sample_classes(labels, num_classes, class_weights=prior, rounding="floor", whole_batch=True)
+        for options in ({"class_weights": prior}, {"masks": BoxMasks()}, {"masks": CowMasks(sigma=(1.0, 3.0))}):
+            CrossDomainMix(num_classes, **options)(images, labels, images.flip(0), labels.flip(0))
+        ClassMix(num_classes)(images, labels, mask=mask)
         pseudo = F.pseudo_label_from_probs(F.align_distribution(logits.softmax(1), prior, prior))
         for scope in ("image", "batch", "pixel", "none"):
             weights = F.confidence_weight(F.pseudo_label(logits).confidence, scope=scope)

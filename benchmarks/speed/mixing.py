@@ -2,6 +2,7 @@
 
 - `crossmix`: `CrossDomainMix` as a user calls it, checks and random draw included.
 - `crossmix compiled`: the same under `torch.compile`, its `scores` drawn outside, since generators cannot be traced.
+- `crossmix boxes`, `crossmix blobs`: the same with `masks=BoxMasks()` and `masks=CowMasks()` in place of classes.
 - `released loop`: our own statement of what the released DACS code does image by image: `unique`, a random choice on
   the host, one comparison per drawn class, and three blends M * source + (1 - M) * target.
 - `whole-batch unique`: the variant of its best-known descendants, which look for the classes in the whole batch, once
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed.common import interleave, show
-from crossmix import CrossDomainMix
+from crossmix import BoxMasks, CowMasks, CrossDomainMix
 from crossmix import functional as F
 
 CLASSES = 19
@@ -79,6 +80,7 @@ def table(n: int, size: int, dtype: torch.dtype, rounds: int, device: str) -> Ro
     batch = street_like(n, (size, size), dtype, device)
     images, labels, target_images, target_labels, weights = batch
     mixer = CrossDomainMix(CLASSES, include_ignored=True)
+    boxes, blobs = CrossDomainMix(CLASSES, masks=BoxMasks()), CrossDomainMix(CLASSES, masks=CowMasks())
     mask = F.class_mask(labels, mixer.sample(labels))
     transplant = kornia.augmentation.RandomTransplantation(p=1.0)
     pairs = torch.stack([images, target_images], 1).flatten(0, 1)
@@ -98,6 +100,8 @@ def table(n: int, size: int, dtype: torch.dtype, rounds: int, device: str) -> Ro
         "floor": floor,
         "floor compiled": fast_floor,
         "crossmix": lambda: mixer(*batch),
+        "crossmix boxes": lambda: boxes(*batch),
+        "crossmix blobs": lambda: blobs(*batch),
         "crossmix compiled": lambda: fast(*batch, scores=torch.rand(n, CLASSES + 1, device=device)),
         "released loop": lambda: per_image_loop(batch),
         "whole-batch unique": lambda: per_image_loop(batch, whole_batch=True),

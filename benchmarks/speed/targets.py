@@ -53,6 +53,9 @@ def mixing(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON
             faster(what, time["crossmix"], time["whole-batch unique"], "whole-batch unique", 30),
             share(what, time["crossmix"], time["floor"], "floor", 1.35),
         ]
+        for kind in ("boxes", "blobs"):
+            if f"crossmix {kind}" in rows:
+                lines.append(share(f"{what}, {kind}", time[f"crossmix {kind}"], time["floor"], "floor", 1.5))
         if "crossmix compiled" in rows:
             lines.append(share(f"{what}, compiled", time["crossmix compiled"], time["floor"], "floor", 1))
         if cuda and n >= 32:

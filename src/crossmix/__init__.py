@@ -7,6 +7,7 @@ from crossmix import functional, recipes
 from crossmix.alignment import DistributionAlignment
 from crossmix.augment import StrongAugment
 from crossmix.losses import ConfidenceWeightedCE
+from crossmix.masking import BoxMasks, CowMasks
 from crossmix.mixing import ClassMix, CrossDomainMix, Mixed
 from crossmix.self_training import SelfTraining, SelfTrainingOutput
 from crossmix.teacher import MeanTeacher, PseudoLabels
@@ -14,8 +15,10 @@ from crossmix.teacher import MeanTeacher, PseudoLabels
 __version__ = "0.1.0"
 
 __all__ = [
+    "BoxMasks",
     "ClassMix",
     "ConfidenceWeightedCE",
+    "CowMasks",
     "CrossDomainMix",
     "DistributionAlignment",
     "MeanTeacher",

@@ -18,6 +18,7 @@ __all__ = [
     "check_logits",
     "check_module",
     "check_num_classes",
+    "check_positive",
     "check_range",
     "check_same_device",
     "check_same_shape",
@@ -156,6 +157,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def can_look(tensor: Tensor) -> bool:
     """Whether values can be read without waiting for a GPU and without breaking a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_positive(name: str, values: Tensor, hint: str) -> None:
+    """Refuse values that are not positive and finite, where they can be looked at."""
+    if can_look(values) and not bool(((values > 0) & values.isfinite()).all()):
+        raise ValueError(f"`{name}` must be positive and finite, got {values.tolist()}; {hint}.")
 
 
 def check_range(

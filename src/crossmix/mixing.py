@@ -5,28 +5,34 @@ CrossDomainMix: Tranheden et al. (DACS), WACV 2021, https://arxiv.org/abs/2007.0
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from crossmix._checks import (
+    check_choice,
     check_fraction,
     check_images,
     check_labels,
     check_num_classes,
+    check_positive,
     check_same_device,
     check_same_shape,
     check_tensor,
+    check_weights,
 )
-from crossmix._tensors import uniform
+from crossmix._class_codes import Indices, Words, class_codes
+from crossmix._compiled_mix import stored, where
+from crossmix._tensors import arithmetic, at_least_float32, uniform
 
-__all__ = ["ClassMix", "CrossDomainMix", "Mixed", "class_mask", "mix", "sample_classes"]
+__all__ = ["ClassMix", "CrossDomainMix", "MaskSource", "Mixed", "class_mask", "mix", "sample_classes"]
 
-PART = 1 << 18  # pixels: a megabyte of words
 FIXED_BITS = 40  # 2**40 times a count of up to 2**22 classes fits an int64
 FIXED = 1 << FIXED_BITS
+WEIGHTS_HINT = "give a class that is hardly ever to be drawn a small one"
+Rounding = Literal["ceil", "floor"]
 
 
 class Mixed(NamedTuple):
@@ -45,6 +51,24 @@ class Mixed(NamedTuple):
     mask: Tensor
 
 
+class MaskSource(Protocol):
+    """Where masks come from if not from classes: `BoxMasks`, `CowMasks`, or anything that has these two methods."""
+
+    def sample(
+        self,
+        n: int,
+        size: tuple[int, int] | None,
+        /,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw everything random about n masks of a size (H, W) as one tensor of n rows, one for each mask."""
+
+    def __call__(self, scores: Tensor, size: tuple[int, int], /) -> Tensor:
+        """Make of such rows (N, H, W) bool masks, each of its row alone and without a host sync."""
+
+
 def sample_classes(
     labels: Tensor,
     num_classes: int,
@@ -52,13 +76,20 @@ def sample_classes(
     ratio: float = 0.5,
     ignore_index: int = 255,
     include_ignored: bool = False,
+    rounding: Rounding = "ceil",
+    whole_batch: bool = False,
+    class_weights: Tensor | None = None,
     scores: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw ceil(ratio * n) of the n classes present in each label map, uniformly without replacement.
 
     The paper draws half of the classes (section 3.1); the released code rounds up and lets the ignored pixels count as
-    one more class, which `include_ignored=True` does.
+    one more class, which `include_ignored=True` does. ClassMix rounds down; DAFormer and MIC draw from the classes of
+    the `whole_batch`.
+
+    With `class_weights` the classes with the lowest -log(1 - scores) / class_weights are taken: each next one is drawn
+    with odds in proportion to the weights of those that are left.
 
     Args:
         labels: (N, H, W) uint8, int16, int32 or int64. Ids outside 0..num_classes-1 count as ignored.
@@ -66,6 +97,13 @@ def sample_classes(
         ratio: Share of the present classes to draw, in [0, 1].
         ignore_index: The id of ignored pixels.
         include_ignored: Whether ignored pixels count as one more class; otherwise they are never drawn.
+        rounding: `"ceil"` rounds the number of drawn classes up, `"floor"` down: then a lone class is never drawn at
+            ratio 0.5.
+        whole_batch: Whether each image draws, independently, from the classes that are present anywhere in the batch:
+            what it does not have itself marks nothing. Its draw then depends on which images share the batch, and on
+            several ranks on which share a rank.
+        class_weights: (C,) floating, positive: the odds of the classes. Ignored pixels, where they count, have the mean
+            of these. Equal odds when not given.
         scores: (N, C + 1) uniform numbers; the present classes with the lowest ones are taken, the lower id first among
             equals. Drawn when not given.
         generator: Source of the scores, drawn on its own device; None uses the global one. Cannot be traced by
@@ -75,8 +113,8 @@ def sample_classes(
         (N, C + 1) bool on the device of `labels`; the last column stands for ignored pixels. No host sync.
 
     Raises:
-        TypeError: If `labels` is not an accepted integer tensor.
-        ValueError: If a shape, a device or the ratio is wrong.
+        TypeError: If `labels` is not an accepted integer tensor, or `class_weights` not floating.
+        ValueError: If a shape, a device, the ratio or the rounding is wrong, or a weight on a CPU is not positive.
 
     Example:
         >>> labels = torch.tensor([[[0, 0, 2], [2, 3, 255]]])
@@ -86,8 +124,19 @@ def sample_classes(
     check_labels("labels", labels)
     check_num_classes(num_classes)
     check_fraction("ratio", ratio)
-    scores = _scores(labels, num_classes, scores, generator)
-    return _draw(_pixel_classes(labels, num_classes, ignore_index), scores, ratio, include_ignored=include_ignored)
+    check_choice("rounding", rounding, ("ceil", "floor"))
+    if class_weights is not None:
+        _check_class_weights(class_weights, num_classes)
+        check_positive("class_weights", class_weights, WEIGHTS_HINT)
+    return _draw(
+        class_codes(labels, num_classes, ignore_index),
+        _scores(labels, num_classes, scores, generator),
+        ratio=ratio,
+        include_ignored=include_ignored,
+        rounding=rounding,
+        whole_batch=whole_batch,
+        class_weights=class_weights,
+    )
 
 
 def class_mask(labels: Tensor, classes: Tensor, *, ignore_index: int = 255) -> Tensor:
@@ -113,7 +162,7 @@ def class_mask(labels: Tensor, classes: Tensor, *, ignore_index: int = 255) -> T
     """
     check_labels("labels", labels)
     _check_classes(classes, labels)
-    return _pixel_classes(labels, classes.shape[1] - 1, ignore_index).mask(classes)
+    return class_codes(labels, classes.shape[1] - 1, ignore_index).mask(classes)
 
 
 def mix(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
@@ -140,8 +189,7 @@ def mix(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
     """
     for name, value in (("pasted", pasted), ("base", base), ("mask", mask)):
         check_tensor(name, value)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"`mask` must be bool, got {mask.dtype}; compare first, e.g. `mask > 0`.")
+    _check_bool("mask", mask)
     if mask.ndim != 3:
         raise ValueError(f"`mask` must have shape (N, H, W), got {tuple(mask.shape)}; drop the channel dimension.")
     check_same_device(pasted=pasted, base=base, mask=mask)
@@ -160,49 +208,150 @@ def mix(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
     dims = max(pasted.ndim, base.ndim, 3)
     pasted, base = _broadcast(pasted, dims), _broadcast(base, dims)
     if torch.compiler.is_compiling() and mask.device.type == "cpu":
-        return _mix_compiled(pasted, base, mask)
+        return where(mask, pasted, base)
     shape = (mask.shape[0], *[1] * (dims - 3), *mask.shape[1:])
     return torch.where(mask.reshape(shape), pasted, base)
 
 
-def _mix_compiled(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
-    """The same, in a form of which the compiler makes one pass of vector code over images, labels and weights.
+class _Mix(nn.Module):
+    """What both mixes have in common: where their mask comes from."""
 
-    The channels of an image are kept apart: with a dimension for them the pass would be one of its own, and read the
-    mask back. Small integers are widened, since the compiler's masks over bytes are a loop.
-    """
-    contiguous = pasted.is_contiguous() and base.is_contiguous()
-    if pasted.shape == base.shape and pasted.ndim == 4 and 1 <= pasted.shape[1] <= 4 and contiguous:
-        channels = zip(pasted.unbind(1), base.unbind(1), strict=True)
-        return torch.stack([torch.where(mask, a, b) for a, b in channels], 1)
-    mask = mask.reshape(mask.shape[0], *[1] * (base.ndim - 3), *mask.shape[1:])
-    dtype = torch.promote_types(pasted.dtype, base.dtype)
-    if dtype in {torch.uint8, torch.int8, torch.int16}:
-        return torch.where(mask, pasted.to(torch.int32), base.to(torch.int32)).to(dtype)
-    return torch.where(mask, pasted, base)
+    class_weights: Tensor | None
+    masks: Any  # a MaskSource, as it was given
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        ratio: float = 0.5,
+        ignore_index: int = 255,
+        include_ignored: bool = False,
+        rounding: Rounding = "ceil",
+        whole_batch: bool = False,
+        class_weights: Tensor | Sequence[float] | None = None,
+        masks: MaskSource | None = None,
+    ) -> None:
+        super().__init__()
+        check_num_classes(num_classes)
+        check_fraction("ratio", ratio)
+        check_choice("rounding", rounding, ("ceil", "floor"))
+        _check_masks(masks)
+        if masks is not None and class_weights is not None:
+            raise ValueError("`class_weights` and `masks` must not both be given; `masks` take the place of classes.")
+        self.num_classes = num_classes
+        self.ratio = ratio
+        self.ignore_index = ignore_index
+        self.include_ignored = include_ignored
+        self.rounding = rounding
+        self.whole_batch = whole_batch
+        weights = None if class_weights is None else _given_weights(class_weights, num_classes)
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.masks = masks
+
+    def sample_scores(
+        self,
+        n: int,
+        size: tuple[int, int] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw everything random of `forward` as one tensor, before images and labels are known.
+
+        Args:
+            n: The number of mixed images.
+            size: Their height and width, where `masks` need them; classes and boxes do not.
+            generator: Source of randomness, used on its own device; None uses the global one.
+            device: Where the draw shall be; the generator's device, or torch's default one, when not given.
+
+        Returns:
+            A tensor of n rows for `forward(scores=...)`: (n, C + 1) uniform numbers, or what `masks.sample` returns.
+        """
+        if self.masks is None:
+            return uniform((n, self.num_classes + 1), generator=generator, device=device)
+        scores: Tensor = self.masks.sample(n, size, generator=generator, device=device)
+        return scores
+
+    def extra_repr(self) -> str:
+        """Constructor arguments, for `repr`."""
+        weights = self.class_weights
+        if weights is not None:
+            weights = "on meta" if weights.is_meta else [round(weight, 4) for weight in weights.tolist()]
+        return (
+            f"num_classes={self.num_classes}, ratio={self.ratio}, ignore_index={self.ignore_index}, "
+            f"include_ignored={self.include_ignored}, rounding={self.rounding!r}, whole_batch={self.whole_batch}, "
+            f"class_weights={weights}"
+        )
+
+    def _sample(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw the classes to paste."""
+        check_labels("labels", labels)
+        if self.masks is not None:
+            raise ValueError(
+                "`sample` draws classes, but this mix has `masks` in their place; `sample_scores` makes their draw."
+            )
+        codes = class_codes(labels, self.num_classes, self.ignore_index)
+        return self._draw(codes, _scores(labels, self.num_classes, None, generator))
+
+    def _draw(self, codes: Words | Indices, scores: Tensor) -> Tensor:
+        return _draw(
+            codes,
+            scores,
+            ratio=self.ratio,
+            include_ignored=self.include_ignored,
+            rounding=self.rounding,
+            whole_batch=self.whole_batch,
+            class_weights=self.class_weights,
+        )
+
+    def _mask(
+        self,
+        labels: Tensor,
+        classes: Tensor | None,
+        scores: Tensor | None,
+        mask: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Where to paste: as given, or drawn; of classes, reading the label maps once."""
+        given = [f"`{k}`" for k, v in {"classes": classes, "scores": scores, "mask": mask}.items() if v is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} must not both be given; each of them says what to paste: keep one."
+            )
+        if mask is not None:
+            return _checked_mask("mask", mask, labels)
+        if self.masks is not None:
+            if classes is not None:
+                raise ValueError("`classes` must be None, since this mix has `masks` in their place; hand in `scores`.")
+            size = (labels.shape[1], labels.shape[2])
+            if scores is None:
+                scores = self.masks.sample(len(labels), size, generator=generator, device=labels.device)
+            return _checked_mask("masks(scores, size)", self.masks(scores, size), labels)
+        codes = class_codes(labels, self.num_classes, self.ignore_index)
+        if classes is None:
+            classes = self._draw(codes, _scores(labels, self.num_classes, scores, generator))
+        else:
+            _check_classes(classes, labels, self.num_classes)
+        return codes.mask(classes)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the weights as torch does, but leave them in float32 where `fn` casts, and rounds, to less."""
+        weights = self.class_weights
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if weights is not None and self.class_weights is not None and self.class_weights.dtype.itemsize < 4:
+            self.class_weights = weights.to(self.class_weights.device)
+        return self
 
 
-def _stored(mask: Tensor) -> Tensor:
-    """The mask as a result. The compiler stores bools of a CPU one by one, and what it stores it also reads back."""
-    if not torch.compiler.is_compiling() or mask.device.type != "cpu":
-        return mask
-    one = torch.ones((), dtype=torch.int32, device=mask.device)
-    return torch.where(mask, one, torch.zeros_like(one)).to(torch.uint8).view(torch.bool)
-
-
-class ClassMix(nn.Module):
+class ClassMix(_Mix):
     """Paste half of each image's classes onto the next image of the same batch (naive ClassMix in the DACS paper).
 
-    Image i is pasted onto image (i + 1) mod N; labels and weights are mixed under the same mask.
-
-    Args:
-        num_classes: The number of classes C.
-        ratio: Share of the present classes to paste, rounded up, in [0, 1].
-        ignore_index: The id of ignored pixels.
-        include_ignored: Whether ignored pixels count as one more class.
+    Image i is pasted onto image (i + 1) mod N; labels and weights are mixed under the same mask. The arguments are
+    those of `CrossDomainMix`. The authors of ClassMix round the number of classes down: `rounding="floor"`.
 
     Raises:
-        ValueError: If `ratio` or `num_classes` is out of range.
+        TypeError: If `masks` or `class_weights` is nothing of that kind.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> images = torch.tensor([0.2, 0.8])[:, None, None, None].expand(2, 3, 1, 2)
@@ -216,17 +365,6 @@ class ClassMix(nn.Module):
                 [[1, 1]]]))
     """
 
-    def __init__(
-        self, num_classes: int, *, ratio: float = 0.5, ignore_index: int = 255, include_ignored: bool = False
-    ) -> None:
-        super().__init__()
-        check_num_classes(num_classes)
-        check_fraction("ratio", ratio)
-        self.num_classes = num_classes
-        self.ratio = ratio
-        self.ignore_index = ignore_index
-        self.include_ignored = include_ignored
-
     def sample(self, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw the classes to paste from each label map; see `crossmix.functional.sample_classes`.
 
@@ -236,15 +374,11 @@ class ClassMix(nn.Module):
 
         Returns:
             (N, C + 1) bool.
+
+        Raises:
+            ValueError: If this mix has `masks`, which take the place of classes.
         """
-        return sample_classes(
-            labels,
-            self.num_classes,
-            ratio=self.ratio,
-            ignore_index=self.ignore_index,
-            include_ignored=self.include_ignored,
-            generator=generator,
-        )
+        return self._sample(labels, generator)
 
     def forward(
         self,
@@ -254,16 +388,18 @@ class ClassMix(nn.Module):
         *,
         classes: Tensor | None = None,
         scores: Tensor | None = None,
+        mask: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Mixed:
-        """Mix a batch with itself.
+        """Mix a batch with itself. Of `classes`, `scores` and `mask` at most one can be given.
 
         Args:
             images: (N, C, H, W) floating, any N.
             labels: (N, H, W) integer: pseudo-labels, or ground truth.
             weights: (N, H, W) or (N,) floating loss weights; ones when not given.
             classes: (N, num_classes + 1) bool, the classes to paste; drawn when not given.
-            scores: (N, num_classes + 1) uniform numbers to draw with; see `crossmix.functional.sample_classes`.
+            scores: The random numbers to draw with, as `sample_scores` returns them.
+            mask: (N, H, W) bool, a mask that is ready: True where image i is pasted.
             generator: Source of randomness; None uses the global one.
 
         Returns:
@@ -271,41 +407,44 @@ class ClassMix(nn.Module):
 
         Raises:
             TypeError: If a dtype is wrong.
-            ValueError: If shapes or devices disagree, or both `classes` and `scores` are given.
+            ValueError: If shapes or devices disagree, or two of `classes`, `scores` and `mask` are given.
         """
         check_images("images", images)
         check_labels("labels", labels)
         check_same_shape("labels", labels.shape, "images", _pixels(images))
         weights = _weights("weights", weights, images, labels)
         check_same_device(images=images, labels=labels, weights=weights)
-        mask = _sample_mask(self, labels, classes, scores, generator)
+        mask = self._mask(labels, classes, scores, mask, generator)
         return Mixed(
             labels=mix(labels, labels.roll(-1, 0), mask),  # first, while the cache holds them
             images=mix(images, images.roll(-1, 0), mask),
             weights=mix(weights, weights.roll(-1, 0), mask),
-            mask=_stored(mask),
+            mask=stored(mask),
         )
 
-    @override
-    def extra_repr(self) -> str:
-        """Constructor arguments, for `repr`."""
-        return _settings(self)
 
-
-class CrossDomainMix(nn.Module):
+class CrossDomainMix(_Mix):
     """Paste half of each source image's classes onto a target image (DACS, section 3.3).
 
     Source image i is pasted onto target image i, ground truth onto pseudo-labels, weight 1 onto the target's weights.
 
     Args:
         num_classes: The number of classes C.
-        ratio: Share of the present classes to paste, rounded up, in [0, 1].
+        ratio: Share of the present classes to paste, in [0, 1].
         ignore_index: The id of ignored pixels.
-        include_ignored: Whether ignored source pixels count as one more class, as in the released code, where the void
-            of the source can be pasted (and then carries no loss). The paper's text never draws them.
+        include_ignored: Whether ignored pixels count as one more class, as in the released code, where the void of the
+            source can be pasted (and then carries no loss). The paper's text never draws them.
+        rounding: Whether the number of pasted classes is rounded `"ceil"`, up, or `"floor"`, down.
+        whole_batch: Whether to draw from the classes of the whole batch instead of the image's own (DAFormer, MIC).
+        class_weights: (C,) positive odds of the classes, such as larger ones for rare classes; equal when not given.
+            Ignored pixels, where they count, have their mean. A buffer that is not saved, and stays in float32 where
+            the module is cast to less.
+        masks: Another source of masks than classes: `BoxMasks`, `CowMasks`, or any `MaskSource`. What chooses classes
+            is then without effect, and ignored pixels are pasted as all others.
 
     Raises:
-        ValueError: If `ratio` or `num_classes` is out of range.
+        TypeError: If `masks` or `class_weights` is nothing of that kind.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> source, target = torch.ones(1, 3, 1, 3), torch.zeros(1, 3, 1, 3)
@@ -317,17 +456,6 @@ class CrossDomainMix(nn.Module):
         (tensor([[1., 0., 0.]]), tensor([[0, 1, 1]]), tensor([[1.0000, 0.2500, 0.2500]]))
     """
 
-    def __init__(
-        self, num_classes: int, *, ratio: float = 0.5, ignore_index: int = 255, include_ignored: bool = False
-    ) -> None:
-        super().__init__()
-        check_num_classes(num_classes)
-        check_fraction("ratio", ratio)
-        self.num_classes = num_classes
-        self.ratio = ratio
-        self.ignore_index = ignore_index
-        self.include_ignored = include_ignored
-
     def sample(self, source_labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw the classes to paste from each source label map; see `crossmix.functional.sample_classes`.
 
@@ -337,15 +465,11 @@ class CrossDomainMix(nn.Module):
 
         Returns:
             (N, C + 1) bool.
+
+        Raises:
+            ValueError: If this mix has `masks`, which take the place of classes.
         """
-        return sample_classes(
-            source_labels,
-            self.num_classes,
-            ratio=self.ratio,
-            ignore_index=self.ignore_index,
-            include_ignored=self.include_ignored,
-            generator=generator,
-        )
+        return self._sample(source_labels, generator)
 
     def forward(
         self,
@@ -357,9 +481,10 @@ class CrossDomainMix(nn.Module):
         *,
         classes: Tensor | None = None,
         scores: Tensor | None = None,
+        mask: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Mixed:
-        """Mix a source batch onto a target batch of the same size.
+        """Mix a source batch onto a target batch of the same size. `classes`, `scores`, `mask`: at most one.
 
         Args:
             source_images: (N, C, H, W) floating, any N.
@@ -368,7 +493,8 @@ class CrossDomainMix(nn.Module):
             target_labels: (N, H, W) integer pseudo-labels; another integer dtype than the source's promotes.
             target_weights: (N, H, W) or (N,) floating loss weights of the target pixels; ones when not given.
             classes: (N, num_classes + 1) bool, the source classes to paste; drawn when not given.
-            scores: (N, num_classes + 1) uniform numbers to draw with; see `crossmix.functional.sample_classes`.
+            scores: The random numbers to draw with, as `sample_scores` returns them.
+            mask: (N, H, W) bool, a mask that is ready: True where the source is pasted.
             generator: Source of randomness; None uses the global one.
 
         Returns:
@@ -376,7 +502,7 @@ class CrossDomainMix(nn.Module):
 
         Raises:
             TypeError: If a dtype is wrong.
-            ValueError: If shapes or devices disagree, or both `classes` and `scores` are given.
+            ValueError: If shapes or devices disagree, or two of `classes`, `scores` and `mask` are given.
         """
         check_images("source_images", source_images)
         check_images("target_images", target_images)
@@ -393,152 +519,57 @@ class CrossDomainMix(nn.Module):
             target_labels=target_labels,
             target_weights=weights,
         )
-        mask = _sample_mask(self, source_labels, classes, scores, generator)
+        mask = self._mask(source_labels, classes, scores, mask, generator)
         return Mixed(
             labels=mix(source_labels, target_labels, mask),  # first, while the cache holds them
             images=mix(source_images, target_images, mask),
             weights=mix(weights.new_ones(len(weights)), weights, mask),
-            mask=_stored(mask),
+            mask=stored(mask),
         )
 
-    @override
-    def extra_repr(self) -> str:
-        """Constructor arguments, for `repr`."""
-        return _settings(self)
 
-
-class _Words:
-    """Label maps as one bit per pixel in an int32: which classes occur is an OR, which pixels are chosen an AND.
-
-    Bit c stands for class c; an ignored pixel carries a bit outside `known`. Holds up to 31 classes, and reads the maps
-    in fewer passes than a scatter into a table and a gather out of it. On a CPU the pixels are taken in parts, so that
-    what lies between the labels and their words stays in its cache; a compiler fuses it away. `mask` uses the words up.
-    """
-
-    def __init__(self, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-        pixels = labels.flatten(1)
-        parts = 1 if torch.compiler.is_compiling() or labels.device.type != "cpu" else -(-pixels.numel() // PART) or 1
-        self.parts = [_words(part, num_classes) for part in pixels.chunk(parts, 1)]
-        known = (1 << num_classes) - 1
-        if 0 <= ignore_index < num_classes:
-            known &= ~(1 << ignore_index)
-        self.shape = labels.shape
-        self.num_classes = num_classes
-        self.known = known
-        self.ignored = ~known  # a negative Python int: all bits of the word that are no class
-
-    def present(self) -> Tensor:
-        """Which classes occur, (N, C + 1) bool."""
-        folded, *others = self.parts
-        folded = folded.clone() if others else folded
-        for part in others:
-            folded[:, : part.shape[1]] |= part
-        # OR the map onto itself, half by half; the halves of an odd length overlap by one, which OR does not mind.
-        while folded.shape[1] > 32:
-            half = (folded.shape[1] + 1) // 2
-            folded = folded[:, :half] | folded[:, -half:]
-        return ((folded[:, None] & self._columns()[:, None]) != 0).any(2)
-
-    def mask(self, classes: Tensor) -> Tensor:
-        """Where a chosen class is, (N, H, W) bool."""
-        chosen = (classes * self._columns()).sum(1).to(torch.int32)[:, None]  # bits are disjoint: the sum is an OR
-        if torch.compiler.is_compiling():
-            return ((self.parts[0] & chosen) != 0).reshape(self.shape)
-        masks = [part.bitwise_and_(chosen).bool() for part in self.parts]  # a sixth of the time of `!= 0`
-        return (torch.cat(masks, 1) if len(masks) > 1 else masks[0]).reshape(self.shape)
-
-    def _columns(self) -> Tensor:
-        """The bits of each column of a (N, C + 1) table of classes."""
-        column = torch.arange(self.num_classes + 1, device=self.parts[0].device, dtype=torch.int32)
-        bits = torch.bitwise_left_shift(1, column.clamp(max=31)) & self.known
-        return torch.where(column == self.num_classes, self.ignored, bits)
-
-
-def _words(labels: Tensor, num_classes: int) -> Tensor:
-    """The bit of each label in an int32: ids beyond the classes become bit `num_classes`, negative ones bit 31."""
-    if labels.dtype == torch.uint8:
-        columns = labels.clamp(max=num_classes).to(torch.int32)
-    else:
-        columns = labels.clamp(-1, num_classes).to(torch.int32).bitwise_and_(31)  # in place on a copy; -1 & 31 is 31
-    return torch.bitwise_left_shift(1, columns)
-
-
-class _Indices:
-    """Label maps as indices into a table of classes, for any number of classes.
-
-    Class c has column c + 1; the first column stands for negative ids and the last one for those beyond the classes.
-    """
-
-    def __init__(self, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-        kind = torch.iinfo(labels.dtype)
-        self.index = labels.flatten(1).clamp(max(-1, kind.min), min(num_classes, kind.max)).long() + 1
-        self.labelled = torch.arange(num_classes, device=labels.device) != ignore_index
-        self.shape = labels.shape
-        self.num_classes = num_classes
-
-    def present(self) -> Tensor:
-        """Which classes occur, (N, C + 1) bool."""
-        table = self.index.new_zeros(len(self.index), self.num_classes + 2, dtype=torch.bool)
-        table = table.scatter(1, self.index, value=True)
-        known = table[:, 1:-1]
-        ignored = table[:, 0] | table[:, -1] | (known & ~self.labelled).any(1)
-        return torch.cat([known & self.labelled, ignored[:, None]], 1)
-
-    def mask(self, classes: Tensor) -> Tensor:
-        """Where a chosen class is, (N, H, W) bool."""
-        known, ignored = classes[:, :-1], classes[:, -1:]
-        table = torch.cat([ignored, torch.where(self.labelled, known, ignored), ignored], 1)
-        return table.gather(1, self.index).reshape(self.shape)
-
-
-def _pixel_classes(labels: Tensor, num_classes: int, ignore_index: int) -> _Words | _Indices:
-    form = _Words if num_classes <= 31 else _Indices
-    return form(labels, num_classes, ignore_index)
-
-
-def _draw(pixels: _Words | _Indices, scores: Tensor, ratio: float, *, include_ignored: bool) -> Tensor:
-    """The ceil(ratio * n) present classes with the lowest scores, the lower id first among equals."""
-    present = pixels.present()
+def _draw(
+    codes: Words | Indices,
+    scores: Tensor,
+    *,
+    ratio: float,
+    include_ignored: bool,
+    rounding: Rounding,
+    whole_batch: bool,
+    class_weights: Tensor | None,
+) -> Tensor:
+    """The present classes with the lowest scores, (N, C + 1) bool; the lower id first among equals."""
+    present = codes.present()
+    columns = present.shape[1]
     if not include_ignored:
-        present = present & (torch.arange(present.shape[1], device=present.device) < pixels.num_classes)
-    count = _share(present.sum(1, keepdim=True), ratio, pixels.num_classes + 1)
+        present = present & (torch.arange(columns, device=present.device) < columns - 1)
+    if whole_batch:
+        present = present.any(0, keepdim=True).expand_as(present)
+    if class_weights is not None:
+        check_same_device(labels=present, class_weights=class_weights)
+        weights = at_least_float32(class_weights)
+        # The first of clocks that ring after exponential times rings first with a chance in proportion to its rate.
+        scores = -torch.log1p(-at_least_float32(scores)) / torch.cat([weights, weights.mean()[None]])
+    count = _share(present.sum(1, keepdim=True), ratio, columns, rounding)
     order = scores.argsort(dim=1, stable=True)
     ordered = present.gather(1, order)
     return torch.zeros_like(present).scatter(1, order, ordered & (ordered.cumsum(1) <= count))
 
 
-def _share(n: Tensor, ratio: float, most: int) -> Tensor:
-    """math.ceil(ratio * n) for n = 0..most exactly, without double precision, which not every device has.
+def _share(n: Tensor, ratio: float, most: int, rounding: Rounding) -> Tensor:
+    """math.ceil or math.floor of ratio * n for n = 0..most exactly, without float64, which not every device has.
 
-    Computed in fixed point. That is off where a product of doubles lies barely above a whole number; the host knows
+    Computed in fixed point. That is off where a product of doubles lies beside or on a whole number; the host knows
     those n, and for most ratios there are none.
     """
-    share, almost_one = int(ratio * FIXED), FIXED - 1
+    exact, almost_one = (math.ceil, FIXED - 1) if rounding == "ceil" else (math.floor, 0)
+    share = int(ratio * FIXED)
     count = (n * share + almost_one) >> FIXED_BITS
     for k in range(most + 1):
-        off = math.ceil(ratio * k) - ((k * share + almost_one) >> FIXED_BITS)
+        off = exact(ratio * k) - ((k * share + almost_one) >> FIXED_BITS)
         if off:
             count = count + off * (n == k)
     return count
-
-
-def _sample_mask(
-    mixer: ClassMix | CrossDomainMix,
-    labels: Tensor,
-    classes: Tensor | None,
-    scores: Tensor | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Draw the classes unless they are given, and mark their pixels, reading the label maps once."""
-    pixels = _pixel_classes(labels, mixer.num_classes, mixer.ignore_index)
-    if classes is None:
-        scores = _scores(labels, mixer.num_classes, scores, generator)
-        classes = _draw(pixels, scores, mixer.ratio, include_ignored=mixer.include_ignored)
-    else:
-        if scores is not None:
-            raise ValueError("`classes` and `scores` must not both be given; `scores` draw the classes, so keep one.")
-        _check_classes(classes, labels, mixer.num_classes)
-    return pixels.mask(classes)
 
 
 def _scores(labels: Tensor, num_classes: int, scores: Tensor | None, generator: torch.Generator | None) -> Tensor:
@@ -573,23 +604,67 @@ def _check_classes(classes: Tensor, labels: Tensor, num_classes: int | None = No
     check_same_device(labels=labels, classes=classes)
 
 
+def _check_bool(name: str, mask: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"`{name}` must be bool, got {mask.dtype}; compare first, e.g. `mask > 0`.")
+
+
+def _checked_mask(name: str, mask: Tensor, labels: Tensor) -> Tensor:
+    """A mask that was given, once it is known to fit the label maps."""
+    check_tensor(name, mask)
+    _check_bool(name, mask)
+    if tuple(mask.shape) != tuple(labels.shape):
+        raise ValueError(
+            f"`{name}` must have shape (N, H, W) = {tuple(labels.shape)}, got {tuple(mask.shape)}; "
+            "give one mask per image, without a channel dimension."
+        )
+    check_same_device(labels=labels, **{name: mask})
+    return mask
+
+
+def _check_masks(masks: object) -> None:
+    if masks is None:
+        return
+    if isinstance(masks, type) or not callable(masks) or not callable(getattr(masks, "sample", None)):
+        got = f"the class {masks.__name__}" if isinstance(masks, type) else type(masks).__name__
+        raise TypeError(
+            f"`masks` must have `sample(n, size)` and be callable on (scores, size), got {got}; build `BoxMasks()` or "
+            "`CowMasks()`, or see `MaskSource`. A mask that is ready goes to `forward(mask=...)`."
+        )
+
+
+def _given_weights(weights: Tensor | Sequence[float], num_classes: int) -> Tensor:
+    """Class weights as (C,) float32. Their values are looked at once, here, where it may wait for a GPU."""
+    try:
+        values = torch.as_tensor(weights).detach().to(torch.float32, copy=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`class_weights` must be a sequence of numbers, got {type(weights).__name__} ({error}); "
+            "give one per class."
+        ) from error
+    _check_class_weights(values, num_classes)
+    if not values.is_meta:
+        check_positive("class_weights", values.cpu(), WEIGHTS_HINT)
+    return values
+
+
+def _check_class_weights(weights: Tensor, num_classes: int) -> None:
+    check_tensor("class_weights", weights)
+    if not weights.is_floating_point():
+        raise TypeError(f"`class_weights` must be floating, got {weights.dtype}; convert with `.float()`.")
+    if tuple(weights.shape) != (num_classes,):
+        raise ValueError(
+            f"`class_weights` must have shape (C,) = ({num_classes},), got {tuple(weights.shape)}; give one per class, "
+            "none for the ignored pixels."
+        )
+
+
 def _weights(name: str, weights: Tensor | None, images: Tensor, labels: Tensor) -> Tensor:
     """Loss weights as (N, H, W) or (N,) in float32, or in float64 where weights or, without any, images are float64."""
     if weights is None:
-        return images.new_ones(len(images), dtype=torch.promote_types(torch.float32, _double(images.dtype)))
-    check_tensor(name, weights)
-    if not weights.is_floating_point():
-        raise TypeError(f"`{name}` must be floating, got {weights.dtype}; convert with `.float()`.")
-    if tuple(weights.shape) not in (tuple(labels.shape), tuple(labels.shape[:1])):  # no set: sizes may be symbolic
-        raise ValueError(
-            f"`{name}` must have shape (N, H, W) = {tuple(labels.shape)} or (N,), got {tuple(weights.shape)}; "
-            "squeeze the channel dimension or crop it to the images."
-        )
-    return weights.to(torch.promote_types(torch.float32, weights.dtype))
-
-
-def _double(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
+        return images.new_ones(len(images), dtype=arithmetic(images))
+    check_weights(name, weights, labels.shape)
+    return at_least_float32(weights)
 
 
 def _pixels(value: Tensor) -> tuple[int, int, int]:
@@ -600,10 +675,3 @@ def _pixels(value: Tensor) -> tuple[int, int, int]:
 def _broadcast(value: Tensor, dims: int) -> Tensor:
     """One value per image as (N, 1, ..., 1)."""
     return value.reshape(-1, *[1] * (dims - 1)) if value.ndim == 1 else value
-
-
-def _settings(mixer: ClassMix | CrossDomainMix) -> str:
-    return (
-        f"num_classes={mixer.num_classes}, ratio={mixer.ratio}, ignore_index={mixer.ignore_index}, "
-        f"include_ignored={mixer.include_ignored}"
-    )

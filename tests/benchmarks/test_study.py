@@ -60,7 +60,11 @@ def dacs(seed: int = 0, steps: int = 40) -> dict[str, Any]:
 def test_benchmark__fails_when_the_algorithm_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, mix = ConfidenceWeightedCE.upsampled, CrossDomainMix.forward
     breaks = {
-        "the loss has its sign flipped": (ConfidenceWeightedCE, "upsampled", lambda *args: -loss(*args)),
+        "the loss has its sign flipped": (
+            ConfidenceWeightedCE,
+            "upsampled",
+            lambda *args, **options: -loss(*args, **options),
+        ),
         "the teacher never updates": (MeanTeacher, "update", lambda *args: None),
         "the mask is for images alone": (
             CrossDomainMix,
