@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from checks import Watch
-from crossmix import ClassMix, ConfidenceWeightedCE, CrossDomainMix, MeanTeacher, StrongAugment
+from crossmix import (
+    ClassMix,
+    ConfidenceWeightedCE,
+    CrossDomainMix,
+    MaskedImages,
+    MeanTeacher,
+    StrongAugment,
+    recipes,
+)
 from crossmix import functional as F
 from crossmix.diagnostics import PseudoLabelMonitor
 from crossmix.evaluation import evaluate
@@ -25,6 +33,8 @@ CALLS: dict[str, Callable[[], object]] = {
     "ClassMix": lambda: ClassMix(C)(IMAGES, LABELS),
     "CrossDomainMix": lambda: CrossDomainMix(C)(IMAGES, LABELS, IMAGES, LABELS, CONFIDENCE),
     "StrongAugment": lambda: StrongAugment(jitter_p=1, blur_p=1)(IMAGES),
+    "MaskedImages": lambda: MaskedImages(4)(IMAGES),
+    "SelfTraining": lambda: recipes.self_training(nn.Conv2d(3, C, 1), C, recipe="mic")(IMAGES, LABELS, IMAGES.flip(0)),
     "pseudo_label": lambda: F.pseudo_label(LOGITS),
     "confidence_weight": lambda: F.confidence_weight(CONFIDENCE, 0.5),
     "ConfidenceWeightedCE": lambda: ConfidenceWeightedCE()(LOGITS, LABELS, CONFIDENCE),
