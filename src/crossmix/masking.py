@@ -134,8 +134,9 @@ def block_mask(scores: Tensor, size: Sequence[int], block: int, *, ratio: float 
             f"`scores` must have shape (N, ceil(H / block), ceil(W / block)) = (N, {rows}, {columns}), "
             f"got {tuple(scores.shape)}; draw one number per block."
         )
-    hidden = (scores < ratio)[:, :, None, :, None].expand(-1, -1, block, -1, block)
-    return hidden.reshape(-1, rows * block, columns * block)[:, :height, :width].contiguous()
+    hidden = (scores < ratio)[..., None].expand(-1, -1, -1, block).reshape(-1, rows, 1, columns * block)
+    hidden = hidden[..., :width].expand(-1, -1, block, -1)  # columns first: then whole rows are copied
+    return hidden.reshape(-1, rows * block, width)[:, :height].contiguous()
 
 
 def _inside(length: Tensor, place: Tensor, size: int) -> Tensor:
