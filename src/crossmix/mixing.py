@@ -246,27 +246,6 @@ class ClassMix(nn.Module):
             generator=generator,
         )
 
-    def sample_scores(
-        self,
-        n: int,
-        size: tuple[int, int] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Draw everything random of `forward` as one tensor, before images and labels are known.
-
-        Args:
-            n: The number of mixed images.
-            size: Height and width, for masks whose draw depends on them.
-            generator: Source of randomness, used on its own device; None uses the global one.
-            device: Where the draw shall be; the generator's device, or torch's default one, when not given.
-
-        Returns:
-            A tensor of n rows for `forward(scores=...)`: (n, C + 1) uniform numbers.
-        """
-        return uniform((n, self.num_classes + 1), generator=generator, device=device)
-
     def forward(
         self,
         images: Tensor,
@@ -367,27 +346,6 @@ class CrossDomainMix(nn.Module):
             include_ignored=self.include_ignored,
             generator=generator,
         )
-
-    def sample_scores(
-        self,
-        n: int,
-        size: tuple[int, int] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Draw everything random of `forward` as one tensor, before images and labels are known.
-
-        Args:
-            n: The number of mixed images.
-            size: Height and width, for masks whose draw depends on them.
-            generator: Source of randomness, used on its own device; None uses the global one.
-            device: Where the draw shall be; the generator's device, or torch's default one, when not given.
-
-        Returns:
-            A tensor of n rows for `forward(scores=...)`: (n, C + 1) uniform numbers.
-        """
-        return uniform((n, self.num_classes + 1), generator=generator, device=device)
 
     def forward(
         self,
