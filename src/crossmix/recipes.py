@@ -141,7 +141,7 @@ MIC = Recipe(
 )
 """What the field builds on today: DAFormer's training with masked image consistency, for any network.
 
-Its sampler and its optimizer are `crossmix.datasets` and `crossmix.optim`: see docs/recipes.md.
+Its sampler and its optimizer belong to the training loop: see docs/recipes.md.
 """
 
 
