@@ -186,7 +186,7 @@ def _check_sigma(sigma: float | Tensor, noise: Tensor) -> Tensor:
     return noise.new_full((1,), sigma)
 
 
-def _check_size(size: Sequence[int]) -> tuple[int, int]:
+def _check_size(size: object) -> tuple[int, int]:
     if not isinstance(size, Sequence) or len(size) != 2 or not all(type(side) is int for side in size):
         raise TypeError(f"`size` must be two ints, height and width, got {size!r}.")
     if min(size) < 1:

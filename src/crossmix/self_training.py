@@ -629,7 +629,7 @@ class SelfTraining(nn.Module):
         if isinstance(part, MaskedImages):
             masked: Tensor = part(images, scores=draw)
             return masked
-        changed = part(images)
+        changed: Tensor = part(images)
         check_images(f"{name}(images)", changed)
         if changed.shape != images.shape:
             raise ValueError(
