@@ -12,15 +12,15 @@ import pytest
 PUBLIC = {
     "crossmix": [
         "BoxMasks", "ClassMix", "ConfidenceWeightedCE", "CowMasks", "CrossDomainMix", "DistributionAlignment",
-        "MeanTeacher", "Mixed", "PseudoLabels", "SelfTraining", "SelfTrainingOutput", "StrongAugment", "functional",
-        "recipes",
+        "MaskedImages", "MeanTeacher", "Mixed", "PseudoLabels", "SelfTraining", "SelfTrainingOutput", "StrongAugment",
+        "functional", "recipes",
     ],
     "crossmix.functional": [
         "align_distribution", "block_mask", "box_mask", "class_mask", "confidence_weight", "cow_mask", "ema_update_",
         "mix", "pseudo_label", "pseudo_label_from_probs", "sample_classes", "upsampled_cross_entropy",
         "weighted_cross_entropy",
     ],
-    "crossmix.recipes": ["METHODS", "PAPER", "RELEASED", "Recipe", "self_training"],
+    "crossmix.recipes": ["METHODS", "MIC", "PAPER", "RELEASED", "Recipe", "self_training"],
     "crossmix.models": [
         "DeepLabV2", "LoadReport", "WeightsError", "deeplab_v2_resnet101", "deeplab_v2_tiny", "load_weights",
         "save_weights",
@@ -89,12 +89,16 @@ SIGNATURES = {
     "crossmix.DistributionAlignment": "num_classes * prior=None momentum=0.999 sync=False",
     "crossmix.SelfTraining":
         "student teacher * mix num_classes=None augment=None criterion=None source_criterion=None align=None "
-        "weigh='target' upsample=False align_corners=True logits=None",
+        "weigh='target' upsample=False align_corners=True logits=None consistency=None consistency_augment=None "
+        "consistency_weight=1.0 ignore_top=0 ignore_bottom=0",
     "crossmix.SelfTraining.forward":
         "self source_images source_labels target_images * target_weights=None generator=None draw=None",
     "crossmix.SelfTraining.terms":
         "self source_images source_labels target_images * target_weights=None generator=None draw=None",
     "crossmix.SelfTraining.sample": "self n size=None * generator=None device=None",
+    "crossmix.MaskedImages": "block=64 ratio=0.7 fill=(0.485, 0.456, 0.406)",
+    "crossmix.MaskedImages.sample": "self n size * generator=None device=None",
+    "crossmix.MaskedImages.forward": "self images * scores=None generator=None",
     "crossmix.recipes.self_training":
         "student num_classes * method='dacs' recipe='released' prior=None sync=False ignore_index=255 upsample=False "
         "align_corners=True logits=None mean=None std=None **overrides",

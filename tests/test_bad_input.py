@@ -12,8 +12,10 @@ from crossmix import (
     ConfidenceWeightedCE,
     CrossDomainMix,
     DistributionAlignment,
+    MaskedImages,
     MeanTeacher,
     SelfTraining,
+    StrongAugment,
     recipes,
 )
 from crossmix import functional as F
@@ -602,7 +604,7 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "recipe",
         lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, recipe="v2"),
         ValueError,
-        "one of 'released', 'paper', got 'v2'",
+        "one of 'released', 'paper', 'mic', got 'v2'",
     ),
     (
         "option",
@@ -621,6 +623,110 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, flavor="none"),
         ValueError,
         "`flavor` must be one of",
+    ),
+    (
+        "consistency without a teacher",
+        lambda: SelfTraining(nn.Conv2d(3, 3, 1), None, mix=None, consistency=MaskedImages()),
+        ValueError,
+        "`consistency` needs the pseudo-labels of a `teacher`, got none; pass a MeanTeacher",
+    ),
+    (
+        "consistency of the source",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, method="source", consistency=MaskedImages()),
+        ValueError,
+        "`consistency` needs the pseudo-labels of a `teacher`",
+    ),
+    (
+        "consistency class",
+        lambda: train(consistency=MaskedImages),
+        TypeError,
+        "`consistency` must be callable, got the class MaskedImages; build a module such as MaskedImages",
+    ),
+    (
+        "consistency_augment",
+        lambda: train(consistency=MaskedImages(), consistency_augment=0.5),
+        TypeError,
+        "`consistency_augment` must be callable, got float",
+    ),
+    (
+        "consistency_weight",
+        lambda: train(consistency_weight=-1.0),
+        ValueError,
+        "`consistency_weight` must be finite and at least 0, got -1.0",
+    ),
+    (
+        "consistency_weight nan",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, consistency_weight=float("nan")),
+        ValueError,
+        "`consistency_weight` must be finite and at least 0, got nan",
+    ),
+    (
+        "block",
+        lambda: train(consistency=MaskedImages(16))(IMAGES, LABELS, IMAGES),
+        ValueError,
+        "`block` must fit into the images, got 16 pixels for images of 4 x 5; take a smaller one, or None",
+    ),
+    (
+        "shape of masked images",
+        lambda: train(consistency=lambda images: images[..., 1:])(IMAGES, LABELS, IMAGES),
+        ValueError,
+        r"`consistency` must keep the shape of images, \(2, 3, 4, 5\), got \(2, 3, 4, 4\)",
+    ),
+    (
+        "no size",
+        lambda: train(consistency=MaskedImages(2)).sample(2),
+        ValueError,
+        r"`size` must be given, since the blocks of `consistency` depend on it; pass \(height, width\)",
+    ),
+    (
+        "draw without blocks",
+        lambda: train(consistency=MaskedImages(2))(IMAGES, LABELS, IMAGES, draw=train().sample(2)),
+        ValueError,
+        "`draw.consistency` must be given, since there is a `MaskedImages`; make the draw with `sample`",
+    ),
+    (
+        "draw without colours",
+        lambda: train(consistency=MaskedImages(2), consistency_augment=StrongAugment())(
+            IMAGES, LABELS, IMAGES, draw=train(consistency=MaskedImages(2)).sample(2, (4, 5))
+        ),
+        ValueError,
+        "`draw.consistency_augment` must be given, since there is a `StrongAugment`",
+    ),
+    (
+        "ignored rows",
+        lambda: train(ignore_top=-1),
+        ValueError,
+        "`ignore_top` must be at least 0, got -1",
+    ),
+    (
+        "share of ignored rows",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, ignore_bottom=0.1),
+        TypeError,
+        "`ignore_bottom` must be an int, got float; count rows of an image of 512",
+    ),
+    (
+        "all rows",
+        lambda: train(ignore_top=500, ignore_bottom=12),
+        ValueError,
+        "`ignore_top` and `ignore_bottom` must leave some of 512 rows, got 500 and 12",
+    ),
+    (
+        "recipe's consistency",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, consistency=64),
+        TypeError,
+        "`consistency` must be True, False, None or a MaskedImages, got 64",
+    ),
+    (
+        "recipe's block",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, recipe="mic", consistency_block=0),
+        ValueError,
+        "`consistency_block` must be at least 1 pixel, got 0",
+    ),
+    (
+        "recipe's ratio",
+        lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, recipe="mic", consistency_ratio=1.5),
+        ValueError,
+        r"`consistency_ratio` must lie in \[0, 1\], got 1.5",
     ),
     (
         "prior",

@@ -152,7 +152,7 @@ class Twins:
         source_labels = torch.randint(0, C, (batch, 8, 9), generator=generator, dtype=torch.uint8)
         data = (source_images.clone(), source_labels, target_images.clone())
         allowed = torch.rand(batch, 8, 9, generator=generator)
-        draw = self.trainings[0].sample(batch, generator=generator)
+        draw = self.trainings[0].sample(batch, (8, 9), generator=generator)
         if dynamic:
             for value in tree_leaves((data, allowed, draw)):
                 if value is not None:
@@ -174,11 +174,14 @@ class Twins:
         torch.testing.assert_close(*(dict(one.state_dict()) for one in self.trainings), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("method", "upsample"), [*((name, False) for name in recipes.METHODS), ("dacs", True)])
-def test_self_training__twenty_steps_by_one_graph(method: str, upsample: bool) -> None:
+CASES = [*((name, False, "released") for name in recipes.METHODS), ("dacs", True, "released"), ("dacs", True, "mic")]
+
+
+@pytest.mark.parametrize(("method", "upsample", "recipe"), CASES)
+def test_self_training__twenty_steps_by_one_graph(method: str, upsample: bool, recipe: str) -> None:
     torch.compiler.reset()
     student = network(stride=2 if upsample else 1)
-    training = recipes.self_training(student, C, method=method, upsample=upsample, threshold=0.25)
+    training = recipes.self_training(student, C, method=method, recipe=recipe, upsample=upsample, threshold=0.25)
     twins = Twins(training.train())
     twins.compiled = torch.compile(training, fullgraph=True, backend="aot_eager")
     twins.step(0)
@@ -187,11 +190,12 @@ def test_self_training__twenty_steps_by_one_graph(method: str, upsample: bool) -
             twins.step(number)
 
 
-@pytest.mark.parametrize(("method", "upsample"), [*((name, False) for name in recipes.METHODS), ("dacs", True)])
-def test_self_training__any_batch_size_by_one_graph(method: str, upsample: bool) -> None:
+@pytest.mark.parametrize(("method", "upsample", "recipe"), CASES)
+def test_self_training__any_batch_size_by_one_graph(method: str, upsample: bool, recipe: str) -> None:
     torch.compiler.reset()
     student = network(stride=2 if upsample else 1)
-    training = recipes.self_training(student, C, method=method, recipe="paper", upsample=upsample, threshold=0.25)
+    recipe = "paper" if recipe == "released" else recipe
+    training = recipes.self_training(student, C, method=method, recipe=recipe, upsample=upsample, threshold=0.25)
     twins = Twins(training.train())
     twins.compiled = torch.compile(training, fullgraph=True, backend="eager")
     twins.step(0, dynamic=True)

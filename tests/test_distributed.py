@@ -15,7 +15,8 @@ SCRIPT = textwrap.dedent(
     import torch.distributed as dist
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
-    from crossmix import ConfidenceWeightedCE, CrossDomainMix, DistributionAlignment, MeanTeacher, SelfTraining
+    from crossmix import ConfidenceWeightedCE, CrossDomainMix, DistributionAlignment, MaskedImages, MeanTeacher
+    from crossmix import SelfTraining
     from crossmix.diagnostics import PseudoLabelMonitor
     from crossmix.functional import pseudo_label_from_probs
     from crossmix.metrics import ConfusionMatrix
@@ -42,6 +43,7 @@ SCRIPT = textwrap.dedent(
             student, teacher, mix=CrossDomainMix(3),
             criterion=ConfidenceWeightedCE(0.5, scope="batch", normalizer=normalizer, sync=sync),
             source_criterion=ConfidenceWeightedCE(normalizer="valid", sync=sync),
+            consistency=MaskedImages(2), ignore_bottom=120,
         )
 
     rows = slice(2 * rank, 2 * rank + 2)
@@ -52,10 +54,10 @@ SCRIPT = textwrap.dedent(
         two = training(wrapped, MeanTeacher(wrapped), normalizer, sync=True)
         optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (whole, part)]
         for step in range(20):
-            draw = one.sample(4, generator=torch.Generator().manual_seed(step))
-            mine = draw._replace(scores=draw.scores[rows])
+            draw = one.sample(4, (6, 8), generator=torch.Generator().manual_seed(step))
             a = one(source, labels, target, draw=draw)
-            b = two(source[rows], labels[rows], target[rows], draw=mine)
+            b = two(source[rows], labels[rows], target[rows], draw=draw.rows(rows))
+            assert a.consistency_loss > 0
             torch.testing.assert_close(b.mixed.weights, a.mixed.weights[rows], rtol=tolerance, atol=0)
             for optimizer, output, owner in zip(optimizers, (a, b), (one, two)):
                 optimizer.zero_grad()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from checks import Watch, check_module, check_op
-from crossmix import BoxMasks, CowMasks
+from crossmix import BoxMasks, CowMasks, MaskedImages
 from crossmix import functional as F
 from oracles import seeded
 
@@ -381,5 +381,108 @@ CASES: list[tuple[str, Callable[[], object], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("call", "error", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_mistakes(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def hidden_by_loop(images: Tensor, scores: Tensor, block: int, ratio: float, fill: tuple[float, ...]) -> Tensor:
+    out = images.clone()
+    for i, c, row, column in np.ndindex(*images.shape):
+        if float(scores[i, row // block, column // block]) < ratio:
+            out[i, c, row, column] = fill[c]
+    return out
+
+
+@given(st.integers(0, 3), st.integers(1, 20), st.integers(1, 20), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_masked_images__equals_the_loop(n: int, height: int, width: int, share: float, ratio: float) -> None:
+    images = torch.rand(n, 3, height, width, generator=seeded(height), dtype=torch.float64)
+    block = 1 + int(share * (min(height, width) - 1))
+    hide = MaskedImages(block, ratio)
+    scores = hide.sample(n, (height, width), generator=seeded(width))
+    assert scores.shape == (n, -(-height // block), -(-width // block))
+    want = hidden_by_loop(images, scores, block, ratio, (0.485, 0.456, 0.406))
+    assert torch.equal(hide(images, scores=scores), want)
+    assert torch.equal(hide(images, generator=seeded(width)), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_masked_images__as_every_function(dtype: torch.dtype) -> None:
+    hide = MaskedImages(4, fill=(0.25, 0.5, 0.75))
+    images = torch.rand(5, 3, 9, 14, generator=seeded(0)).to(dtype)
+    check_op(lambda images, scores: hide(images, scores=scores), {"images": images, "scores": GRID})
+    for layout in (torch.contiguous_format, torch.channels_last):
+        hidden = hide(images.contiguous(memory_format=layout), scores=GRID)
+        assert hidden.dtype == dtype
+        assert hidden.is_contiguous(memory_format=layout)
+
+
+def test_masked_images__as_every_module() -> None:
+    images = torch.rand(5, 3, 9, 14, generator=seeded(0))
+    shown = {"block": 4, "ratio": 0.5, "fill": (0.0, 0.0, 0.0)}
+    check_module(MaskedImages(4, 0.5, [0, 0, 0]), lambda hide: hide(images, scores=GRID), shown)
+
+
+def test_masked_images__compiled_equal_eager() -> None:
+    torch.compiler.reset()
+    images = torch.rand(5, 3, 9, 14, generator=seeded(0))
+    hide = MaskedImages(4)
+    compiled = torch.compile(hide, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images, scores=GRID), hide(images, scores=GRID))
+
+
+def test_masked_images__hides_the_share_it_is_asked_for_in_every_block() -> None:
+    n, ratio = 20_000, 0.7
+    hidden = MaskedImages(1, ratio, (2.0,))(torch.zeros(n, 1, 2, 3), generator=seeded(0))[:, 0] == 2.0
+    counts = hidden.sum(0).flatten().double()
+    chi_square = float(((counts - ratio * n) ** 2 / (n * ratio * (1 - ratio))).sum())
+    assert chi_square < 22.5  # of 6 degrees of freedom, in all but 1 of 1000
+    pairs = torch.corrcoef(hidden.flatten(1).T.double()) - torch.eye(6)
+    assert float(pairs.abs().max()) < 4 / math.sqrt(n)  # each by itself
+
+
+@pytest.mark.parametrize(
+    ("size", "block"),
+    [((1024, 1024), 64), ((512, 513), 64), ((512, 512), 32), ((64, 128), 32), ((40, 24), 24), ((1, 1), 1)],
+)
+def test_masked_images__blocks_go_by_the_size_where_asked(size: tuple[int, int], block: int) -> None:
+    hide, same = MaskedImages(None), MaskedImages(block)
+    scores = hide.sample(1, size, generator=seeded(0))
+    assert torch.equal(scores, same.sample(1, size, generator=seeded(0)))
+    images = torch.rand(1, 3, *size, generator=seeded(1))
+    assert torch.equal(hide(images, scores=scores), same(images, scores=scores))
+
+
+def test_masked_images__leaves_the_global_generator_alone_and_lets_gradients_through() -> None:
+    state = torch.get_rng_state()
+    images = torch.rand(2, 3, 8, 8, generator=seeded(0)).requires_grad_()
+    hidden = MaskedImages(4)(images, generator=seeded(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    hidden.sum().backward()
+    assert torch.equal(images.grad == 1, hidden == images)
+
+
+IMAGES = torch.rand(5, 3, 9, 14, generator=seeded(4))
+MASKED: list[tuple[str, Callable[[], object], type[Exception], str]] = [
+    ("block", lambda: MaskedImages(0), ValueError, "`block` must be at least 1 pixel, got 0"),
+    ("block type", lambda: MaskedImages(4.0), TypeError, "`block` must be an int, got float"),
+    ("ratio", lambda: MaskedImages(4, 1.5), ValueError, r"`ratio` must lie in \[0, 1\], got 1.5"),
+    ("fill", lambda: MaskedImages(4, fill=()), ValueError, "`fill` must hold a finite number per channel, got"),
+    ("fill nan", lambda: MaskedImages(4, fill=(math.nan,) * 3), ValueError, "`fill` must hold a finite number"),
+    ("fill type", lambda: MaskedImages(4, fill=0.5), TypeError, "`fill` must hold a number per channel, got float"),
+    ("too large", lambda: MaskedImages()(IMAGES), ValueError, "got 64 pixels for images of 9 x 14; take a smaller one"),
+    ("large", lambda: MaskedImages(10).sample(1, (9, 14)), ValueError, "got 10 pixels for images of 9 x 14"),
+    ("size", lambda: MaskedImages().sample(1, 64), TypeError, "`size` must be two ints, height and width, got 64"),
+    ("images", lambda: MaskedImages(4)(IMAGES[0]), ValueError, r"`images` must have shape \(N, 3, H, W\)"),
+    ("channels", lambda: MaskedImages(4)(IMAGES[:, :1]), ValueError, r"must have shape \(N, 3, H, W\), got \(5, 1,"),
+    ("bytes", lambda: MaskedImages(4)(IMAGES.byte()), TypeError, r"`images` must be floating in \[0, 1\]"),
+    ("grid", lambda: MaskedImages(5)(IMAGES, scores=GRID), ValueError, r"= \(N, 2, 3\), got \(5, 3, 4\)"),
+    ("batch", lambda: MaskedImages(4)(IMAGES[:2], scores=GRID), ValueError, "is for 5 images but `images` holds 2"),
+    ("device", lambda: MaskedImages(4)(IMAGES, scores=GRID.to("meta")), ValueError, "`scores` is on meta but `images`"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [case[1:] for case in MASKED], ids=[case[0] for case in MASKED])
+def test_masked_images__mistakes(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()

@@ -16,6 +16,7 @@ from crossmix import (
     ClassMix,
     CowMasks,
     CrossDomainMix,
+    MaskedImages,
     SelfTraining,
     SelfTrainingOutput,
     _checks,
@@ -157,7 +158,7 @@ def unseen_reports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("upsample", [False, True])
-@pytest.mark.parametrize("recipe", ["released", "paper"])
+@pytest.mark.parametrize("recipe", ["released", "paper", "mic"])
 @pytest.mark.parametrize("method", recipes.METHODS)
 @pytest.mark.parametrize("device", ["cpu", "meta"])  # meta: as far from the host's memory as a GPU
 def test_self_training__a_whole_step(
@@ -215,6 +216,8 @@ def test_functional(num_classes: int) -> None:
         F.box_mask(box, (9, 9))
         F.block_mask(blocks, (9, 9), 4)
         F.cow_mask(logits[:, 0], sigma=2.0)
+        MaskedImages(4)(images)
+        MaskedImages(4)(images, scores=blocks)
         for smoothing in (0.0, 0.1):  # the guard does not see into the operator
             sum_by_blocks(
                 logits[..., :3, :3],
@@ -241,10 +244,12 @@ def test_pseudo_label_monitor() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("recipe", ["released", "mic"])
 @pytest.mark.parametrize("method", recipes.METHODS)
-def test_cuda__sync_debug_mode(method: str, optimizer: str, upsample: bool) -> None:
+def test_cuda__sync_debug_mode(method: str, recipe: str, optimizer: str, upsample: bool) -> None:
     with torch.device("cuda"):
-        training = recipes.self_training(network(stride=2 if upsample else 1), C, method=method, upsample=upsample)
+        student = network(stride=2 if upsample else 1)
+        training = recipes.self_training(student, C, method=method, recipe=recipe, upsample=upsample)
         step = Stepper(training.train(), optimizer)
         monitor = PseudoLabelMonitor(C)
     for attempt in range(4):
@@ -260,9 +265,9 @@ def test_cuda__sync_debug_mode(method: str, optimizer: str, upsample: bool) -> N
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda__a_draw_by_a_generator_of_the_cpu_comes_from_pinned_memory() -> None:
-    training = recipes.self_training(network(), C)
+    training = recipes.self_training(network(), C, recipe="mic")
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        training.sample(2, generator=seeded(0), device="cuda")
+        training.sample(2, (12, 16), generator=seeded(0), device="cuda")
         torch.cuda.synchronize()
     copies = [event.name for event in profiled.events() if event.name.startswith("Memcpy")]
     assert copies

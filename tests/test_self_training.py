@@ -19,6 +19,7 @@ from crossmix import (
     ConfidenceWeightedCE,
     CrossDomainMix,
     DistributionAlignment,
+    MaskedImages,
     MeanTeacher,
     Mixed,
     SelfTraining,
@@ -27,8 +28,10 @@ from crossmix import (
 )
 from crossmix import functional as F
 from crossmix.models import deeplab_v2_tiny
+from crossmix.self_training import SelfTrainingDraw
 from oracles import (
     SlowNetwork,
+    augment_one_by_one,
     classes_by_loop,
     mask_by_loop,
     mean_cross_entropy,
@@ -137,6 +140,256 @@ def test_training__equals_the_slow_reference_over_steps(recipe: str, dtype: torc
         for name, p in training.teacher.module.named_parameters():
             close(p, teacher[name])
     assert any(0.05 < value < 0.95 for value in lambdas)  # the weights were no trivial 0 or 1
+
+
+def slow_mic_gradients(
+    student: dict[str, Tensor],
+    teacher: dict[str, Tensor],
+    data: tuple[Tensor, Tensor, Tensor],
+    draw: SelfTrainingDraw,
+    allowed: Tensor,
+    block: int,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Masked image consistency in three separate passes, each backpropagated by itself: losses and gradients."""
+    source, labels, target = data
+    assert draw.scores is not None
+    assert draw.augment is not None
+    assert draw.consistency is not None
+    assert draw.consistency_augment is not None
+    probs = softmax(with_batch_statistics(teacher, target)).detach()
+    confidence, pseudo = probs.max(1)
+    lam = (confidence >= THRESHOLD).to(source.dtype).mean()  # of the batch, ignored rows included
+    weights = lam * allowed.clone()
+    weights[:, : round(100 / 512 * H)] = 0
+    weights[:, H - round(120 / 512 * H) :] = 0
+    mask = mask_by_loop(labels, classes_by_loop(labels, C, draw.scores, 0.5, 255, ignored=False), 255)
+    images, mixed_labels, mixed_weights = paste(
+        (source, labels, torch.ones_like(weights)), (target, pseudo, weights), mask
+    )
+    jittered = augment_one_by_one(target, draw.consistency_augment, "torchvision")
+    hidden = jittered.clone()
+    for i, channel, row, column in np.ndindex(*hidden.shape):
+        if float(draw.consistency[i, row // block, column // block]) < 0.7:
+            hidden[i, channel, row, column] = (0.485, 0.456, 0.406)[channel]
+    passes = (
+        (source, labels, torch.ones_like(weights), int((labels != 255).sum())),
+        (augment_one_by_one(images, draw.augment, "torchvision"), mixed_labels.long(), mixed_weights, N * H * W),
+        (hidden, pseudo, weights, N * H * W),
+    )
+    losses, gradients = {}, [torch.zeros_like(p) for p in student.values()]
+    for name, (seen, truth, pixel_weights, divisor) in zip(("source", "mixed", "consistency"), passes, strict=True):
+        loss = mean_cross_entropy(with_batch_statistics(student, seen), truth, pixel_weights, divisor)
+        for total, gradient in zip(gradients, torch.autograd.grad(loss, list(student.values())), strict=True):
+            total.add_(gradient)
+        losses[f"{name}_loss"] = loss.detach()
+    return losses, gradients
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_mic__equals_the_slow_reference_over_steps(one_by_one: bool) -> None:
+    network = confident_network()
+    training = recipes.self_training(network, C, recipe="mic", ignore_top=100, consistency_block=2).train()
+    optimizer = torch.optim.SGD(network.parameters(), 0.05)
+    slow = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+    teacher = {name: p.detach().clone() for name, p in slow.items()}
+    for step in range(4):
+        data, allowed = batch(step), torch.rand(N, H, W, generator=seeded(step), dtype=torch.float64)
+        draw = training.sample(N, (H, W), generator=seeded(50 + step))
+        optimizer.zero_grad()
+        if one_by_one:
+            losses = {}
+            for name, loss in training.terms(*data, target_weights=allowed, draw=draw):
+                loss.backward()
+                losses[name] = loss.detach()
+        else:
+            output = training(*data, target_weights=allowed, draw=draw)
+            output.loss.backward()
+            losses = {name: getattr(output, name).detach() for name in slow_names(output)}
+            torch.testing.assert_close(output.loss.detach(), torch.stack(list(losses.values())).sum())
+        want, gradients = slow_mic_gradients(slow, teacher, data, draw, allowed, 2)
+        assert list(losses) == list(want)
+        torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-6)  # kornia's blur has 51 taps
+        got = [p.grad for p in network.parameters()]
+        torch.testing.assert_close(got, gradients, rtol=1e-4, atol=1e-5)
+        assert float(want["consistency_loss"]) > 1e-3
+        optimizer.step()
+        training.update()
+        with torch.no_grad():
+            alpha = min(1 - 1 / (step + 1), 0.999)
+            for (name, value), gradient in zip(slow.items(), gradients, strict=True):
+                value.sub_(0.05 * gradient)
+                teacher[name].mul_(alpha).add_((1 - alpha) * value)
+
+
+def slow_names(output: object) -> list[str]:
+    return [name for name in ("source_loss", "mixed_loss", "consistency_loss") if hasattr(output, name)]
+
+
+@pytest.mark.parametrize("weigh", ["target", "mixed"])
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("method", ["pseudo-label", "classmix", "alignment", "dacs"])
+def test_consistency__is_the_loss_on_hidden_target_images(method: str, upsample: bool, weigh: str) -> None:
+    """With every method; the teacher's one pass serves both terms, and the rest of the step stays as it is."""
+    torch.manual_seed(0)
+    network = deeplab_v2_tiny(C, upsample=not upsample).double()
+    options = {"upsample": upsample, "weigh": weigh, "threshold": 0.25, "consistency_block": 16}
+    training = recipes.self_training(network, C, method=method, recipe="mic", **options).train()
+    plain = copy.deepcopy(training)
+    plain.consistency = None
+    source, target = torch.rand(2, N, 3, 45, 52, dtype=torch.float64, generator=seeded(0))
+    labels = torch.randint(0, C, (N, 45, 52), generator=seeded(1), dtype=torch.uint8)
+    allowed = torch.rand(N, 45, 52, generator=seeded(2), dtype=torch.float64)
+    draw = training.sample(N, (45, 52), generator=seeded(3))
+    student = copy.deepcopy(training.student)
+    asked: list[Tensor] = []
+    training.teacher.register_forward_pre_hook(lambda _, args: asked.append(args[0]))
+    output = training(source, labels, target, target_weights=allowed, draw=draw)
+    assert len(asked) == 1
+    assert asked[0] is target
+    without = plain(source, labels, target, target_weights=allowed, draw=draw)
+    for name in ("source_loss", "mixed_loss", "confidence", "target_weight"):
+        assert torch.equal(getattr(output, name), getattr(without, name))
+    assert float(without.consistency_loss) == 0
+    torch.testing.assert_close(output.loss, without.loss + output.consistency_loss)
+
+    hide = MaskedImages(16)
+    images = hide(training.consistency_augment(target, draw=draw.consistency_augment), scores=draw.consistency)
+    probs = F.pseudo_label_from_probs(
+        align_if_there(
+            training,
+            nn.functional.interpolate(training.teacher(target), (45, 52), mode="bilinear", align_corners=True).softmax(
+                1
+            ),
+        )
+    )
+    weights = F.confidence_weight(probs.confidence, 0.25, scope="batch") * allowed
+    weights[:, : round(15 / 512 * 45)] = 0
+    weights[:, 45 - round(120 / 512 * 45) :] = 0
+    assert 0 < int((weights > 0).sum()) < weights.numel()
+    logits = nn.functional.interpolate(student(images), (45, 52), mode="bilinear", align_corners=True)
+    want = (nn.functional.cross_entropy(logits, probs.labels, reduction="none") * weights).mean()
+    torch.testing.assert_close(output.consistency_loss, want, rtol=1e-9, atol=1e-12)
+
+
+def align_if_there(training: SelfTraining, probs: Tensor) -> Tensor:
+    aligned: Tensor = probs if training.align is None else training.align(probs)
+    return aligned
+
+
+def test_consistency__weight_is_a_factor_of_loss_and_gradient() -> None:
+    data = batch(1)
+    training = build("dacs", recipe="mic", consistency_block=2)
+    draw = training.sample(N, (H, W), generator=seeded(2))
+    losses, gradients = [], []
+    for weight in (0.0, 1.0, 0.5):
+        training = build("dacs", recipe="mic", consistency_block=2, consistency_weight=weight)
+        output = training(*data, draw=draw)
+        output.loss.backward()
+        losses.append(output.consistency_loss.detach())
+        gradients.append([p.grad for p in training.student.parameters()])
+    assert float(losses[0]) == 0 < float(losses[1])
+    torch.testing.assert_close(losses[2], losses[1] / 2)
+    for none, whole, half in zip(*gradients, strict=True):
+        torch.testing.assert_close(half, (none + whole) / 2)
+
+
+def test_consistency__may_be_any_callable() -> None:
+    network = confident_network()
+    seen: list[Tensor] = []
+
+    def darker(images: Tensor) -> Tensor:
+        return images / 2
+
+    def keep(images: Tensor) -> Tensor:
+        seen.append(images)
+        return images
+
+    training = SelfTraining(
+        network, MeanTeacher(network), mix=CrossDomainMix(C), consistency=keep, consistency_augment=darker
+    ).train()
+    data = batch(0)
+    assert training.sample(N)._replace(scores=None) == (None,) * 4
+    output = training(*data, generator=seeded(0))
+    assert torch.equal(seen[0], data[2] / 2)  # augmented first
+    probs = F.pseudo_label(training.teacher(data[2]))
+    weights = F.confidence_weight(probs.confidence)
+    logits = with_batch_statistics(dict(network.named_parameters()), data[2] / 2)
+    torch.testing.assert_close(output.consistency_loss, F.weighted_cross_entropy(logits, probs.labels, weights))
+
+
+def test_consistency__draws_replay_split_over_ranks_and_leave_the_others_alone() -> None:
+    network = confident_network()
+    with torch.no_grad():
+        network.norm = nn.Identity()  # batch statistics are the one thing that does not split
+    training = SelfTraining(
+        network,
+        MeanTeacher(network),
+        mix=CrossDomainMix(C),
+        augment=StrongAugment(),
+        consistency=MaskedImages(2),
+        consistency_augment=StrongAugment(),
+    ).train()
+    data = batch(0)
+    draw = training.sample(N, (H, W), generator=seeded(5))
+    whole = training(*data, draw=draw)
+    assert torch.equal(training(*data, generator=seeded(5)).loss, whole.loss)
+    halves = [
+        training(*(x[rows] for x in data), draw=draw.rows(rows)).consistency_loss for rows in (slice(0, 1), slice(1, 2))
+    ]
+    torch.testing.assert_close(torch.stack(halves).mean(), whole.consistency_loss)  # lambda is per image here
+    plain = SelfTraining(network, MeanTeacher(network), mix=CrossDomainMix(C), augment=StrongAugment())
+    same = plain.sample(N, (H, W), generator=seeded(5))
+    assert torch.equal(same.scores, draw.scores)  # the draws of the other terms come first
+    torch.testing.assert_close(tuple(same.augment), tuple(draw.augment), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("height", [4, 6, 63, 512, 1000])
+@pytest.mark.parametrize("weigh", ["target", "mixed"])
+@pytest.mark.parametrize("kind", ["dacs", "classmix", "pseudo-label"])
+def test_ignored_rows__weigh_nothing_and_count_in_lambda(kind: str, weigh: str, height: int) -> None:
+    """As `target_weights` that are 0 in these rows."""
+    network = confident_network(torch.float32)
+    source, target = torch.rand(2, 2, 3, height, 3, generator=seeded(0))
+    labels = torch.randint(0, C, (2, height, 3), generator=seeded(1))
+    rows = torch.ones(2, height, 3)
+    rows[:, : int(15 * height / 512 + 0.5)] = 0
+    rows[:, height - int(120 * height / 512 + 0.5) :] = 0
+    mix = {"dacs": CrossDomainMix(C), "classmix": ClassMix(C), "pseudo-label": None}[kind]
+    options = {"mix": mix, "weigh": weigh, "num_classes": C}
+    training = SelfTraining(network, MeanTeacher(network), **options, ignore_top=15, ignore_bottom=120).train()
+    plain = SelfTraining(network, MeanTeacher(network), **options).train()
+    got = training(source, labels, target, generator=seeded(2))
+    want = plain(source, labels, target, target_weights=rows, generator=seeded(2))
+    assert torch.equal(got.mixed.weights, want.mixed.weights)
+    assert torch.equal(got.mixed_loss, want.mixed_loss)
+    assert torch.equal(got.target_weight, want.target_weight)
+    both = training(source, labels, target, target_weights=torch.tensor([0.0, 0.5]), generator=seeded(2))
+    want = plain(
+        source, labels, target, target_weights=rows * torch.tensor([0.0, 0.5])[:, None, None], generator=seeded(2)
+    )
+    assert torch.equal(both.mixed.weights, want.mixed.weights)
+
+
+def test_mix__makes_its_own_scores_where_it_can() -> None:
+    class Rows(nn.Module):
+        """A mask of its own, which depends on the size."""
+
+        def sample_scores(self, n: int, size: tuple[int, int], **where: Any) -> Tensor:
+            return torch.rand(n, size[0], generator=where["generator"], device=where["device"])
+
+        def forward(
+            self, xs: Tensor, ys: Tensor, xt: Tensor, yt: Tensor, w: Tensor, *, scores: Tensor | None = None
+        ) -> Mixed:
+            mask = (scores < 0.5)[:, :, None].expand(ys.shape)
+            return Mixed(F.mix(xs, xt, mask), F.mix(ys, yt, mask), F.mix(torch.ones_like(w), w, mask), mask)
+
+    network = confident_network()
+    training = SelfTraining(network, MeanTeacher(network), mix=Rows()).train()  # which needs no number of classes
+    draw = training.sample(N, (H, W), generator=seeded(1))
+    assert draw.scores.shape == (N, H)
+    mixed = training(*batch(0), generator=seeded(1)).mixed
+    assert torch.equal(mixed.mask, (draw.scores < 0.5)[:, :, None].expand(N, H, W))
+    assert torch.equal(training(*batch(0), draw=draw).mixed.mask, mixed.mask)
 
 
 def test_forward__augments_the_mixed_images_alone() -> None:
@@ -366,16 +619,17 @@ def test_augment__may_be_any_callable() -> None:
     torch.testing.assert_close(flipped.mixed.images, 1 - straight.mixed.images)
 
 
+@pytest.mark.parametrize("recipe", ["released", "mic"])
 @pytest.mark.parametrize("method", recipes.METHODS)
-def test_degenerate__all_ignored_and_empty_batches(method: str) -> None:
-    training = recipes.self_training(nn.Conv2d(3, C, 1), C, method=method).train()
+def test_degenerate__all_ignored_and_empty_batches(method: str, recipe: str) -> None:
+    training = recipes.self_training(nn.Conv2d(3, C, 1), C, method=method, recipe=recipe).train()
     images = torch.rand(2, 3, 4, 4)
     output = training(images, torch.full((2, 4, 4), 255), images)
     assert float(output.source_loss.detach()) == 0
     assert bool(output.loss.isfinite())
     empty = torch.rand(0, 3, 4, 4)
     for student in (nn.Conv2d(3, C, 1), SlowNetwork(C)):
-        training = recipes.self_training(student, C, method=method).train()
+        training = recipes.self_training(student, C, method=method, recipe=recipe).train()
         output = training(empty, torch.zeros(0, 4, 4, dtype=torch.uint8), empty)
         assert float(output.loss.detach()) == 0
         output.loss.backward()
@@ -383,9 +637,10 @@ def test_degenerate__all_ignored_and_empty_batches(method: str) -> None:
         assert all(value.isfinite().all() for value in training.state_dict().values())
 
 
+@pytest.mark.parametrize("recipe", ["released", "mic"])
 @pytest.mark.parametrize("method", recipes.METHODS)
-def test_autocast__losses_are_float32(method: str) -> None:
-    training = recipes.self_training(confident_network(torch.float32), C, method=method).train()
+def test_autocast__losses_are_float32(method: str, recipe: str) -> None:
+    training = recipes.self_training(confident_network(torch.float32), C, method=method, recipe=recipe).train()
     data = batch(0, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         output = training(*data, generator=seeded(0))
@@ -395,9 +650,10 @@ def test_autocast__losses_are_float32(method: str) -> None:
     assert float(output.source_loss.detach()) == pytest.approx(float(full.source_loss.detach()), rel=0.05)
 
 
+@pytest.mark.parametrize("recipe", ["released", "mic"])
 @pytest.mark.parametrize("method", recipes.METHODS)
-def test_state_dict__resumes_bit_for_bit(method: str) -> None:
-    runs = [build(method) for _ in range(2)]
+def test_state_dict__resumes_bit_for_bit(method: str, recipe: str) -> None:
+    runs = [build(method, recipe=recipe) for _ in range(2)]
     optimizers = [torch.optim.SGD(t.student.parameters(), 0.05, momentum=0.9) for t in runs]
 
     def step(k: int, run: int) -> None:
@@ -475,6 +731,53 @@ SWITCHES: list[tuple[str, object, object, Callable[[SelfTraining], object]]] = [
     ("flavor", "additive", "torchvision", lambda t: t.augment.flavor),
     ("same_on_batch", True, False, lambda t: t.augment.same_on_batch),
 ]
+MIC: list[tuple[str, object, Callable[[SelfTraining], object]]] = [
+    ("weigh", "target", lambda t: t.weigh),
+    ("scope", "batch", lambda t: t.criterion.scope),
+    ("source_normalizer", "valid", lambda t: t.source_criterion.normalizer),
+    ("include_ignored", False, lambda t: t.mix.include_ignored),
+    ("decay", 0.999, lambda t: t.teacher.decay),
+    ("mode", "train", lambda t: t.teacher.mode),
+    ("flavor", "torchvision", lambda t: t.consistency_augment.flavor),
+    ("same_on_batch", False, lambda t: t.consistency_augment.same_on_batch),
+    ("threshold", 0.968, lambda t: t.criterion.threshold),
+    ("ignore_top", 15, lambda t: t.ignore_top),
+    ("ignore_bottom", 120, lambda t: t.ignore_bottom),
+    ("consistency", True, lambda t: isinstance(t.consistency, MaskedImages)),
+    ("consistency_block", None, lambda t: t.consistency.block),
+    ("consistency_ratio", 0.7, lambda t: t.consistency.ratio),
+    ("consistency_weight", 1.0, lambda t: t.consistency_weight),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "read"), MIC)
+def test_recipes__mic(name: str, value: object, read: Callable[[SelfTraining], object]) -> None:
+    assert getattr(recipes.MIC, name) == value
+    assert read(build("dacs", recipe="mic")) == value
+    assert {name for name, *_ in MIC} == set(recipes.Recipe.__dataclass_fields__)  # all are looked at
+
+
+def test_recipes__consistency_is_on_or_off_or_ones_own_in_each() -> None:
+    own = MaskedImages(8)
+    for recipe in ("released", "paper", "mic"):
+        assert (build("dacs", recipe=recipe).consistency is None) == (recipe != "mic")
+        assert build("dacs", recipe=recipe, consistency=own).consistency is own
+        for off in (None, False):
+            training = build("dacs", recipe=recipe, consistency=off)
+            assert training.consistency is training.consistency_augment is None
+        training = build("dacs", recipe=recipe, consistency=True, consistency_block=8, consistency_ratio=0.5)
+        assert (training.consistency.block, training.consistency.ratio) == (8, 0.5)
+        assert training.consistency_augment is not training.augment
+        assert repr(training.consistency_augment) == repr(training.augment)
+        assert build("source", recipe=recipe).consistency is None
+    assert build("pseudo-label", recipe="mic", ignore_top=0, ignore_bottom=7).ignore_bottom == 7
+
+
+def test_recipes__what_is_hidden_is_the_mean_colour_of_normalised_images_too() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert build("dacs", recipe="mic", mean=mean, std=std).consistency.fill == (0.0, 0.0, 0.0)
+    other = build("dacs", recipe="mic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.5)).consistency.fill
+    assert other == pytest.approx((-0.03, -0.176, -0.188))
 
 
 @pytest.mark.parametrize(("name", "released", "paper", "read"), SWITCHES)
@@ -763,8 +1066,9 @@ def test_augment__keeps_the_dtype_of_the_images() -> None:
     assert training(images, torch.zeros(2, 4, 4).long(), images).mixed.images.dtype == torch.float32
 
 
+@pytest.mark.parametrize("recipe", ["released", "mic"])
 @pytest.mark.parametrize("method", recipes.METHODS)
-def test_images__may_be_normalised_where_the_augmentation_knows(method: str) -> None:
+def test_images__may_be_normalised_where_the_augmentation_knows(method: str, recipe: str) -> None:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     shift, scale = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (mean, std))
 
@@ -778,14 +1082,16 @@ def test_images__may_be_normalised_where_the_augmentation_knows(method: str) -> 
             return out
 
     source, labels, target = batch(0)
-    want = recipes.self_training(Normalising(), C, method=method)(source, labels, target, generator=seeded(0))
+    want = recipes.self_training(Normalising(), C, method=method, recipe=recipe)(
+        source, labels, target, generator=seeded(0)
+    )
     source, target = (source - shift) / scale, (target - shift) / scale
-    got = build(method, mean=mean, std=std)(source, labels, target, generator=seeded(0))
+    got = build(method, recipe=recipe, mean=mean, std=std)(source, labels, target, generator=seeded(0))
     torch.testing.assert_close(got.loss, want.loss)
     with pytest.raises(ValueError, match=r"`source_images` must lie in \[0, 1\], got values from -2"):
-        build(method)(source, labels, target)
+        build(method, recipe=recipe)(source, labels, target)
     with pytest.raises(ValueError, match=r"`target_images` must lie in \[0, 1\] before they are normalised by mean="):
-        build(method, mean=mean, std=std)(source, labels, 255 * target)
+        build(method, recipe=recipe, mean=mean, std=std)(source, labels, 255 * target)
 
 
 def test_images__overshoot_and_nan_are_let_through() -> None:
@@ -797,17 +1103,19 @@ def test_images__overshoot_and_nan_are_let_through() -> None:
     assert bool(training(source, labels, target).loss.isnan())
 
 
+@pytest.mark.parametrize("recipe", ["released", "mic"])
 @pytest.mark.parametrize("method", recipes.METHODS)
-def test_terms__one_by_one_have_the_gradients_of_the_sum(method: str) -> None:
+def test_terms__one_by_one_have_the_gradients_of_the_sum(method: str, recipe: str) -> None:
     data, allowed = batch(0), torch.rand(N, H, W, generator=seeded(1))
-    whole, parts = build(method), build(method)
+    whole, parts = build(method, recipe=recipe), build(method, recipe=recipe)
     output = whole(*data, target_weights=allowed, generator=seeded(2))
     output.loss.backward()
     losses = {}
     for name, loss in parts.terms(*data, target_weights=allowed, generator=seeded(2)):
         loss.backward()
         losses[name] = loss.detach()
-    assert list(losses) == (["source_loss"] if method == "source" else ["source_loss", "mixed_loss"])
+    names = ["source_loss", "mixed_loss", "consistency_loss"]
+    assert list(losses) == names[: 1 if method == "source" else 2 if recipe == "released" else 3]
     for name, loss in losses.items():
         assert torch.equal(loss, getattr(output, name))
     torch.testing.assert_close(sum(losses.values()), output.loss.detach())
@@ -919,10 +1227,10 @@ def test_num_classes__is_that_of_the_parts_or_the_argument() -> None:
 
 
 def test_sample__is_empty_where_nothing_is_random() -> None:
-    assert build("source").sample(N) == (None, None)
+    assert build("source").sample(N) == (None,) * 4
     network = confident_network()
     training = SelfTraining(network, MeanTeacher(network), mix=None, augment=lambda x: x)
-    assert training.sample(N, (H, W)) == (None, None)
+    assert training.sample(N, (H, W)) == (None,) * 4
     one, two = (build("dacs").sample(N, *size, generator=seeded(0)) for size in ((), ((H, W),)))
     assert torch.equal(one.scores, two.scores)
 

@@ -12,20 +12,22 @@ count.
 - `small logits`: the networks return 1/8 logits, the loss upsamples them.
 - `channels last`: networks and images in that layout.
 - `RepeatedSGD`: fused updates: what the trainer does in fp32 with `--channels-last`.
-- `updated once`: as the former, but `torch.optim.SGD(fused=True)` once per parameter, so it does less.
+- `mic`: as the former in the recipe `mic`: a third pass of the student, on target images that are hidden in part, and
+  other options, so its loss is another. `bf16, mic`: as `bf16`, on a GPU alone.
+- `updated once`: as `RepeatedSGD`, but `torch.optim.SGD(fused=True)` once per parameter, so it does less.
 - `tf32`: as `RepeatedSGD`, on a GPU alone. `bf16`: under autocast.
 - `networks compiled`, `step compiled`: student and teacher as `--compile` does it, and the whole `SelfTraining` in one
   graph with its draw handed in; in bf16 on a GPU, in fp32 on a CPU.
 - `graph`, `graph, networks compiled`: everything up to the gradients as one CUDA graph; guard, optimizer and average,
   whose decay and learning rate change, stay outside.
 
-`loss` is that of the first step, equal in all forms but for rounding. `peak_mb` is all that a form takes, weights and
-optimizer included, in a fresh process, in its second step: on a CPU the resident memory's high-water mark minus what
-was there before the networks (with the compiler, where a form needs it), on a GPU the allocator's maximum, and
-`reserved_mb` what it asked the driver for. `parts` are the parts of one step in order, each with all that it launches.
-`tflop` is the arithmetic of the convolutions by
-torch's own counter: two forward and backward passes and the teacher's. `matmul_tflop_per_s` is what a product of two
-large matrices reaches on the device, the rate that a step of nothing but arithmetic would have.
+`loss` is that of the first step, equal in all forms of one recipe but for rounding. `peak_mb` is all that a form takes,
+weights and optimizer included, in a fresh process, in its second step: on a CPU the resident memory's high-water mark
+minus what was there before the networks (with the compiler, where a form needs it), on a GPU the allocator's maximum,
+and `reserved_mb` what it asked the driver for. `parts` are the parts of one step in order, each with all that it
+launches. `tflop` is the arithmetic of the convolutions by torch's own counter: two forward and backward passes (`mic`:
+three) and the teacher's. `matmul_tflop_per_s` is what a product of two large matrices reaches on the device, the rate
+that a step of nothing but arithmetic would have.
 """
 
 import math
@@ -62,7 +64,7 @@ from crossmix.models import DeepLabV2
 def first_loss(work: Training, step: Step, size: Size) -> float:
     """The loss of the first step, on the draw of seed 0."""
     generator = torch.Generator().manual_seed(0)
-    return float(step(work.training.sample(size.batch, generator=generator, device=size.device)))
+    return float(step(work.training.sample(size.batch, size.crop, generator=generator, device=size.device)))
 
 
 def parts_of(form: Form, size: Size, rounds: int) -> dict[str, float]:
@@ -156,7 +158,7 @@ class Clock:
         return dict(zip(self.names, spent, strict=True))
 
 
-def tflop(size: Size) -> float:
+def tflop(size: Size, passes: int = 2) -> float:
     """The arithmetic of one step, in 10^12 floating-point operations, without doing it."""
     with torch.device("meta"):
         network: DeepLabV2 = NETWORKS[size.network](CLASSES, aspp_branches=2, upsample=False)
@@ -164,7 +166,7 @@ def tflop(size: Size) -> float:
     with FlopCounterMode(display=False) as counted:
         with torch.no_grad():
             network(images)
-        for _ in range(2):
+        for _ in range(passes):
             network(images).sum().backward()
     return float(counted.get_total_flops()) / 1e12
 
@@ -226,8 +228,7 @@ def measure_memory(device: str, rounds: int, *, quick: bool) -> dict[str, object
 def measured(size: Size, rounds: int, names: Sequence[str], memory: Sequence[str]) -> dict[str, object]:
     """Time the named forms side by side, the first is 1.0; the parts of some, and the memory of some."""
     device, known = size.device, forms(size.device)
-    work = tflop(size)
-    print(f"{work:.4g} TFLOP a step")
+    print(f"{tflop(size):.4g} TFLOP a step")
     made = {name: stepper(known[name], size) for name in names}
     first = {name: first_loss(*made[name], size) for name in names}
     rows = interleave(
@@ -243,7 +244,7 @@ def measured(size: Size, rounds: int, names: Sequence[str], memory: Sequence[str
     show(title, rows, names[0])
     peaks = fresh_peaks(memory, size)
     for name, row in rows.items():
-        rate = 1e3 / row["median_ms"]
+        rate, work = 1e3 / row["median_ms"], tflop(size, known[name].passes)
         row.update(loss=first[name], it_per_s=rate, tflop_per_s=rate * work, **peaks.get(name, {}))
         used = f"  {row['peak_mb']:8.1f} MB" if "peak_mb" in row else ""
         print(f"  {name:24}  {rate:7.2f} it/s  {rate * work:7.2f} TFLOP/s  loss {row['loss']:.6f}{used}")
@@ -252,7 +253,7 @@ def measured(size: Size, rounds: int, names: Sequence[str], memory: Sequence[str
         show_parts(name, times)
     rates = matmul_rates(device, rounds)
     print(f"\nmatrix products reach {', '.join(f'{rate:.3g} TFLOP/s in {kind}' for kind, rate in rates.items())}")
-    return {**asdict(size), "tflop": work, "matmul_tflop_per_s": rates, "rows": rows, "parts": parts}
+    return {**asdict(size), "tflop": tflop(size), "matmul_tflop_per_s": rates, "rows": rows, "parts": parts}
 
 
 def show_parts(name: str, times: dict[str, float]) -> None:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.speed.augment import one_by_one
 from benchmarks.speed.mixing import CLASSES, per_image_loop, street_like
@@ -45,6 +46,12 @@ class Form:
     precision: str = "fp32"  # or "tf32", or "bf16"
     compiled: str = ""  # or "networks", or "step"
     graph: bool = False
+    recipe: Literal["released", "mic"] = "released"
+
+    @property
+    def passes(self) -> int:
+        """How often the student goes forward and backward."""
+        return 3 if self.recipe == "mic" else 2
 
 
 def forms(device: str) -> dict[str, Form]:
@@ -62,6 +69,7 @@ def forms(device: str) -> dict[str, Form]:
         "small logits": small,
         "channels last": last,
         "RepeatedSGD": fused,
+        "mic": replace(fused, recipe="mic"),
         "updated once": replace(fused, optimizer="once"),
         "bf16": half,
         "networks compiled": replace(base, compiled="networks"),
@@ -69,6 +77,7 @@ def forms(device: str) -> dict[str, Form]:
     }
     if cuda:
         found["tf32"] = replace(fused, precision="tf32")
+        found["bf16, mic"] = replace(half, recipe="mic")
         found["graph"] = replace(half, graph=True)
         found["graph, networks compiled"] = replace(half, graph=True, compiled="networks")
     return found
@@ -98,7 +107,7 @@ class Training:
     def sample(self) -> Draw:
         """Everything random in a step."""
         images = self.batch.target_images
-        return self.training.sample(len(images), device=images.device)
+        return self.training.sample(len(images), (images.shape[2], images.shape[3]), device=images.device)
 
 
 def build(form: Form, size: Size) -> Training:
@@ -109,9 +118,8 @@ def build(form: Form, size: Size) -> Training:
     layout = torch.channels_last if form.channels_last else torch.contiguous_format
     student = NETWORKS[size.network](CLASSES, aspp_branches=2, upsample=not form.small_logits)
     student = student.to(size.device, memory_format=layout)  # type: ignore[call-overload]
-    training = (
-        recipes.self_training(student, CLASSES, upsample=form.small_logits, threshold=THRESHOLD).to(size.device).train()
-    )
+    options: dict[str, Any] = {"recipe": form.recipe, "threshold": THRESHOLD}
+    training = recipes.self_training(student, CLASSES, upsample=form.small_logits, **options).to(size.device).train()
     source_images, source_labels, target_images, _, _ = street_like(size.batch, size.crop, torch.uint8, size.device)
     batch = Batch(
         source_images.contiguous(memory_format=layout), source_labels, target_images.contiguous(memory_format=layout)
@@ -208,17 +216,13 @@ def captured(work: Training, size: Size) -> Step:
         loss = forward_backward(work, still, size)
 
     def replay(draw: Draw) -> Tensor:
-        for kept, new in zip(tensors(still), tensors(draw), strict=True):
-            kept.copy_(new)
+        for kept, new in zip(tree_leaves(still), tree_leaves(draw), strict=True):
+            if kept is not None:
+                kept.copy_(new)
         graph.replay()
         return loss
 
     return replay
-
-
-def tensors(draw: Draw) -> list[Tensor]:
-    """A draw as a flat list."""
-    return [part for part in (draw.scores, *(draw.augment or ())) if part is not None]
 
 
 def released_step(work: Training, draw: Draw) -> Tensor:
@@ -264,6 +268,6 @@ def losses(form: Form, size: Size, steps: int) -> list[float]:
     found = []
     for number in range(steps):
         generator = torch.Generator().manual_seed(number)
-        draw = work.training.sample(size.batch, generator=generator, device=size.device)
+        draw = work.training.sample(size.batch, size.crop, generator=generator, device=size.device)
         found.append(float(step(draw)))
     return found

@@ -7,7 +7,7 @@ from crossmix import functional, recipes
 from crossmix.alignment import DistributionAlignment
 from crossmix.augment import StrongAugment
 from crossmix.losses import ConfidenceWeightedCE
-from crossmix.masking import BoxMasks, CowMasks
+from crossmix.masking import BoxMasks, CowMasks, MaskedImages
 from crossmix.mixing import ClassMix, CrossDomainMix, Mixed
 from crossmix.self_training import SelfTraining, SelfTrainingOutput
 from crossmix.teacher import MeanTeacher, PseudoLabels
@@ -21,6 +21,7 @@ __all__ = [
     "CowMasks",
     "CrossDomainMix",
     "DistributionAlignment",
+    "MaskedImages",
     "MeanTeacher",
     "Mixed",
     "PseudoLabels",

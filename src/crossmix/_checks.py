@@ -3,6 +3,7 @@
 Every error says what was expected, what came, and what to do.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,11 +14,14 @@ __all__ = [
     "check_choice",
     "check_fraction",
     "check_ignore_index",
+    "check_ignored_rows",
     "check_images",
     "check_labels",
     "check_logits",
     "check_module",
+    "check_nonnegative",
     "check_num_classes",
+    "check_pixels",
     "check_positive",
     "check_range",
     "check_same_device",
@@ -146,6 +150,36 @@ def check_fraction(name: str, value: float) -> None:
         raise TypeError(f"`{name}` must be a float, got {type(value).__name__}.")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
+
+
+def check_nonnegative(name: str, value: float) -> None:
+    """Refuse anything but a finite number from 0 on."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a float, got {type(value).__name__}.")
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"`{name}` must be finite and at least 0, got {value}.")
+
+
+def check_pixels(name: str, value: int) -> None:
+    """Refuse anything but a positive int, the length of something."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1 pixel, got {value}.")
+
+
+def check_ignored_rows(top: int, bottom: int) -> None:
+    """Refuse rows to ignore, of an image of 512, that are no ints or leave nothing."""
+    for name, rows in (("ignore_top", top), ("ignore_bottom", bottom)):
+        if isinstance(rows, bool) or not isinstance(rows, int):
+            raise TypeError(f"`{name}` must be an int, got {type(rows).__name__}; count rows of an image of 512.")
+        if rows < 0:
+            raise ValueError(f"`{name}` must be at least 0, got {rows}.")
+    if top + bottom >= 512:
+        raise ValueError(
+            f"`ignore_top` and `ignore_bottom` must leave some of 512 rows, got {top} and {bottom}; they are scaled to "
+            "the height of the images."
+        )
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

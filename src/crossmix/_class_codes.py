@@ -1,8 +1,8 @@
 """Label maps coded once, so that finding the classes and marking the chosen ones reads them in few passes.
 
 `Indices` is the plain form, for any number of classes, `Words` a faster one for up to 31. What they cost on one CPU
-thread for 8 x 512 x 512 labels, as a multiple of the time of one `torch.where` each over 8 x 3 x 512 x 512 images, labels
-and weights, which is the least that mixing takes:
+thread for 8 x 512 x 512 labels, as a multiple of the time of one `torch.where` each over 8 x 3 x 512 x 512 images,
+labels and weights, which is the least that mixing takes:
 
     Indices                 1.08 (int64 labels)   1.11 (uint8)
     Words                   0.78                  0.57
@@ -35,7 +35,7 @@ class Words(NamedTuple):
         """On a CPU part by part, so that what lies between labels and words stays in its cache; a compiler fuses it."""
         pixels = labels.flatten(1)
         whole = torch.compiler.is_compiling() or labels.device.type != "cpu" or pixels.numel() <= PART
-        parts = []
+        parts: list[Tensor] = []
         for part in [pixels] if whole else pixels.chunk(-(-pixels.numel() // PART), 1):
             words = _words(part, num_classes)
             if not parts:
@@ -66,7 +66,7 @@ class Words(NamedTuple):
         if len(self.parts) == 1:
             return ((self.parts[0] & chosen) != 0).reshape(self.shape)
         mask = torch.empty(self.shape, dtype=torch.bool, device=chosen.device)
-        places = mask.flatten(1).split([part.shape[1] for part in self.parts], 1)
+        places = torch.split(mask.flatten(1), [part.shape[1] for part in self.parts], 1)
         for place, part in zip(places, self.parts, strict=True):
             place.copy_(part & chosen)  # not 0 is True; a third of the time of `!= 0` and `torch.cat`
         return mask
@@ -78,7 +78,7 @@ class Indices(NamedTuple):
     Class c has column c + 1; the first column stands for negative ids and the last one for those beyond the classes.
     """
 
-    index: Tensor  # (N, pixels) int64
+    columns: Tensor  # (N, pixels) int64
     labelled: Tensor  # (C,) bool: all but an `ignore_index` that is a class
     shape: torch.Size
 
@@ -91,8 +91,8 @@ class Indices(NamedTuple):
 
     def present(self) -> Tensor:
         """Which classes occur, (N, C + 1) bool."""
-        table = self.index.new_zeros(len(self.index), len(self.labelled) + 2, dtype=torch.bool)
-        table = table.scatter(1, self.index, value=True)
+        table = self.columns.new_zeros(len(self.columns), len(self.labelled) + 2, dtype=torch.bool)
+        table = table.scatter(1, self.columns, value=True)
         known = table[:, 1:-1]
         ignored = table[:, 0] | table[:, -1] | (known & ~self.labelled).any(1)
         return torch.cat([known & self.labelled, ignored[:, None]], 1)
@@ -101,7 +101,7 @@ class Indices(NamedTuple):
         """Where a chosen class is, (N, H, W) bool."""
         known, ignored = classes[:, :-1], classes[:, -1:]
         table = torch.cat([ignored, torch.where(self.labelled, known, ignored), ignored], 1)
-        return table.gather(1, self.index).reshape(self.shape)
+        return table.gather(1, self.columns).reshape(self.shape)
 
 
 def class_codes(labels: Tensor, num_classes: int, ignore_index: int) -> Words | Indices:

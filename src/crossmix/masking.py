@@ -7,15 +7,23 @@ Masked image consistency: Hoyer et al., CVPR 2023, https://arxiv.org/abs/2212.01
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from crossmix._checks import check_fraction, check_positive, check_same_device, check_tensor
+from crossmix._checks import (
+    check_fraction,
+    check_images,
+    check_pixels,
+    check_positive,
+    check_same_device,
+    check_tensor,
+)
 from crossmix._tensors import at_least_float32, no_autocast, uniform
 
-__all__ = ["BoxMasks", "CowMasks", "block_mask", "box_mask", "cow_mask"]
+__all__ = ["BoxMasks", "CowMasks", "MaskedImages", "block_mask", "box_mask", "cow_mask"]
 
 Range = tuple[float, float]
 CUT = math.sqrt(2 * math.log(100))  # exp(-CUT**2 / 2) is a hundredth
@@ -128,10 +136,7 @@ def block_mask(scores: Tensor, size: Sequence[int], block: int, *, ratio: float 
                  [ True,  True, False]]])
     """
     height, width = _check_size(size)
-    if isinstance(block, bool) or not isinstance(block, int):
-        raise TypeError(f"`block` must be an int, got {type(block).__name__}.")
-    if block < 1:
-        raise ValueError(f"`block` must be at least 1 pixel, got {block}.")
+    check_pixels("block", block)
     check_fraction("ratio", ratio)
     _check_floating("scores", scores)
     rows, columns = -(-height // block), -(-width // block)
@@ -140,8 +145,9 @@ def block_mask(scores: Tensor, size: Sequence[int], block: int, *, ratio: float 
             f"`scores` must have shape (N, ceil(H / block), ceil(W / block)) = (N, {rows}, {columns}), "
             f"got {tuple(scores.shape)}; draw one number per block."
         )
-    hidden = (scores < ratio)[:, :, None, :, None].expand(-1, -1, block, -1, block)
-    return hidden.reshape(-1, rows * block, columns * block)[:, :height, :width].contiguous()
+    hidden = (scores < ratio)[..., None].expand(-1, -1, -1, block).reshape(-1, rows, 1, columns * block)
+    hidden = hidden[..., :width].expand(-1, -1, block, -1)  # columns first: then whole rows are copied
+    return hidden.reshape(-1, rows * block, width)[:, :height].contiguous()
 
 
 class BoxMasks(nn.Module):
@@ -301,7 +307,7 @@ class CowMasks(nn.Module):
         above = (frequency.square() - (math.pi / max(height, width)) ** 2).clamp(min=0)
         damping = (-0.5 * sigma.square() * above).exp() * (frequency > 0)  # nothing is left of the level
         # Uniform numbers as normal ones; what would be infinite is the largest there is.
-        heights = (2 * scores[:, 1:] - 1).clamp(-ALMOST_ONE, ALMOST_ONE).erfinv().unflatten(1, (rows, columns))
+        heights = (2 * scores[:, 1:] - 1).clamp(-ALMOST_ONE, ALMOST_ONE).erfinv().reshape(-1, rows, columns)
         heights = heights * damping
         with torch.autocast(scores.device.type, enabled=False):  # half precision would move the blobs' edges
             smooth = down @ heights @ across.mT
@@ -383,8 +389,8 @@ def _check_sigma(sigma: float | Tensor, noise: Tensor) -> Tensor:
     return noise.new_full((1,), sigma)
 
 
-def _check_size(size: Sequence[int]) -> tuple[int, int]:
-    if len(size) != 2 or not all(type(side) is int for side in size):
+def _check_size(size: object) -> tuple[int, int]:
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(type(side) is int for side in size):
         raise TypeError(f"`size` must be two ints, height and width, got {size!r}.")
     if min(size) < 1:
         raise ValueError(f"`size` must be positive, got {tuple(size)}.")
@@ -396,7 +402,7 @@ def _check_box(area: Range, aspect: Range) -> None:
     _check_range("aspect", aspect, "0 < low <= high", lambda low, high: 0.0 < low <= high < math.inf)
 
 
-def _check_range(name: str, values: Range, want: str, fits: Callable[[float, float], bool]) -> None:
+def _check_range(name: str, values: Any, want: str, fits: Callable[[float, float], bool]) -> None:  # noqa: ANN401 - what a user gave
     pair = isinstance(values, Sequence) and len(values) == 2
     if not pair or not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         raise TypeError(f"`{name}` must be two numbers (low, high), got {values!r}.")
@@ -408,3 +414,117 @@ def _check_floating(name: str, value: Tensor) -> None:
     check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"`{name}` must be floating, got {value.dtype}; draw it with torch.rand or torch.randn.")
+
+
+class MaskedImages(nn.Module):
+    """Hide square blocks of each image, for masked image consistency (MIC).
+
+    A network that has to label the whole image, from what is left of it, learns from context. The authors multiply
+    normalised images by 0, which is the mean colour; here images are in [0, 1], so the mean colour is filled in.
+
+    Args:
+        block: Side of a block in pixels, no longer than the images' sides. None goes by their size: 64, or 32 where no
+            side is longer than 512, as the authors have it, and on smaller images than that the shorter side.
+        ratio: Share of blocks to hide, in [0, 1]; each is drawn by itself.
+        fill: What hidden pixels become, a number per channel: the mean colour of ImageNet. Where images are normalised
+            before they come here, the fill has to be too: `(0.0, 0.0, 0.0)` by the statistics of ImageNet.
+
+    Raises:
+        TypeError: If `block` is no int, or `ratio` or `fill` no numbers.
+        ValueError: If one is out of range.
+
+    Example:
+        >>> hide = MaskedImages(block=2, fill=(0.0, 0.5, 1.0))
+        >>> hide(torch.ones(1, 3, 2, 4), scores=torch.tensor([[[0.1, 0.9]]]))[0, :, 0]
+        tensor([[0.0000, 0.0000, 1.0000, 1.0000],
+                [0.5000, 0.5000, 1.0000, 1.0000],
+                [1.0000, 1.0000, 1.0000, 1.0000]])
+    """
+
+    def __init__(
+        self, block: int | None = 64, ratio: float = 0.7, fill: Sequence[float] = (0.485, 0.456, 0.406)
+    ) -> None:
+        super().__init__()
+        if block is not None:
+            check_pixels("block", block)
+        check_fraction("ratio", ratio)
+        self.block = block
+        self.ratio = ratio
+        if isinstance(fill, int | float):
+            raise TypeError(f"`fill` must hold a number per channel, got {type(fill).__name__}; repeat it.")
+        self.fill = tuple(float(value) for value in fill)
+        if not self.fill or not all(map(math.isfinite, self.fill)):
+            raise ValueError(f"`fill` must hold a finite number per channel, got {self.fill}.")
+
+    def sample(
+        self,
+        n: int,
+        size: Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw a number for each block, which does not depend on the images.
+
+        Args:
+            n: The number of images.
+            size: Their height and width.
+            generator: Source of randomness, used on its own device; None uses the global one.
+            device: Where the draw shall be; the generator's device, or torch's default one, when not given.
+
+        Returns:
+            (N, ceil(H / block), ceil(W / block)) float32, uniform in [0, 1).
+
+        Raises:
+            TypeError: If `size` is not two ints.
+            ValueError: If a block does not fit into such images.
+        """
+        height, width = _check_size(size)
+        block = self._side(height, width)
+        return uniform((n, -(-height // block), -(-width // block)), generator=generator, device=device)
+
+    def forward(
+        self, images: Tensor, *, scores: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Hide the blocks whose score is below `ratio`.
+
+        Args:
+            images: (N, C, H, W) floating, of as many channels as `fill` has; H and W need not be multiples of `block`.
+            scores: What `sample` returned, to replay it.
+            generator: Source of randomness; None uses the global one. Cannot be traced by `torch.compile`: use
+                `scores`.
+
+        Returns:
+            (N, C, H, W) in the dtype and the memory format of `images`. No host sync.
+
+        Raises:
+            TypeError: If a dtype is wrong.
+            ValueError: If a shape or a device is wrong, or a block does not fit into the images.
+        """
+        check_images("images", images, channels=len(self.fill))
+        size = (images.shape[-2], images.shape[-1])
+        if scores is None:
+            scores = self.sample(len(images), size, generator=generator, device=images.device)
+        hidden = block_mask(scores, size, self._side(*size), ratio=self.ratio)
+        check_same_device(images=images, scores=scores)
+        if len(scores) != len(images):
+            raise ValueError(
+                f"`scores` is for {len(scores)} images but `images` holds {len(images)}; sample for this batch size."
+            )
+        fill = torch.stack([images.new_full((1, 1), value) for value in self.fill])  # a list would wait for its copy
+        return torch.where(hidden[:, None], fill, images)
+
+    def extra_repr(self) -> str:
+        """Constructor arguments, for `repr`."""
+        return f"block={self.block}, ratio={self.ratio}, fill={self.fill}"
+
+    def _side(self, height: int, width: int) -> int:
+        """The side of a block in images of a size."""
+        if self.block is None:
+            return min(64 if max(height, width) > 512 else 32, height, width)
+        if self.block > min(height, width):
+            raise ValueError(
+                f"`block` must fit into the images, got {self.block} pixels for images of {height} x {width}; take a "
+                "smaller one, or None to go by their size."
+            )
+        return self.block

@@ -274,8 +274,8 @@ class _Mix(nn.Module):
 
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
-        weights = self.class_weights
-        if weights is not None:
+        weights: object = self.class_weights
+        if isinstance(weights, Tensor):
             weights = "on meta" if weights.is_meta else [round(weight, 4) for weight in weights.tolist()]
         return (
             f"num_classes={self.num_classes}, ratio={self.ratio}, ignore_index={self.ignore_index}, "

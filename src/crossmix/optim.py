@@ -68,8 +68,10 @@ def parameter_groups(
         if not 0 <= value < math.inf:
             raise ValueError(f"`{name}` must be finite and not negative, got {value}; pass the size of a step.")
     modules = dict(named_parts(network))
-    several = isinstance(head, Iterable) and not isinstance(head, str | nn.Module)
-    heads = [] if head is None else head if several else [head]
+    if head is None:
+        heads: Iterable[str | nn.Module] = []
+    else:
+        heads = [head] if isinstance(head, str | nn.Module) else head
     in_head = {parameter for one in heads for parameter in _head_parameters(network, modules, one)}
     undecayed = _undecayed(modules, {no_decay} if isinstance(no_decay, str) else set(no_decay))
     once = [parameter for parameter in network.parameters() if parameter.requires_grad]

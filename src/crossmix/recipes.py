@@ -1,8 +1,10 @@
-"""The paper's and the released code's configurations of `SelfTraining`, by name.
+"""Configurations of `SelfTraining` by name: the released code's, the paper's, and that of masked image consistency.
 
-Every difference between the two that concerns the algorithm is one field of `Recipe`, here and nowhere else.
+Every difference between them that concerns the algorithm is one field of `Recipe`, here and nowhere else.
 
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
+DAFormer: Hoyer et al., CVPR 2022, https://arxiv.org/abs/2111.14887
+Masked image consistency: Hoyer et al., CVPR 2023, https://arxiv.org/abs/2212.01322
 """
 
 from collections.abc import Callable, Sequence
@@ -11,15 +13,23 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from crossmix._checks import check_choice, check_fraction, check_num_classes
+from crossmix._checks import (
+    check_choice,
+    check_fraction,
+    check_ignored_rows,
+    check_nonnegative,
+    check_num_classes,
+    check_pixels,
+)
 from crossmix.alignment import DistributionAlignment
 from crossmix.augment import StrongAugment
 from crossmix.losses import ConfidenceWeightedCE
+from crossmix.masking import MaskedImages
 from crossmix.mixing import ClassMix, CrossDomainMix
 from crossmix.self_training import SelfTraining
 from crossmix.teacher import MeanTeacher
 
-__all__ = ["METHODS", "PAPER", "RELEASED", "Recipe", "self_training"]
+__all__ = ["METHODS", "MIC", "PAPER", "RELEASED", "Recipe", "self_training"]
 
 Method = Literal["source", "pseudo-label", "classmix", "alignment", "dacs"]
 
@@ -29,7 +39,7 @@ METHODS: tuple[Method, ...] = ("source", "pseudo-label", "classmix", "alignment"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The choices in which the released code and the paper's text differ, by the names of the constructor arguments.
+    """The choices in which the recipes differ, by the names of the constructor arguments.
 
     Attributes:
         weigh: Of `SelfTraining`: lambda on `"target"` pixels and 1 on source pixels, or on the whole `"mixed"` image.
@@ -40,11 +50,18 @@ class Recipe:
         include_ignored: Of `CrossDomainMix`: whether ignored source pixels can be drawn as a class.
         decay: Of `MeanTeacher`: share of the teacher that an update keeps; 0 makes it the network itself, as in
             Algorithm 1.
-        mode: Of `MeanTeacher`: `"train"` for batch statistics, in both, or `"eval"`.
+        mode: Of `MeanTeacher`: `"train"` for batch statistics, in all, or `"eval"`.
         flavor: Of `StrongAugment`: `"additive"` jitter, as in old kornia, or `"torchvision"`.
         same_on_batch: Of `StrongAugment`: one decision per batch to jitter or blur, or one per image.
-        threshold: Of `ConfidenceWeightedCE`: the confidence from which a pixel counts for lambda; the same in both, and
+        threshold: Of `ConfidenceWeightedCE`: the confidence from which a pixel counts for lambda; the same in all, and
             not stated in the paper.
+        ignore_top: Of `SelfTraining`: rows of pseudo-labels that get weight 0, at a height of 512.
+        ignore_bottom: Of `SelfTraining`.
+        consistency: Of `SelfTraining`: a `MaskedImages` or None; or True for one of `consistency_block` and
+            `consistency_ratio`, and False for none. Its images are augmented as the mixed ones are.
+        consistency_block: `block` of that `MaskedImages`; None is 64, or 32 for crops up to 512.
+        consistency_ratio: `ratio` of that `MaskedImages`.
+        consistency_weight: Of `SelfTraining`.
 
     Example:
         >>> RELEASED.scope, PAPER.scope
@@ -60,6 +77,12 @@ class Recipe:
     flavor: Literal["additive", "torchvision"]
     same_on_batch: bool
     threshold: float = 0.968
+    ignore_top: int = 0
+    ignore_bottom: int = 0
+    consistency: MaskedImages | bool | None = None
+    consistency_block: int | None = None
+    consistency_ratio: float = 0.7
+    consistency_weight: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse unknown values."""
@@ -73,6 +96,13 @@ class Recipe:
         for name in ("include_ignored", "same_on_batch"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+        check_ignored_rows(self.ignore_top, self.ignore_bottom)
+        if not (self.consistency is None or isinstance(self.consistency, bool | MaskedImages)):
+            raise TypeError(f"`consistency` must be True, False, None or a MaskedImages, got {self.consistency!r}.")
+        if self.consistency_block is not None:
+            check_pixels("consistency_block", self.consistency_block)
+        check_fraction("consistency_ratio", self.consistency_ratio)
+        check_nonnegative("consistency_weight", self.consistency_weight)
 
 
 RELEASED = Recipe(
@@ -97,13 +127,30 @@ PAPER = Recipe(
 )
 """What the paper's text says."""
 
+MIC = Recipe(
+    weigh="target",
+    scope="batch",
+    source_normalizer="valid",
+    include_ignored=False,
+    decay=0.999,
+    flavor="torchvision",
+    same_on_batch=False,
+    ignore_top=15,
+    ignore_bottom=120,
+    consistency=True,
+)
+"""What the field builds on today: DAFormer's training with masked image consistency, for any network.
+
+Its sampler and its optimizer belong to the training loop: see docs/recipes.md.
+"""
+
 
 def self_training(
     student: nn.Module,
     num_classes: int,
     *,
     method: Method = "dacs",
-    recipe: Literal["released", "paper"] | Recipe = "released",
+    recipe: Literal["released", "paper", "mic"] | Recipe = "released",
     prior: Tensor | Sequence[float] | None = None,
     sync: bool = False,
     ignore_index: int = 255,
@@ -112,9 +159,9 @@ def self_training(
     logits: Callable[[Any], Tensor] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    **overrides: str | float | bool,
+    **overrides: str | float | bool | MaskedImages | None,
 ) -> SelfTraining:
-    """Build a method of the paper's Table 3 in one of the two recipes.
+    """Build a method of the paper's Table 3 in one of the recipes.
 
     - `"source"`: source images alone, no augmentation (32.85 in the paper, GTA5 to Cityscapes).
     - `"pseudo-label"`: pseudo-labelled target images, augmented, nothing pasted (22.97).
@@ -126,7 +173,7 @@ def self_training(
         student: The network to train.
         num_classes: The number of classes C.
         method: One of `METHODS`.
-        recipe: `"released"`, `"paper"`, or a `Recipe`.
+        recipe: `"released"`, `"paper"`, `"mic"`, or a `Recipe`.
         prior: (C,) class distribution for `"alignment"`. None leaves it uniform until
             `.align.update_prior(source_labels)` is called in the training loop; the paper's row takes the target's own
             distribution, an oracle.
@@ -135,21 +182,25 @@ def self_training(
         upsample: Whether the student may return logits smaller than the images; see `SelfTraining`.
         align_corners: Of that upsampling; see `SelfTraining`.
         logits: Takes the logits out of what the student returns; see `SelfTraining`.
-        mean: Of `StrongAugment`, with `std`: what images are normalised by, where the data loader does it.
+        mean: Of `StrongAugment`, with `std`: what images are normalised by, where the data loader does it. Blocks that
+            the recipe hides are then filled with the normalised mean colour.
         std: Of `StrongAugment`.
-        **overrides: Fields of `Recipe` by name, e.g. `scope="image"`.
+        **overrides: Fields of `Recipe` by name, e.g. `scope="image"`, or `consistency=None` to leave that term out.
 
     Returns:
         A `SelfTraining`; its student is `student` itself, not a copy.
 
     Raises:
-        TypeError: If an override is no field of `Recipe`.
-        ValueError: If a method, a recipe or a value is unknown, or `prior` is given to a method without alignment.
+        TypeError: If an override is no field of `Recipe`, or a value is of another type.
+        ValueError: If a method, a recipe or a value is unknown, `prior` is given to a method without alignment, or a
+            `MaskedImages` to the method without a teacher.
 
     Example:
         >>> training = self_training(nn.Conv2d(3, 19, 1), 19, recipe="paper", scope="batch")
         >>> training.weigh, training.criterion.scope
         ('mixed', 'batch')
+        >>> self_training(nn.Conv2d(3, 19, 1), 19, recipe="mic").consistency
+        MaskedImages(block=None, ratio=0.7, fill=(0.485, 0.456, 0.406))
     """
     check_num_classes(num_classes)
     check_choice("method", method, METHODS)
@@ -161,12 +212,19 @@ def self_training(
         mix = CrossDomainMix(num_classes, ignore_index=ignore_index, include_ignored=choice.include_ignored)
     elif method in {"classmix", "alignment"}:
         mix = ClassMix(num_classes, ignore_index=ignore_index)
+
+    def augment() -> StrongAugment:
+        return StrongAugment(flavor=choice.flavor, same_on_batch=choice.same_on_batch, mean=mean, std=std)
+
+    consistency = choice.consistency
+    if isinstance(consistency, bool):  # the baseline without a teacher has none in any recipe
+        consistency = _masked_images(choice, mean, std) if consistency and method != "source" else None
     return SelfTraining(
         student,
         None if method == "source" else MeanTeacher(student, decay=choice.decay, mode=choice.mode),
         mix=mix,
         num_classes=num_classes,
-        augment=StrongAugment(flavor=choice.flavor, same_on_batch=choice.same_on_batch, mean=mean, std=std),
+        augment=augment(),
         criterion=ConfidenceWeightedCE(
             choice.threshold, scope=choice.scope, ignore_index=ignore_index, normalizer="all", sync=sync
         ),
@@ -178,17 +236,32 @@ def self_training(
         upsample=upsample,
         align_corners=align_corners,
         logits=logits,
+        consistency=consistency,
+        consistency_augment=None if consistency is None else augment(),
+        consistency_weight=choice.consistency_weight,
+        ignore_top=choice.ignore_top,
+        ignore_bottom=choice.ignore_bottom,
     )
 
 
-def _resolve(recipe: str | Recipe, overrides: dict[str, str | float | bool]) -> Recipe:
+def _masked_images(choice: Recipe, mean: Sequence[float] | None, std: Sequence[float] | None) -> MaskedImages:
+    """With the mean colour as the images have it."""
+    masked = MaskedImages(choice.consistency_block, choice.consistency_ratio)
+    if mean is None or std is None:
+        return masked
+    fill = [(value - m) / s for value, m, s in zip(masked.fill, mean, std, strict=True)]
+    return MaskedImages(masked.block, masked.ratio, fill)
+
+
+def _resolve(recipe: str | Recipe, overrides: dict[str, Any]) -> Recipe:
     if isinstance(recipe, str):
-        check_choice("recipe", recipe, ("released", "paper"))
-        recipe = RELEASED if recipe == "released" else PAPER
+        named = {"released": RELEASED, "paper": PAPER, "mic": MIC}
+        check_choice("recipe", recipe, tuple(named))
+        recipe = named[recipe]
     if not isinstance(recipe, Recipe):
         raise TypeError(f"`recipe` must be a name or a Recipe, got {type(recipe).__name__}.")
     unknown = sorted(overrides.keys() - Recipe.__dataclass_fields__.keys())
     if unknown:
         fields = ", ".join(Recipe.__dataclass_fields__)
         raise TypeError(f"self_training() got an unknown option {unknown[0]!r}; the options are {fields}.")
-    return replace(recipe, **overrides)  # type: ignore[arg-type]  # values are checked by Recipe itself
+    return replace(recipe, **overrides)  # values are checked by Recipe itself

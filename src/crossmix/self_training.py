@@ -1,21 +1,24 @@
 """One training step of DACS and its relatives: Algorithm 1 of the paper, with every row of its ablation.
 
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
+Masked image consistency: Hoyer et al., CVPR 2023, https://arxiv.org/abs/2212.01322
 """
 
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from crossmix._checks import (
     check_choice,
+    check_ignored_rows,
     check_images,
     check_labels,
     check_module,
+    check_nonnegative,
     check_num_classes,
     check_range,
     check_same_device,
@@ -26,6 +29,7 @@ from crossmix._checks import (
 from crossmix._tensors import uniform, upsample, weight_maps
 from crossmix.augment import AugmentDraw, StrongAugment
 from crossmix.losses import ConfidenceWeightedCE
+from crossmix.masking import MaskedImages
 from crossmix.mixing import Mixed, mix
 from crossmix.teacher import PseudoLabels, pseudo_label_from_probs
 
@@ -108,12 +112,17 @@ class SelfTrainingDraw(NamedTuple):
     """Everything random in one step, as tensors with one row per mixed image.
 
     Attributes:
-        scores: (N, C + 1) uniform numbers that draw the classes; None without a mix that takes them.
+        scores: What draws the mask of each image: (N, C + 1) uniform numbers for classes, or what the `sample_scores`
+            of the mix returned; None without a mix that takes them.
         augment: The draw of `StrongAugment`; None without one.
+        consistency: The scores of `MaskedImages`; None without one.
+        consistency_augment: As `augment`, for the images of the consistency term.
     """
 
     scores: Tensor | None
     augment: AugmentDraw | None
+    consistency: Tensor | None = None
+    consistency_augment: AugmentDraw | None = None
 
     def rows(self, rows: slice) -> "SelfTrainingDraw":
         """Take the part of some images: one rank's of a draw for the batch of all ranks.
@@ -124,22 +133,30 @@ class SelfTrainingDraw(NamedTuple):
         Returns:
             Their draw.
         """
-        scores = None if self.scores is None else self.scores[rows]
-        augment = None if self.augment is None else AugmentDraw(*(part[rows] for part in self.augment))
-        return SelfTrainingDraw(scores, augment)
+
+        def part(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows]
+
+        def parts(draw: AugmentDraw | None) -> AugmentDraw | None:
+            return None if draw is None else AugmentDraw(*(values[rows] for values in draw))
+
+        return SelfTrainingDraw(
+            part(self.scores), parts(self.augment), part(self.consistency), parts(self.consistency_augment)
+        )
 
 
 class SelfTrainingOutput(NamedTuple):
     """What one step computed.
 
     Attributes:
-        loss: Scalar, source_loss + mixed_loss: call `.backward()` on it.
+        loss: Scalar, source_loss + mixed_loss + consistency_loss: call `.backward()` on it.
         source_loss: Scalar.
         mixed_loss: Scalar; 0 without a teacher.
         confidence: (N, H, W) of the teacher on the target images, after any alignment; None without a teacher.
         mixed: What the student saw and what it was compared with; None without a teacher.
+        consistency_loss: Scalar, times `consistency_weight`; 0 without `consistency`.
         target_weight: Scalar, the mean weight of target pixels before anything is pasted: lambda, times what
-            `target_weights` says; None without a teacher.
+            `target_weights`, `ignore_top` and `ignore_bottom` say; None without a teacher.
     """
 
     loss: Tensor
@@ -147,6 +164,7 @@ class SelfTrainingOutput(NamedTuple):
     mixed_loss: Tensor
     confidence: Tensor | None
     mixed: Mixed | None
+    consistency_loss: Tensor
     target_weight: Tensor | None
 
 
@@ -157,13 +175,22 @@ class _Batch(NamedTuple):
     target_weights: Tensor | None
 
 
+class _Target(NamedTuple):
+    """What the teacher says of the target images, and how much each pixel counts: by confidence, and at all."""
+
+    pseudo: PseudoLabels
+    weights: Tensor
+    allowed: Tensor
+
+
 class SelfTraining(nn.Module):
     """Train on labelled source images and on mixed images with pseudo-labels (Algorithm 1, Eq. (3)).
 
     loss = H(f(x_S), y_S) + sum over pixels of w CE(f(x_M), y_M) / number of pixels
 
     The student makes two forward passes, source then mixed, as in the released code: BatchNorm sees one domain at a
-    time. `crossmix.recipes.self_training` builds this by the name of a method and of a recipe.
+    time. With `consistency` it makes a third, on target images that are hidden in part (masked image consistency).
+    `crossmix.recipes.self_training` builds this by the name of a method and of a recipe.
 
     The parts are what behaves like ours, not only our classes: the protocols of this module say what is asked of each.
     Parts that name an `ignore_index` or a `num_classes` must name the same; the default losses take that of the others.
@@ -175,9 +202,10 @@ class SelfTraining(nn.Module):
             trains on the source alone, whatever the other parts are: the baseline is one argument away.
         mix: `CrossDomainMix` (DACS), `ClassMix` (naive ClassMix), one of your own, or None (pseudo-labelling: nothing
             is pasted). What can be called with five arguments (`SourceOntoTarget`) pastes source onto target, what
-            takes three (`TargetOntoTarget`) mixes the target with itself. It gets the keyword `scores`, the (N, C + 1)
-            uniform numbers of the draw, if it takes it and C is known; else `generator`, if it takes that. Without
-            `scores` it is not replayed by `draw`.
+            takes three (`TargetOntoTarget`) mixes the target with itself. It gets the keyword `scores` of the draw, if
+            it takes it: what its own `sample_scores(n, size, generator=, device=)` returned, or, without that method,
+            (N, C + 1) uniform numbers if C is known; else `generator`, if it takes that. Without `scores` it is not
+            replayed by `draw`.
         num_classes: The number of classes C that the networks must return; by default that of the parts.
         augment: Applied to the mixed images alone: a `StrongAugment`, or any callable on images, which gets no draw and
             no generator. It must not move pixels, since labels and weights stay where they are.
@@ -197,6 +225,16 @@ class SelfTraining(nn.Module):
             mmsegmentation and DAFormer.
         logits: Takes the logits out of what student and teacher return, where that is no tensor:
             `lambda out: out.logits`.
+        consistency: Adds the loss on target images that are hidden in part, against the pseudo-labels and weights that
+            the mix gets too (the teacher's pass is made once): a `MaskedImages`, or any callable on images, which gets
+            no draw and must not move pixels. `criterion` compares.
+        consistency_augment: Applied to these images before they are hidden, as `augment` to the mixed ones; unused
+            without `consistency`.
+        consistency_weight: The factor of that loss.
+        ignore_top: Rows at the top of target images whose pseudo-labels get weight 0, at a height of 512: they are
+            scaled to that of the images. The teacher is bad at what the camera sees of the sky and of its own car. Like
+            pixels of which `target_weights` is 0 they still count in lambda, as in the authors' code (DAFormer).
+        ignore_bottom: As `ignore_top`, at the bottom.
 
     Attributes:
         num_classes: The number of classes that the networks must return; None, where nothing says it, accepts any.
@@ -204,7 +242,8 @@ class SelfTraining(nn.Module):
 
     Raises:
         TypeError: If a part cannot be used as what it is given for.
-        ValueError: If `weigh` is unknown, or parts disagree about `num_classes` or `ignore_index`.
+        ValueError: If `weigh` is unknown, a number is out of range, there is a `consistency` without a teacher, or
+            parts disagree about `num_classes` or `ignore_index`.
 
     Example:
         >>> from crossmix import CrossDomainMix, MeanTeacher, SelfTraining
@@ -238,6 +277,11 @@ class SelfTraining(nn.Module):
         upsample: bool = False,
         align_corners: bool = True,
         logits: Callable[[Any], Tensor] | None = None,
+        consistency: Callable[[Tensor], Tensor] | None = None,
+        consistency_augment: Callable[[Tensor], Tensor] | None = None,
+        consistency_weight: float = 1.0,
+        ignore_top: int = 0,
+        ignore_bottom: int = 0,
     ) -> None:
         super().__init__()
         check_module("student", student)
@@ -248,6 +292,14 @@ class SelfTraining(nn.Module):
         _check_part("source_criterion", source_criterion, "ConfidenceWeightedCE")
         _check_part("align", align, "DistributionAlignment", "update(probs)")
         _check_part("logits", logits, "nn.Identity")
+        _check_part("consistency", consistency, "MaskedImages")
+        _check_part("consistency_augment", consistency_augment, "StrongAugment")
+        if consistency is not None and teacher is None:
+            raise ValueError(
+                "`consistency` needs the pseudo-labels of a `teacher`, got none; pass a MeanTeacher, or leave it out."
+            )
+        check_nonnegative("consistency_weight", consistency_weight)
+        check_ignored_rows(ignore_top, ignore_bottom)
         check_choice("weigh", weigh, ("target", "mixed"))
         if num_classes is not None:
             check_num_classes(num_classes)
@@ -272,6 +324,11 @@ class SelfTraining(nn.Module):
         self.upsample = upsample
         self.align_corners = align_corners
         self.logits = logits
+        self.consistency = consistency
+        self.consistency_augment = consistency_augment
+        self.consistency_weight = consistency_weight
+        self.ignore_top = ignore_top
+        self.ignore_bottom = ignore_bottom
         self._mix_keyword()
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - whatever a module may hold
@@ -298,7 +355,7 @@ class SelfTraining(nn.Module):
     def sample(
         self,
         n: int,
-        size: tuple[int, int] | None = None,  # noqa: ARG002 - no part so far depends on it
+        size: tuple[int, int] | None = None,
         *,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -310,20 +367,34 @@ class SelfTraining(nn.Module):
         your own draws by itself is no part of it.
 
         Args:
-            n: The number of mixed images.
-            size: Height and width of the mixed images, for parts whose draw depends on it. None of ours does.
+            n: The number of target images, which is that of mixed ones.
+            size: Their height and width, for parts whose draw depends on it: `MaskedImages`, and some masks.
             generator: Source of randomness, used on its own device; None uses the global one.
             device: Where the draw shall be; the generator's device, or torch's default one, when not given.
 
         Returns:
             The draw, for `forward(draw=...)`; an empty one without a teacher.
+
+        Raises:
+            ValueError: If a part needs `size` and there is none.
         """
-        scores = augment = None
-        if self.teacher is not None and self.num_classes is not None and self._mix_keyword() == "scores":
-            scores = uniform((n, self.num_classes + 1), generator=generator, device=device)
-        if self.teacher is not None and _is_ours(self.augment):
+        scores = augment = consistency = consistency_augment = None
+        if self.teacher is None:
+            return SelfTrainingDraw(scores, augment)
+        if self._mix_keyword() == "scores":
+            scores = self._sample_scores(n, size, generator, device)
+        if _is_ours(self.augment):
             augment = self.augment.sample(n, generator=generator, device=device)
-        return SelfTrainingDraw(scores, augment)
+        if isinstance(self.consistency, MaskedImages):
+            if size is None:
+                raise ValueError(
+                    "`size` must be given, since the blocks of `consistency` depend on it; pass (height, width) of the "
+                    "target images."
+                )
+            consistency = self.consistency.sample(n, size, generator=generator, device=device)
+        if self.consistency is not None and _is_ours(self.consistency_augment):
+            consistency_augment = self.consistency_augment.sample(n, generator=generator, device=device)
+        return SelfTrainingDraw(scores, augment, consistency, consistency_augment)
 
     def forward(
         self,
@@ -342,7 +413,8 @@ class SelfTraining(nn.Module):
             source_labels: (N, H, W) integer ground truth.
             target_images: (N, 3, H, W), as the source's; of one shape where the source is pasted onto them.
             target_weights: (N, H, W) or (N,) floating, multiplied into the weights of target pixels: 0 for padding or
-                the ego-vehicle.
+                the ego-vehicle. Such pixels still count in lambda. Where it is the same rows in all images, see
+                `ignore_top` and `ignore_bottom`.
             generator: Source of randomness; None uses the global one. Cannot be traced by `torch.compile`: use `draw`.
             draw: What `sample` returned, to replay it.
 
@@ -357,12 +429,21 @@ class SelfTraining(nn.Module):
         batch = _Batch(source_images, source_labels, target_images, target_weights)
         self._check_batch(batch)
         source_loss = self._source_loss(batch)
+        nothing = torch.zeros_like(source_loss)
         if self.teacher is None:
-            nothing = torch.zeros_like(source_loss)
-            return SelfTrainingOutput(source_loss, source_loss, nothing, None, None, None)
-        confidence, weight, mixed = self._mixed_batch(batch, generator, draw)
+            return SelfTrainingOutput(source_loss, source_loss, nothing, None, None, nothing, None)
+        draw = self._draw(batch, generator, draw)
+        target = self._target(batch)
+        mixed = self._mixed(batch, target, generator, draw)
         mixed_loss = self._mixed_loss(mixed)
-        return SelfTrainingOutput(source_loss + mixed_loss, source_loss, mixed_loss, confidence, mixed, weight)
+        loss, consistency_loss = source_loss + mixed_loss, nothing
+        if self.consistency is not None:
+            consistency_loss = self._consistency_loss(batch, target, draw)
+            loss = loss + consistency_loss
+        weight = (target.weights * target.allowed).sum() / max(target.weights.numel(), 1)
+        return SelfTrainingOutput(
+            loss, source_loss, mixed_loss, target.pseudo.confidence, mixed, consistency_loss, weight
+        )
 
     def terms(
         self,
@@ -390,8 +471,9 @@ class SelfTraining(nn.Module):
             draw: As in `forward`.
 
         Returns:
-            An iterator over `("source_loss", loss)` and, with a teacher, `("mixed_loss", loss)`, by the names of
-            `SelfTrainingOutput`. Each is computed when it is asked for.
+            An iterator over `("source_loss", loss)` and, with a teacher, `("mixed_loss", loss)` and, with
+            `consistency`, `("consistency_loss", loss)`, by the names of `SelfTrainingOutput`. Each is computed when it
+            is asked for.
 
         Raises:
             TypeError: As `forward`.
@@ -402,9 +484,13 @@ class SelfTraining(nn.Module):
 
         def one_by_one() -> Iterator[tuple[str, Tensor]]:
             yield "source_loss", self._source_loss(batch)
-            if self.teacher is not None:
-                *_, mixed = self._mixed_batch(batch, generator, draw)
-                yield "mixed_loss", self._mixed_loss(mixed)
+            if self.teacher is None:
+                return
+            drawn = self._draw(batch, generator, draw)
+            target = self._target(batch)
+            yield "mixed_loss", self._mixed_loss(self._mixed(batch, target, generator, drawn))
+            if self.consistency is not None:
+                yield "consistency_loss", self._consistency_loss(batch, target, drawn)
 
         return one_by_one()
 
@@ -418,7 +504,9 @@ class SelfTraining(nn.Module):
         """Constructor arguments that are no modules, for `repr`."""
         return (
             f"weigh={self.weigh!r}, upsample={self.upsample}, align_corners={self.align_corners}, "
-            f"num_classes={self.num_classes}, ignore_index={self.ignore_index}"
+            f"num_classes={self.num_classes}, ignore_index={self.ignore_index}, "
+            f"consistency_weight={self.consistency_weight}, ignore_top={self.ignore_top}, "
+            f"ignore_bottom={self.ignore_bottom}"
         )
 
     def _source_loss(self, batch: _Batch) -> Tensor:
@@ -429,24 +517,63 @@ class SelfTraining(nn.Module):
         logits = self._logits("student", self.student, mixed.images)
         return self._loss("criterion", logits, mixed.labels, mixed.weights)
 
-    def _mixed_batch(
+    def _consistency_loss(self, batch: _Batch, target: _Target, draw: SelfTrainingDraw) -> Tensor:
+        images = self._changed("consistency_augment", batch.target_images, draw.consistency_augment)
+        images = self._changed("consistency", images, draw.consistency)
+        logits = self._logits("student", self.student, images)
+        loss = self._loss("criterion", logits, target.pseudo.labels, target.weights * target.allowed)
+        return self.consistency_weight * loss
+
+    def _draw(
         self, batch: _Batch, generator: torch.Generator | None, draw: SelfTrainingDraw | None
-    ) -> tuple[Tensor, Tensor, Mixed]:
-        """The teacher's confidence, the mean weight of target pixels, and what the student learns from."""
-        images = batch.target_images
+    ) -> SelfTrainingDraw:
+        """The draw that is given, once it is known to be complete, or a fresh one."""
         if draw is None:
+            images = batch.target_images
             size = (images.shape[-2], images.shape[-1])
-            draw = self.sample(len(images), size, generator=generator, device=images.device)
+            return self.sample(len(images), size, generator=generator, device=images.device)
         self._check_draw(draw)
-        pseudo = self._pseudo_label(images)
+        return draw
+
+    def _sample_scores(
+        self,
+        n: int,
+        size: tuple[int, int] | None,
+        generator: torch.Generator | None,
+        device: torch.device | str | None,
+    ) -> Tensor:
+        """The scores of a mix: its own, or uniform numbers for the classes."""
+        sample_scores = getattr(self.mix, "sample_scores", None)
+        if sample_scores is not None:
+            scores: Tensor = sample_scores(n, size, generator=generator, device=device)
+            return scores
+        columns = self.num_classes + 1  # type: ignore[operator]  # known, or the mix would get no scores
+        return uniform((n, columns), generator=generator, device=device)
+
+    def _target(self, batch: _Batch) -> _Target:
+        """One pass of the teacher, and the weights that follow from it."""
+        pseudo = self._pseudo_label(batch.target_images)
         weights = self._weights(pseudo.confidence)
         allowed = weights.new_ones(len(weights)) if batch.target_weights is None else batch.target_weights
-        allowed = weight_maps(allowed, weights)
+        return _Target(pseudo, weights, self._without_ignored_rows(weight_maps(allowed, weights)))
+
+    def _without_ignored_rows(self, weights: Tensor) -> Tensor:
+        """Weights that are 0 in the rows to ignore, which are scaled from 512 and rounded."""
+        if self.ignore_top == self.ignore_bottom == 0:
+            return weights
+        height = weights.shape[1]
+        top, bottom = ((rows * height + 256) // 512 for rows in (self.ignore_top, self.ignore_bottom))
+        row = torch.arange(height, device=weights.device)[:, None]
+        return torch.where((row >= top) & (row < height - bottom), weights, 0.0)
+
+    def _mixed(
+        self, batch: _Batch, target: _Target, generator: torch.Generator | None, draw: SelfTrainingDraw
+    ) -> Mixed:
+        """What the student learns from, as it sees it."""
         keyword = self._mix_keyword()
         randomness = {"scores": draw.scores, "generator": generator}
-        mixed = self._mix(batch, pseudo, weights, allowed, {keyword: randomness[keyword]} if keyword else {})
-        mixed = mixed._replace(images=self._augment(mixed.images, draw.augment))
-        return pseudo.confidence, (weights * allowed).sum() / max(weights.numel(), 1), mixed
+        mixed = self._mix(batch, target, {keyword: randomness[keyword]} if keyword else {})
+        return mixed._replace(images=self._changed("augment", mixed.images, draw.augment))
 
     def _pseudo_label(self, target_images: Tensor) -> PseudoLabels:
         """Labels and confidence from the teacher's predictions, aligned where asked."""
@@ -459,11 +586,9 @@ class SelfTraining(nn.Module):
                 probs = self.align(probs)
             return pseudo_label_from_probs(probs)
 
-    def _mix(
-        self, batch: _Batch, pseudo: PseudoLabels, weights: Tensor, allowed: Tensor, keywords: Mapping[str, object]
-    ) -> Mixed:
+    def _mix(self, batch: _Batch, target: _Target, keywords: Mapping[str, object]) -> Mixed:
         """The mixed batch of the method, weighed by confidence."""
-        labels, confidence = pseudo
+        (labels, confidence), weights, allowed = target
         images = batch.target_images
         if self._mix_call is None:
             return Mixed(images, labels, weights * allowed, torch.zeros_like(labels, dtype=torch.bool))
@@ -491,41 +616,54 @@ class SelfTraining(nn.Module):
         """The keyword by which the mix gets its randomness: `scores`, `generator`, or none of the two."""
         if self._mix_call is None:
             return ""
+        has_scores = self.num_classes is not None or hasattr(self.mix, "sample_scores")
         for keyword in self._mix_call.keywords:
-            if keyword != "scores" or self.num_classes is not None:
+            if keyword != "scores" or has_scores:
                 return keyword
         raise ValueError(
             "`mix` must be given `scores`, (N, num_classes + 1), but nothing says how many classes there are; "
             "pass `num_classes=` to SelfTraining."
         )
 
-    def _augment(self, images: Tensor, draw: AugmentDraw | None) -> Tensor:
-        if self.augment is None:
+    def _changed(self, name: str, images: Tensor, draw: Any) -> Tensor:  # noqa: ANN401 - of whichever part it is
+        """What a part that changes images makes of them."""
+        part = getattr(self, name)
+        if part is None:
             return images
-        if _is_ours(self.augment):
-            augmented: Tensor = self.augment(images, draw=draw)
+        if _is_ours(part):
+            augmented: Tensor = part(images, draw=draw)
             return augmented
-        augmented = self.augment(images)
-        check_images("augment(images)", augmented)
-        if augmented.shape != images.shape:
+        if isinstance(part, MaskedImages):
+            masked: Tensor = part(images, scores=draw)
+            return masked
+        changed: Tensor = part(images)
+        check_images(f"{name}(images)", changed)
+        if changed.shape != images.shape:
             raise ValueError(
-                f"`augment` must keep the shape of images, {tuple(images.shape)}, got {tuple(augmented.shape)}; labels "
+                f"`{name}` must keep the shape of images, {tuple(images.shape)}, got {tuple(changed.shape)}; labels "
                 "and weights stay where they are, so change colours alone, and crop or flip before the step."
             )
-        check_same_device(images=images, **{"augment(images)": augmented})
-        check_range("augment(images)", augmented)
-        return augmented.to(images.dtype)
+        check_same_device(images=images, **{f"{name}(images)": changed})
+        check_range(f"{name}(images)", changed)
+        return changed.to(images.dtype)
 
     def _check_draw(self, draw: SelfTrainingDraw) -> None:
         """Refuse a draw that leaves something to chance: the modules would silently draw it themselves."""
         if not isinstance(draw, SelfTrainingDraw):
             raise TypeError(f"`draw` must be a SelfTrainingDraw, got {type(draw).__name__}; make it with `sample`.")
-        if self._mix_keyword() == "scores" and draw.scores is None:
-            raise ValueError("`draw.scores` must be given, since there is a `mix`; make the draw with `sample`.")
-        if _is_ours(self.augment) and draw.augment is None:
-            raise ValueError(
-                "`draw.augment` must be given, since there is a `StrongAugment`; make the draw with `sample`."
-            )
+        consistent = self.consistency is not None
+        needed = {
+            "scores": ("a `mix`", self._mix_keyword() == "scores"),
+            "augment": ("a `StrongAugment`", _is_ours(self.augment)),
+            "consistency": ("a `MaskedImages`", isinstance(self.consistency, MaskedImages)),
+            "consistency_augment": (
+                "a `StrongAugment`",
+                consistent and _is_ours(self.consistency_augment),
+            ),
+        }
+        for name, (part, is_there) in needed.items():
+            if is_there and getattr(draw, name) is None:
+                raise ValueError(f"`draw.{name}` must be given, since there is {part}; make the draw with `sample`.")
 
     def _loss(self, name: str, logits: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:
         """What a criterion makes of logits, which may be small."""
@@ -598,7 +736,8 @@ class SelfTraining(nn.Module):
             n, _, height, width = target_images.shape
             check_weights("target_weights", target_weights, (n, height, width))
         check_same_device(**batch._asdict())
-        mean, std = (self.augment.mean, self.augment.std) if _is_ours(self.augment) else (None, None)
+        augments = [part for part in (self.augment, self.consistency_augment) if _is_ours(part)]
+        mean, std = (augments[0].mean, augments[0].std) if augments else (None, None)
         check_range("source_images", source_images, mean=mean, std=std)
         check_range("target_images", target_images, mean=mean, std=std)
 
@@ -627,7 +766,7 @@ def _how_to_call(mix: Any) -> _MixCall:  # noqa: ANN401 - whatever was given
     )
 
 
-def _is_ours(augment: object) -> bool:
+def _is_ours(augment: object) -> TypeGuard[StrongAugment]:
     """Whether an augmentation is a `StrongAugment`, compiled or not, which takes a draw."""
     return isinstance(getattr(augment, "_orig_mod", augment), StrongAugment)
 

@@ -73,6 +73,16 @@ def test_step__compiled_forms_train_alike(released: list[float], name: str, monk
     torch.testing.assert_close(found, released[:2], rtol=1e-4, atol=0)
 
 
+def test_step__mic_is_a_step_of_three_passes() -> None:
+    work = step_forms.build(forms("cpu")["mic"], SMALL)
+    assert float(work.training(*work.batch, draw=work.sample()).consistency_loss.detach()) > 0.1
+    assert step.tflop(SMALL, 3) == pytest.approx(step.tflop(SMALL) * 10 / 7, rel=0.01)  # one is 3 of 7 forward passes
+    assert forms("cpu")["mic"].passes == 3
+    rows = {"mic": {"median_ms": 14.0}, "RepeatedSGD": {"median_ms": 10.0}}
+    best, line = targets.step({"rows": {**rows, "released style": {"median_ms": 20.0}}}, cuda=False)
+    assert (best.what, line.what, line.verdict) == ("step, RepeatedSGD", "step, mic", "<= 1.45  reached")
+
+
 def test_step__the_marked_one_is_the_step(released: list[float]) -> None:
     work = step_forms.build(forms("cpu")["RepeatedSGD"], SMALL)
     for number, want in enumerate(released):
