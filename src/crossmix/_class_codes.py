@@ -1,8 +1,8 @@
 """Label maps coded once, so that finding the classes and marking the chosen ones reads them in few passes.
 
 `Indices` is the plain form, for any number of classes, `Words` a faster one for up to 31. What they cost on one CPU
-thread for 8 x 512 x 512 labels, as a multiple of the time of one `torch.where` each over 8 x 3 x 512 x 512 images, labels
-and weights, which is the least that mixing takes:
+thread for 8 x 512 x 512 labels, as a multiple of the time of one `torch.where` each over 8 x 3 x 512 x 512 images,
+labels and weights, which is the least that mixing takes:
 
     Indices                 1.08 (int64 labels)   1.11 (uint8)
     Words                   0.78                  0.57
