@@ -25,8 +25,8 @@ PUBLIC = {
         "save_weights",
     ],
     "crossmix.datasets": [
-        "GTA5", "CachedSamples", "Cityscapes", "Classes", "DataError", "ImageFiles", "Sample", "SegmentationFolder",
-        "StreetScenes", "Synthia", "class_counts", "image_files", "read_classes", "write_png",
+        "GTA5", "CachedSamples", "Cityscapes", "Classes", "DataError", "ImageFiles", "RareClassSampler", "Sample",
+        "SegmentationFolder", "StreetScenes", "Synthia", "class_counts", "image_files", "read_classes", "write_png",
     ],
     "crossmix.metrics": ["ConfusionMatrix", "IoU"],
     "crossmix.evaluation": ["evaluate", "resize_labels"],
@@ -78,6 +78,9 @@ SIGNATURES = {
         "student num_classes * method='dacs' recipe='released' prior=None sync=False ignore_index=255 upsample=False "
         "align_corners=True logits=None mean=None std=None **overrides",
     "crossmix.models.deeplab_v2_resnet101": "num_classes=19 * aspp_branches=4 freeze_bn_affine=True upsample=True",
+    "crossmix.datasets.RareClassSampler":
+        "counts * temperature=0.01 min_pixels=3000 num_samples=None seed=0 rank=0 world_size=1",
+    "crossmix.engine.KeyedCrops": "samples size * seed stream skip=0 pad=False rare=None",
     "crossmix.metrics.ConfusionMatrix": "num_classes * ignore_index=255",
     "crossmix.evaluation.resize_labels": "labels size",
     "crossmix.evaluation.evaluate":
