@@ -9,7 +9,7 @@ from torch import nn
 from checks import Watch
 from crossmix import ClassMix, ConfidenceWeightedCE, CrossDomainMix, MeanTeacher, StrongAugment
 from crossmix import functional as F
-from crossmix.diagnostics import PseudoLabelMonitor
+from crossmix.diagnostics import PseudoLabelMonitor, UnsupervisedScores
 from crossmix.evaluation import evaluate
 from crossmix.metrics import ConfusionMatrix
 from oracles import seeded
@@ -34,6 +34,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "PseudoLabelMonitor.update": lambda: PseudoLabelMonitor(C).update(
         LABELS, CONFIDENCE, truth=LABELS.flip(0), student=LABELS.flip(1)
     ),
+    "UnsupervisedScores.update": lambda: UnsupervisedScores(C, pixels=9).update(LOGITS),
     "evaluate": lambda: evaluate(nn.Conv2d(3, C, 1), [(IMAGES[0], LABELS[0])], num_classes=C, window=(5, 6), flip=True),
 }
 

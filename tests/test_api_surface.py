@@ -30,7 +30,9 @@ PUBLIC = {
     ],
     "crossmix.metrics": ["ConfusionMatrix", "IoU"],
     "crossmix.evaluation": ["evaluate", "resize_labels"],
-    "crossmix.diagnostics": ["PseudoLabelMonitor", "PseudoLabelQuality"],
+    "crossmix.diagnostics": [
+        "PseudoLabelMonitor", "PseudoLabelQuality", "UnsupervisedQuality", "UnsupervisedScores",
+    ],
     "crossmix.optim": ["RepeatedSGD", "parameter_groups", "poly_lr"],
     "crossmix.visualize": ["colorize", "gallery"],
     "crossmix.engine": [
@@ -90,6 +92,9 @@ SIGNATURES = {
     "crossmix.diagnostics.PseudoLabelMonitor.update": "self labels confidence * truth=None student=None",
     "crossmix.diagnostics.PseudoLabelMonitor.compute": "self prior=None",
     "crossmix.diagnostics.PseudoLabelQuality.as_dict": "self class_names=None",
+    "crossmix.diagnostics.UnsupervisedScores": "num_classes * pixels=1000 temperature=0.05",
+    "crossmix.diagnostics.UnsupervisedScores.update": "self logits",
+    "crossmix.diagnostics.UnsupervisedScores.compute": "self",
 }  # fmt: skip
 
 
