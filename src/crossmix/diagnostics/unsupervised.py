@@ -16,7 +16,7 @@ from crossmix._tensors import at_least_float32
 
 __all__ = ["UnsupervisedQuality", "UnsupervisedScores"]
 
-UNIT = 2**20  # Sums are kept in units of 1 / UNIT: whole numbers do not drift, whatever the order of the batches.
+UNIT = 2**26  # Sums are kept in units of 1 / UNIT, good for 10**10 pixels: whole numbers do not drift, in any order.
 
 
 class UnsupervisedQuality(NamedTuple):
@@ -54,7 +54,7 @@ class UnsupervisedScores(nn.Module):
 
     State:
         Buffers of int64, which `update` adds to and `reset` zeroes. `prediction`: (C,), sum of the probabilities in
-        units of 2**-20. `entropy`: (2,), its sum in these units, and the number of pixels. `density`: (2,), likewise of
+        units of 2**-26. `entropy`: (2,), its sum in these units, and the number of pixels. `density`: (2,), likewise of
         the sampled pixels.
 
     Raises:
