@@ -87,7 +87,8 @@ SIGNATURES = {
     "crossmix.evaluation.resize_labels": "labels size",
     "crossmix.evaluation.evaluate":
         "network data * num_classes=19 image_size=None label_sizes=(None,) window=None stride=None flip=False "
-        "align_corners=True forward=None logits=None device=None dtype=None workers=0 sync=False ignore_index=255",
+        "align_corners=True forward=None logits=None device=None dtype=None workers=0 sync=False ignore_index=255 "
+        "progress=False",
     "crossmix.diagnostics.PseudoLabelMonitor": "num_classes * threshold=0.968 ignore_index=255",
     "crossmix.diagnostics.PseudoLabelMonitor.update": "self labels confidence * truth=None student=None",
     "crossmix.diagnostics.PseudoLabelMonitor.compute": "self prior=None",

@@ -1,14 +1,10 @@
 """Work over many files in processes, with a progress bar."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from typing import TypeVar
 
-try:
-    from tqdm import tqdm
-except ImportError:  # the bar is an extra
-    tqdm = None
+from crossmix._progress import shown
 
 __all__ = ["each"]
 
@@ -25,16 +21,6 @@ def each(
     """
     if workers:
         with get_context("spawn").Pool(min(workers, len(items)) or 1) as pool:  # decoders hold the interpreter's lock
-            yield from zip(items, _shown(pool.imap(work, items, chunksize=8), len(items), title), strict=True)
+            yield from zip(items, shown(pool.imap(work, items, chunksize=8), len(items), title, "file"), strict=True)
     else:
-        yield from zip(items, _shown(map(work, items), len(items), title), strict=True)
-
-
-def _shown(results: Iterator[Result], total: int, title: str) -> Iterator[Result]:
-    if tqdm is not None and sys.stderr.isatty():
-        yield from tqdm(results, total=total, desc=title, unit="file")
-        return
-    for done, result in enumerate(results, 1):
-        yield result
-        if total >= 100 and done % (total // 10) == 0:
-            sys.stderr.write(f"{title}: {done} of {total}\n")
+        yield from zip(items, shown(map(work, items), len(items), title, "file"), strict=True)
