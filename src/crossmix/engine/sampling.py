@@ -11,6 +11,7 @@ import operator
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -271,7 +272,7 @@ def _with_enough(image: Tensor, label: Tensor, boxes: list[Box], wanted: int, en
     if label.device.type == "cpu":
         for box in boxes:
             found = label[box]
-            if int((found == wanted).sum()) >= enough:
+            if np.count_nonzero(found.numpy() == wanted) >= enough:  # eight times as fast as torch
                 break
         return image[:, *box], found
     labels = torch.stack([label[box] for box in boxes])  # all of them, since a look would wait for the device
