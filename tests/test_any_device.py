@@ -21,7 +21,7 @@ from crossmix import (
     recipes,
 )
 from crossmix import functional as F
-from crossmix.diagnostics import PseudoLabelMonitor
+from crossmix.diagnostics import PseudoLabelMonitor, UnsupervisedScores
 from crossmix.evaluation import evaluate
 from crossmix.metrics import ConfusionMatrix
 from oracles import seeded
@@ -51,6 +51,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "PseudoLabelMonitor.update": lambda: PseudoLabelMonitor(C).update(
         LABELS, CONFIDENCE, truth=LABELS.flip(0), student=LABELS.flip(1)
     ),
+    "UnsupervisedScores.update": lambda: UnsupervisedScores(C, pixels=9).update(LOGITS),
     "evaluate": lambda: evaluate(nn.Conv2d(3, C, 1), [(IMAGES[0], LABELS[0])], num_classes=C, window=(5, 6), flip=True),
 }
 

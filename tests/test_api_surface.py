@@ -26,13 +26,15 @@ PUBLIC = {
         "save_weights",
     ],
     "crossmix.datasets": [
-        "GTA5", "CachedSamples", "Cityscapes", "Classes", "DataError", "ImageFiles", "Sample", "SegmentationFolder",
-        "StreetScenes", "Synthia", "class_counts", "image_files", "read_classes", "read_image",
+        "GTA5", "CachedSamples", "Cityscapes", "Classes", "DataError", "ImageFiles", "RareClassSampler", "Sample",
+        "SegmentationFolder", "StreetScenes", "Synthia", "class_counts", "image_files", "read_classes", "read_image",
         "write_png",
     ],
     "crossmix.metrics": ["ConfusionMatrix", "IoU"],
     "crossmix.evaluation": ["evaluate", "resize_labels"],
-    "crossmix.diagnostics": ["PseudoLabelMonitor", "PseudoLabelQuality"],
+    "crossmix.diagnostics": [
+        "PseudoLabelMonitor", "PseudoLabelQuality", "UnsupervisedQuality", "UnsupervisedScores",
+    ],
     "crossmix.optim": ["RepeatedSGD", "parameter_groups", "poly_lr"],
     "crossmix.visualize": ["colorize", "gallery"],
     "crossmix.engine": [
@@ -103,15 +105,22 @@ SIGNATURES = {
         "student num_classes * method='dacs' recipe='released' prior=None sync=False ignore_index=255 upsample=False "
         "align_corners=True logits=None mean=None std=None **overrides",
     "crossmix.models.deeplab_v2_resnet101": "num_classes=19 * aspp_branches=4 freeze_bn_affine=True upsample=True",
+    "crossmix.datasets.RareClassSampler":
+        "counts * temperature=0.01 min_pixels=3000 num_samples=None seed=0 rank=0 world_size=1",
+    "crossmix.engine.KeyedCrops": "samples size * seed stream skip=0 pad=False rare=None",
     "crossmix.metrics.ConfusionMatrix": "num_classes * ignore_index=255",
     "crossmix.evaluation.resize_labels": "labels size",
     "crossmix.evaluation.evaluate":
         "network data * num_classes=19 image_size=None label_sizes=(None,) window=None stride=None flip=False "
-        "align_corners=True forward=None logits=None device=None dtype=None workers=0 sync=False ignore_index=255",
+        "align_corners=True forward=None logits=None device=None dtype=None workers=0 sync=False ignore_index=255 "
+        "progress=False",
     "crossmix.diagnostics.PseudoLabelMonitor": "num_classes * threshold=0.968 ignore_index=255",
     "crossmix.diagnostics.PseudoLabelMonitor.update": "self labels confidence * truth=None student=None",
     "crossmix.diagnostics.PseudoLabelMonitor.compute": "self prior=None",
     "crossmix.diagnostics.PseudoLabelQuality.as_dict": "self class_names=None",
+    "crossmix.diagnostics.UnsupervisedScores": "num_classes * pixels=1000 temperature=0.05",
+    "crossmix.diagnostics.UnsupervisedScores.update": "self logits",
+    "crossmix.diagnostics.UnsupervisedScores.compute": "self",
 }  # fmt: skip
 
 

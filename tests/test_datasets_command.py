@@ -4,14 +4,17 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
 
-from crossmix.datasets import GTA5, DataError, SegmentationFolder, StreetScenes, class_counts
+from crossmix.datasets import GTA5, DataError, Sample, SegmentationFolder, StreetScenes, class_counts, statistics
 from crossmix.datasets.__main__ import main
 from crossmix.datasets.classes import CLASS_NAMES
 
@@ -121,51 +124,106 @@ def test_stats__prints_shares_and_keeps_the_counts(gta5: Path, capsys: pytest.Ca
         assert row[len(name.split()) :] == [str(count), share, str(maps)]
     assert main(["stats", str(gta5)]) == 0
     assert capsys.readouterr().out == first
-    assert len((gta5 / "crossmix-stats.jsonl").read_text("utf-8").splitlines()) == 5
+    assert len((gta5 / "crossmix-stats.jsonl").read_text("utf-8").splitlines()) == 4
     done = subprocess.run(
         [sys.executable, "-m", "crossmix.datasets", "stats", str(gta5)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, first)
 
 
+def counted(samples: Iterable[Sample]) -> Tensor:
+    return torch.stack([torch.bincount(sample.label.flatten().long(), minlength=256) for sample in samples])
+
+
 def test_class_counts__goes_on_where_it_stopped_and_counts_changed_files_again(gta5: Path, tmp_path: Path) -> None:
     data, cache = GTA5(gta5), tmp_path / "counts.jsonl"
-    want = torch.stack([torch.bincount(data[i].label.flatten().long(), minlength=256) for i in range(4)])
+    want = counted(data)
     assert torch.equal(class_counts(data), want)
     assert torch.equal(class_counts(data, cache=cache, workers=2), want)
-    whole = cache.read_bytes()
-    lines = whole.split(b"\n")
-    cache.write_bytes(b"\n".join(lines[:3]) + b"\n" + lines[3][:20])  # killed while writing
-    assert torch.equal(class_counts(data, cache=cache), want)
-    assert sorted(cache.read_bytes().split(b"\n")) == sorted(lines)
-    forged = json.loads(lines[1])
-    forged["counts"] = {"0": 1}
-    cache.write_bytes(b"\n".join([lines[0], json.dumps(forged).encode(), *lines[2:]]))
-    assert int(class_counts(data, cache=cache)[0].sum()) == 1  # what is kept is what is taken ...
+    lines = cache.read_bytes().splitlines(keepends=True)
+    for kept in range(4):
+        for more in (0, 1, 20, len(lines[kept]) - 1):  # killed while writing, in the first line or in a later one
+            cache.write_bytes(b"".join(lines[:kept]) + lines[kept][:more])
+            assert torch.equal(class_counts(data, cache=cache), want)
+            assert {line.strip() for line in lines} <= set(cache.read_bytes().splitlines())
+            size = cache.stat().st_size
+            assert torch.equal(class_counts(data, cache=cache), want)
+            assert cache.stat().st_size == size  # nothing was counted twice
     shutil.copy(gta5 / "labels" / "00002.png", gta5 / "labels" / "00001.png")
-    assert torch.equal(class_counts(data, cache=cache)[0], want[1])  # ... until the file changes
+    assert torch.equal(class_counts(data, cache=cache)[0], want[1])
+
+
+def test_class_counts__what_is_kept_is_taken_and_what_is_damaged_is_not(
+    gta5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, cache = GTA5(gta5), tmp_path / "counts.jsonl"
+    want = class_counts(data, cache=cache)
+    lines = cache.read_bytes().splitlines(keepends=True)
+    read = []
+    monkeypatch.setattr(statistics, "_count", lambda path, labelled: read.append(path.name) or {0: 7})
+    assert torch.equal(class_counts(data, cache=cache), want)
+    assert torch.equal(class_counts(GTA5(gta5, size=(8, 16)), cache=cache), want)  # of the maps as they are
+    assert read == []
+    entry = json.loads(lines[2])
+    forged = json.dumps({**entry, "counts": {**entry["counts"], "0": 1}}).encode() + b"\n"
+    for line in (forged, b"\xff\n", b"7\n", b"{}\n", b"\n", lines[2].replace(b"mtime", b"Mtime")):
+        read.clear()
+        cache.write_bytes(b"".join([*lines[:2], line, lines[3]]))
+        got = class_counts(data, cache=cache)
+        assert read == ["00003.png"]
+        assert torch.equal(got[[0, 1, 3]], want[[0, 1, 3]])
+        assert got[2, 0] == got[2].sum() == 7
+
+
+def test_class_counts__data_sets_and_mappings_share_a_file(gta5: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "counts.jsonl"
+    folders = (gta5 / "images", gta5 / "labels")
+    same, other = (SegmentationFolder(*folders, dict.fromkeys(range(35), value)) for value in (0, 1))
+    every = [GTA5(gta5), same, other]
+    for data in every * 2:
+        assert torch.equal(class_counts(data, cache=cache), counted(data))
+    whole = ConcatDataset([*every, Subset(every[0], [2, 2])])
+    assert torch.equal(class_counts(whole, cache=cache), counted(whole))
+    assert len(cache.read_bytes().splitlines()) == 12
+
+
+COUNT = """
+import sys
+from crossmix.datasets import GTA5, class_counts
+print(class_counts(GTA5(sys.argv[1]), cache=sys.argv[2]).tolist())
+"""
+
+
+def test_class_counts__processes_share_a_file(gta5: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "counts.jsonl"
+    command = [sys.executable, "-c", COUNT, str(gta5), str(cache)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    want = str(counted(GTA5(gta5)).tolist())
+    for process in running:
+        assert process.communicate(timeout=300)[0].strip() == want
+    assert str(class_counts(GTA5(gta5), cache=cache).tolist()) == want
+
+
+def test_class_counts__in_processes_of_any_data_set() -> None:
+    state = torch.get_rng_state()
+    for data in (StreetScenes(5), [StreetScenes(3)[i] for i in range(3)]):
+        assert torch.equal(class_counts(data, workers=2), counted(data[i] for i in range(len(data))))
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(DataError, match="sample 0 of list has no label"):
+        class_counts([StreetScenes(1)[0]._replace(label=None)], workers=1)
 
 
 def test_class_counts__refuses(gta5: Path, tmp_path: Path) -> None:
     data, cache = GTA5(gta5), tmp_path / "counts.jsonl"
     with pytest.raises(DataError, match="4 samples have no label map"):
         class_counts(GTA5(gta5, labels=False))
-    class_counts(data, cache=cache)
-    own = SegmentationFolder(gta5 / "images", gta5 / "labels", dict.fromkeys(range(35), 0))
-    with pytest.raises(DataError, match=r"counts\.jsonl: holds counts of other ids"):
-        class_counts(own, cache=cache)
-    cache.unlink()
-    class_counts(own, cache=cache)
-    other = SegmentationFolder(gta5 / "images", gta5 / "labels", dict.fromkeys(range(35), 1))
-    with pytest.raises(DataError, match=r"counts\.jsonl: holds counts of other ids"):
-        class_counts(other, cache=cache)
-    for text in ("{}\n", "[\n", '{"counts of": 1}\nx\n'):
-        cache.write_text(text, encoding="utf-8")
-        with pytest.raises(DataError, match=r"counts\.jsonl: "):
+    for content in (b"{}\n", b"[\n", b"my notes", b"\xff"):  # somebody's file is not added to
+        cache.write_bytes(content)
+        with pytest.raises(DataError, match=r"counts\.jsonl: is no file of counts; pass another file"):
             class_counts(data, cache=cache)
-    cache.write_bytes(b"\xff")
+        assert cache.read_bytes() == content
     with pytest.raises(DataError, match="cannot be read"):
-        class_counts(data, cache=cache)
+        class_counts(data, cache=tmp_path)
     with pytest.raises(DataError, match="cannot be written"):
         class_counts(data, cache=tmp_path / "no" / "folder.jsonl")
     (gta5 / "labels" / "00001.png").unlink()

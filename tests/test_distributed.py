@@ -17,7 +17,7 @@ SCRIPT = textwrap.dedent(
     from torch.nn.parallel import DistributedDataParallel
     from crossmix import ConfidenceWeightedCE, CrossDomainMix, DistributionAlignment, MaskedImages, MeanTeacher
     from crossmix import SelfTraining
-    from crossmix.diagnostics import PseudoLabelMonitor
+    from crossmix.diagnostics import PseudoLabelMonitor, UnsupervisedScores
     from crossmix.functional import pseudo_label_from_probs
     from crossmix.metrics import ConfusionMatrix
 
@@ -117,6 +117,17 @@ SCRIPT = textwrap.dedent(
             part.merge()
             assert part.compute().as_dict() == whole.compute().as_dict()
     assert 0 < alone.compute().pixels < part.compute().pixels
+
+    scores = [UnsupervisedScores(3, pixels=20) for _ in range(4)]  # of each rank's batch, of all, and merged
+    for r, batch in enumerate(probs.log().chunk(2)):
+        scores[r].update(batch)
+        scores[2].update(batch)
+        if r == rank:
+            scores[3].update(batch)
+    for _ in range(2):
+        scores[3].merge()
+        assert scores[3].compute() == scores[2].compute()
+    assert scores[0].compute() != scores[2].compute()
     dist.barrier()
     dist.destroy_process_group()
     print("ok", rank, flush=True)

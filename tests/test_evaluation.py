@@ -273,7 +273,8 @@ def windows_by_hand(
         (7, 7, ((7, 7), (7, 7))),
         ((6, 9), None, ((6, 9), (4, 6))),
         ((40, 6), 1, ((17, 6), (1, 1))),
-        (100, None, ((17, 19), (17, 19))),
+        (100, None, None),
+        ((17, 19), 5, None),
     ],
 )
 def test_evaluate__windows_and_mirrored_images(
@@ -310,6 +311,44 @@ def test_evaluate__windows_of_a_network_that_sees_single_pixels_change_nothing()
     want = evaluate(network, data, num_classes=5)["native"].counts
     for options in ({"window": 6}, {"flip": True}, {"window": (4, 7), "stride": (3, 2), "flip": True}):
         assert (evaluate(network, data, num_classes=5, **options)["native"].counts - want).abs().sum() <= 2
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_evaluate__a_window_that_shows_the_image_is_one_pass(flip: bool) -> None:
+    """At every label size: whether probabilities or logits are resized makes a difference."""
+    torch.manual_seed(0)
+    network, data = nn.Conv2d(3, 5, 3, padding=1, stride=4), samples([(17, 19), (12, 18)])
+    sizes = [None, (8, 9), (34, 50)]
+    want = evaluate(network, data, num_classes=5, label_sizes=sizes, flip=flip)
+    for window in ((17, 19), 19, (40, 30)):
+        got = evaluate(network, data, num_classes=5, label_sizes=sizes, flip=flip, window=window)
+        for name, matrix in want.items():
+            assert torch.equal(got[name].counts, matrix.counts)
+
+
+def lines_of(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("evaluating")]
+
+
+def test_evaluate__progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Conv2d(3, 5, 1)
+    data = samples([(3, 4)] * 120)
+    quiet = evaluate(network, data, num_classes=5)["native"].counts
+    assert capsys.readouterr().err == ""
+    told = [f"evaluating: {done} of 120" for done in range(12, 121, 12)]
+    for given, want in (
+        (data, told),
+        (DataLoader(data, batch_size=1), told),  # type: ignore[arg-type]
+        (iter(data), ["evaluating: 100"]),
+        (data[:99], []),
+    ):
+        got = evaluate(network, given, num_classes=5, progress=True)["native"].counts
+        assert lines_of(capsys.readouterr().err) == want
+        assert want == [] or torch.equal(got, quiet)
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert torch.equal(evaluate(network, data, num_classes=5, progress=True)["native"].counts, quiet)
+    assert re.search(r"evaluating: 100%.* 120/120", capsys.readouterr().err)
 
 
 def test_evaluate__one_label_size_twice_is_scored_once() -> None:

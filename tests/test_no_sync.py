@@ -24,7 +24,7 @@ from crossmix import (
 )
 from crossmix import functional as F
 from crossmix._cross_entropy import sum_by_blocks
-from crossmix.diagnostics import PseudoLabelMonitor
+from crossmix.diagnostics import PseudoLabelMonitor, UnsupervisedScores
 from crossmix.engine import FiniteGuard
 from crossmix.engine import finite as guards
 from crossmix.optim import RepeatedSGD, poly_lr
@@ -240,6 +240,15 @@ def test_pseudo_label_monitor() -> None:
         monitor.reset()
 
 
+def test_unsupervised_scores() -> None:
+    scores = UnsupervisedScores(C, pixels=50)
+    for logits in (torch.randn(2, C, 9, 9), torch.randn(2, C, 9, 9).half(), torch.randn(1, C, 3, 3)):
+        with NoSync():
+            scores.update(logits)
+    with NoSync():
+        scores.reset()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("upsample", [False, True])
@@ -251,11 +260,13 @@ def test_cuda__sync_debug_mode(method: str, recipe: str, optimizer: str, upsampl
         student = network(stride=2 if upsample else 1)
         training = recipes.self_training(student, C, method=method, recipe=recipe, upsample=upsample)
         step = Stepper(training.train(), optimizer)
-        monitor = PseudoLabelMonitor(C)
+        monitor, scores = PseudoLabelMonitor(C), UnsupervisedScores(C, pixels=50)
+        logits = torch.randn(2, C, 9, 9)
     for attempt in range(4):
         torch.cuda.set_sync_debug_mode("error" if attempt else "default")  # the first step may allocate and tune
         try:
             output = step()
+            scores.update(logits)
             if output.mixed is not None and output.confidence is not None:
                 monitor.update(output.mixed.labels, output.confidence, truth=step.labels, student=step.labels)
         finally:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from crossmix._checks import check_labels, check_tensor
 from crossmix._distributed import rank, world_size
+from crossmix._progress import shown
 from crossmix._tensors import nearest, upsample
 from crossmix._workers import QuietLoader
 from crossmix.metrics import ConfusionMatrix
@@ -63,6 +64,7 @@ def evaluate(
     workers: int = 0,
     sync: bool = False,
     ignore_index: int = 255,
+    progress: bool = False,
 ) -> dict[str, ConfusionMatrix]:
     """Score a network on labelled data, at one or several label sizes in one pass.
 
@@ -82,7 +84,8 @@ def evaluate(
         label_sizes: Sizes to score at, each (height, width), or None for the label's own. Labels are resized to the
             nearest pixel, logits bilinearly.
         window: (height, width), or one number for both: the network sees windows of this size, cut to the image, and
-            its probabilities are averaged where they overlap. None shows it whole images.
+            its probabilities are averaged where they overlap. None shows it whole images, as does a window that is as
+            large as the image.
         stride: (height, width), or one number, between windows; the last ones end with the image. Two thirds of the
             window by default.
         flip: Whether to average probabilities with those of the mirrored image.
@@ -95,6 +98,8 @@ def evaluate(
         sync: Share a map-style data set out over the ranks of torch.distributed, each sample to one rank, and add up
             the counts, which are then those of one process. Every rank has to call.
         ignore_index: The id of ignored pixels.
+        progress: Whether to show on stderr how many items are done: a bar on a terminal where tqdm is installed, and
+            otherwise a line for every tenth. The first rank tells for all.
 
     Returns:
         A `ConfusionMatrix` on the device for each label size, by "HxW", or "native" for None. Where not one pixel has
@@ -129,17 +134,18 @@ def evaluate(
 
     seen = 0
     with _eval_mode(network):
-        for item in _each(data, workers, sync=sync):
+        for item in _each(data, workers, sync=sync, progress=progress):
             batch = _batch(item, seen)
             _check_ids(batch, num_classes, ignore_index)
             images = _unit(_resized(batch.images.to(device), image_size)).to(like.dtype)
-            views = [_view(run, images, tiles, num_classes, align_corners=align_corners)]
+            parts = _parts(tiles, images)
+            views = [_view(run, images, parts, num_classes, align_corners=align_corners)]
             if flip:
-                views.append(_view(run, images.flip(-1), tiles, num_classes, align_corners=align_corners).flip(-1))
+                views.append(_view(run, images.flip(-1), parts, num_classes, align_corners=align_corners).flip(-1))
             for name, size in sizes.items():
                 labels = (batch.labels if size is None else nearest(batch.labels, size)).to(device)
                 scores = [upsample(view, labels.shape[-2:], align_corners=align_corners) for view in views]
-                matrices[name].update(_classes(scores, soft=tiles is not None), labels)
+                matrices[name].update(_classes(scores, soft=parts is not None), labels)
             seen += len(images)
     if not (len(data) if sync and isinstance(data, Sized) else seen):
         raise ValueError("`data` must not be empty; check the folder that it is read from.")
@@ -223,15 +229,21 @@ def _refuse_unlabelled(data: object) -> None:
         )
 
 
-def _each(data: Samples | Iterable[object], workers: int, *, sync: bool) -> Iterator[object]:
-    """Items in order; a data set is indexed up to its length, since it need not stop by itself."""
-    if not (hasattr(data, "__getitem__") and isinstance(data, Sized)):
-        if workers or sync:
-            hint = "; pass its `dataset`" if isinstance(data, DataLoader) else ""
-            raise TypeError(f"`workers` and `sync` need a data set with a length, got {type(data).__name__}{hint}.")
-        yield from data
-        return
-    share = range(rank(), len(data), world_size()) if sync else range(len(data))
+def _each(data: Samples | Iterable[object], workers: int, *, sync: bool, progress: bool) -> Iterator[object]:
+    """The items of this rank, and how far it is."""
+    items: Iterable[object] = data  # type: ignore[assignment]
+    total = len(data) if isinstance(data, Sized) else None
+    if hasattr(data, "__getitem__") and isinstance(data, Sized):
+        share = range(rank(), len(data), world_size()) if sync else range(len(data))
+        items, total = _indexed(data, share, workers), len(share)
+    elif workers or sync:
+        hint = "; pass its `dataset`" if isinstance(data, DataLoader) else ""
+        raise TypeError(f"`workers` and `sync` need a data set with a length, got {type(data).__name__}{hint}.")
+    yield from shown(items, total, "evaluating", "item") if progress and rank() == 0 else items
+
+
+def _indexed(data: Samples, share: range, workers: int) -> Iterator[object]:
+    """Items of a data set in order, up to its length, since it need not stop by itself."""
     if workers:
         yield from QuietLoader(
             data,  # type: ignore[arg-type]
@@ -373,6 +385,13 @@ def _tiles(window: Size | int | None, stride: Size | int | None) -> tuple[Size, 
             "pixels between windows would have no prediction."
         )
     return (height, width), (down, across)
+
+
+def _parts(tiles: tuple[Size, Size] | None, images: Tensor) -> tuple[Size, Size] | None:
+    """Window and stride for these images; None where one window shows all of them, which is one pass."""
+    if tiles is not None and tiles[0][0] >= images.shape[-2] and tiles[0][1] >= images.shape[-1]:
+        return None
+    return tiles
 
 
 def _unit(images: Tensor) -> Tensor:

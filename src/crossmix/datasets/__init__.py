@@ -8,6 +8,7 @@ from crossmix.datasets.cache import CachedSamples
 from crossmix.datasets.cityscapes import Cityscapes
 from crossmix.datasets.gta5 import GTA5
 from crossmix.datasets.sample import DataError, Sample
+from crossmix.datasets.sampling import RareClassSampler
 from crossmix.datasets.segmentation_folder import SegmentationFolder
 from crossmix.datasets.statistics import class_counts
 from crossmix.datasets.street_scenes import StreetScenes
@@ -20,6 +21,7 @@ __all__ = [
     "Classes",
     "DataError",
     "ImageFiles",
+    "RareClassSampler",
     "Sample",
     "SegmentationFolder",
     "StreetScenes",

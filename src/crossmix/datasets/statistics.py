@@ -1,8 +1,10 @@
 """How often every class occurs, counted once and kept."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from crossmix.datasets._arguments import check_count
 from crossmix.datasets._files import Files, FolderDataset
@@ -24,20 +26,23 @@ __all__ = ["class_counts"]
 def class_counts(dataset: Dataset[Sample], *, cache: str | os.PathLike[str] | None = None, workers: int = 0) -> Tensor:
     """Count the pixels of every class in every label map.
 
-    For class frequencies, for a prior, for drawing rare classes more often. A reader's maps are counted at their own
-    size, and its images are not read; of a cache of samples, of StreetScenes and of any other data set the labels are
-    counted as they come.
+    For class frequencies, for a prior, for drawing rare classes more often (`RareClassSampler`). A reader's maps are
+    counted at their own size, whatever its `size=` is, and its images are not read; of a cache of samples, of
+    StreetScenes and of any other data set the labels are counted as they come.
 
     Args:
         dataset: A data set of this package, or any whose items have a `label` (H, W) of integers from 0 to 255; also as
             `Subset` and `ConcatDataset` of `torch.utils.data` hold it.
-        cache: A file that keeps the counts of a reader, a line of JSON per map. What it holds is taken where the map's
-            size and time of change are as they were; the rest is counted and added, so an interrupted count goes on
-            where it was.
-        workers: Processes that read a reader's maps; 0 counts in this one.
+        cache: A file that keeps the counts of a reader, beside the data or anywhere; `stats` of the command line keeps
+            them in ROOT/crossmix-stats.jsonl. It holds a line of JSON per map. A line is taken where the map's size and
+            time of change, and the ids that the reader makes of it, are as they were, and its checksum is right. All
+            other maps are counted and added, so an interrupted count goes on where it was. Several data sets, or
+            processes, may share one file.
+        workers: Processes that read maps or samples; 0 counts in this one.
 
     Returns:
-        A row for each sample, (N, 256) int64. Columns are train ids 0 to 254, then ignored pixels.
+        A row for each sample, (N, 256) int64. Columns are train ids 0 to 254, then ignored pixels (where a reader was
+        given another `ignore_index`, they are in that column).
 
     Raises:
         DataError: If a map is missing, damaged, or holds an id in no table, or `cache` is no such file.
@@ -61,7 +66,7 @@ def class_counts(dataset: Dataset[Sample], *, cache: str | os.PathLike[str] | No
             raise ValueError(
                 f"`cache` keeps counts of label files, which {type(dataset).__name__} has none of; omit it."
             )
-        return _of_samples(dataset)
+        return _of_samples(dataset, workers)
     files, labelled = chosen
     paths = [file.label for file in files if file.label is not None]
     if len(paths) < len(files):
@@ -78,31 +83,55 @@ def _files(dataset: Dataset[Sample]) -> tuple[list[Files], LabelFormat] | None:
     return None
 
 
-def _of_samples(dataset: Dataset[Sample]) -> Tensor:
+def _of_samples(dataset: Dataset[Sample], workers: int) -> Tensor:
     """Counts of the labels that a data set returns."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(f"`dataset` must have a length and items, got {type(dataset).__name__}; pass a data set.")
-    table = torch.zeros(len(dataset), 256, dtype=torch.int64)
-    for i in range(len(table)):
-        label = getattr(dataset[i], "label", None)
-        if label is None:
-            raise DataError(f"sample {i} of {type(dataset).__name__} has no label; read the data set with its labels.")
-        if label.numel() and (int(label.min()) < 0 or int(label.max()) > 255):
-            raise DataError(f"sample {i} of {type(dataset).__name__} has labels outside 0..255; map its ids first.")
-        table[i] = torch.bincount(label.flatten().long().cpu(), minlength=256)
+    counted = _Counted(dataset)
+    rows: Iterator[Tensor] = iter(counted)
+    if workers:
+        unseeded = torch.Generator()  # or the loader would draw from the global one
+        rows = iter(DataLoader(counted, batch_size=None, num_workers=workers, generator=unseeded))
+    table = torch.zeros(len(counted), 256, dtype=torch.int64)
+    for row, counts in zip(table, rows, strict=True):
+        row[:] = counts
     return table
+
+
+class _Counted(Dataset[Tensor]):
+    """The counts of each label map, (256,) int64, in place of its sample."""
+
+    def __init__(self, dataset: Any) -> None:  # noqa: ANN401 - any data set
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Tensor]:  # a data set need not stop by itself
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, i: int) -> Tensor:
+        label = getattr(self.dataset[i], "label", None)
+        name = f"sample {i} of {type(self.dataset).__name__}"
+        if label is None:
+            raise DataError(f"{name} has no label; read the data set with its labels.")
+        if label.numel() and (int(label.min()) < 0 or int(label.max()) > 255):
+            raise DataError(f"{name} has labels outside 0..255; map its ids first.")
+        return torch.bincount(label.flatten().long().cpu(), minlength=256)
 
 
 def count_files(paths: list[Path], labelled: LabelFormat, cache: Path | None, *, workers: int) -> Tensor:
     """The same for label maps given as paths."""
-    known = {} if cache is None else _read(cache, labelled)
+    ids = hashlib.sha256(labelled.signature.encode()).hexdigest()[:16]
+    known = {} if cache is None else _read(cache, ids)
     counted = {path: known[key] for path in paths if (key := _key(path)) in known}
-    rest = [path for path in paths if path not in counted]
-    write = _writer(cache, labelled) if rest and cache is not None else None
+    rest = [path for path in dict.fromkeys(paths) if path not in counted]
+    if cache is not None and rest:
+        _append(cache, b"")  # if it cannot be written, that is said before anything is counted
     for path, counts in each(partial(_count, labelled=labelled), rest, "counting", workers=workers):
         counted[path] = counts
-        if write is not None:
-            write(path, counts)
+        if cache is not None:
+            _append(cache, _line(ids, path, counts))
     table = torch.zeros(len(paths), 256, dtype=torch.int64)
     for row, path in zip(table, paths, strict=True):
         for value, count in counted[path].items():
@@ -116,6 +145,8 @@ def _count(path: Path, labelled: LabelFormat) -> dict[int, int]:
 
 
 Key = tuple[str, int, int]
+START = b'{"ids": "'
+"""What a file of counts begins with, since each of its lines does."""
 
 
 def _key(path: Path) -> Key:
@@ -127,49 +158,51 @@ def _key(path: Path) -> Key:
     return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
-def _head(labelled: LabelFormat) -> dict[str, Any]:
-    return {"counts of": labelled.signature}
+def _line(ids: str, path: Path, counts: dict[int, int]) -> bytes:
+    file, size, mtime_ns = _key(path)
+    entry = {"ids": ids, "file": file, "size": size, "mtime_ns": mtime_ns, "counts": counts}
+    return json.dumps({**entry, "crc32": _checksum(entry)}).encode() + b"\n"
 
 
-def _read(cache: Path, labelled: LabelFormat) -> Mapping[Key, dict[int, int]]:
-    """The counts in a file; the last line may be cut off."""
+def _checksum(entry: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(entry).encode())
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """A line of the file; None where it is damaged or cut off."""
     try:
-        lines = cache.read_text(encoding="utf-8").split("\n")
+        entry: dict[str, Any] = json.loads(line)
+        checksum = entry.pop("crc32")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return entry if checksum == _checksum(entry) else None
+
+
+def _read(cache: Path, ids: str) -> dict[Key, dict[int, int]]:
+    """The counts in a file, of maps read as these ids."""
+    try:
+        data = cache.read_bytes()
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{cache}: cannot be read ({error}); delete it to count again.") from error
-    if not lines[0]:
-        return {}
-    found: dict[Key, dict[int, int]] = {}
-    try:
-        if json.loads(lines[0]) != _head(labelled):
-            raise DataError(f"{cache}: holds counts of other ids; pass another file, or delete it to count again.")
-        for line in lines[1:-1]:
-            entry = json.loads(line)
-            key = (str(entry["file"]), int(entry["size"]), int(entry["mtime_ns"]))
-            found[key] = {int(value): int(count) for value, count in entry["counts"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{cache}: is no file of counts ({error}); delete it to count again.") from error
-    return found
+    except OSError as error:
+        raise DataError(f"{cache}: cannot be read ({error.strerror}); pass another file.") from error
+    if not START.startswith(data[: len(START)]):
+        raise DataError(f"{cache}: is no file of counts; pass another file, or delete it to count again.")
+    return {
+        (entry["file"], entry["size"], entry["mtime_ns"]): {int(value): n for value, n in entry["counts"].items()}
+        for entry in map(_entry, data.split(b"\n"))
+        if entry is not None and entry["ids"] == ids
+    }
 
 
-def _writer(cache: Path, labelled: LabelFormat) -> Callable[[Path, dict[int, int]], None]:
-    """Append to the file, whole lines at a time."""
+def _append(cache: Path, lines: bytes) -> None:
+    """Add to the file. What is in it stays, also a line that was cut off, after which a new one begins."""
     try:
-        data = cache.read_bytes() if cache.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1] or json.dumps(_head(labelled)).encode() + b"\n"
-        if whole != data:
-            cache.write_bytes(whole)
+        with cache.open("a+b") as file:
+            if file.seek(0, os.SEEK_END) < len(START):  # the first line was cut off so soon that nothing tells it
+                file.truncate(0)
+            elif file.seek(-1, os.SEEK_END) and file.read() != b"\n":
+                lines = b"\n" + lines
+            file.write(lines)
     except OSError as error:
         raise DataError(f"{cache}: cannot be written ({error.strerror}); pass another file.") from error
-
-    def write(path: Path, counts: dict[int, int]) -> None:
-        file, size, mtime_ns = _key(path)
-        line = json.dumps({"file": file, "size": size, "mtime_ns": mtime_ns, "counts": counts})
-        with cache.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
-
-    return write

@@ -4,8 +4,11 @@ A draw is numbered through the whole run: draw = step * batch + slot. What it yi
 alone, not on the number of workers, on prefetching or on restarts.
 """
 
+import itertools
 import logging
+import math
 import operator
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,11 +17,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from crossmix._keyed import keyed_generator
 from crossmix.datasets.sample import DataError
+from crossmix.datasets.sampling import RareClassSampler
 
 __all__ = ["KeyedCrops", "keyed_generator", "resident"]
 
 LOG = logging.getLogger(__name__)
+Box = tuple[slice, slice]  # rows and columns of a crop
+MORE_CROPS = 10
 
 
 class Labelled(Protocol):
@@ -37,30 +44,6 @@ class Labelled(Protocol):
         """What errors call it."""
 
 
-def keyed_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Make a generator whose state is a pure function of a key.
-
-    Args:
-        *key: Non-negative integers, e.g. seed, stream and step. Neighbouring keys give unrelated streams.
-        device: Where the generator draws.
-
-    Returns:
-        A new generator.
-
-    Raises:
-        ValueError: If the key is empty or holds a negative number.
-
-    Example:
-        >>> torch.equal(torch.rand(2, generator=keyed_generator(0, 7)), torch.rand(2, generator=keyed_generator(0, 7)))
-        True
-    """
-    if not key or min(key) < 0:
-        raise ValueError(f"`key` must hold non-negative integers, got {key}; give e.g. (seed, stream, step).")
-    # numpy pads keys with zeros, so that (0,) and (0, 0) would be one; the length tells them apart.
-    seed = int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0])
-    return torch.Generator(device).manual_seed(seed)
-
-
 class Samples(Protocol):
     """A map-style data set."""
 
@@ -76,10 +59,16 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
 
     Every image is drawn once in each pass, in an order of the pass's own; the crop's position is uniform.
 
+    With `rare` an image is drawn as `RareClassSampler` draws it, for a class, and cropped again until the crop has
+    enough pixels of that class, at most 10 times more; the last crop is then taken as it is. Enough is half of the
+    sampler's `min_pixels`, and in proportion to the area where the crop is larger than 512 x 512: 1500 there and 6000
+    at 1024 x 1024, as in DAFormer and HRDA. Where that is more than half of the crop, half of the crop is enough.
+
     A sample that cannot be read, or whose image is smaller than the crop, is an error. With `skip` up to so many
     different ones are left out instead, each logged as a warning and kept in `skipped`: the draw then takes the sample
-    that the same draw of the next pass would take, so that it is a pure function still, of the files as they are. Each
-    worker process counts for itself. With `pad` small images are padded instead, and are no errors.
+    that the same draw of the next pass would take (of an ordinary pass, with `rare`), so that it is a pure function
+    still, of the files as they are. Each worker process counts for itself. With `pad` small images are padded instead,
+    and are no errors.
 
     Args:
         samples: Items with `image` (3, H, W) uint8, `label` (H, W) uint8 or None, and `name`.
@@ -88,16 +77,19 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         stream: Tells the data sets of one run apart: the same seed with another stream is unrelated.
         skip: How many different samples that cannot be read are left out before one is an error.
         pad: Whether an image smaller than the crop is padded, below and to the right, with black pixels of label 255.
+        rare: Draws rare classes more often: a sampler made of the counts of these samples. Only its probabilities and
+            `min_pixels` matter: the draw is keyed by `seed` and `stream` as everything else is.
 
     Attributes:
         skipped: Indices of the samples left out so far, with the reasons.
 
     Raises:
-        DataError: On access, without `pad`, if an image is smaller than the crop; the file is named. What reading a
-            sample raises is passed on.
+        DataError: On access, without `pad`, if an image is smaller than the crop, or with `rare` has no label; the file
+            is named. What reading a sample raises is passed on.
         IndexError: If a draw is negative.
-        TypeError: If `size` is no pair of ints, or a draw no int.
-        ValueError: If there are no samples, the size is not positive, or `skip`, `seed` or `stream` is negative.
+        TypeError: If `size` is no pair of ints, a draw no int, or `rare` no sampler.
+        ValueError: If there are no samples, the size is not positive, `skip`, `seed` or `stream` is negative, or `rare`
+            has the counts of more or fewer samples.
 
     Example:
         >>> from crossmix.datasets import StreetScenes
@@ -116,6 +108,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         stream: int,
         skip: int = 0,
         pad: bool = False,
+        rare: RareClassSampler | None = None,
     ) -> None:
         if len(samples) == 0:
             raise ValueError("`samples` must not be empty; check the folder that they are read from.")
@@ -128,6 +121,8 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(f"`skip` must not be negative, got {skip}; 0 makes every broken sample an error.")
         self.skip = skip
         self.pad = pad
+        self.rare = rare
+        self._enough = 0.0 if rare is None else _enough(rare, self.size, len(samples))
         self.skipped: dict[int, str] = {}
         self._order: tuple[int, Tensor] | None = None
 
@@ -141,17 +136,25 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
             Image (3, h, w) uint8 and label (h, w) uint8, all 255 where there is no label.
         """
         draw = operator.index(draw)
-        sample = self._read(draw)
-        height, width = sample.image.shape[-2:]
-        crop_height, crop_width = self.size
+        sample, wanted = self._read(draw)
         generator = keyed_generator(self.seed, self.stream, 1, draw)
+        boxes = [self._box(sample, generator) for _ in range(1 if wanted is None else 1 + MORE_CROPS)]
+        if wanted is None or sample.label is None:
+            rows, columns = boxes[0]
+            image, label = sample.image[:, rows, columns], None if sample.label is None else sample.label[rows, columns]
+        else:
+            image, label = _with_enough(sample.image, sample.label, boxes, wanted, self._enough)
+        image = self._padded(image, 0)
+        if label is None:
+            return image, torch.full(self.size, 255, dtype=torch.uint8, device=image.device)
+        return image, self._padded(label, 255)
+
+    def _box(self, sample: Labelled, generator: torch.Generator) -> Box:
+        """Where the next crop of a sample is."""
+        (height, width), (crop_height, crop_width) = sample.image.shape[-2:], self.size
         top = int(torch.randint(max(0, height - crop_height) + 1, (), generator=generator))
         left = int(torch.randint(max(0, width - crop_width) + 1, (), generator=generator))
-        rows, columns = slice(top, top + crop_height), slice(left, left + crop_width)
-        image = self._padded(sample.image[:, rows, columns], 0)
-        if sample.label is None:
-            return image, torch.full(self.size, 255, dtype=torch.uint8, device=image.device)
-        return image, self._padded(sample.label[rows, columns], 255)
+        return slice(top, top + crop_height), slice(left, left + crop_width)
 
     def _padded(self, pixels: Tensor, value: int) -> Tensor:
         """Fill up to the size of the crop; what has it already is only laid out in memory."""
@@ -160,13 +163,12 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
             return pixels.contiguous()
         return functional.pad(pixels, (0, missing[1], 0, missing[0]), value=value)
 
-    def _read(self, draw: int) -> Labelled:
-        """The sample of a draw, or of the first later pass's where it cannot be used and may be skipped."""
-        while True:
-            index = self.index(draw)
+    def _read(self, draw: int) -> tuple[Labelled, int | None]:
+        """The sample of a draw, or the next in line where it cannot be used and may be skipped; and its class."""
+        for index, wanted in self._in_line(draw):
             if index not in self.skipped:
                 try:
-                    return self._large_enough(index, self.samples[index])
+                    return self._fit(index, self.samples[index]), wanted
                 except (ValueError, OSError) as error:  # what readers raise for a broken file
                     if self.skip == 0:
                         raise
@@ -176,17 +178,19 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
                         ) from error
                     self.skipped[index] = str(error)
                     LOG.warning("left out: %s", error)
-            draw += len(self.samples)
+        raise AssertionError("there is always a next one")
 
-    def _large_enough(self, index: int, sample: Labelled) -> Labelled:
-        """Refuse an image that is smaller than the crop and is not to be padded."""
+    def _fit(self, index: int, sample: Labelled) -> Labelled:
+        """Refuse an image that is smaller than the crop and is not to be padded, and one without the label it needs."""
         (height, width), (crop_height, crop_width) = sample.image.shape[-2:], self.size
+        files = getattr(self.samples, "files", None)  # where the samples are those of a reader
+        name = sample.name if files is None else files[index].image
+        if self.rare is not None and sample.label is None:
+            raise DataError(f"{name}: has no label to look for rare classes in; read the data set with its labels.")
         if not self.pad and (height < crop_height or width < crop_width):
-            files = getattr(self.samples, "files", None)  # where the samples are those of a reader
             raise DataError(
-                f"{sample.name if files is None else files[index].image}: the image is {height} x {width}, smaller "
-                f"than the crop of {crop_height} x {crop_width}; crop smaller, pad, or resize the images when reading "
-                "them."
+                f"{name}: the image is {height} x {width}, smaller than the crop of {crop_height} x {crop_width}; "
+                "crop smaller, pad, or resize the images when reading them."
             )
         return sample
 
@@ -199,14 +203,22 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         Returns:
             Index into `samples`.
         """
-        draw = operator.index(draw)
+        return next(self._in_line(operator.index(draw)))[0]
+
+    def _in_line(self, draw: int) -> Iterator[tuple[int, int | None]]:
+        """Which sample a draw takes, and with `rare` the class that it is drawn for; then those in place of it."""
         if draw < 0:
             raise IndexError(f"draws are numbered from 0, got {draw}")
-        epoch, position = divmod(draw, len(self.samples))
-        if self._order is None or self._order[0] != epoch:
-            generator = keyed_generator(self.seed, self.stream, 0, epoch)
-            self._order = (epoch, torch.randperm(len(self.samples), generator=generator))
-        return int(self._order[1][position])
+        if self.rare is not None:
+            generator = keyed_generator(self.seed, self.stream, 2, draw)
+            image, wanted = self.rare.pick(torch.rand(2, dtype=torch.float64, generator=generator))
+            yield int(image), int(wanted)
+        for later in itertools.count(draw, len(self.samples)):  # the same draw of this pass and of the later ones
+            epoch, position = divmod(later, len(self.samples))
+            if self._order is None or self._order[0] != epoch:
+                generator = keyed_generator(self.seed, self.stream, 0, epoch)
+                self._order = (epoch, torch.randperm(len(self.samples), generator=generator))
+            yield int(self._order[1][position]), None
 
 
 class Resident(NamedTuple):
@@ -253,6 +265,34 @@ def resident(samples: Samples, device: torch.device | str) -> list[Resident]:
         label = None if sample.label is None else sample.label.to(device)
         kept.append(Resident(sample.image.to(device), label, sample.name))
     return kept
+
+
+def _with_enough(image: Tensor, label: Tensor, boxes: list[Box], wanted: int, enough: float) -> tuple[Tensor, Tensor]:
+    """The first crop that has enough pixels of a class, or the last one."""
+    if label.device.type == "cpu":
+        for box in boxes:
+            found = label[box]
+            if np.count_nonzero(found.numpy() == wanted) >= enough:  # eight times as fast as torch
+                break
+        return image[:, *box], found
+    labels = torch.stack([label[box] for box in boxes])  # all of them, since a look would wait for the device
+    fits = (labels == wanted).sum((1, 2)) >= enough
+    fits[-1].fill_(True)  # noqa: FBT003
+    first = fits.int().argmax().view(1)  # the first of several maxima
+    images = torch.stack([image[:, *box] for box in boxes])
+    return images.index_select(0, first)[0], labels.index_select(0, first)[0]
+
+
+def _enough(rare: RareClassSampler, size: tuple[int, int], length: int) -> float:
+    """How many pixels of its class a crop should have, once it is known that the sampler belongs to the samples."""
+    if not isinstance(rare, RareClassSampler):
+        raise TypeError(f"`rare` must be a RareClassSampler, got {type(rare).__name__}; make one of the class counts.")
+    if rare.num_images != length:
+        raise ValueError(
+            f"`rare` has the counts of {rare.num_images} images, but there are {length} samples; count these."
+        )
+    area = math.prod(size)
+    return min(rare.min_pixels * max(0.5, area / (512 * 1024)), area / 2)
 
 
 def _checked(size: object) -> tuple[int, int]:

@@ -1,0 +1,185 @@
+"""Scores of a network on the target that need no labels of it, to choose among checkpoints and settings.
+
+Soft neighbourhood density: Saito et al., ICCV 2021, https://arxiv.org/abs/2108.10860, section 3.2.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from crossmix._checks import check_logits, check_num_classes, check_same_device
+from crossmix._distributed import all_reduce_sum
+from crossmix._tensors import at_least_float32
+
+__all__ = ["UnsupervisedQuality", "UnsupervisedScores"]
+
+UNIT = 2**26  # Sums are kept in units of 1 / UNIT, good for 10**10 pixels: whole numbers do not drift, in any order.
+
+
+class UnsupervisedQuality(NamedTuple):
+    """Scores without labels, in nats; NaN where nothing was seen.
+
+    Attributes:
+        entropy: Mean over pixels of the entropy of the prediction, in [0, ln C]; lower is better, but a network that is
+            sure of one class everywhere has the lowest.
+        information: Entropy of the mean prediction less `entropy`, in [0, ln C]; higher is better: sure of each pixel,
+            and of many classes.
+        neighborhood_density: Soft neighbourhood density, in [0, ln(pixels - 1)]; higher is better: predictions lie in
+            dense groups.
+    """
+
+    entropy: float
+    information: float
+    neighborhood_density: float
+
+
+class UnsupervisedScores(nn.Module):
+    """Score predictions on the target, over batches, without labels.
+
+    With p_i the softmax output of sampled pixel i, and the mean over i of
+
+        density = - sum_{j != i} q_ij ln q_ij,    q_ij = softmax over j != i of cos(p_i, p_j) / temperature
+
+    The sampled pixels are spread evenly over each update, and are the same for updates of the same shape: nothing is
+    random. Scores are to be compared between networks on the same images in batches of the same size.
+
+    Args:
+        num_classes: The number of classes C.
+        pixels: How many pixels of each update are compared with each other, at least 2; all where there are fewer. Time
+            and memory of that grow with the square: 1000 take 4 MB.
+        temperature: Of the similarities, > 0; 0.05 is the paper's.
+
+    State:
+        Buffers of int64, which `update` adds to and `reset` zeroes. `prediction`: (C,), sum of the probabilities in
+        units of 2**-26. `entropy`: (2,), its sum in these units, and the number of pixels. `density`: (2,), likewise of
+        the sampled pixels.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If one is out of range.
+
+    Example:
+        >>> scores = UnsupervisedScores(2)
+        >>> scores.update(torch.tensor([[9.0, 9.0, -9.0, -9.0], [-9.0, -9.0, 9.0, 9.0]])[None, :, None])
+        >>> [round(value, 4) for value in scores.compute()]  # two sure pixels of each class
+        [0.0, 0.6931, 0.0]
+    """
+
+    prediction: Tensor
+    entropy: Tensor
+    density: Tensor
+
+    def __init__(self, num_classes: int, *, pixels: int = 1000, temperature: float = 0.05) -> None:
+        super().__init__()
+        check_num_classes(num_classes)
+        if isinstance(pixels, bool) or not isinstance(pixels, int):
+            raise TypeError(f"`pixels` must be an int, got {type(pixels).__name__}.")
+        if pixels < 2:
+            raise ValueError(f"`pixels` must be at least 2, got {pixels}; each is compared with all others.")
+        if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+            raise TypeError(f"`temperature` must be a float, got {type(temperature).__name__}.")
+        if not temperature > 0:
+            raise ValueError(f"`temperature` must be positive, got {temperature}; the paper's is 0.05.")
+        self.num_classes = num_classes
+        self.pixels = pixels
+        self.temperature = temperature
+        self.register_buffer("prediction", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("entropy", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("density", torch.zeros(2, dtype=torch.int64))
+        self._merged: dict[str, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def update(self, logits: Tensor) -> None:
+        """Add a batch of predictions, without a host sync. A pixel with NaN among its logits counts nowhere.
+
+        Args:
+            logits: (N, C, H, W) floating, of the target, of any size: the network's own, before they are upsampled.
+
+        Raises:
+            TypeError: If the dtype is wrong.
+            ValueError: If it has another shape or number of classes, or is on another device.
+        """
+        check_logits("logits", logits)
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"`logits` have {logits.shape[1]} classes but `num_classes` is {self.num_classes}; make both one."
+            )
+        check_same_device(prediction=self.prediction, logits=logits)
+        probs = at_least_float32(logits).softmax(1)
+        entropy = torch.special.entr(probs).sum(1)
+        known = ~entropy.isnan()
+        self.prediction += _units(probs.where(known[:, None], 0).sum((0, 2, 3)))
+        self.entropy += torch.stack([_units(entropy.where(known, 0).sum()), known.sum()])
+        count = min(self.pixels, entropy.numel())
+        if count > 1:
+            index = _spread(entropy.numel(), count, logits.device)
+            area = entropy[0].numel()
+            chosen = probs.flatten(2)[index // area, :, index % area]
+            self.density += _density(chosen, self.temperature)
+        self._merged = None
+
+    def merge(self) -> None:
+        """Add up the sums of all ranks for `compute`; twice, or without a process group, it changes nothing."""
+        self._merged = {name: all_reduce_sum(buffer) for name, buffer in self.named_buffers()}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self._merged = None
+
+    def compute(self) -> UnsupervisedQuality:
+        """Compute the scores of what was added since the last `reset`, on all ranks after `merge`.
+
+        Returns:
+            The scores.
+        """
+        state = {name: value.cpu().double() for name, value in (self._merged or dict(self.named_buffers())).items()}
+        mean = state["prediction"] / state["prediction"].sum()  # 0 / 0 is NaN here and below: nothing was seen
+        entropy = float(state["entropy"][0] / UNIT / state["entropy"][1])
+        return UnsupervisedQuality(
+            entropy=entropy,
+            information=float(torch.special.entr(mean).sum()) - entropy,
+            neighborhood_density=float(state["density"][0] / UNIT / state["density"][1]),
+        )
+
+    @override
+    def extra_repr(self) -> str:
+        """Constructor arguments, for `repr`."""
+        return f"num_classes={self.num_classes}, pixels={self.pixels}, temperature={self.temperature}"
+
+
+def _forget(scores: UnsupervisedScores, _: object) -> None:
+    """A loaded state takes the place of everything added before, here and on other ranks."""
+    scores._merged = None
+
+
+def _units(total: Tensor) -> Tensor:
+    return (total * UNIT).round().long()
+
+
+def _spread(total: int, count: int, device: torch.device) -> Tensor:
+    """`count` different places of `total`, one in each of as many equal parts.
+
+    Where in its part is told by multiples of the golden ratio, so that no row or column is preferred where the parts
+    are as long as the rows. Whole numbers give the same places on every device.
+    """
+    edges = torch.arange(count + 1, device=device) * total // count
+    shift = torch.arange(count, device=device) * 40503 % 65536  # 40503 / 65536 = 0.618
+    return edges[:-1] + edges.diff() * shift // 65536
+
+
+def _density(probs: Tensor, temperature: float) -> Tensor:
+    """Sum of the entropies of the similarities between pixels, in units, and the number of pixels, from (n, C)."""
+    known = ~probs.isnan().any(1)
+    directions = functional.normalize(probs.where(known[:, None], 0), dim=1)
+    with torch.autocast(probs.device.type, enabled=False):
+        similarity = directions @ directions.T / temperature  # (n, n)
+    similarity = similarity.where(known, -torch.inf).fill_diagonal_(-torch.inf)
+    counted = known & (known.sum() > 1)  # a single one has no others
+    entropy = torch.special.entr(similarity.softmax(1)).sum(1).where(counted, 0)
+    return torch.stack([_units(entropy.sum()), counted.sum()])
