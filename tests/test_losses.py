@@ -50,6 +50,17 @@ def test_weighted_cross_entropy__is_torchs_where_they_mean_the_same(dtype: torch
     torch.testing.assert_close(total, each.sum())
 
 
+@pytest.mark.parametrize("upsampled", [False, True])
+def test_weighted_cross_entropy__weights_of_classes_are_torchs(upsampled: bool) -> None:
+    logits = torch.randn(2, 5, 6, 7, generator=seeded(0), dtype=torch.float64)
+    labels = torch.randint(0, 5, (2, 6, 7), generator=seeded(1))
+    labels[0, 0] = 255
+    class_weights = torch.rand(5, generator=seeded(2), dtype=torch.float64)
+    loss = F.upsampled_cross_entropy if upsampled else F.weighted_cross_entropy
+    got = loss(logits, labels, class_weights[labels.clamp(0, 4)], normalizer="weights")
+    torch.testing.assert_close(got, tf.cross_entropy(logits, labels, weight=class_weights, ignore_index=255))
+
+
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_weighted_cross_entropy__gradients(normalizer: str) -> None:
     logits = torch.randn(2, 3, 2, 4, dtype=torch.float64, generator=seeded(0), requires_grad=True)

@@ -85,7 +85,8 @@ def weighted_cross_entropy(
     Args:
         logits: (N, C, H, W) floating; computed in float32, or in float64 where an input is float64.
         labels: (N, H, W) uint8, int16, int32 or int64. Ids outside 0..C-1 count as ignored.
-        weights: (N, H, W) or (N,) floating, >= 0; ones when not given.
+        weights: (N, H, W) or (N,) floating, >= 0; ones when not given. A weight per class, torch's `weight=`, is
+            `class_weights[labels.long().clamp(0, C - 1)]` with `normalizer="weights"`.
         ignore_index: The id of ignored pixels.
         normalizer: What the mean divides by: `"all"` pixels, ignored ones included (the paper, and the mixed loss of
             the released code), the `"valid"` ones (the released source loss; torch's own), or the sum of the
