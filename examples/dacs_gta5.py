@@ -309,7 +309,7 @@ def build_training(student: DeepLabV2, config: Config, ranks: Ranks, *, fresh: b
         student,
         NUM_CLASSES,
         method=config.method,
-        recipe=recipes.Recipe(**{field.name: getattr(config, field.name) for field in fields(recipes.Recipe)}),
+        **{field.name: getattr(config, field.name) for field in fields(recipes.Recipe) if hasattr(config, field.name)},
         prior=prior,
         sync=ranks.world > 1,
         upsample=True,

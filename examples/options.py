@@ -183,7 +183,7 @@ ALTERNATIVES = {"gta5": "synthia", "synthia": "gta5", "weights": "random_init", 
 """A flag takes the place of the other that a file holds."""
 
 PAPER_OPTIONS = {
-    **asdict(recipes.PAPER),
+    **{name: value for name, value in asdict(recipes.PAPER).items() if name in Config.__dataclass_fields__},
     "aspp_branches": 4,
     "nesterov": True,
     "repeated": False,
