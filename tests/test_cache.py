@@ -65,12 +65,10 @@ def build(samples: Any, folder: Path, **options: int) -> CachedSamples:
 
 def assert_equal(got: Sample, want: Sample) -> None:
     assert got.name == want.name
-    assert got.image.dtype == torch.uint8
-    assert torch.equal(got.image, want.image)
-    assert (got.label is None) == (want.label is None)
-    if got.label is not None and want.label is not None:
-        assert got.label.dtype == torch.uint8
-        assert torch.equal(got.label, want.label)
+    for one, other in zip(got[:2], want[:2], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=0)  # the dtype too
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -341,8 +339,7 @@ def test_room__is_checked_to_the_byte_and_reported(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, need))
     CachedSamples(samples, folder)
     assert capsys.readouterr().err == f"{folder}: the cache needs {kilobytes} more, {kilobytes} are free\n"
-    assert sum(item.offset == 0 for item in build(samples, folder)._items) == 3
-    assert sum(torch.Size(item.shape).numel() for item in build(samples, folder)._items) == need
+    assert 0 < sum(path.stat().st_size for path in folder.glob("*.bin")) - need < 10_000  # the records
     (folder / FILES[2]).unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, need // 5))  # two of ten samples
     build(samples, folder)

@@ -14,7 +14,6 @@ import shutil
 import struct
 import sys
 import zlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,13 +216,13 @@ class _Cache(Dataset[int | Exception]):
                     self.read(number)  # to refuse it now, not after hours of building the others
                 if not missing:
                     return
+                for left in self.folder.glob("samples-*.bin.tmp.*"):  # by processes that were killed
+                    left.unlink(missing_ok=True)
                 need, free = self._bytes(missing), shutil.disk_usage(self.folder).free
                 text = f"{self.folder}: the cache needs {amount(need)} more, {amount(free)} are free"
                 if need > free:
                     raise DataError(f"{text}; make room, choose another folder, or read at a smaller `size`.")
                 say(text)
-                for left in self.folder.glob("samples-*.bin.tmp.*"):  # by processes that were killed
-                    left.unlink(missing_ok=True)
                 self._fill(missing, workers, progress=progress)
         except OSError as error:
             raise DataError(
@@ -243,7 +242,8 @@ class _Cache(Dataset[int | Exception]):
                 yield from range(built)
 
         total = sum(len(self.spans[number]) for number in missing)
-        deque(_shown(samples(), total, f"caching in {self.folder.name}") if progress else samples(), maxlen=0)
+        for _ in _shown(samples(), total, f"caching in {self.folder.name}") if progress else samples():
+            pass
 
     def _bytes(self, missing: list[int]) -> int:
         """How many the pixels of files take."""
