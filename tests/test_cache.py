@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,11 @@ SIZE = (48, 80)
 FILES = ["samples-00000.bin", "samples-00001.bin", "samples-00002.bin"]  # of 4, 4 and 2 samples
 
 
-@pytest.fixture(autouse=True)
-def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "PER_FILE", 4)
+@pytest.fixture(scope="module", autouse=True)
+def small_files() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "PER_FILE", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,19 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("gta5")
     StreetScenes(10, size=(60, 100)).write(root, layout="gta5")
     return root
+
+
+@pytest.fixture(scope="module")
+def samples(written: Path) -> GTA5:
+    return GTA5(written, size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def whole(samples: GTA5, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a cache of them holds that was built undisturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    build(samples, folder)
+    return contents(folder)
 
 
 @pytest.fixture
@@ -94,8 +109,7 @@ def start(work: Callable[[], object]) -> multiprocessing.process.BaseProcess:
 # -------------------------------------------------------------------------------------------------------- What it gives
 
 
-def test_crops__equal_the_uncached_ones_on_a_thousand_draws(written: Path, folder: Path) -> None:
-    samples = GTA5(written, size=SIZE)
+def test_crops__equal_the_uncached_ones_on_a_thousand_draws(samples: GTA5, folder: Path) -> None:
     memory = [samples[i] for i in range(len(samples))]
     plain, quick = (KeyedCrops(source, (24, 32), seed=3, stream=1) for source in (memory, build(samples, folder)))
     for draw in range(1000):
@@ -130,8 +144,7 @@ def test_samples__of_real_images(test_data: Path, tmp_path: Path) -> None:
             assert_equal(cached[i], samples[i])
 
 
-def test_samples__are_writable_and_private(written: Path, folder: Path) -> None:
-    samples = GTA5(written)
+def test_samples__are_writable_and_private(samples: GTA5, folder: Path) -> None:
     cached = build(samples, folder)
     before = contents(folder)
     sample = cached[1]
@@ -141,20 +154,19 @@ def test_samples__are_writable_and_private(written: Path, folder: Path) -> None:
     assert_equal(cached[1], samples[1])
     assert contents(folder) == before
     # A worker sends storages as a whole: one that reached over the file would be sent for each sample.
-    assert sample.image.untyped_storage().nbytes() == 4 * 60 * 100
+    assert sample.image.untyped_storage().nbytes() == 4 * SIZE[0] * SIZE[1]
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_loader__workers_read_it(written: Path, folder: Path, context: str) -> None:
-    samples = GTA5(written, size=SIZE)
+def test_loader__workers_read_it(samples: GTA5, folder: Path, context: str) -> None:
     loader = DataLoader(build(samples, folder), batch_size=None, num_workers=2, multiprocessing_context=context)
     for got, want in zip(loader, samples, strict=True):
         assert_equal(got, want)
 
 
-def test_pickle__is_small_and_checks_anew(written: Path, folder: Path) -> None:
-    cached = build(GTA5(written), folder)
-    assert cached[0].image.shape == (3, 60, 100)
+def test_pickle__is_small_and_checks_anew(samples: GTA5, folder: Path) -> None:
+    cached = build(samples, folder)
+    assert_equal(cached[0], samples[0])
     pickled = pickle.dumps(cached)
     assert len(pickled) < 400 + 100 * len(cached)  # no pixels, no sources
     flip(folder / FILES[0], 5)
@@ -165,28 +177,31 @@ def test_pickle__is_small_and_checks_anew(written: Path, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- Building
 
 
-def test_workers__make_the_same_bytes_and_leave_the_global_generator_alone(written: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers__make_the_same_bytes_and_leave_the_global_generator_alone(
+    samples: GTA5, whole: dict[str, bytes], folder: Path, workers: int
+) -> None:
     before = torch.get_rng_state()
-    for workers in (0, 1, 2):
-        build(GTA5(written, size=SIZE), tmp_path / str(workers), workers=workers)
-    assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "2")
+    build(samples, folder, workers=workers)
+    assert contents(folder) == whole
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_kill__at_every_step_a_build_goes_on_and_ends_the_same(written: Path, tmp_path: Path) -> None:
-    build(GTA5(written, size=SIZE), tmp_path / "whole")
+def test_kill__at_every_step_a_build_goes_on_and_ends_the_same(
+    samples: GTA5, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     survived = set()
     for steps in itertools.count():
         folder = tmp_path / f"killed after {steps}"
-        process = start(partial(build_and_die, GTA5(written, size=SIZE), folder, steps))
+        process = start(partial(build_and_die, samples, folder, steps))
         process.join()
         if process.exitcode == 0:  # there are fewer steps
             break
         assert process.exitcode == -signal.SIGKILL
-        finished = {name: stamp for name, stamp in stamps(folder).items() if name in FILES} if steps else {}
-        build(GTA5(written, size=SIZE), folder)
+        finished = {name: stamp for name, stamp in stamps(folder).items() if name in FILES}
+        build(samples, folder)
         assert finished.items() <= stamps(folder).items()  # what was finished is not built again
-        assert contents(folder) == contents(tmp_path / "whole")
+        assert contents(folder) == whole
         survived.add(len(finished))
     assert survived == {0, 1, 2, 3}
     assert steps > 30
@@ -230,58 +245,57 @@ class Held(GTA5):
         return {**super().fingerprint(), "reader": "GTA5"}  # the same samples
 
 
-def test_kill__workers_end_too(written: Path, tmp_path: Path, folder: Path) -> None:
-    build(GTA5(written, size=SIZE), tmp_path / "whole")
-    samples = Held(written)
-    process = start(lambda: build(samples, folder, workers=2))
-    os.close(samples.tell)
+def test_kill__workers_end_too(samples: GTA5, whole: dict[str, bytes], folder: Path) -> None:
+    held = Held(samples.root)
+    process = start(lambda: build(held, folder, workers=2))
+    os.close(held.tell)
     for _ in range(2):  # both are in the midst of a file
-        assert os.read(samples.told, 1) == b"."
+        assert os.read(held.told, 1) == b"."
     assert len(list(folder.glob("*.tmp.*"))) == 2
     process.kill()
-    while os.read(samples.told, 1):  # ends when nobody is left who could tell
+    while os.read(held.told, 1):  # ends when nobody is left who could tell
         pass
     process.join()
     assert not list(folder.glob("*.bin"))
-    build(GTA5(written, size=SIZE), folder)
-    assert contents(folder) == contents(tmp_path / "whole")
+    build(samples, folder)
+    assert contents(folder) == whole
 
 
-def test_kill__a_worker_that_is_left_does_no_harm(written: Path, tmp_path: Path, folder: Path) -> None:
-    build(GTA5(written, size=SIZE), tmp_path / "whole")
+def test_kill__a_worker_that_is_left_does_no_harm(samples: GTA5, whole: dict[str, bytes], folder: Path) -> None:
     folder.mkdir()
-    samples = Held(written, 5)
-    process = start(lambda: cache._Cache(samples, folder)[1])
-    assert os.read(samples.told, 1) == b"."
-    build(GTA5(written, size=SIZE), folder)
+    held = Held(samples.root, 5)
+    process = start(lambda: cache._Cache(held, folder)[1])
+    assert os.read(held.told, 1) == b"."
+    build(samples, folder)
     before = stamps(folder)
-    os.write(samples.let_go, b".")
+    os.write(held.let_go, b".")
     process.join()
     assert process.exitcode == 0
     assert stamps(folder) == before
-    assert contents(folder) == contents(tmp_path / "whole")
+    assert contents(folder) == whole
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_lock__processes_at_once_build_one_cache(written: Path, tmp_path: Path, folder: Path, workers: int) -> None:
-    samples = Held(written, 0)
-    processes = [start(lambda: build(samples, folder, workers=workers)) for _ in range(3)]
-    os.close(samples.tell)
-    os.write(samples.let_go, b"." * 9)
+def test_lock__processes_at_once_build_one_cache(
+    samples: GTA5, whole: dict[str, bytes], folder: Path, workers: int
+) -> None:
+    held = Held(samples.root, 0)
+    processes = [start(lambda: build(held, folder, workers=workers)) for _ in range(3)]
+    os.close(held.tell)
+    os.write(held.let_go, b"." * 9)
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert len(os.read(samples.told, 9)) == 2  # the first sample was read to find out its size, and to be kept
-    build(GTA5(written, size=SIZE), tmp_path / "whole")
-    assert contents(folder) == contents(tmp_path / "whole")
+    assert len(os.read(held.told, 9)) == 2  # the first sample was read to find out its size, and to be kept
+    assert contents(folder) == whole
 
 
-def test_lock__waiting_is_reported(written: Path, folder: Path) -> None:
+def test_lock__waiting_is_reported(samples: GTA5, folder: Path) -> None:
     told, tell = os.pipe()
 
     def work() -> None:
         sys.stderr = open(tell, "w", buffering=1)  # noqa: PTH123, SIM115 - a pipe
-        CachedSamples(GTA5(written), folder)
+        CachedSamples(samples, folder)
 
     with open(told) as lines:  # noqa: PTH123 - a pipe
         with FolderLock(folder):
@@ -293,17 +307,6 @@ def test_lock__waiting_is_reported(written: Path, folder: Path) -> None:
     assert process.exitcode == 0
     assert text.startswith(f"{folder}: is in use by process {os.getpid()} on ")
     assert text.endswith("; waiting for it\n")
-
-
-def test_lock__a_file_system_without_any_is_a_warning(
-    written: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flock(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
-    with pytest.warns(UserWarning, match=r"cache: its file system has no locks .* only one process uses this folder"):
-        build(GTA5(written), folder)
 
 
 Usage = namedtuple("Usage", "total used free")  # noqa: PYI024 - as shutil's
@@ -420,14 +423,13 @@ def flip(path: Path, position: int, bits: int = 1) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_damage__a_flipped_byte_is_noticed_before_it_is_used(written: Path, folder: Path) -> None:
-    samples = GTA5(written, size=SIZE)
+def test_damage__a_flipped_byte_is_noticed_before_it_is_used(samples: GTA5, folder: Path) -> None:
     build(samples, folder)
     path = folder / FILES[1]
     whole, item = path.read_bytes(), 4 * SIZE[0] * SIZE[1]
     pixels = 4 * item  # then the record, its length, and its sha256
     edges = {0, item - 1, item, pixels - 1, pixels, *range(len(whole) - 41, len(whole))}
-    for position in sorted(edges | {*range(7, pixels, 4999)} | {*range(pixels, len(whole), 17)}):
+    for position in edges | {*range(7, pixels, 4999)} | {*range(pixels, len(whole), 17)}:
         flip(path, position, 1 << position % 8)
         if position >= pixels:
             with pytest.raises(
@@ -446,21 +448,23 @@ def test_damage__a_flipped_byte_is_noticed_before_it_is_used(written: Path, fold
 
 
 @pytest.mark.parametrize("length", [-1, 1, -(10**9)])
-def test_damage__a_file_of_another_length_is_noticed_and_built_again(written: Path, folder: Path, length: int) -> None:
-    build(GTA5(written), folder)
-    before, whole = stamps(folder), contents(folder)
+def test_damage__a_file_of_another_length_is_noticed_and_built_again(
+    samples: GTA5, whole: dict[str, bytes], folder: Path, length: int
+) -> None:
+    build(samples, folder)
+    before = stamps(folder)
     path = folder / FILES[1]
     path.write_bytes(path.read_bytes() + b"\0" if length > 0 else path.read_bytes()[:length])
     with pytest.raises(DataError, match=rf"{FILES[1]}: is cut off or damaged; delete {path} and open the cache again"):
-        build(GTA5(written), folder)
+        build(samples, folder)
     path.unlink()
-    build(GTA5(written), folder)
+    build(samples, folder)
     assert contents(folder) == whole
     assert {name for name, stamp in stamps(folder).items() if before[name] != stamp} == {FILES[1]}
 
 
-def test_damage__a_file_cut_off_or_lost_after_opening(written: Path, folder: Path) -> None:
-    cached = build(GTA5(written), folder)
+def test_damage__a_file_cut_off_or_lost_after_opening(samples: GTA5, folder: Path) -> None:
+    cached = build(samples, folder)
     path = folder / FILES[0]
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=rf"{FILES[0]}: cannot be read"):
@@ -554,24 +558,24 @@ def test_moved__cache_and_sources_may_be(root: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["holiday.jpg", "samples-00003.bin", "x.tmp.1", "manifest.json", "shard-00000.bin"])
-def test_foreign__a_folder_that_holds_anything_else_is_left_alone(written: Path, folder: Path, name: str) -> None:
+def test_foreign__a_folder_that_holds_anything_else_is_left_alone(samples: GTA5, folder: Path, name: str) -> None:
     folder.mkdir()
     (folder / name).write_text("mine")
     with pytest.raises(DataError, match=rf"cache: holds '{name}', which is not of this cache; choose an empty folder"):
-        build(GTA5(written), folder)
+        build(samples, folder)
     assert contents(folder) == {name: b"mine"}
 
 
-def test_foreign__a_file_where_the_folder_should_be(written: Path, folder: Path) -> None:
+def test_foreign__a_file_where_the_folder_should_be(samples: GTA5, folder: Path) -> None:
     folder.write_text("")
     with pytest.raises(DataError, match=r"cache: cannot be listed \(Not a directory\)"):
-        build(GTA5(written), folder)
+        build(samples, folder)
 
 
 def test_read_only__a_complete_cache_serves_and_another_is_refused(
-    written: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    samples: GTA5, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples, opened = GTA5(written), os.open
+    opened = os.open
     build(samples, folder)
 
     def read_only(path: object, flags: int, *rest: int) -> int:  # for root, who may write anywhere
