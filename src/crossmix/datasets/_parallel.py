@@ -1,16 +1,11 @@
 """Work over many files in processes, with a progress bar."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from typing import TypeVar
 
+from crossmix._progress import shown
 from crossmix._workers import quiet_worker, started_quietly
-
-try:
-    from tqdm import tqdm
-except ImportError:  # the bar is an extra
-    tqdm = None
 
 __all__ = ["each"]
 
@@ -30,16 +25,6 @@ def each(
         with started_quietly(context):
             pool = context.Pool(min(workers, len(items)) or 1, initializer=quiet_worker)
         with pool:
-            yield from zip(items, _shown(pool.imap(work, items, chunksize=8), len(items), title), strict=True)
+            yield from zip(items, shown(pool.imap(work, items, chunksize=8), len(items), title, "file"), strict=True)
     else:
-        yield from zip(items, _shown(map(work, items), len(items), title), strict=True)
-
-
-def _shown(results: Iterator[Result], total: int, title: str) -> Iterator[Result]:
-    if tqdm is not None and sys.stderr.isatty():
-        yield from tqdm(results, total=total, desc=title, unit="file")
-        return
-    for done, result in enumerate(results, 1):
-        yield result
-        if total >= 100 and done % (total // 10) == 0:
-            sys.stderr.write(f"{title}: {done} of {total}\n")
+        yield from zip(items, shown(map(work, items), len(items), title, "file"), strict=True)

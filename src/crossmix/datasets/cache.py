@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from crossmix._files import FolderLock, amount, whole_file
+from crossmix._progress import shown
 from crossmix._workers import QuietLoader
 from crossmix.datasets._arguments import check_count, check_index
 from crossmix.datasets._files import Files, FolderDataset
 from crossmix.datasets._images import read_header
-from crossmix.datasets._parallel import _shown
 from crossmix.datasets.sample import DataError, Sample
 
 __all__ = ["CachedSamples"]
@@ -242,7 +242,7 @@ class _Cache(Dataset[int | Exception]):
                 yield from range(built)
 
         total = sum(len(self.spans[number]) for number in missing)
-        for _ in _shown(samples(), total, f"caching in {self.folder.name}") if progress else samples():
+        for _ in shown(samples(), total, f"caching in {self.folder.name}", "image") if progress else samples():
             pass
 
     def _bytes(self, missing: list[int]) -> int:
