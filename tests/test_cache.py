@@ -1,43 +1,66 @@
-"""The cache of decoded samples: the same bytes, whatever happens while it is built, and nothing else ever."""
+"""The cache of decoded samples: the reader's bytes or an error, whatever happens to files and processes."""
 
-import contextlib
 import errno
-import json
+import itertools
 import multiprocessing
 import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
-from crossmix.datasets import GTA5, CachedSamples, Cityscapes, DataError, Sample, StreetScenes, write_png
-from crossmix.datasets import _cache_folder as cache_folder
+from crossmix.datasets import (
+    GTA5,
+    CachedSamples,
+    Cityscapes,
+    DataError,
+    Sample,
+    SegmentationFolder,
+    StreetScenes,
+    cache,
+    write_png,
+)
 from crossmix.engine import FolderLock, KeyedCrops
 
 SIZE = (48, 80)
+FILES = ["samples-00000.bin", "samples-00001.bin", "samples-00002.bin"]  # of 4, 4 and 2 samples
 
 
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_folder, "PER_SHARD", 4)
+@pytest.fixture(scope="module", autouse=True)
+def small_files() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "PER_FILE", 4)
+        yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten GTA5 pairs."""
     root = tmp_path_factory.mktemp("gta5")
     StreetScenes(10, size=(60, 100)).write(root, layout="gta5")
     return root
+
+
+@pytest.fixture(scope="module")
+def samples(written: Path) -> GTA5:
+    return GTA5(written, size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def whole(samples: GTA5, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a cache of them holds that was built undisturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    build(samples, folder)
+    return contents(folder)
 
 
 @pytest.fixture
@@ -46,23 +69,350 @@ def root(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "gta5"))
 
 
-def build(samples: GTA5 | Cityscapes, folder: Path, **options: int) -> CachedSamples:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def build(samples: Any, folder: Path, **options: int) -> CachedSamples:
     return CachedSamples(samples, folder, progress=False, **options)
 
 
 def assert_equal(got: Sample, want: Sample) -> None:
     assert got.name == want.name
-    assert got.image.dtype == torch.uint8
-    assert torch.equal(got.image, want.image)
-    assert (got.label is None) == (want.label is None)
-    if got.label is not None and want.label is not None:
-        assert got.label.dtype == torch.uint8
-        assert torch.equal(got.label, want.label)
+    for one, other in zip(got[:2], want[:2], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=0)  # the dtype too
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All but the name of who held the folder last, which stays when that process is killed."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock.holder"}
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """What changes when a file is written again."""
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.glob("*.bin*")}
+
+
+def start(work: Callable[[], object]) -> multiprocessing.process.BaseProcess:
+    def alone() -> None:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: waiting for them would never end
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=alone)
+    process.start()
+    return process
+
+
+# -------------------------------------------------------------------------------------------------------- What it gives
+
+
+def test_crops__equal_the_uncached_ones_on_a_thousand_draws(samples: GTA5, folder: Path) -> None:
+    memory = [samples[i] for i in range(len(samples))]
+    plain, quick = (KeyedCrops(source, (24, 32), seed=3, stream=1) for source in (memory, build(samples, folder)))
+    for draw in range(1000):
+        for got, want in zip(quick[draw], plain[draw], strict=True):
+            assert (got.dtype, got.stride()) == (want.dtype, want.stride())
+            assert got.numpy().tobytes() == want.numpy().tobytes()
+
+
+@pytest.mark.parametrize("size", [None, SIZE])
+@pytest.mark.parametrize("labels", [True, False])
+def test_samples__equal_the_readers(tmp_path: Path, folder: Path, size: tuple[int, int] | None, labels: bool) -> None:
+    StreetScenes(5, size=(32, 64)).write(tmp_path / "data", layout="cityscapes", split="train")
+    samples = Cityscapes(tmp_path / "data", size=size, labels=labels)
+    write_png(samples.files[3].image, StreetScenes(1, size=(40, 72))[0].image)  # samples may differ in size
+    if labels:
+        write_png(samples.files[3].label or "", torch.full((40, 72), 7, dtype=torch.uint8))
+    for _ in ("built", "opened"):
+        cached = build(samples, folder)
+        assert len(cached) == 5
+        for got, want in zip(cached, samples, strict=True):
+            assert_equal(got, want)
+        assert_equal(cached[-1], samples[4])
+        with pytest.raises(IndexError):
+            cached[5]
+
+
+def test_samples__of_real_images(test_data: Path, tmp_path: Path) -> None:
+    for size in (None, (512, 1024)):
+        samples = Cityscapes(test_data / "cityscapes", "train", size=size)
+        cached = build(samples, tmp_path / str(size))
+        for i in (0, len(samples) - 1):
+            assert_equal(cached[i], samples[i])
+
+
+def test_samples__are_writable_and_private(samples: GTA5, folder: Path) -> None:
+    cached = build(samples, folder)
+    before = contents(folder)
+    sample = cached[1]
+    sample.image.zero_()
+    assert sample.label is not None
+    sample.label.fill_(3)
+    assert_equal(cached[1], samples[1])
+    assert contents(folder) == before
+    # A worker sends storages as a whole: one that reached over the file would be sent for each sample.
+    assert sample.image.untyped_storage().nbytes() == 4 * SIZE[0] * SIZE[1]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_loader__workers_read_it(samples: GTA5, folder: Path, context: str) -> None:
+    loader = DataLoader(build(samples, folder), batch_size=None, num_workers=2, multiprocessing_context=context)
+    for got, want in zip(loader, samples, strict=True):
+        assert_equal(got, want)
+
+
+def test_pickle__is_small_and_checks_anew(samples: GTA5, folder: Path) -> None:
+    cached = build(samples, folder)
+    assert_equal(cached[0], samples[0])
+    pickled = pickle.dumps(cached)
+    assert len(pickled) < 400 + 100 * len(cached)  # no pixels, no sources
+    flip(folder / FILES[0], 5)
+    with pytest.raises(DataError, match="damaged"):
+        pickle.loads(pickled)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- Building
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers__make_the_same_bytes_and_leave_the_global_generator_alone(
+    samples: GTA5, whole: dict[str, bytes], folder: Path, workers: int
+) -> None:
+    before = torch.get_rng_state()
+    build(samples, folder, workers=workers)
+    assert contents(folder) == whole
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_kill__at_every_step_a_build_goes_on_and_ends_the_same(
+    samples: GTA5, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    survived = set()
+    for steps in itertools.count():
+        folder = tmp_path / f"killed after {steps}"
+        process = start(partial(build_and_die, samples, folder, steps))
+        process.join()
+        if process.exitcode == 0:  # there are fewer steps
+            break
+        assert process.exitcode == -signal.SIGKILL
+        finished = {name: stamp for name, stamp in stamps(folder).items() if name in FILES}
+        build(samples, folder)
+        assert finished.items() <= stamps(folder).items()  # what was finished is not built again
+        assert contents(folder) == whole
+        survived.add(len(finished))
+    assert survived == {0, 1, 2, 3}
+    assert steps > 30
+
+
+def build_and_die(samples: GTA5, folder: Path, steps: int) -> None:
+    """Build until so many things have been done to files in the folder, or samples read."""
+    left = itertools.count(steps, -1)
+
+    def step(*_: object) -> None:
+        if next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        changes = {"open", "os.mkdir", "os.remove", "os.rename", "os.listdir", "os.scandir"}
+        if event in changes and str(arguments[0]).startswith(str(folder)):
+            step()
+
+    sys.addaudithook(hook)
+    fsync, read = os.fsync, GTA5.__getitem__
+    os.fsync = lambda handle: (step(), fsync(handle))[1]  # type: ignore[assignment]
+    GTA5.__getitem__ = lambda self, index: (step(), read(self, index))[1]  # type: ignore[method-assign]
+    build(samples, folder)
+
+
+class Held(GTA5):
+    """A reader that tells when it is at a sample, and waits there until it is let go."""
+
+    def __init__(self, root: Path, index: int | None = None) -> None:
+        super().__init__(root, size=SIZE)
+        self.index = index
+        (self.told, self.tell), (self.wait, self.let_go) = os.pipe(), os.pipe()
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == self.index or (self.index is None and get_worker_info()):
+            os.write(self.tell, b".")
+            os.read(self.wait, 1)
+        return super().__getitem__(index)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {**super().fingerprint(), "reader": "GTA5"}  # the same samples
+
+
+def test_kill__workers_end_too(samples: GTA5, whole: dict[str, bytes], folder: Path) -> None:
+    held = Held(samples.root)
+    process = start(lambda: build(held, folder, workers=2))
+    os.close(held.tell)
+    for _ in range(2):  # both are in the midst of a file
+        assert os.read(held.told, 1) == b"."
+    assert len(list(folder.glob("*.tmp.*"))) == 2
+    process.kill()
+    while os.read(held.told, 1):  # ends when nobody is left who could tell
+        pass
+    process.join()
+    assert not list(folder.glob("*.bin"))
+    build(samples, folder)
+    assert contents(folder) == whole
+
+
+def test_kill__a_worker_that_is_left_does_no_harm(samples: GTA5, whole: dict[str, bytes], folder: Path) -> None:
+    folder.mkdir()
+    held = Held(samples.root, 5)
+    process = start(lambda: cache._Cache(held, folder)[1])
+    assert os.read(held.told, 1) == b"."
+    build(samples, folder)
+    before = stamps(folder)
+    os.write(held.let_go, b".")
+    process.join()
+    assert process.exitcode == 0
+    assert stamps(folder) == before
+    assert contents(folder) == whole
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_lock__processes_at_once_build_one_cache(
+    samples: GTA5, whole: dict[str, bytes], folder: Path, workers: int
+) -> None:
+    held = Held(samples.root, 0)
+    processes = [start(lambda: build(held, folder, workers=workers)) for _ in range(3)]
+    os.close(held.tell)
+    os.write(held.let_go, b"." * 9)
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(os.read(held.told, 9)) == 2  # the first sample was read to find out its size, and to be kept
+    assert contents(folder) == whole
+
+
+def test_lock__waiting_is_reported(samples: GTA5, folder: Path) -> None:
+    told, tell = os.pipe()
+
+    def work() -> None:
+        sys.stderr = open(tell, "w", buffering=1)  # noqa: PTH123, SIM115 - a pipe
+        CachedSamples(samples, folder)
+
+    with open(told) as lines:  # noqa: PTH123 - a pipe
+        with FolderLock(folder):
+            process = start(work)
+            os.close(tell)
+            text = lines.readline()
+        lines.read()
+    process.join()
+    assert process.exitcode == 0
+    assert text.startswith(f"{folder}: is in use by process {os.getpid()} on ")
+    assert text.endswith("; waiting for it\n")
+
+
+Usage = namedtuple("Usage", "total used free")  # noqa: PYI024 - as shutil's
+
+
+@pytest.mark.parametrize("size", [None, SIZE])
+@pytest.mark.parametrize(
+    ("read", "planes"),
+    [
+        (lambda root, size: GTA5(root, size=size), 4),
+        (lambda root, size: GTA5(root, size=size, labels=False), 3),
+        (lambda root, size: SegmentationFolder(root / "images", size=size), 4),  # it makes labels
+    ],
+    ids=["labelled", "unlabelled", "label made"],
+)
+def test_room__is_checked_to_the_byte_and_reported(
+    written: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    read: Callable[[Path, tuple[int, int] | None], Any],
+    planes: int,
+    size: tuple[int, int] | None,
+) -> None:
+    samples = read(written, size)
+    height, width = size or (60, 100)
+    need = 10 * planes * height * width
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, need - 1))
+    kilobytes = f"{need / 1000:.2f} kB"
+    with pytest.raises(DataError, match=rf"cache: the cache needs {kilobytes} more, {kilobytes} are free; make room"):
+        build(samples, folder)
+    assert contents(folder) == {".lock": b""}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, need))
+    CachedSamples(samples, folder)
+    assert capsys.readouterr().err == f"{folder}: the cache needs {kilobytes} more, {kilobytes} are free\n"
+    assert 0 < sum(path.stat().st_size for path in folder.glob("*.bin")) - need < 10_000  # the records
+    (folder / FILES[2]).unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, need // 5))  # two of ten samples
+    build(samples, folder)
+
+
+def test_progress__is_a_bar_on_a_terminal_in_images(
+    written: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    CachedSamples(GTA5(written), folder)
+    told = capsys.readouterr().err
+    assert "caching in cache: 100%" in told
+    assert "10/10" in told
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_write__a_full_disk_is_an_error_and_what_is_finished_is_kept(
+    written: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    calls = itertools.count()
+
+    def fail_third(_: int) -> None:
+        if next(calls) == 2:  # after the first file and its folder
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail_third)
+        with pytest.raises(DataError, match=rf"{FILES[1]}: cannot be written: No space left .* are free\); make room"):
+            build(GTA5(written), folder, workers=workers)
+    assert contents(folder).keys() == {".lock", FILES[0]}
+    build(GTA5(written), folder)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_build__a_broken_source_is_named_and_what_is_finished_is_kept(root: Path, folder: Path, workers: int) -> None:
+    samples = GTA5(root)
+    path = samples.files[6].image
+    assert path is not None
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2000])
+    with pytest.raises(DataError, match=rf"^{path}: "):
+        build(samples, folder, workers=workers)
+    assert FILES[0] in contents(folder)
+    assert FILES[1] not in contents(folder)
+    path.write_bytes(whole)
+    assert_equal(build(samples, folder, workers=workers)[6], samples[6])
+
+
+def test_build__a_reader_that_returns_something_else_is_refused(written: Path, folder: Path) -> None:
+    class Floats(GTA5):
+        def __getitem__(self, index: int) -> Sample:
+            sample = super().__getitem__(index)
+            return sample._replace(image=sample.image.float())
+
+    with pytest.raises(DataError, match=r"00001: expected uint8 .*, got \(3, 60, 100\) torch\.float32, \(60, 100\)"):
+        build(Floats(written), folder)
+
+
+def test_arguments(written: Path, folder: Path) -> None:
+    with pytest.raises(TypeError, match="must be a reader of image files such as GTA5, got StreetScenes"):
+        build(StreetScenes(2), folder)
+    with pytest.raises(ValueError, match="`workers` must not be negative, got -1"):
+        build(GTA5(written), folder, workers=-1)
+    with pytest.raises(ValueError, match="`samples` must have images"):
+        build(GTA5(written, images=False), folder)
+    assert not folder.exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- Damage
 
 
 def flip(path: Path, position: int, bits: int = 1) -> None:
@@ -73,539 +423,175 @@ def flip(path: Path, position: int, bits: int = 1) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_crops__equal_the_uncached_ones_on_a_thousand_draws(root: Path, tmp_path: Path) -> None:
-    samples = GTA5(root, size=SIZE)
-    cached = build(samples, tmp_path / "cache")
-    memory = [samples[i] for i in range(len(samples))]
-    plain, quick = (KeyedCrops(source, (24, 32), seed=3, stream=1) for source in (memory, cached))
-    for draw in range(1000):
-        for got, want in zip(quick[draw], plain[draw], strict=True):
-            assert got.dtype == want.dtype
-            assert got.numpy().tobytes() == want.numpy().tobytes()
-            assert got.stride() == want.stride()
-
-
-@pytest.mark.parametrize("size", [None, SIZE])
-@pytest.mark.parametrize("labels", [True, False])
-def test_samples__equal_the_readers(tmp_path: Path, size: tuple[int, int] | None, labels: bool) -> None:
-    StreetScenes(5, size=(32, 64)).write(tmp_path / "data", layout="cityscapes", split="train")
-    samples = Cityscapes(tmp_path / "data", size=size, labels=labels)
-    write_png(samples.files[3].image, StreetScenes(1, size=(40, 72))[0].image)  # items may differ in size
-    if labels:
-        write_png(samples.files[3].label or "", torch.full((40, 72), 7, dtype=torch.uint8))
-    for _ in range(2):
-        cached = build(samples, tmp_path / "cache")
-        assert len(cached) == 5
-        for got, want in zip(cached, samples, strict=True):
-            assert_equal(got, want)
-        assert_equal(cached[-1], samples[4])
-        with pytest.raises(IndexError):
-            cached[5]
-
-
-def test_samples__real_images(test_data: Path, tmp_path: Path) -> None:
-    for size in (None, (512, 1024)):
-        samples = Cityscapes(test_data / "cityscapes", "train", size=size)
-        cached = build(samples, tmp_path / str(size))
-        for i in (0, len(samples) - 1):
-            assert_equal(cached[i], samples[i])
-
-
-def test_samples__are_writable_and_private(root: Path, tmp_path: Path) -> None:
-    samples = GTA5(root)
-    cached = build(samples, tmp_path / "cache")
-    before = contents(tmp_path / "cache")
-    sample = cached[1]
-    sample.image.zero_()
-    assert sample.label is not None
-    sample.label.fill_(3)
-    assert_equal(cached[1], samples[1])
-    assert contents(tmp_path / "cache") == before
-    # A worker sends storages as a whole: one that reached over the shard would be sent for each sample.
-    assert sample.image.untyped_storage().nbytes() == 4 * 60 * 100
-
-
-def test_workers__make_the_same_bytes(root: Path, tmp_path: Path) -> None:
-    samples = GTA5(root, size=SIZE)
-    for workers in (0, 1, 2):
-        build(samples, tmp_path / str(workers), workers=workers)
-    assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "2")
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_loader__workers_read_it(root: Path, tmp_path: Path, context: str) -> None:
-    samples = GTA5(root, size=SIZE)
-    cached = build(samples, tmp_path / "cache")
-    loader = DataLoader(cached, batch_size=None, num_workers=2, multiprocessing_context=context)
-    for got, want in zip(loader, samples, strict=True):
-        assert_equal(got, want)
-
-
-def test_pickle__checks_anew(root: Path, tmp_path: Path) -> None:
-    cached = build(GTA5(root), tmp_path / "cache")
-    assert cached[0].image.shape == (3, 60, 100)
-    flip(tmp_path / "cache" / "shard-00000.bin", 5)
-    with pytest.raises(DataError, match="damaged"):
-        pickle.loads(pickle.dumps(cached))[0]
-
-
-def test_build__leaves_the_global_generator_alone(root: Path, tmp_path: Path) -> None:
-    before = torch.get_rng_state()
-    build(GTA5(root), tmp_path / "cache", workers=1)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-class Slow(GTA5):
-    """A reader whose samples take a while."""
-
-    pause = 0.02
-
-    def __getitem__(self, index: int) -> Sample:
-        time.sleep(self.pause)
-        return super().__getitem__(index)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {**super().fingerprint(), "reader": "GTA5"}  # the same samples
-
-
-def start(samples: GTA5, folder: Path, workers: int) -> multiprocessing.process.BaseProcess:
-    """Build in another process."""
-
-    def work() -> None:
-        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: waiting for them would never end
-        build(samples, folder, workers=workers)
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
-
-
-def kill(process: multiprocessing.process.BaseProcess) -> None:
-    process.kill()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.001)
-
-
-def stamps(folder: Path, pattern: str = "*") -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob(pattern)}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_kill__at_any_moment_a_build_goes_on_and_ends_the_same(root: Path, tmp_path: Path, workers: int) -> None:
-    build(GTA5(root, size=SIZE), tmp_path / "whole")
-    samples, folder = Slow(root, size=SIZE), tmp_path / "cache"
-    samples.pause = 0.15  # the kill comes before the end on a busy machine too
-    moments: dict[str, Callable[[], object]] = {
-        "locked": (folder / ".lock").exists,
-        "planned": (folder / "manifest.json").exists,
-        "in the first shard": lambda: stamps(folder, "*.bin.tmp.*").keys() - before.keys(),
-        "a shard without a record, or just with it": lambda: stamps(folder, "*.bin"),
-        "some shards": lambda: len(stamps(folder, "shard-*.json")) >= 2,
-    }
-    finished: dict[str, int] = {}
-    for moment in moments.values():
-        before = stamps(folder)
-        process = start(samples, folder, workers)
-        wait_until(moment)
-        kill(process)
-        assert finished.items() <= stamps(folder, "shard-*.json").items()  # what was finished is not built again
-        finished = stamps(folder, "shard-*.json")
-    assert finished
-    cached = build(samples, folder)
-    assert finished.items() <= stamps(folder).items()
-    assert contents(folder) == contents(tmp_path / "whole")
-    for got, want in zip(cached, GTA5(root, size=SIZE), strict=True):
-        assert_equal(got, want)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_kill__again_and_again_until_it_is_built(root: Path, tmp_path: Path, workers: int) -> None:
-    samples, folder = Slow(root, size=SIZE), tmp_path / "cache"
-    for i in range(60):
-        process = start(samples, folder, workers)
-        process.join(0.02 + 0.011 * i)
-        process.kill()
-        process.join(60)
-        if process.exitcode == 0:  # it had ended before
-            break
-        assert process.exitcode == -signal.SIGKILL
-    assert process.exitcode == 0
-    build(GTA5(root, size=SIZE), tmp_path / "whole")
+def test_damage__a_flipped_byte_is_noticed_before_it_is_used(samples: GTA5, folder: Path) -> None:
     build(samples, folder)
-    assert contents(folder) == contents(tmp_path / "whole")
-
-
-def test_kill__workers_end_too(root: Path, tmp_path: Path) -> None:
-    samples, folder = Slow(root, size=SIZE), tmp_path / "cache"
-    samples.pause = 0.2
-    process = start(samples, folder, workers=2)
-    wait_until(lambda: len(stamps(folder, "*.bin.tmp.*")) == 2)
-    kill(process)
-    wait_until(lambda: not stamps(folder, "*.tmp.*"))
-    time.sleep(1)
-    assert stamps(folder).keys() == {
-        ".lock",
-        ".lock.holder",
-        "manifest.json",
-    }  # or they would have gone on to the shards' ends
-
-
-def test_kill__workers_that_are_left_do_no_harm(root: Path, tmp_path: Path) -> None:
-    samples, folder = Slow(root, size=SIZE), tmp_path / "cache"
-    samples.pause = 0.2
-    process = start(samples, folder, workers=2)
-    wait_until(lambda: len(stamps(folder, "*.bin.tmp.*")) == 2)
-    kill(process)
-    build(GTA5(root, size=SIZE), folder)  # they have not noticed yet
-    before = stamps(folder)
-    time.sleep(1)
-    assert stamps(folder) == before
-    assert not stamps(folder, "*.tmp.*")
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_lock__processes_at_once_build_one_cache(root: Path, tmp_path: Path, workers: int) -> None:
-    samples, folder = Slow(root, size=SIZE), tmp_path / "cache"
-    processes = [start(samples, folder, workers) for _ in range(3)]
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    build(GTA5(root, size=SIZE), tmp_path / "whole")
-    assert contents(folder) == contents(tmp_path / "whole")
-
-
-def test_lock__waiting_is_told(root: Path, tmp_path: Path) -> None:
-    build(GTA5(root), tmp_path / "whole")
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    code = f"""
-from crossmix.datasets import GTA5, CachedSamples, _cache_folder
-_cache_folder.PER_SHARD = 4
-CachedSamples(GTA5({str(root)!r}), {str(folder)!r})
-"""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(held := contextlib.ExitStack())
-        held.enter_context(FolderLock(folder))
-        with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr is not None
-            told = process.stderr.readline()
-            assert told.startswith(f"{folder}: is in use by process {os.getpid()} on ")
-            assert told.endswith("; waiting for it\n")
-            for path in sorted((tmp_path / "whole").iterdir(), key=lambda path: path.suffix != ".bin"):
-                if path.name != ".lock":  # whole files, as a build leaves them, those that say so last
-                    shutil.copy2(path, tmp_path / "aside")
-                    (tmp_path / "aside").replace(folder / path.name)
-            held.close()
-            assert not process.stderr.read()  # it built nothing
-    assert process.returncode == 0
-
-
-def test_lock__says_so_where_there_is_none(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
-    with pytest.warns(UserWarning, match=r"cache: its file system has no locks .* only one process uses this folder"):
-        build(GTA5(root), tmp_path / "cache")
-
-
-@pytest.mark.parametrize("kind", ["manifest.json", "shard-00001.json"])
-def test_damage__every_flipped_byte_of_json_is_noticed_on_opening(root: Path, tmp_path: Path, kind: str) -> None:
-    samples = GTA5(root, size=SIZE)
-    build(samples, tmp_path / "cache")
-    path = tmp_path / "cache" / kind
-    whole = path.read_bytes()
-    for position in range(0, len(whole), max(1, len(whole) // 60)):
-        flip(path, position, 1 << position % 8)
-        with pytest.raises(DataError, match=rf"{kind}: its contents do not match its sha256.*delete"):
-            build(samples, tmp_path / "cache")
-        path.write_bytes(whole)
-    path.unlink()  # the way out that the message names
-    build(samples, tmp_path / "cache")
-    assert path.read_bytes() == whole
-
-
-def test_damage__every_flipped_byte_of_pixels_is_noticed_on_reading(root: Path, tmp_path: Path) -> None:
-    samples = GTA5(root, size=SIZE)
-    build(samples, tmp_path / "cache")
-    path = tmp_path / "cache" / "shard-00001.bin"
+    path = folder / FILES[1]
     whole, item = path.read_bytes(), 4 * SIZE[0] * SIZE[1]
-    for position in (0, item - 1, item, len(whole) // 2, len(whole) - 1, *range(7, len(whole), 4999)):
+    pixels = 4 * item  # then the record, its length, and its sha256
+    edges = {0, item - 1, item, pixels - 1, pixels, *range(len(whole) - 41, len(whole))}
+    for position in edges | {*range(7, pixels, 4999)} | {*range(pixels, len(whole), 17)}:
         flip(path, position, 1 << position % 8)
-        cached = build(samples, tmp_path / "cache")
-        for i in range(10):
-            if i == 4 + position // item:
-                with pytest.raises(DataError, match=r"shard-00001\.bin: the bytes of sample '\d+' are damaged; delete"):
-                    cached[i]
-            else:
-                assert_equal(cached[i], samples[i])
+        if position >= pixels:
+            with pytest.raises(
+                DataError, match=rf"{FILES[1]}: is cut off or damaged; delete {path} and open the cache"
+            ):
+                build(samples, folder)
+        else:
+            cached = build(samples, folder)
+            for i in range(10):
+                if i == 4 + position // item:
+                    with pytest.raises(DataError, match=rf"{FILES[1]}: the bytes of sample '\d+' are damaged; delete"):
+                        cached[i]
+                else:
+                    assert_equal(cached[i], samples[i])
         path.write_bytes(whole)
-    flip(path, 17)
-    path.with_suffix(".json").unlink()  # the way out that the message names
-    build(samples, tmp_path / "cache")
-    assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("count", [-1, 1])
-def test_damage__a_shard_of_another_length_is_noticed_on_opening(root: Path, tmp_path: Path, count: int) -> None:
-    build(GTA5(root), tmp_path / "cache")
-    path = tmp_path / "cache" / "shard-00002.bin"
-    data = path.read_bytes()
-    path.write_bytes(data[:count] if count < 0 else data + b"\0")
-    with pytest.raises(DataError, match=rf"shard-00002\.bin: expected {len(data)} bytes, got {len(data) + count}"):
-        build(GTA5(root), tmp_path / "cache")
+@pytest.mark.parametrize("length", [-1, 1, -(10**9)])
+def test_damage__a_file_of_another_length_is_noticed_and_built_again(
+    samples: GTA5, whole: dict[str, bytes], folder: Path, length: int
+) -> None:
+    build(samples, folder)
+    before = stamps(folder)
+    path = folder / FILES[1]
+    path.write_bytes(path.read_bytes() + b"\0" if length > 0 else path.read_bytes()[:length])
+    with pytest.raises(DataError, match=rf"{FILES[1]}: is cut off or damaged; delete {path} and open the cache again"):
+        build(samples, folder)
+    path.unlink()
+    build(samples, folder)
+    assert contents(folder) == whole
+    assert {name for name, stamp in stamps(folder).items() if before[name] != stamp} == {FILES[1]}
 
 
-def test_damage__a_shard_cut_off_after_opening(root: Path, tmp_path: Path) -> None:
-    cached = build(GTA5(root), tmp_path / "cache")
-    path = tmp_path / "cache" / "shard-00000.bin"
+def test_damage__a_file_cut_off_or_lost_after_opening(samples: GTA5, folder: Path) -> None:
+    cached = build(samples, folder)
+    path = folder / FILES[0]
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"shard-00000\.bin: cannot be read"):
+    with pytest.raises(DataError, match=rf"{FILES[0]}: cannot be read"):
+        cached[0]
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{FILES[0]}: cannot be read"):
         cached[0]
 
 
-def test_partial__lost_shards_are_built_again_and_only_they(root: Path, tmp_path: Path) -> None:
-    samples = GTA5(root)
-    build(samples, tmp_path / "cache")
-    whole = contents(tmp_path / "cache")
-    (tmp_path / "cache" / "shard-00001.bin").unlink()
-    before = stamps(tmp_path / "cache")
-    build(samples, tmp_path / "cache")
-    assert contents(tmp_path / "cache") == whole
-    new = {name for name, stamp in stamps(tmp_path / "cache").items() if before.get(name) != stamp}
-    assert new == {"shard-00001.bin", "shard-00001.json"}
-
-
-def test_partial__a_shard_of_another_cache_is_refused(root: Path, tmp_path: Path) -> None:
-    build(GTA5(root), tmp_path / "cache")
-    build(GTA5(root, size=SIZE), tmp_path / "other")
-    for name in ("shard-00001.bin", "shard-00001.json"):
-        shutil.copy(tmp_path / "other" / name, tmp_path / "cache" / name)
-    with pytest.raises(DataError, match=r"shard-00001\.json: belongs to another cache; delete"):
-        build(GTA5(root), tmp_path / "cache")
+# -------------------------------------------------------------------------------------------------------- Of which data
 
 
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize("change", ["mtime", "size", "label"])
-def test_stale__a_source_that_changed(root: Path, tmp_path: Path, change: str, complete: bool) -> None:
+def test_stale__a_source_that_changed(root: Path, folder: Path, change: str, complete: bool) -> None:
     samples = GTA5(root)
-    build(samples, tmp_path / "cache")
-    whole = contents(tmp_path / "cache")
+    build(samples, folder)
+    whole = contents(folder)
     if not complete:
-        (tmp_path / "cache" / "shard-00000.json").unlink()
+        (folder / FILES[0]).unlink()
     files = samples.files[5]
     path = files.label if change == "label" else files.image
     assert path is not None
     stat = path.stat()
-    if change == "mtime":
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    else:
+    if change != "mtime":
         path.write_bytes(path.read_bytes() + b"\0")
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    with pytest.raises(DataError, match=rf"{path}: has changed since it was cached .*; delete .*shard-00001\.json"):
-        build(GTA5(root), tmp_path / "cache")
-    assert (tmp_path / "cache" / "shard-00000.json").exists() is complete  # refused before building
-    (tmp_path / "cache" / "shard-00001.json").unlink()  # the way out that the message names
-    build(GTA5(root), tmp_path / "cache")
-    now = contents(tmp_path / "cache")
-    assert {name for name in whole if now[name] != whole[name]} == {"shard-00001.json"}
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + (change == "mtime")))
+    with pytest.raises(DataError, match=rf"{path}: has changed since it was cached .*; delete .*{FILES[1]} and open"):
+        build(GTA5(root), folder)
+    assert (folder / FILES[0]).exists() is complete  # refused before building
+    (folder / FILES[1]).unlink()
+    build(GTA5(root), folder)
+    assert contents(folder).keys() == whole.keys()
 
 
-def test_stale__a_source_that_is_gone(root: Path, tmp_path: Path) -> None:
+def test_stale__a_source_that_is_gone(root: Path, folder: Path) -> None:
     samples = GTA5(root)
-    build(samples, tmp_path / "cache")
-    samples.files[9].image.unlink()
-    with pytest.raises(DataError, match=r"00010\.png: cannot be read \(No such file"):
-        build(samples, tmp_path / "cache")
+    build(samples, folder)
+    (root / "images" / "00003.png").unlink()
+    with pytest.raises(DataError, match=r"images/00003\.png: cannot be read .*; restore the file"):
+        build(samples, folder)
 
 
-def test_stale__other_parameters_or_files(root: Path, tmp_path: Path) -> None:
-    build(GTA5(root, size=SIZE), tmp_path / "cache")
-    with pytest.raises(DataError, match=r"its reader is .*\[48, 80\].*, this one's .*None.*; choose another folder"):
-        build(GTA5(root), tmp_path / "cache")
-    with pytest.raises(DataError, match=r"its reader is .*\[48, 80\].*, this one's .*\[80, 48\]"):
-        build(GTA5(root, size=(80, 48)), tmp_path / "cache")
+def test_other__reader_number_names_or_format_are_refused(
+    root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(text: str, size: tuple[int, int] = SIZE) -> None:
+        with pytest.raises(DataError, match=rf"cache: is a cache of other samples: its {text}; choose another folder"):
+            build(GTA5(root, size=size), folder)
+
+    build(GTA5(root, size=SIZE), folder)
+    refused(r"reader is .*\[48, 80\].*, not .*\[80, 48\].*", (80, 48))
+    with monkeypatch.context() as later:
+        later.setattr(cache, "FORMAT", cache.FORMAT + 1)
+        refused("format is 2, not 3")
     for kind in ("images", "labels"):
-        shutil.copy(root / kind / "00010.png", root / kind / "00011.png")
-    with pytest.raises(DataError, match=r"has 10 samples, there are 11 now, and sample 10 was nothing, is \['00011'"):
-        build(GTA5(root, size=SIZE), tmp_path / "cache")
-    for name in ("00011.png", "00003.png"):
-        for kind in ("images", "labels"):
-            (root / kind / name).unlink()
-    with pytest.raises(DataError, match=r"there are 9 now, and sample 2 was \['00003', .*, is \['00004'"):
-        build(GTA5(root, size=SIZE), tmp_path / "cache")
+        shutil.copy2(root / kind / "00010.png", root / kind / "00011.png")
+    refused("number of samples is 10, not 11")
+    for kind in ("images", "labels"):
+        (root / kind / "00003.png").unlink()
+    refused(r"sample 2 is \['00003', .*\], not \['00004', .*\]")
 
 
-def test_stale__labels_or_none(tmp_path: Path) -> None:
-    StreetScenes(2, size=(32, 64)).write(tmp_path / "data", layout="cityscapes", split="train")
-    build(Cityscapes(tmp_path / "data"), tmp_path / "cache")
-    with pytest.raises(DataError, match=r"sample 0 was .*labelIds\.png'\], is .*None\]"):
-        build(Cityscapes(tmp_path / "data", labels=False), tmp_path / "cache")
+def test_other__labels_or_none(written: Path, folder: Path) -> None:
+    build(GTA5(written), folder)
+    with pytest.raises(DataError, match=r"its sample 0 is \['00001', .*, 'labels/00001\.png'\], not \['00001', "):
+        build(GTA5(written, labels=False), folder)
 
 
-def test_stale__another_format(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build(GTA5(root), tmp_path / "cache")
-    monkeypatch.setattr(cache_folder, "FORMAT", 2)
-    with pytest.raises(DataError, match="its format is 1, this one's 2"):
-        build(GTA5(root), tmp_path / "cache")
+@pytest.mark.parametrize("name", FILES[:2])
+def test_other__a_file_of_another_cache_or_place(written: Path, tmp_path: Path, folder: Path, name: str) -> None:
+    build(GTA5(written), folder)
+    build(GTA5(written, size=SIZE), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / name, folder / name)
+    with pytest.raises(DataError, match="is a cache of other samples: its reader is"):
+        build(GTA5(written), folder)
+    shutil.copy(folder / FILES[2], folder / name)
+    with pytest.raises(DataError, match=r"is a cache of other samples: its sample . is None, not"):
+        build(GTA5(written), folder)
 
 
 def test_moved__cache_and_sources_may_be(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = GTA5(root)
-    want = [samples[i] for i in range(10)]
-    build(samples, root / "cache")
+    want = list(GTA5(root))
+    build(GTA5(root), root / "cache")
     root.rename(tmp_path / "elsewhere")
-    monkeypatch.setattr(cache_folder.CacheFolder, "build", None)  # nothing may be built
+    monkeypatch.setattr(cache._Cache, "build", None)  # nothing may be built
     monkeypatch.chdir(tmp_path / "elsewhere")
     for here in (tmp_path / "elsewhere", Path()):
         for got, one in zip(build(GTA5(here), here / "cache"), want, strict=True):
             assert_equal(got, one)
 
 
-@pytest.mark.parametrize("name", ["holiday.jpg", "shard-00000.tar", "x.tmp.1"])
-def test_foreign__a_folder_that_holds_anything_else_is_left_alone(root: Path, tmp_path: Path, name: str) -> None:
-    folder = tmp_path / "mine"
+@pytest.mark.parametrize("name", ["holiday.jpg", "samples-00003.bin", "x.tmp.1", "manifest.json", "shard-00000.bin"])
+def test_foreign__a_folder_that_holds_anything_else_is_left_alone(samples: GTA5, folder: Path, name: str) -> None:
     folder.mkdir()
     (folder / name).write_text("mine")
-    with pytest.raises(DataError, match=rf"mine: holds '{name}', which is no file of a cache; choose a folder"):
-        build(GTA5(root), folder)
+    with pytest.raises(DataError, match=rf"cache: holds '{name}', which is not of this cache; choose an empty folder"):
+        build(samples, folder)
     assert contents(folder) == {name: b"mine"}
 
 
-def test_foreign__somebody_elses_manifest_is_left_alone(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"name": "app"}))
-    with pytest.raises(DataError, match=r"manifest\.json: its contents do not match .* if this folder is a cache"):
-        build(GTA5(root), tmp_path)
-    assert json.loads((tmp_path / "manifest.json").read_text()) == {"name": "app"}
-
-
-def test_foreign__a_file_where_the_folder_should_be(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("")
-    with pytest.raises(DataError, match=r"cache: is no folder that can be read \(Not a directory\)"):
-        build(GTA5(root), tmp_path / "cache")
-
-
-Usage = namedtuple("Usage", "total used free")  # noqa: PYI024 - as shutil's
-
-
-def test_room__is_checked_to_the_byte_and_told(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    samples = GTA5(root)
-    need = 10 * 4 * 60 * 100
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, need - 1))
-    with pytest.raises(DataError, match=r"cache: the cache needs 240\.00 kB more, 240\.00 kB are free; make room"):
-        build(samples, tmp_path / "cache")
-    assert contents(tmp_path / "cache") == {".lock": b""}
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, need))
-    CachedSamples(samples, tmp_path / "cache")
-    told = capsys.readouterr().err.splitlines()
-    assert told[0] == f"{tmp_path / 'cache'}: the cache needs 240.00 kB more, 240.00 kB are free"
-    assert told[-1].startswith(f"{tmp_path / 'cache'}: 10 of 10 cached, ")
-    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.bin")) == need
-    (tmp_path / "cache" / "shard-00002.json").unlink()  # the last two samples
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2 * 4 * 60 * 100))
-    build(samples, tmp_path / "cache")
-
-
-def test_progress__a_bar_on_a_terminal(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("tqdm")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    CachedSamples(GTA5(root), tmp_path / "cache")
-    assert "caching in cache: 100%" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_write__a_full_disk_is_told_and_finished_shards_are_kept(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
-    samples = GTA5(root)
-    synchronise, calls = os.fsync, []
-
-    def fail_third(handle: int) -> None:
-        calls.append(handle)
-        if (
-            len(calls) == 7
-        ):  # manifest (in the main process), bytes and record of a shard, the next one's bytes; and folders
-            raise OSError(28, "No space left on device")
-        synchronise(handle)
-
-    monkeypatch.setattr(os, "fsync", fail_third)
-    with pytest.raises(
-        DataError, match=r"shard-0000.\.bin: cannot be written: No space left on device \(.* are free\); make room"
-    ):
-        build(samples, tmp_path / "cache", workers=workers)
-    monkeypatch.undo()
-    monkeypatch.setattr(cache_folder, "PER_SHARD", 4)
-    assert {"shard-00000.bin", "shard-00000.json"} <= contents(tmp_path / "cache").keys()
-    assert not list((tmp_path / "cache").glob("*.tmp.*"))
-    build(samples, tmp_path / "cache")
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only__as_the_system_has_it(root: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    folder.chmod(0o555)
-    with pytest.raises(DataError, match=r"cannot be written \(Permission denied\)"):
-        build(GTA5(root), folder)
+def test_foreign__a_file_where_the_folder_should_be(samples: GTA5, folder: Path) -> None:
+    folder.write_text("")
+    with pytest.raises(DataError, match=r"cache: cannot be listed \(Not a directory\)"):
+        build(samples, folder)
 
 
 def test_read_only__a_complete_cache_serves_and_another_is_refused(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    samples: GTA5, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples = GTA5(root)
-    build(samples, tmp_path / "cache")
     opened = os.open
+    build(samples, folder)
 
-    def read_only(path: object, flags: int, *rest: int) -> int:
+    def read_only(path: object, flags: int, *rest: int) -> int:  # for root, who may write anywhere
         if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return opened(path, flags, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "open", read_only)
-    assert_equal(build(samples, tmp_path / "cache")[2], samples[2])
-    (tmp_path / "cache" / "shard-00000.json").unlink()
-    with pytest.raises(DataError, match=r"is not a complete cache and cannot be written \(Permission denied\); choose"):
-        build(samples, tmp_path / "cache")
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_build__a_broken_source_is_named_and_what_is_built_kept(root: Path, tmp_path: Path, workers: int) -> None:
-    samples = GTA5(root)
-    path = samples.files[6].image
-    whole = path.read_bytes()
-    path.write_bytes(whole[:2000])
-    with pytest.raises(DataError, match=rf"^{path}: "):
-        build(samples, tmp_path / "cache", workers=workers)
-    assert (tmp_path / "cache" / "shard-00000.json").exists()
-    assert not (tmp_path / "cache" / "shard-00001.json").exists()
-    path.write_bytes(whole)
-    assert_equal(build(samples, tmp_path / "cache", workers=workers)[6], samples[6])
-
-
-def test_build__a_reader_that_returns_something_else_is_refused(root: Path, tmp_path: Path) -> None:
-    class Floats(GTA5):
-        def __getitem__(self, index: int) -> Sample:
-            sample = super().__getitem__(index)
-            return sample._replace(image=sample.image.float())
-
-    with pytest.raises(DataError, match=r"00001: expected an image .*, got \(3, 60, 100\) torch\.float32, \(60, 100\)"):
-        build(Floats(root), tmp_path / "cache")
-
-
-def test_arguments(tmp_path: Path, root: Path) -> None:
-    with pytest.raises(TypeError, match="must be a reader of image files such as GTA5, got StreetScenes"):
-        CachedSamples(StreetScenes(2), tmp_path / "cache")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`workers` must not be negative, got -1"):
-        build(GTA5(root), tmp_path / "cache", workers=-1)
-    assert not (tmp_path / "cache").exists()
+    for path in (*folder.iterdir(), folder):
+        path.chmod(0o555)
+    assert_equal(build(samples, folder)[2], samples[2])
+    folder.chmod(0o755)
+    (folder / FILES[0]).unlink()
+    folder.chmod(0o555)
+    with pytest.raises(
+        DataError, match=r"cache/\.lock: cannot be written: Permission denied\. The cache is not complete"
+    ):
+        build(samples, folder)
+    folder.chmod(0o755)

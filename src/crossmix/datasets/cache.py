@@ -1,53 +1,77 @@
-"""Decoded and resized samples on the disk, mapped into memory instead of read."""
+"""Decoded and resized samples on disk, read as memory maps.
 
+A cache is a folder of files `samples-00000.bin`. Each holds the pixels of 32 samples, one after another; then a record
+in JSON: what they were made of, and where each is; then the length of the record and its SHA-256. A file is written
+under another name, synchronised and renamed, so it is there as a whole or not at all.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import sys
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from crossmix._files import FolderLock, amount, whole_file
+from crossmix._progress import shown
+from crossmix._workers import QuietLoader
 from crossmix.datasets._arguments import check_count, check_index
-from crossmix.datasets._cache_folder import CacheFolder
-from crossmix.datasets._shards import FileSamples, shard_path
+from crossmix.datasets._files import Files, FolderDataset
+from crossmix.datasets._images import read_header
 from crossmix.datasets.sample import DataError, Sample
 
 __all__ = ["CachedSamples"]
 
+FORMAT = 2
+"""Raise it when the files' layout changes, or when a reader returns other pixels for the same file."""
+
+PER_FILE = 32
+"""Samples in a file. A process that is killed while building loses at most these: a few seconds of work."""
+
+FOOTER = struct.Struct("<Q32s")
+"""The record's length in bytes and its SHA-256."""
+
 
 class CachedSamples(Dataset[Sample]):
-    """The samples of a reader from a cache, which is built when it is first asked for.
+    """A reader's samples from a cache on disk, which is built where it is missing.
 
-    Samples are equal to the reader's byte for byte. Their tensors are private maps of the file: a crop loads no more of
-    it than its own pages, writing to one changes neither the file nor what comes back the next time. That gives some
-    thousand crops of 512 x 512 from 720 x 1280 per second and core (benchmarks/speed/input.py).
+    Samples equal the reader's byte for byte. Their tensors are private memory maps: a crop loads only its own pages,
+    and writing to a tensor changes neither the file nor what is read later. A core cuts some thousand crops of 512 x
+    512 from 720 x 1280 per second (benchmarks/speed/input.py).
 
-    The folder holds `manifest.json`, what was read and how; and in shards of 32 samples `shard-00000.bin`, their bytes
-    one after another, with `shard-00000.json`: size and mtime of their source files, shape, offset and CRC-32. So there
-    are few files, and yet the work is saved every 32 samples: a build that is killed goes on where it was, a shard that
-    is damaged or stale is built again alone. Every file is written aside, synchronised and renamed; the JSON files
-    carry their own sha256. Disk needed is 3 bytes per pixel, 4 with labels (GTA5 at 720 x 1280: 92 GB; Cityscapes'
-    training images at 512 x 1024: 6.2 GB with labels); it is told and checked before anything is written.
+    A build that was killed continues where it stopped, at the last 32 samples. A pixel takes 3 bytes, 4 with its label:
+    92 GB for GTA5 at 720 x 1280, 6.2 GB for Cityscapes' training images at 512 x 1024. Whether the disk has room is
+    checked before anything is written.
 
-    Opening checks the manifest against the reader, and all records, sizes and source files (a second for GTA5). The
-    bytes of a sample are checked against its CRC-32 when a process first reads it, which costs a millisecond then: any
-    flipped byte is noticed before it is used. What changes after that, while the process runs, is not.
+    Opening checks that the cache belongs to this reader and that no source file has changed since, by size and mtime (a
+    second for GTA5). When a process first reads a sample it compares the bytes with their CRC-32, in a millisecond, so
+    damaged bytes are an error before they are used. Damage that comes later, in the same process, is not noticed.
 
-    Several processes may ask for the same cache: one builds, the others wait. A complete one may be read-only, and
-    moved, as may the sources; a copy must keep their mtimes.
+    Several processes may open one cache: one builds, the others wait. A complete cache may be read-only. The cache and
+    its sources may be moved; copies of the sources must keep their mtimes.
 
     Args:
-        samples: A reader of this package. Its image files are looked up by `samples.files`, and what else its samples
-            depend on by `samples.fingerprint()`.
-        folder: Where the cache is, or is to be: new, empty, or a cache of the same samples.
-        workers: Processes that build beside this one; 0 builds in this one. They make the same bytes.
-        progress: Whether to tell on stderr how much disk is needed and how far building is.
+        samples: A reader of this package; what its samples depend on besides the files, its `fingerprint()` says.
+        folder: The cache: a folder that is new, empty, or holds a cache of the same samples.
+        workers: Number of processes that build; 0 builds in this process. The files are the same.
+        progress: Whether to report on stderr the space needed and how far the build is.
 
     Raises:
-        DataError: If the folder holds anything else, was built from other files or parameters, cannot be written or
-            has no room, a source file has changed or cannot be read, or a file of the cache is damaged; on access, if
-            the sample's bytes are.
-        TypeError: If `samples` is no reader of files, or `workers` no int.
-        ValueError: If `workers` is negative, or the reader reads no images, or transforms its samples.
+        DataError: If the folder holds anything else, or a cache of other samples; if it cannot be written or has too
+            little space; if a source file has changed or cannot be read; if a file of the cache is damaged; on access,
+            if the bytes of the sample are damaged.
+        TypeError: If `samples` is not a reader of files, or `workers` is not an int.
+        ValueError: If `workers` is negative, or the reader reads no images or has a `transform`.
 
     Example:
         >>> import tempfile
@@ -59,7 +83,7 @@ class CachedSamples(Dataset[Sample]):
         (2, '00002', torch.Size([32, 64]))
     """
 
-    def __init__(self, samples: FileSamples, folder: str | Path, *, workers: int = 0, progress: bool = True) -> None:
+    def __init__(self, samples: FolderDataset, folder: str | Path, *, workers: int = 0, progress: bool = True) -> None:
         if not (hasattr(samples, "files") and hasattr(samples, "fingerprint")):
             raise TypeError(
                 f"`samples` must be a reader of image files such as GTA5, got {type(samples).__name__}; "
@@ -68,15 +92,13 @@ class CachedSamples(Dataset[Sample]):
         if any(file.image is None for file in samples.files):
             raise ValueError("`samples` must have images, got a reader made with `images=False`; read them too.")
         if getattr(samples, "transform", None) is not None:
-            raise ValueError(
-                "`samples` must have no `transform`, whose results would be kept; transform what is cached."
-            )
+            raise ValueError("`samples` must have no `transform`, which the cache would freeze; transform its samples.")
         workers = check_count("workers", workers)
         self.folder = Path(folder)
-        cache = CacheFolder(self.folder, samples)
-        if not cache.complete():
+        cache = _Cache(samples, self.folder)
+        if cache.missing():
             cache.build(workers, progress=progress)
-        self._items = cache.items()
+        self._items = [item for number in range(len(cache)) for item in cache.read(number)]
         self._checked = bytearray(len(self._items))
 
     def __len__(self) -> int:
@@ -85,24 +107,221 @@ class CachedSamples(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         index = check_index(index, len(self._items))
         item = self._items[index]
-        path = shard_path(self.folder, item.shard)
-        try:  # a map of its own, which costs some microseconds: what a caller writes into it, no other caller sees
-            mapped = torch.from_file(str(path), shared=False, size=item.offset + item.bytes, dtype=torch.uint8)
+        path = _path(self.folder, item.file)
+        end = item.offset + math.prod(item.shape)
+        try:  # A map of its own for each read takes microseconds, and keeps what a caller writes to it from the others.
+            mapped = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)
         except RuntimeError as error:
-            raise DataError(f"{path}: cannot be read ({error}); {_anew(path)}.") from error
+            raise DataError(f"{path}: cannot be read ({error}); {_again(path)}.") from error
         pixels = mapped.numpy()[item.offset :]
         if not self._checked[index]:
             if zlib.crc32(pixels.data) != item.crc32:
-                raise DataError(f"{path}: the bytes of sample {item.name!r} are damaged; {_anew(path)}.")
+                raise DataError(f"{path}: the bytes of sample {item.name!r} are damaged; {_again(path)}.")
             self._checked[index] = 1
-        # By way of numpy, so that the tensor's storage is the sample: a loader's worker sends storages as a whole.
-        planes = torch.from_numpy(pixels).view(3 + item.labelled, item.height, item.width)
-        return Sample(planes[:3], planes[3] if item.labelled else None, item.name)
+        # Through numpy, so that the tensor's storage is this sample alone: loaders' workers send whole storages.
+        planes = torch.from_numpy(pixels).view(*item.shape)
+        return Sample(planes[:3], planes[3] if len(planes) == 4 else None, item.name)
 
     def __getstate__(self) -> dict[str, object]:
         """Another process checks for itself: it may be on another machine."""
         return {**self.__dict__, "_checked": bytearray(len(self._items))}
 
 
-def _anew(path: Path) -> str:
-    return f"delete {path.with_suffix('.json')} and open the cache again, which builds its samples anew"
+class _Item(NamedTuple):
+    """Where a sample is: uint8 of `shape` (3 or 4, H, W), image above label, from `offset` on."""
+
+    name: str
+    file: int
+    offset: int
+    shape: Sequence[int]
+    crc32: int
+
+
+class _Cache(Dataset[int | Exception]):
+    """The files of a cache. Item i writes file i, so that the workers of a loader write several at once."""
+
+    def __init__(self, samples: FolderDataset, folder: Path) -> None:
+        self.samples = samples
+        self.folder = folder
+        self.spans = [range(len(samples))[first : first + PER_FILE] for first in range(0, len(samples), PER_FILE)]
+        self.made_by = {
+            "format": FORMAT,
+            "number of samples": len(samples),
+            "reader": json.loads(json.dumps(samples.fingerprint())),  # lists for tuples, as it is read back
+        }
+        paths = [path.absolute().as_posix() for files in samples.files for path in _paths(files)]
+        self.common = len(os.path.commonprefix(paths))  # noqa: RUF071 - left out, so that the sources may be moved
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, number: int) -> int | Exception:
+        """Write a file; return how many samples it has, or the error: a loader would wrap what is raised."""
+        path, offset = _path(self.folder, number), 0
+        items: list[_Item] = []
+        stats = []
+        try:
+            with whole_file(path) as file:
+                for index in self.spans[number]:
+                    stats.append(_stats(self.samples.files[index]))  # before reading, during which a source may change
+                    sample = self.samples[index]
+                    planes = _planes(sample)
+                    data = planes.numpy().data
+                    file.write(data)
+                    items.append(_Item(sample.name, number, offset, planes.shape, zlib.crc32(data)))
+                    offset += planes.numel()
+                record = json.dumps({**self._made_of(number), "stats": stats, "items": items}).encode()
+                file.write(record + FOOTER.pack(len(record), hashlib.sha256(record).digest()))
+        except (DataError, OSError) as error:
+            return error
+        return len(items)
+
+    def missing(self) -> list[int]:
+        """The files that are not there."""
+        names = self._names()
+        return [number for number in range(len(self)) if _path(self.folder, number).name not in names]
+
+    def read(self, number: int) -> list[_Item]:
+        """Read a file's record; refuse one that is damaged, of other samples, or older than its sources."""
+        path = _path(self.folder, number)
+        record = _record(path)
+        for key, now in self._made_of(number).items():
+            if (was := record.get(key)) != now:
+                raise DataError(
+                    f"{self.folder}: is a cache of other samples: its {key} is {was}, not {now}; choose another "
+                    "folder, or delete this one to build it again."
+                )
+        for index, before in zip(self.spans[number], record["stats"], strict=True):
+            files = self.samples.files[index]
+            for source, was, now in zip(_paths(files), before, _stats(files), strict=True):
+                if was != now:
+                    raise DataError(
+                        f"{source}: has changed since it was cached (size and mtime_ns were {was}, are {now}); "
+                        f"{_again(path)}."
+                    )
+        return [_Item(*item) for item in record["items"]]
+
+    def build(self, workers: int, *, progress: bool) -> None:
+        """Write the missing files, or wait for the process that does."""
+
+        def say(text: str) -> None:
+            if progress:
+                sys.stderr.write(f"{text}\n")
+
+        self._refuse_foreign()
+        try:
+            with FolderLock(self.folder, waiting=lambda text: say(f"{text}; waiting for it")):
+                missing = self.missing()
+                for number in {*range(len(self))} - {*missing}:
+                    self.read(number)  # to refuse it now, not after hours of building the others
+                if not missing:
+                    return
+                for left in self.folder.glob("samples-*.bin.tmp.*"):  # by processes that were killed
+                    left.unlink(missing_ok=True)
+                need, free = self._bytes(missing), shutil.disk_usage(self.folder).free
+                text = f"{self.folder}: the cache needs {amount(need)} more, {amount(free)} are free"
+                if need > free:
+                    raise DataError(f"{text}; make room, choose another folder, or read at a smaller `size`.")
+                say(text)
+                self._fill(missing, workers, progress=progress)
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or self.folder}: cannot be written: {error.strerror or error}. The cache is not "
+                "complete; what is finished is kept."
+            ) from error
+
+    def _fill(self, missing: list[int], workers: int, *, progress: bool) -> None:
+        # A generator of its own: a loader draws a seed for its workers, by default from the global one.
+        workers, generator = min(workers, len(missing)), torch.Generator()
+        loader = QuietLoader(self, batch_size=None, sampler=missing, num_workers=workers, generator=generator)
+
+        def samples() -> Iterator[int]:
+            for built in loader:
+                if isinstance(built, Exception):
+                    raise built
+                yield from range(built)
+
+        total = sum(len(self.spans[number]) for number in missing)
+        for _ in shown(samples(), total, f"caching in {self.folder.name}", "image") if progress else samples():
+            pass
+
+    def _bytes(self, missing: list[int]) -> int:
+        """How many the pixels of files take."""
+        indices = [index for number in missing for index in self.spans[number]]
+        first = _planes(self.samples[indices[0]])  # that there are no label files does not say that there are no labels
+        if self.samples.size is not None:
+            return first.numel() * len(indices)
+        headers = (read_header(self.samples.files[index].image or Path()) for index in indices)
+        return first.shape[0] * sum(header.height * header.width for header in headers)
+
+    def _made_of(self, number: int) -> dict[str, Any]:
+        """What a file's samples depend on, apart from the contents of the sources."""
+        made_of: dict[str, Any] = dict(self.made_by)
+        for index in self.spans[number]:
+            files = self.samples.files[index]
+            paths = [path.absolute().as_posix()[self.common :] for path in _paths(files)]
+            made_of[f"sample {index}"] = [files.name, *paths]
+        return made_of
+
+    def _names(self) -> set[str]:
+        try:
+            return {path.name for path in self.folder.iterdir()}
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise DataError(f"{self.folder}: cannot be listed ({error.strerror}); choose another folder.") from error
+
+    def _refuse_foreign(self) -> None:
+        """Leave a folder alone that holds anything but this cache, or parts of it."""
+        ours = {_path(self.folder, number).name for number in range(len(self))}
+        for name in sorted(self._names()):
+            if not name.startswith(".") and re.sub(r"\.tmp\.\d+$", "", name) not in ours:
+                raise DataError(f"{self.folder}: holds {name!r}, which is not of this cache; choose an empty folder.")
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"samples-{number:05d}.bin"
+
+
+def _again(path: Path) -> str:
+    return f"delete {path} and open the cache again, which rebuilds its {PER_FILE} samples"
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Read the record at the end of a file."""
+    try:
+        with path.open("rb") as file:
+            end = max(file.seek(0, os.SEEK_END) - FOOTER.size, 0)
+            file.seek(end)
+            length, digest = FOOTER.unpack(file.read().ljust(FOOTER.size))
+            file.seek(max(end - length, 0))
+            text = file.read(min(length, end))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {_again(path)}.") from error
+    if hashlib.sha256(text).digest() != digest:
+        raise DataError(f"{path}: is cut off or damaged; {_again(path)}.")
+    record: dict[str, Any] = json.loads(text)
+    return record
+
+
+def _planes(sample: Sample) -> Tensor:
+    """Image and label in one tensor, uint8 (3 or 4, H, W)."""
+    parts = [sample.image] if sample.label is None else [sample.image, sample.label]
+    size = sample.image.shape[-2:]
+    if [(part.dtype, part.shape) for part in parts] != [(torch.uint8, (3, *size)), (torch.uint8, size)][: len(parts)]:
+        got = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
+        raise DataError(f"{sample.name}: expected uint8 (3, H, W) and (H, W), got {got}; correct the reader.")
+    return torch.cat([part.reshape(-1, *size) for part in parts])
+
+
+def _paths(files: Files) -> list[Path]:
+    return [path for path in (files.image, files.label) if path is not None]
+
+
+def _stats(files: Files) -> list[list[int]]:
+    """Size and mtime of a sample's files."""
+    try:
+        stats = [path.stat() for path in _paths(files)]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); restore the file.") from error
+    return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
