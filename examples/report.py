@@ -230,7 +230,8 @@ def write(folder: Path, *, charts: Mapping[str, Charts], galleries: Iterable[Gal
 
 def options(run: Run) -> dict[str, object]:
     """A run's configuration, then the versions it ran with."""
-    return {name: value for name, value in run.config.items() if name != "versions"} | run.config.get("versions", {})
+    versions: dict[str, object] = run.config.get("versions", {})
+    return {name: value for name, value in run.config.items() if name != "versions"} | versions
 
 
 # ----------------------------------------------------------------------------------------------------------- scores
@@ -361,8 +362,8 @@ def drawn(title: str, lines: Mapping[str, Curve]) -> Markup:
         figure = Figure(figsize=(4.6, 2.5), layout="constrained")
         axes = figure.subplots()
         for i, (steps, values) in enumerate(shown.values()):
-            look = {"color": f"#0000c{i % COLORS}", "linestyle": DASHES[i % len(DASHES)], "gid": f"line{i}"}
-            axes.plot(steps, values, "o", markersize=3, markevery=marked(values), linewidth=1.5, **look)
+            (line,) = axes.plot(steps, values, "o", markersize=3, markevery=marked(values), linewidth=1.5)
+            line.set(color=f"#0000c{i % COLORS}", linestyle=DASHES[i % len(DASHES)], gid=f"line{i}")
         axes.set_xlim(left=0)
         axes.locator_params(axis="y", nbins=6)
         if not any(map(end, (values for _, values in shown.values()))):
