@@ -48,10 +48,10 @@ from crossmix.evaluation import evaluate
 from crossmix.models import DeepLabV2, WeightsError, load_weights
 from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
 from domains import SOURCE, TARGET, Batch, identity, open_data, prepared, with_rendered_data
-from evaluate import percent, summary
 from options import Config, Request, label_sizes, read_options, size
 from plan import empty_network, has_begun, plan, problems
 from processes import Ranks, Stopped, ended_by_signals, reason, start_ranks
+from scores import percent, summary
 from training_run import (
     STEP,
     Record,

@@ -11,7 +11,6 @@ upsampled straight to it. The means over 19, 16 and 13 classes come from the sam
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
@@ -23,13 +22,12 @@ import torch
 import torch.distributed as dist
 
 from crossmix.datasets import Cityscapes, DataError
-from crossmix.datasets.classes import CLASS_NAMES, CLASSES_13, CLASSES_16
+from crossmix.datasets.classes import CLASS_NAMES
 from crossmix.evaluation import evaluate
-from crossmix.metrics import ConfusionMatrix
 from crossmix.models import DeepLabV2, WeightsError, deeplab_v2_resnet101, deeplab_v2_tiny, load_weights
 from crossmix.models.weight_files import read_weights
 from crossmix.recipes import METHODS
-from paper import paper_row
+from scores import TITLES, markdown, paper_row, rows_by_class, summary
 
 NETWORKS = {"resnet101": deeplab_v2_resnet101, "tiny": deeplab_v2_tiny}
 
@@ -52,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks:
             dist.destroy_process_group()
     if int(os.environ.get("RANK", "0")) == 0:
-        print(table(scores, args.paper))
+        print(table(scores, args.paper), end="")
         if args.out:
             document = {"weights": args.weights, "split": args.split, "torch": str(torch.__version__), "scores": scores}
             Path(args.out).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -163,47 +161,11 @@ def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any
     return {size: summary(matrix) for size, matrix in matrices.items()}
 
 
-def summary(matrix: ConfusionMatrix) -> dict[str, Any]:
-    """IoU as fractions; None for a class that is in neither labels nor predictions."""
-    iou = matrix.compute()
-    return {
-        "miou": number(iou.mean),
-        "miou_16": number(matrix.compute(CLASSES_16).mean),
-        "miou_13": number(matrix.compute(CLASSES_13).mean),
-        "pixel_accuracy": number(iou.pixel_accuracy),
-        "per_class": {name: number(value) for name, value in zip(CLASS_NAMES, iou.per_class.tolist(), strict=True)},
-    }
-
-
-def number(value: float) -> float | None:
-    """A float as JSON can hold it."""
-    return None if math.isnan(value) else float(value)
-
-
 def table(scores: dict[str, dict[str, Any]], paper: str) -> str:
     """IoU in percent by class, a column for each entry and label size, and the paper's row last."""
-    columns = {f"{entry} {size}": values for entry, by_size in scores.items() for size, values in by_size.items()}
+    columns = {f"{entry} {size}": [values] for entry, by_size in scores.items() for size, values in by_size.items()}
     source, _, method = paper.partition("/")
-    row = paper_row(source, method) or {"per_class": {}}
-    header = ["class", *columns, f"paper, {paper}"]
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    for name in CLASS_NAMES:
-        cells = [percent(values["per_class"][name]) for values in columns.values()]
-        lines.append("| " + " | ".join([name, *cells, plain(row["per_class"].get(name))]) + " |")
-    for key, title in (("miou", "mean of 19"), ("miou_16", "mean of 16"), ("miou_13", "mean of 13")):
-        cells = [percent(values[key]) for values in columns.values()]
-        lines.append("| " + " | ".join([title, *cells, plain(row.get(key))]) + " |")
-    return "\n".join(lines)
-
-
-def percent(value: float | None) -> str:
-    """A fraction for people."""
-    return "-" if value is None else f"{100 * value:.2f}"
-
-
-def plain(value: float | None) -> str:
-    """A number that is in percent already."""
-    return "-" if value is None else f"{value:.2f}"
+    return markdown(rows_by_class(columns, {f"paper, {paper}": paper_row(source, method)}, TITLES))
 
 
 if __name__ == "__main__":

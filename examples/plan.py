@@ -88,8 +88,10 @@ def has_begun(folder: Path) -> bool:
 
 
 def _of_packages(request: Request) -> Iterator[str]:
-    if importlib.util.find_spec("filelock") is None:
-        yield "the package filelock is needed to lock the folder of a run: pip install filelock."
+    needs = {"filelock": "lock the folder of a run", "jinja2": "write the report", "matplotlib": "draw its curves"}
+    for package, what in needs.items():
+        if importlib.util.find_spec(package) is None:
+            yield f"the package {package} is needed to {what}: pip install {package}."
     if request.config.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401, PLC0415 - an optional package

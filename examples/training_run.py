@@ -27,9 +27,9 @@ from crossmix.visualize import gallery
 from domains import SOURCE, TARGET, Data, crop_size, differences, drawn_names, loader
 from events import Events
 from options import FREE, Config
-from pages import comparison_page, run_page
+from pictures import mixed_rows, predicted_rows, write_pictures
 from processes import Ranks, Stopped
-from reporting import first, mixed_rows, predicted_rows, table, write_pictures
+from scores import TITLES, markdown, paper_row, rows_by_class, spread
 
 __all__ = [
     "STEP", "Record", "Run", "conclude", "crops", "goes_on", "miou", "recorded", "restore", "save", "saved_at_any_end",
@@ -263,6 +263,8 @@ def what_was_skipped(run: Run) -> str:
 
 def write_report(run: Run) -> None:
     """A page, and its parts: the table, and source, target, mixed image, mixed label, then image, prediction, truth."""
+    from report import run_page  # noqa: PLC0415 - takes an extra, which `problems` looked for
+
     config, folder = run.config, run.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(run.folder / "metrics.json", run.metrics)  # a run that died after its last step has it saved elsewhere
@@ -276,7 +278,8 @@ def write_report(run: Run) -> None:
         config.batch, generator=keyed_generator(config.seed, STEP, config.steps - 1), device=config.device
     )
     mixed = mixed_rows(run.training, run.student, (source_images, source_labels, target_images), draw)
-    samples = first(run.data.validation, config.batch)
+    validation = run.data.validation
+    samples = (validation[i] for i in range(min(config.batch, len(validation))))
     predicted = predicted_rows(run.student, samples, crop_size(config), config.device)
     write_png(folder / "gallery.png", gallery([[*m, *p] for m, p in zip(mixed, predicted, strict=False)]))
     write_pictures(folder / "pictures", {"mixed": mixed, "predicted": predicted})
@@ -287,6 +290,8 @@ def conclude(
     results: dict[str, list[dict[str, Any]]], folders: dict[str, list[Path]], config: Config, report: Path
 ) -> None:
     """Print the table of all trainings; of several, write it and a page that compares them."""
+    from report import comparison_page  # noqa: PLC0415 - takes an extra, which `problems` looked for
+
     print("\n" + shown(results, config))
     if sum(map(len, folders.values())) > 1:
         comparison_page(folders, report)
@@ -295,9 +300,14 @@ def conclude(
 
 
 def shown(results: dict[str, list[dict[str, Any]]], config: Config) -> str:
-    """The table that people see."""
+    """The table that people see: each method's last scores, its best mean, and the paper's rows where they compare."""
     source = "synthia" if config.synthia else "gta5"
-    return table(results, source=source, evaluation=config.evaluation, beside_paper=config.network == "resnet101")
+    means = ("miou_16", "miou_13") if config.synthia else ("miou",)
+    columns = {method: [run["last"]["student"][config.evaluation] for run in runs] for method, runs in results.items()}
+    compared = results if config.network == "resnet101" else ()
+    rows = rows_by_class(columns, {f"{method} in the paper": paper_row(source, method) for method in compared}, means)
+    best = [spread(miou(run["best"], config) for run in runs) for runs in results.values()]
+    return markdown([*rows, [f"{TITLES[means[0]]}, best step", *best, *("-" for _ in compared)]])
 
 
 def versions() -> dict[str, str]:

@@ -1,12 +1,19 @@
-"""Fixtures for data on disk; tests that need a GPU skip without one."""
+"""Fixtures for data on disk and for the trainer; tests that need a GPU skip without one."""
 
+import importlib.util
 import os
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+
+from crossmix.datasets import StreetScenes
+
+TRAINER = Path(__file__).parent.parent / "examples" / "dacs_gta5.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,3 +42,39 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("no disk can be mounted here")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> ModuleType:
+    sys.path.insert(0, str(TRAINER.parent))  # as for a script
+    spec = importlib.util.spec_from_file_location("dacs_gta5", TRAINER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["dacs_gta5"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Small folders in the official layouts, and the flags that train on them in a second."""
+    root = tmp_path_factory.mktemp("data")
+    size = (32, 64)
+    StreetScenes(6, size=size).write(root / "gta5", layout="gta5")
+    StreetScenes(5, domain="target", size=size).write(root / "cs", layout="cityscapes")
+    StreetScenes(3, domain="target", size=size, seed=1).write(root / "cs", layout="cityscapes", split="val")
+    return [
+        "--gta5", str(root / "gta5"), "--cityscapes", str(root / "cs"), "--random-init", "--network", "tiny",
+        "--source-size", "native", "--target-size", "32x64", "--evaluation", "32x64", "--crop", "32", "--steps", "4",
+        "--workers", "0", "--device", "cpu", "--save-every", "2", "--eval-every", "2", "--log-every", "1",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run(trainer: ModuleType, folders: list[str], tmp_path: Path) -> Callable[..., Path]:
+    def go(*flags: str, out: str = "run") -> Path:
+        assert trainer.main([*folders, "--out", str(tmp_path / out), *flags]) == 0
+        return tmp_path / out
+
+    return go

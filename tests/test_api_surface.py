@@ -39,7 +39,7 @@ PUBLIC = {
     "crossmix.visualize": ["colorize", "gallery"],
     "crossmix.engine": [
         "BusyError", "CheckpointError", "CheckpointStore", "FiniteGuard", "FolderLock", "KeyedCrops",
-        "NonFiniteError", "Progress", "QuietLoader", "Report", "RunLog", "StopRequest", "keyed_generator",
+        "NonFiniteError", "Progress", "QuietLoader", "RunLog", "StopRequest", "keyed_generator",
         "quiet_worker", "resident",
     ],
 }  # fmt: skip

@@ -78,9 +78,9 @@ def test_pictures_readers_and_examples__take_the_pixels_that_pillow_takes(
     labels = (places(old) * 7 % 11).to(torch.uint8)
     want = by_pillow(labels, new)
 
-    reporting = example("reporting")
+    pictures = example("pictures")
     sample = Sample(torch.zeros(3, *old, dtype=torch.uint8), labels, "a")
-    row = reporting.predicted_rows(nn.Conv2d(3, 19, 1), [sample], new, "cpu")[0]  # type: ignore[attr-defined]
+    row = pictures.predicted_rows(nn.Conv2d(3, 19, 1), [sample], new, "cpu")[0]  # type: ignore[attr-defined]
     assert torch.equal(row[2], colorize(want))
 
     for folder in ("images", "labels"):

@@ -1,9 +1,7 @@
 """The trainer, end to end on small folders."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,48 +11,11 @@ import pytest
 import torch
 
 from crossmix import recipes
-from crossmix.datasets import StreetScenes
 from crossmix.datasets._png import read_png
 from crossmix.models import deeplab_v2_tiny, save_weights
 from crossmix.optim import RepeatedSGD
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "dacs_gta5.py"
-
-
-@pytest.fixture(scope="module")
-def trainer() -> ModuleType:
-    sys.path.insert(0, str(EXAMPLE.parent))  # as for a script
-    spec = importlib.util.spec_from_file_location("dacs_gta5", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dacs_gta5"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Small folders in the official layouts, and the flags that train on them in a second."""
-    root = tmp_path_factory.mktemp("data")
-    size = (32, 64)
-    StreetScenes(6, size=size).write(root / "gta5", layout="gta5")
-    StreetScenes(5, domain="target", size=size).write(root / "cs", layout="cityscapes")
-    StreetScenes(3, domain="target", size=size, seed=1).write(root / "cs", layout="cityscapes", split="val")
-    return [
-        "--gta5", str(root / "gta5"), "--cityscapes", str(root / "cs"), "--random-init", "--network", "tiny",
-        "--source-size", "native", "--target-size", "32x64", "--evaluation", "32x64", "--crop", "32", "--steps", "4",
-        "--workers", "0", "--device", "cpu", "--save-every", "2", "--eval-every", "2", "--log-every", "1",
-    ]  # fmt: skip
-
-
-@pytest.fixture
-def run(trainer: ModuleType, folders: list[str], tmp_path: Path) -> Callable[..., Path]:
-    def go(*flags: str, out: str = "run") -> Path:
-        assert trainer.main([*folders, "--out", str(tmp_path / out), *flags]) == 0
-        return tmp_path / out
-
-    return go
 
 
 def final(out: Path, step: int = 4) -> dict[str, Any]:

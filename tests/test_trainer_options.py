@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from crossmix.datasets import StreetScenes
-from test_trainer import folders, run, trainer
 from test_trainer_stops import changed, own_data, poison
 
-__all__ = ["folders", "own_data", "run", "trainer"]  # fixtures
+__all__ = ["own_data"]  # a fixture
 
 # An option, what it must not be on a command line or in a file, and what it must not be in a file alone.
 BAD = {

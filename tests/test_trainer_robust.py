@@ -19,9 +19,7 @@ import torch
 from crossmix.datasets import StreetScenes
 from crossmix.engine import FolderLock
 from crossmix.models import deeplab_v2_tiny
-from test_trainer import EXAMPLE, assert_same, final, folders, run, tensors, trainer
-
-__all__ = ["folders", "run", "trainer"]  # fixtures
+from test_trainer import EXAMPLE, assert_same, final, tensors
 
 
 @pytest.fixture(autouse=True)

@@ -20,10 +20,10 @@ from torch.nn import functional
 from crossmix.datasets import Sample, StreetScenes, write_png
 from crossmix.engine import KeyedCrops
 from crossmix.models import deeplab_v2_tiny, save_weights
-from test_trainer import EXAMPLE, assert_same, final, folders, run, trainer
+from test_trainer import EXAMPLE, assert_same, final
 from test_trainer_robust import TORCHRUN, one_thread, start, wait_for_step
 
-__all__ = ["folders", "one_thread", "run", "trainer"]  # fixtures
+__all__ = ["one_thread"]  # a fixture
 
 # Starts the trainer with workers of another kind.
 STARTER = """

@@ -1,4 +1,4 @@
-"""What a trainer needs around its loop: sampling, checkpoints, a log, a report, a lock, a way to stop, a guard.
+"""What a trainer needs around its loop: sampling, checkpoints, a log, progress, a lock, a way to stop, a guard.
 
 Nothing in here knows about mixing, networks or data sets.
 """
@@ -8,7 +8,6 @@ from crossmix._workers import QuietLoader, quiet_worker
 from crossmix.engine.checkpoints import CheckpointError, CheckpointStore
 from crossmix.engine.finite import FiniteGuard, NonFiniteError
 from crossmix.engine.progress import Progress
-from crossmix.engine.report import Report
 from crossmix.engine.run_log import RunLog
 from crossmix.engine.sampling import KeyedCrops, keyed_generator, resident
 from crossmix.engine.stop import StopRequest
@@ -23,7 +22,6 @@ __all__ = [
     "NonFiniteError",
     "Progress",
     "QuietLoader",
-    "Report",
     "RunLog",
     "StopRequest",
     "keyed_generator",
