@@ -32,6 +32,7 @@ try:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 except ImportError as error:
     raise SystemExit(f"error: {error}; reports take Jinja2 and Matplotlib: pip install jinja2 matplotlib.") from error
 
@@ -365,6 +366,7 @@ def drawn(title: str, lines: Mapping[str, Curve]) -> Markup:
             (line,) = axes.plot(steps, values, "o", markersize=3, markevery=marked(values), linewidth=1.5)
             line.set(color=f"#0000c{i % COLORS}", linestyle=DASHES[i % len(DASHES)], gid=f"line{i}")
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k
         axes.locator_params(axis="y", nbins=6)
         if not any(map(end, (values for _, values in shown.values()))):
             axes.text(0.5, 0.5, "no number was recorded", transform=axes.transAxes, ha="center")
