@@ -88,9 +88,9 @@ class DistributionAlignment(nn.Module):
         sync: Whether updates average over all ranks; a C-vector is reduced, never the maps.
 
     State:
-        `prior`, `running`: (C,) float32 buffers, each summing to 1, changed by `update_prior` and `update`. They stay
-            in float32 when a parent module is cast to less: an average in bfloat16 would stand still.
+        `prior`, `running`: (C,) float32 buffers, each summing to 1, changed by `update_prior` and `update`.
         `prior_count`, `running_count`: int64 scalars, the updates so far.
+        The averages stay in float32 when a parent module is cast to less, since one in bfloat16 would stand still.
 
     Raises:
         TypeError: If `prior` is not a sequence of numbers.

@@ -265,7 +265,7 @@ class CowMasks(nn.Module):
             device: Where the draw shall be; the generator's device, or torch's default one, when not given.
 
         Returns:
-            (n, 1 + waves) uniform numbers: the first draws sigma, the others the heights of the waves.
+            (n, 1 + waves) uniform numbers, of which the first draws sigma, the others the heights of the waves.
 
         Raises:
             TypeError: If `size` is not two ints.

@@ -265,7 +265,7 @@ class _Mix(nn.Module):
             device: Where the draw shall be; the generator's device, or torch's default one, when not given.
 
         Returns:
-            A tensor of n rows for `forward(scores=...)`: (n, C + 1) uniform numbers, or what `masks.sample` returns.
+            A tensor of n rows for `forward(scores=...)`, of (n, C + 1) uniform numbers or what `masks.sample` returns.
         """
         if self.masks is None:
             return uniform((n, self.num_classes + 1), generator=generator, device=device)

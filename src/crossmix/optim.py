@@ -47,8 +47,8 @@ def parameter_groups(
         repeated: Whether to list the backbone's parameters as often as the released code does.
 
     Returns:
-        Groups for a torch optimizer: backbone and head, then those parts of both that get no weight decay, where there
-        are any. Each has `lr`, and the same as `initial_lr`, which a schedule starts from. A parameter is in one group,
+        Groups for a torch optimizer, first backbone and head, then those parts of both that get no weight decay, where
+        there are any. Each has `lr`, and the same as `initial_lr`, which a schedule starts from. A parameter is in one group,
         the head's where head and backbone share it. Parameters without `requires_grad` are left out: the frozen scale
         and shift of BatchNorm.
 

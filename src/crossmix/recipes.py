@@ -139,7 +139,7 @@ MIC = Recipe(
     ignore_bottom=120,
     consistency=True,
 )
-"""What the field builds on today: DAFormer's training with masked image consistency, for any network.
+"""What the field builds on today, DAFormer's training with masked image consistency, for any network.
 
 Its sampler and its optimizer belong to the training loop: see docs/recipes.md.
 """
