@@ -48,9 +48,9 @@ def parameter_groups(
 
     Returns:
         Groups for a torch optimizer, first backbone and head, then those parts of both that get no weight decay, where
-        there are any. Each has `lr`, and the same as `initial_lr`, which a schedule starts from. A parameter is in one group,
-        the head's where head and backbone share it. Parameters without `requires_grad` are left out: the frozen scale
-        and shift of BatchNorm.
+        there are any. Each has `lr`, and the same as `initial_lr`, which a schedule starts from. A parameter is in one
+        group, the head's where head and backbone share it. Parameters without `requires_grad` are left out: the frozen
+        scale and shift of BatchNorm.
 
     Raises:
         TypeError: If `head` is something else.
