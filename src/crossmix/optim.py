@@ -71,7 +71,8 @@ def parameter_groups(
     if head is None:
         heads: Iterable[str | nn.Module] = []
     else:
-        heads = [head] if isinstance(head, str | nn.Module) else head
+        several = isinstance(head, Sequence) and not isinstance(head, str)
+        heads = cast("Iterable[str | nn.Module]", head if several else [head])
     in_head = {parameter for one in heads for parameter in _head_parameters(network, modules, one)}
     undecayed = _undecayed(modules, {no_decay} if isinstance(no_decay, str) else set(no_decay))
     once = [parameter for parameter in network.parameters() if parameter.requires_grad]
