@@ -32,7 +32,8 @@ def demo() -> list[str]:
     document = read("demo")
     machine = f"{document['machine']['threads']} threads of {document['machine']['processor']}"
     lines = [
-        f"The demo, {machine} (`python -m benchmarks.study demo --save`), mIoU in percent on held-out target scenes:",
+        f"The demo on {document['date']}, {machine} (`python -m benchmarks.study demo --save`), mIoU in percent on",
+        "held-out target scenes:",
         "",
         "| seed | source-only | DACS | difference | seconds |",
         "|---:|---:|---:|---:|---:|",
