@@ -28,8 +28,9 @@ from domains import SOURCE, TARGET, Data, crop_size, differences, drawn_names, l
 from events import Events
 from options import FREE, Config
 from pages import comparison_page, run_page
-from processes import Ranks, Stopped
+from processes import Ranks
 from reporting import first, mixed_rows, predicted_rows, table, write_pictures
+from signals import Stopped
 
 __all__ = [
     "STEP", "Record", "Run", "conclude", "crops", "goes_on", "miou", "recorded", "restore", "save", "saved_at_any_end",

@@ -1,5 +1,6 @@
 """What stops the trainer, and how it goes on: signals, broken files, bad steps, moved and other data."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -125,6 +126,43 @@ def test_signal__saves_exits_with_0_and_goes_on_to_the_same_end(
     last = 4 if evaluating else 60
     assert_same(final(whole, last), final(out, last))
     assert metrics_of(out) == metrics_of(whole)
+
+
+def test_signal__repeated_until_the_end_spoils_nothing(folders: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(*folders, "--steps", "5000", "--workers", "1", "--eval-every", "5000", "--out", str(out))
+    wait_for_step(out, 3, process)
+    while process.poll() is None:  # as launchers do that lose patience
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.005)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert "Traceback" not in printed
+    assert f"stopped after step {steps_saved(out)[-1]}, which is saved" in printed
+
+
+# Has a signal come while a package is being imported, then runs the trainer.
+AMID_IMPORTS = """
+import os, runpy, signal, sys
+class Sender:
+    def find_spec(self, name, *_):
+        if name == sys.argv[-1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Sender())
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("package", ["torch", "crossmix.engine"])
+def test_signal__amid_the_imports_ends_with_0(tmp_path: Path, package: str) -> None:
+    (tmp_path / "starter.py").write_text(AMID_IMPORTS)
+    process = start(package, launcher=(str(tmp_path / "starter.py"),))
+    assert process.communicate(timeout=120)[0] == "stopped before it began\n"
+    assert process.returncode == 0
 
 
 @pytest.fixture

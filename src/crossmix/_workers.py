@@ -1,12 +1,14 @@
 """Worker processes that leave signals to the process they work for, and end with it."""
 
 import _thread
+import atexit
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
@@ -86,6 +88,7 @@ def started_quietly(context: BaseContext | None = None) -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    older = multiprocessing.active_children()
     if (context or multiprocessing).get_start_method() != "fork":
         resource_tracker.ensure_running()  # which otherwise unblocks both, starting amid the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -93,6 +96,25 @@ def started_quietly(context: BaseContext | None = None) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _started.update(set(multiprocessing.active_children()) - set(older))
+
+
+_started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_started.clear)
+
+
+@atexit.register
+def _end_all() -> None:
+    """Say it until it is heard: a SIGTERM that finds another one waiting is lost, and would be waited for, for ever."""
+    for process in list(_started):
+        for _ in range(50):
+            if not process.is_alive():
+                break
+            process.terminate()
+            process.join(0.1)
+        else:
+            process.kill()
 
 
 _orphaned = threading.Event()
