@@ -236,11 +236,12 @@ def fetch(run: Run, batches: Iterator[Batch], record: Record) -> list[Batch]:
         save(run)
     if failure is None:
         raise stopped(run)
-    remedy = (
-        f"--workers 0 reads in this process, fewer than {run.config.workers} need less memory"
-        if isinstance(failure, RuntimeError)
-        else f"mend it, or leave it out with --skip-files {run.config.skip_files + 1}"
-    )
+    if isinstance(failure, RuntimeError):
+        remedy = f"--workers 0 reads in this process, fewer than {run.config.workers} need less memory"
+    elif run.config.skip_files < min(map(len, run.data[:2])):
+        remedy = f"Mend it, or leave it out with --skip-files {run.config.skip_files + 1}"
+    else:
+        remedy = "Mend them"  # so many are broken that nothing is left
     raise DataError(f"{reason(failure)} {remedy}; {goes_on(run)}.") from failure
 
 

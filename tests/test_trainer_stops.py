@@ -334,6 +334,20 @@ def test_broken_file__ends_the_run_saved_and_can_be_left_out_by_resuming(
     assert_same(final(tmp_path / "whole"), final(out))
 
 
+def test_broken_files__advice_is_given_where_it_can_work(
+    trainer: ModuleType, own_data: list[str], tmp_path: Path
+) -> None:
+    labels = sorted((tmp_path / "data" / "gta5" / "labels").glob("*.png"))
+    labels[0].write_bytes(labels[0].read_bytes()[:60])  # what is looked at before a run begins
+    with pytest.raises(SystemExit, match=r"error: .*00001\.png: .* Mend it, or leave it out with --skip-files 1\."):
+        trainer.main([*own_data, "--out", str(tmp_path / "run")])
+    for label in labels:
+        label.write_bytes(label.read_bytes()[:60])
+    with pytest.raises(SystemExit) as ended:
+        trainer.main([*own_data, "--out", str(tmp_path / "run"), "--skip-files", "6"])
+    assert str(ended.value).endswith(" Mend them; nothing was trained yet.")
+
+
 def test_death_in_the_first_step__does_not_block_the_same_command(
     trainer: ModuleType, own_data: list[str], tmp_path: Path
 ) -> None:
