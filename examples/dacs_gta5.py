@@ -63,6 +63,7 @@ from training_run import (
     Run,
     conclude,
     crops,
+    fewer_workers,
     goes_on,
     miou,
     recorded,
@@ -237,7 +238,7 @@ def fetch(run: Run, batches: Iterator[Batch], record: Record) -> list[Batch]:
     if failure is None:
         raise stopped(run)
     if isinstance(failure, RuntimeError):
-        remedy = f"--workers 0 reads in this process, fewer than {run.config.workers} need less memory"
+        remedy = fewer_workers(run)
     elif run.config.skip_files < min(map(len, run.data[:2])):
         remedy = f"Mend it, or leave it out with --skip-files {run.config.skip_files + 1}"
     else:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -38,7 +38,8 @@ class Ranks(NamedTuple):
             try:
                 said[0] = work()
             except BaseException:
-                dist.broadcast_object_list([None, True], 0, group=self.control)
+                with suppress(RuntimeError):  # the others may have ended already, by the same signal
+                    dist.broadcast_object_list([None, True], 0, group=self.control)
                 raise
         dist.broadcast_object_list(said, 0, group=self.control)
         if said[1]:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -140,6 +141,45 @@ def test_signal__repeated_until_the_end_spoils_nothing(folders: list[str], tmp_p
     assert process.returncode == 0, printed
     assert "Traceback" not in printed
     assert f"stopped after step {steps_saved(out)[-1]}, which is saved" in printed
+
+
+@pytest.mark.parametrize("phase", ["step", "evaluation"])
+def test_worker__killed_at_any_moment_costs_no_step(
+    trainer: ModuleType, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    whole = run("--save-every", "1000", "--eval-every", "1000", out="whole")
+    real, parts = trainer.train_step, trainer.scores
+
+    def kill_a_worker() -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+        time.sleep(0.5)  # torch hears of it meanwhile
+
+    def step(training: Any, batches: Any) -> Any:
+        if phase == "step" and training.done == 2:
+            kill_a_worker()
+        return real(training, batches)
+
+    def scores(training: Any, network: Any) -> Any:
+        real_forward = network.forward_features
+
+        def forward(images: torch.Tensor) -> torch.Tensor:
+            kill_a_worker()
+            return real_forward(images)
+
+        monkeypatch.setattr(network, "forward_features", forward)
+        return parts(training, network)
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    if phase == "evaluation":
+        monkeypatch.setattr(trainer, "scores", scores)
+    flags = ["--save-every", "1000", "--eval-every", "1000"]
+    with pytest.raises(SystemExit, match=r"error: DataLoader worker .*--workers 0 reads in this process, fewer than 1"):
+        run(*flags, "--workers", "1")
+    monkeypatch.undo()
+    saved = 3 if phase == "step" else 4
+    assert steps_saved(tmp_path / "run") == [saved]
+    assert_same(final(whole), final(run(*flags, "--resume")))
 
 
 # Has a signal come while a package is being imported, then runs the trainer.

@@ -57,8 +57,9 @@ def quiet_worker(_worker: int = 0) -> None:
 class QuietLoader(DataLoader[Sample_co]):
     """A `DataLoader` whose workers leave SIGTERM and Ctrl-C to this process from their first moment on.
 
-    Everything else is a DataLoader's. Without a `worker_init_fn` the workers call `quiet_worker`; one of your own calls
-    it itself.
+    Without a `worker_init_fn` the workers call `quiet_worker`; one of your own calls it itself. When a worker dies, as
+    for want of memory, the next batch raises a RuntimeError within seconds. (Torch has SIGCHLD raise it wherever this
+    process is, in the midst of a step or of a save too.) Everything else is a DataLoader's.
 
     Example:
         >>> [int(batch.sum()) for batch in QuietLoader(range(4), batch_size=2, num_workers=1)]
@@ -71,8 +72,13 @@ class QuietLoader(DataLoader[Sample_co]):
             return super().__iter__()
         if self.worker_init_fn is None:
             self.worker_init_fn = quiet_worker
+        number = getattr(signal, "SIGCHLD", signal.SIGTERM)  # there is none on Windows, and none is missed
+        before = signal.getsignal(number)
         with started_quietly(self.multiprocessing_context):
-            return super().__iter__()
+            batches = super().__iter__()
+        if before is not None and signal.getsignal(number) is not before:  # so this is the main thread
+            signal.signal(number, before)
+        return batches
 
 
 @contextlib.contextmanager
