@@ -16,6 +16,11 @@ never stopped, bit for bit on a CPU with as many threads. SIGTERM and Ctrl-C fin
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 """
 
+from signals import Stopped, end_early, end_undisturbed, ended_by_signals
+
+if __name__ == "__main__":
+    end_early()  # the imports take seconds
+
 import json
 import os
 import sys
@@ -50,7 +55,7 @@ from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
 from domains import SOURCE, TARGET, Batch, identity, open_data, prepared, with_rendered_data
 from options import Config, Request, label_sizes, read_options, size
 from plan import empty_network, has_begun, plan, problems
-from processes import Ranks, Stopped, ended_by_signals, reason, start_ranks
+from processes import Ranks, reason, start_ranks
 from scores import percent, summary
 from training_run import (
     STEP,
@@ -58,6 +63,7 @@ from training_run import (
     Run,
     conclude,
     crops,
+    fewer_workers,
     goes_on,
     miou,
     recorded,
@@ -91,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 request = request._replace(config=ranks.once(lambda: with_rendered_data(request.config, out / "data")))
             run_all(request, out, ranks)
         except Stopped as stopped:
+            end_undisturbed()
             begun = out is not None and any(has_begun(folder) for _, folder in trainings(request, out))
             how = f"the same command with --resume --out {out} goes on" if begun else "nothing was trained yet"
             if ranks.first:
@@ -161,7 +168,7 @@ def train(config: Config, folder: Path, ranks: Ranks, *, resume: bool = False) -
     set_up_arithmetic(config)
     run = build(config, folder, ranks, resume=resume)
     batches = zip(crops(run, SOURCE, run.done), crops(run, TARGET, run.done), strict=True)
-    with recorded(run) as record, run.stop, saved_at_any_end(run):
+    with run.stop, recorded(run) as record, saved_at_any_end(run):
         evaluate_if_due(run, record)  # where a run ended before it could
         while run.done < config.steps:
             for group in run.optimizer.param_groups:
@@ -230,11 +237,12 @@ def fetch(run: Run, batches: Iterator[Batch], record: Record) -> list[Batch]:
         save(run)
     if failure is None:
         raise stopped(run)
-    remedy = (
-        f"--workers 0 reads in this process, fewer than {run.config.workers} need less memory"
-        if isinstance(failure, RuntimeError)
-        else f"mend it, or leave it out with --skip-files {run.config.skip_files + 1}"
-    )
+    if isinstance(failure, RuntimeError):
+        remedy = fewer_workers(run)
+    elif run.config.skip_files < min(map(len, run.data[:2])):
+        remedy = f"Mend it, or leave it out with --skip-files {run.config.skip_files + 1}"
+    else:
+        remedy = "Mend them"  # so many are broken that nothing is left
     raise DataError(f"{reason(failure)} {remedy}; {goes_on(run)}.") from failure
 
 

@@ -9,9 +9,9 @@ comes from, `checked` looks at it, before anything is read or trained.
 import argparse
 import difflib
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -59,8 +59,8 @@ class Kind(NamedTuple):
         if self.choices:
             return type(value) is self.type and value in self.choices
         if self.type is str:
-            return isinstance(value, str) and (self.native is None or self._is_size(value))
-        if not isinstance(value, int if self.type is int else int | float) or not abs(value) < math.inf:
+            return isinstance(value, str) and "\0" not in value and (self.native is None or self._is_size(value))
+        if not isinstance(value, int if self.type is int else int | float) or not abs(value) <= sys.float_info.max:
             return False
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
@@ -234,6 +234,9 @@ def read_options(argv: Sequence[str] | None, description: str) -> Request:
         SystemExit: If an option is unknown, a value is none that it may have, or two contradict each other.
     """
     args = _parser(description).parse_args(argv)
+    for name, value in vars(args).items():
+        if value == [] or (isinstance(value, str) and "\0" in value):  # argparse makes a list of "--name=--"
+            raise SystemExit(f"error: --{name.replace('_', '-')} must be a text, got {value or '--'!r}.")
     given = {
         name: checked(name, _from_text(OPTIONS[name].metadata["kind"].type, value), "--" + name.replace("_", "-"))
         for name, value in vars(args).items()

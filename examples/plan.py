@@ -1,12 +1,14 @@
 """What a run of the trainer would do, read and need, and what would stop it: found without training anything."""
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crossmix.datasets import Cityscapes, DataError
 from crossmix.datasets.classes import CLASS_NAMES
@@ -31,22 +33,36 @@ def plan(request: Request) -> dict[str, Any]:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         network(torch.empty(config.batch, 3, *crop_size(config), device="meta"))
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
-    copies = 2 if config.method == "source" else 3  # student, momentum, teacher
+    weights = size_of(network)
     images: Any = "rendered by the demo"
     if not request.demo:
         try:
             images = dict(zip(Data._fields, map(len, open_data(config)), strict=True))
-        except DataError as error:
+        except (DataError, OSError) as error:
             images = f"not there yet: {error}"
     return {
         "images": images,
         "evaluations": -(-config.steps // config.eval_every),
-        "checkpoints_mb": round(3 * copies * weights / 1e6),  # the last two and the best
+        "checkpoints_mb": round(checkpoints(config, network) / 1e6),
         "memory_mb_computed_fp32": round(
-            ((copies + 3) * weights + 2 * sum(storage.nbytes() for storage in saved.values())) / 1e6
+            ((copies(config) + 3) * weights + 2 * sum(storage.nbytes() for storage in saved.values())) / 1e6
         ),
     }
+
+
+def size_of(network: nn.Module) -> int:
+    """Bytes of its weights and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+
+
+def copies(config: Config) -> int:
+    """How often a run holds the weights: student, momentum, teacher."""
+    return 2 if config.method == "source" else 3
+
+
+def checkpoints(config: Config, network: nn.Module) -> int:
+    """Bytes of the checkpoints of one training: the last two and the best."""
+    return 3 * copies(config) * size_of(network)
 
 
 def empty_network(config: Config) -> DeepLabV2:
@@ -101,6 +117,9 @@ def _of_packages(request: Request) -> Iterator[str]:
 
 def _of_folders(request: Request, folders: list[Path]) -> Iterator[str]:
     out = request.out
+    if (problem := unwritable(out or Path("runs"))) is not None:
+        yield f"--out {out or 'runs'}: {problem}; give another --out."
+        return
     if request.resume and out is not None:
         if not out.is_dir():
             yield f"--resume: there is no folder {out} to go on in; check --out, or leave --resume out to begin there."
@@ -112,6 +131,27 @@ def _of_folders(request: Request, folders: list[Path]) -> Iterator[str]:
         return
     for folder in filter(has_begun, folders):
         yield f"{folder} holds a run already; go on with --resume, or give another --out."
+    with torch.device("meta"):
+        needed = request.runs * len(request.methods) * checkpoints(request.config, empty_network(request.config)) / 1e6
+    room = shutil.disk_usage(existing(out or Path("runs")))
+    if room.free / 1e6 < needed and room.total:  # some file systems do not say
+        yield (
+            f"--out {out or 'runs'}: checkpoints will need {needed:.0f} MB, and only {room.free / 1e6:.0f} MB are "
+            "free; make room, or give another --out."
+        )
+
+
+def existing(path: Path) -> Path:
+    """A path, or the first above it that there is."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be written to a folder that is there or will be made."""
+    place = existing(folder)
+    if not place.is_dir():
+        return f"{place} is no folder"
+    return None if os.access(place, os.W_OK | os.X_OK) else f"{place} cannot be written to"
 
 
 def _visible(out: Path) -> Iterator[Path]:
@@ -139,7 +179,13 @@ def _of_data(config: Config, world: int, *, fresh: bool) -> Iterator[str]:
             )
     if config.method == "alignment" and config.prior == "oracle" and fresh:
         Cityscapes(config.cityscapes, "train", images=False)
-    for samples in (data.validation,) if config.skip_files else data:
-        samples[0]  # what is wrong with all of them is wrong with the first
-    if config.cache and Path(config.cache).exists() and not Path(config.cache).is_dir():
-        yield f"--cache {config.cache} is no folder; give one that is new, or a cache."
+    for name, samples in zip(Data._fields, data, strict=True):
+        try:
+            samples[0]  # what is wrong with all of them is wrong with the first
+        except ValueError as error:
+            if name == "validation":
+                raise
+            if not config.skip_files:
+                yield f"{error} Mend it, or leave it out with --skip-files 1."
+    if config.cache and not Path(config.cache).is_dir() and (problem := unwritable(Path(config.cache))) is not None:
+        yield f"--cache {config.cache}: {problem}; give one that is new, or a cache."

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import crossmix
 from crossmix import SelfTraining, SelfTrainingOutput
-from crossmix.datasets import write_png
+from crossmix.datasets import DataError, write_png
 from crossmix.engine import (
     CheckpointStore,
     FiniteGuard,
@@ -28,12 +28,13 @@ from domains import SOURCE, TARGET, Data, crop_size, differences, drawn_names, l
 from events import Events
 from options import FREE, Config
 from pictures import mixed_rows, predicted_rows, write_pictures
-from processes import Ranks, Stopped
+from processes import Ranks, reason
 from scores import TITLES, markdown, paper_row, rows_by_class, spread
+from signals import Stopped
 
 __all__ = [
-    "STEP", "Record", "Run", "conclude", "crops", "goes_on", "miou", "recorded", "restore", "save", "saved_at_any_end",
-    "stopped", "versions", "what_was_skipped", "write_json", "write_report",
+    "STEP", "Record", "Run", "conclude", "crops", "fewer_workers", "goes_on", "miou", "recorded", "restore", "save",
+    "saved_at_any_end", "stopped", "versions", "what_was_skipped", "write_json", "write_report",
 ]  # fmt: skip
 
 STEP = 2  # stream of randomness, next to those of SOURCE and TARGET
@@ -129,11 +130,20 @@ def saved_at_any_end(run: Run) -> Iterator[None]:
         raise NonFiniteError(
             error.step, f"{error} --skip-steps {run.config.skip_steps + 1} undoes one more. Its samples: {names}."
         ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(f"{reason(error)} {fewer_workers(run)}.") from error
     finally:
         if run.whole and run.done > run.saved and run.ranks.first:
             with suppress(OSError):
                 save(run)
                 print(f"{run.folder}: {goes_on(run)}", flush=True)
+
+
+def fewer_workers(run: Run) -> str:
+    """What helps where a worker was killed, mostly for want of memory."""
+    return f"--workers 0 reads in this process, fewer than {run.config.workers} need less memory"
 
 
 def goes_on(run: Run) -> str:
