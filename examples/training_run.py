@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import crossmix
 from crossmix import SelfTraining, SelfTrainingOutput
@@ -22,7 +22,6 @@ from crossmix.engine import (
     StopRequest,
     keyed_generator,
 )
-from crossmix.models import DeepLabV2
 from crossmix.visualize import gallery
 from domains import SOURCE, TARGET, Data, crop_size, differences, drawn_names, loader
 from events import Events
@@ -48,8 +47,9 @@ class Run:
     folder: Path
     ranks: Ranks
     data: Data
+    classes: tuple[str, ...]  # what they are called
     identity: dict[str, dict[str, Any]]  # what the data is
-    student: DeepLabV2
+    student: nn.Module
     training: SelfTraining
     optimizer: torch.optim.SGD
     scaler: torch.amp.GradScaler
@@ -101,7 +101,7 @@ def state(run: Run) -> dict[str, Any]:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "metrics": run.metrics,
-        "config": asdict(run.config),
+        "config": {**asdict(run.config), "num_classes": len(run.classes)},
         "data": run.identity,
         "whole_batch": whole_batch(run),
         "versions": versions(),
@@ -314,7 +314,7 @@ def shown(results: dict[str, list[dict[str, Any]]], config: Config) -> str:
     source = "synthia" if config.synthia else "gta5"
     means = ("miou_16", "miou_13") if config.synthia else ("miou",)
     columns = {method: [run["last"]["student"][config.evaluation] for run in runs] for method, runs in results.items()}
-    compared = results if config.network == "resnet101" else ()
+    compared = results if config.network == "resnet101" and not config.source else ()
     rows = rows_by_class(columns, {f"{method} in the paper": paper_row(source, method) for method in compared}, means)
     best = [spread(miou(run["best"], config) for run in runs) for runs in results.values()]
     return markdown([*rows, [f"{TITLES[means[0]]}, best step", *best, *("-" for _ in compared)]])
