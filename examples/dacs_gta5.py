@@ -3,6 +3,7 @@
     python examples/dacs_gta5.py --demo                                        minutes on a laptop
     python examples/dacs_gta5.py --gta5 DIR --cityscapes DIR --weights FILE    the paper's main row
     python examples/dacs_gta5.py --synthia DIR --cityscapes DIR ...            its Table 2
+    python examples/dacs_gta5.py --source DIR --target DIR --classes FILE ...  your own images
     torchrun --nproc_per_node 4 examples/dacs_gta5.py ...                      several GPUs
     python examples/dacs_gta5.py ... --out runs/dacs --resume                  go on where a run stopped
 
@@ -15,6 +16,11 @@ never stopped, bit for bit on a CPU with as many threads. SIGTERM and Ctrl-C fin
 
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 """
+
+from signals import Stopped, end_early, end_undisturbed, ended_by_signals
+
+if __name__ == "__main__":
+    end_early()  # the imports take seconds
 
 import json
 import os
@@ -33,8 +39,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crossmix import SelfTraining, SelfTrainingOutput, recipes
-from crossmix.datasets import Cityscapes, DataError, class_counts
-from crossmix.datasets.classes import CLASS_NAMES
+from crossmix.datasets import DataError, class_counts
 from crossmix.engine import (
     BusyError,
     CheckpointError,
@@ -45,12 +50,24 @@ from crossmix.engine import (
     keyed_generator,
 )
 from crossmix.evaluation import evaluate
+from crossmix.metrics import ConfusionMatrix
 from crossmix.models import DeepLabV2, WeightsError, load_weights
 from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
-from domains import SOURCE, TARGET, Batch, identity, open_data, prepared, with_rendered_data
-from options import Config, Request, label_sizes, read_options, size
-from plan import empty_network, has_begun, plan, problems
-from processes import Ranks, Stopped, ended_by_signals, reason, start_ranks
+from domains import (
+    SOURCE,
+    TARGET,
+    Batch,
+    class_names,
+    identity,
+    open_data,
+    prepared,
+    target_labels,
+    with_rendered_data,
+)
+from networks import NetworkError, is_ours
+from options import Config, Request, label_sizes, read_options, size, size_name
+from plan import empty_network, has_begun, head_of, plan, problems
+from processes import Ranks, reason, start_ranks
 from scores import percent, summary
 from training_run import (
     STEP,
@@ -58,6 +75,7 @@ from training_run import (
     Run,
     conclude,
     crops,
+    fewer_workers,
     goes_on,
     miou,
     recorded,
@@ -71,7 +89,7 @@ from training_run import (
     write_report,
 )
 
-NUM_CLASSES = len(CLASS_NAMES)
+ERRORS = (DataError, WeightsError, NetworkError, NonFiniteError, BusyError, CheckpointError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,11 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 request = request._replace(config=ranks.once(lambda: with_rendered_data(request.config, out / "data")))
             run_all(request, out, ranks)
         except Stopped as stopped:
+            end_undisturbed()
             begun = out is not None and any(has_begun(folder) for _, folder in trainings(request, out))
             how = f"the same command with --resume --out {out} goes on" if begun else "nothing was trained yet"
             if ranks.first:
                 print(f"stopped{stopped}; {how}")
-        except (DataError, WeightsError, NonFiniteError, BusyError, CheckpointError, OSError, ImportError) as error:
+        except ERRORS as error:
             raise SystemExit(f"error: {reason(error)}") from error
     return 0
 
@@ -161,7 +180,7 @@ def train(config: Config, folder: Path, ranks: Ranks, *, resume: bool = False) -
     set_up_arithmetic(config)
     run = build(config, folder, ranks, resume=resume)
     batches = zip(crops(run, SOURCE, run.done), crops(run, TARGET, run.done), strict=True)
-    with recorded(run) as record, run.stop, saved_at_any_end(run):
+    with run.stop, recorded(run) as record, saved_at_any_end(run):
         evaluate_if_due(run, record)  # where a run ended before it could
         while run.done < config.steps:
             for group in run.optimizer.param_groups:
@@ -230,11 +249,12 @@ def fetch(run: Run, batches: Iterator[Batch], record: Record) -> list[Batch]:
         save(run)
     if failure is None:
         raise stopped(run)
-    remedy = (
-        f"--workers 0 reads in this process, fewer than {run.config.workers} need less memory"
-        if isinstance(failure, RuntimeError)
-        else f"mend it, or leave it out with --skip-files {run.config.skip_files + 1}"
-    )
+    if isinstance(failure, RuntimeError):
+        remedy = fewer_workers(run)
+    elif run.config.skip_files < min(map(len, run.data[:2])):
+        remedy = f"Mend it, or leave it out with --skip-files {run.config.skip_files + 1}"
+    else:
+        remedy = "Mend them"  # so many are broken that nothing is left
     raise DataError(f"{reason(failure)} {remedy}; {goes_on(run)}.") from failure
 
 
@@ -244,14 +264,16 @@ def fetch(run: Run, batches: Iterator[Batch], record: Record) -> list[Batch]:
 def build(config: Config, folder: Path, ranks: Ranks, *, resume: bool) -> Run:
     """Everything that a run works with, from its options alone, or as its newest checkpoint has it."""
     torch.manual_seed(config.seed)  # the network's initial weights; all else is keyed
-    data = open_data(config)
+    data, classes = open_data(config), class_names(config)
     saved = CheckpointStore(folder / "checkpoints").load_newest() if resume else None
     student = build_network(config, ranks, fresh=saved is None)
     training = build_training(student, config, ranks, fresh=saved is None)
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.precision == "fp16")
     optimizer = build_optimizer(student, config)
     guard = FiniteGuard(training.children(), optimizer, skip=config.skip_steps)
-    run = Run(config, folder, ranks, data, identity(data), student, training, optimizer, scaler, guard)
+    run = Run(
+        config, folder, ranks, data, classes, identity(data, classes), student, training, optimizer, scaler, guard
+    )
     if saved is not None:
         restore(run, saved)
     elif resume and ranks.first:
@@ -285,8 +307,8 @@ def autocast(config: Config) -> torch.autocast:
     return torch.autocast(torch.device(config.device).type, dtype, enabled=config.precision in {"bf16", "fp16"})
 
 
-def build_network(config: Config, ranks: Ranks, *, fresh: bool) -> DeepLabV2:
-    """DeepLab-v2; a fresh one from the given weights or from random ones."""
+def build_network(config: Config, ranks: Ranks, *, fresh: bool) -> nn.Module:
+    """DeepLab-v2 or another network; a fresh one from the given weights or from its own."""
     network = empty_network(config)
     if config.weights and fresh:
         report = load_weights(network, config.weights, strict=False)  # COCO and ImageNet files have another head
@@ -299,20 +321,21 @@ def build_network(config: Config, ranks: Ranks, *, fresh: bool) -> DeepLabV2:
     return network.to(config.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
-def build_training(student: DeepLabV2, config: Config, ranks: Ranks, *, fresh: bool) -> SelfTraining:
+def build_training(student: nn.Module, config: Config, ranks: Ranks, *, fresh: bool) -> SelfTraining:
     """The method in the recipe, with every switch where the configuration has it."""
     prior = None
     if config.method == "alignment" and config.prior == "oracle" and fresh:
-        counts = class_counts(Cityscapes(config.cityscapes, "train", images=False), workers=config.workers)
-        prior = counts.sum(0)[:NUM_CLASSES].double()
+        counts = class_counts(target_labels(config), workers=config.workers)
+        prior = counts.sum(0)[: len(class_names(config))].double()
     training = recipes.self_training(
         student,
-        NUM_CLASSES,
+        len(class_names(config)),
         method=config.method,
         **{field.name: getattr(config, field.name) for field in fields(recipes.Recipe) if hasattr(config, field.name)},
         prior=prior,
         sync=ranks.world > 1,
         upsample=True,
+        align_corners=is_ours(config.network),
     )
     if config.compile:
         student.compile()
@@ -320,7 +343,9 @@ def build_training(student: DeepLabV2, config: Config, ranks: Ranks, *, fresh: b
             training.teacher.module.compile()
     if ranks.world > 1:  # two of four branches get no gradient; buffers are shared after the step
         training.student = DistributedDataParallel(
-            student, broadcast_buffers=False, find_unused_parameters=config.aspp_branches < 4
+            student,
+            broadcast_buffers=False,
+            find_unused_parameters=config.aspp_branches < 4 or not is_ours(config.network),
         )
     return training.to(config.device).train()
 
@@ -335,11 +360,11 @@ def share_buffers(student: nn.Module, ranks: Ranks) -> None:
         torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(shared, buffers, strict=True)])
 
 
-def build_optimizer(student: DeepLabV2, config: Config) -> torch.optim.SGD:
+def build_optimizer(student: nn.Module, config: Config) -> torch.optim.SGD:
     """SGD with ten times the learning rate in the head, and the released code's repeated updates where asked."""
     optimizer = RepeatedSGD if config.repeated else torch.optim.SGD
     return optimizer(
-        parameter_groups(student, config.lr, repeated=config.repeated),
+        parameter_groups(student, config.lr, head=head_of(config), repeated=config.repeated),
         config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -374,19 +399,24 @@ def evaluate_if_due(run: Run, record: Record) -> None:
 def scores(run: Run, network: nn.Module) -> dict[str, Any]:
     """Scores at half and at full resolution, or at the images' own in the demo."""
     config = run.config
+    if run.data.validation.files[0].label is None:  # as of one's own target, which nobody has labelled
+        nothing = summary(ConfusionMatrix(len(run.classes)), run.classes)
+        return {size_name(one): nothing for one in label_sizes(config)}
+    forward: Any = network.forward_features if isinstance(network, DeepLabV2) else network
     matrices = evaluate(
         network,
         run.data.validation,
-        num_classes=NUM_CLASSES,
+        num_classes=len(run.classes),
         image_size=size(config.target_size),
         label_sizes=label_sizes(config),
-        forward=interruptible(run, network.forward_features),  # type: ignore[arg-type]
+        forward=interruptible(run, forward),
+        align_corners=is_ours(config.network),
         device=config.device,
         dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision),
         workers=config.workers,
         sync=run.ranks.world > 1,
     )
-    return {key: summary(matrix) for key, matrix in matrices.items()}
+    return {key: summary(matrix, run.classes) for key, matrix in matrices.items()}
 
 
 def interruptible(run: Run, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

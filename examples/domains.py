@@ -1,7 +1,7 @@
 """The data of the trainer: source, target and validation images, what they are, and crops of them by draw number."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crossmix.datasets import GTA5, CachedSamples, Cityscapes, Sample, StreetScenes, Synthia
+from crossmix.datasets import (
+    GTA5,
+    CachedSamples,
+    Cityscapes,
+    Classes,
+    DataError,
+    Sample,
+    SegmentationFolder,
+    StreetScenes,
+    Synthia,
+    read_classes,
+)
+from crossmix.datasets.classes import CLASS_NAMES
 from crossmix.engine import KeyedCrops, QuietLoader, resident
 from options import Config, size
 
@@ -19,6 +31,7 @@ __all__ = [
     "TARGET",
     "Batch",
     "Data",
+    "class_names",
     "crop_size",
     "differences",
     "drawn_names",
@@ -26,11 +39,14 @@ __all__ = [
     "loader",
     "open_data",
     "prepared",
+    "target_labels",
     "too_small",
     "with_rendered_data",
 ]
 
 SOURCE, TARGET = 0, 1  # streams of randomness, next to the seed
+TRAIN = "train"
+LAYOUT = "expected images/ and labels/, in both of them train/ and val/ where there are splits"
 Batch = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # source and target, each images and labels
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -38,9 +54,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 class Data(NamedTuple):
     """Source, unlabelled target, and labelled validation images at their own size."""
 
-    source: GTA5 | Synthia
-    target: Cityscapes
-    validation: Cityscapes
+    source: GTA5 | Synthia | SegmentationFolder
+    target: Cityscapes | SegmentationFolder
+    validation: Cityscapes | SegmentationFolder
 
 
 def open_data(config: Config) -> Data:
@@ -50,11 +66,60 @@ def open_data(config: Config) -> Data:
         DataError: If one is missing, or is not laid out as it should be.
     """
     source = size(config.source_size)
+    if config.source:
+        classes = read_classes(config.classes)
+        labelled = part(config.source, TRAIN)
+        if labelled[1] is None:
+            raise DataError(f"{config.source}: has no label maps; {LAYOUT}.")
+        return Data(
+            source=own_folder(labelled, classes, size=source),
+            target=own_folder((part(config.target, TRAIN)[0], None), classes, size=size(config.target_size)),
+            validation=own_folder(part(config.target, config.eval_split), classes),
+        )
     return Data(
         source=Synthia(config.synthia, size=source) if config.synthia else GTA5(config.gta5, size=source),
         target=Cityscapes(config.cityscapes, "train", size=size(config.target_size), labels=False),
         validation=Cityscapes(config.cityscapes, config.eval_split),
     )
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """The classes, by train id."""
+    return read_classes(config.classes).names if config.classes else CLASS_NAMES
+
+
+def target_labels(config: Config) -> Cityscapes | SegmentationFolder:
+    """The labels of the target's training images alone, which only an oracle has."""
+    if not config.source:
+        return Cityscapes(config.cityscapes, TRAIN, images=False)
+    _, labels = part(config.target, TRAIN)
+    if labels is None:
+        raise DataError(f"{config.target}: has no label maps for --prior oracle; take --prior source.")
+    classes = read_classes(config.classes)
+    return SegmentationFolder(None, labels, classes.mapping, num_classes=len(classes.names))
+
+
+def part(root: str, split: str) -> tuple[Path, Path | None]:
+    """The folders of images and of label maps, where there are any, of a split; or of all, where there are no splits.
+
+    Raises:
+        DataError: If there are splits, but not this one.
+    """
+    if not Path(root).is_dir():
+        raise DataError(f"{root}: is no folder; {LAYOUT}.")
+    images, labels = Path(root, "images"), Path(root, "labels")
+    by_kind, by_split = (images / split, labels / split), (Path(root, split, "images"), Path(root, split, "labels"))
+    found = next((pair for pair in (by_kind, by_split, (images, labels)) if pair[0].is_dir()), (Path(root), None))
+    if found[0] in {images, Path(root)} and any(one.is_dir() for one in (images / TRAIN, Path(root, TRAIN, "images"))):
+        raise DataError(f"{root}: has a split {TRAIN} but no {split}; expected {by_kind[0]} or {by_split[0]}.")
+    return found[0], found[1] if found[1] is not None and found[1].is_dir() else None
+
+
+def own_folder(
+    folders: tuple[Path, Path | None], classes: Classes, *, size: tuple[int, int] | None = None
+) -> SegmentationFolder:
+    """Read one's own images and label maps."""
+    return SegmentationFolder(*folders, classes.mapping, num_classes=len(classes.names), size=size)
 
 
 def with_rendered_data(config: Config, root: Path) -> Config:
@@ -72,8 +137,8 @@ def with_rendered_data(config: Config, root: Path) -> Config:
 # ------------------------------------------------------------------------------------------------- what the data is
 
 
-def identity(data: Data) -> dict[str, dict[str, Any]]:
-    """What the data is, wherever it lies: reader, number of samples, a hash of their names, sizes of their files."""
+def identity(data: Data, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the data is, wherever it lies: reader, number and hash of names, classes of one's own, sizes of files."""
     found = {}
     for part, samples in data._asdict().items():
         names = "\n".join(one.name for one in samples.files)
@@ -81,6 +146,9 @@ def identity(data: Data) -> dict[str, dict[str, Any]]:
             "reader": type(samples).__name__,
             "count": len(samples.files),
             "names": hashlib.sha256(names.encode()).hexdigest(),
+            "classes": f"{list(classes)}: {samples.label_format.signature}"
+            if isinstance(samples, SegmentationFolder)
+            else "",
             "bytes": torch.tensor(
                 [[0 if path is None else path.stat().st_size for path in one[:2]] for one in samples.files]
             ),
@@ -101,10 +169,11 @@ def differences(
     other, changed = [], []
     for part, now in new.items():
         was, samples = old[part], getattr(data, part)
-        for key in ("reader", "count", "names"):
-            if was[key] != now[key]:
+        for key in ("reader", "count", "names", "classes"):
+            if was.get(key, "") != now[key]:
+                how = {"names": " with other names", "classes": " with other classes"}.get(key, "")
                 other.append(f"the {part} had {was['count']} samples of {was['reader']}, and is {now['count']} of "
-                             f"{now['reader']}{' with other names' if key == 'names' else ''}")  # fmt: skip
+                             f"{now['reader']}{how}")  # fmt: skip
                 break
         else:
             moved = (was["bytes"] != now["bytes"]).any(1).nonzero().flatten().tolist()

@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from crossmix.datasets import Cityscapes, DataError
 from crossmix.datasets.classes import CLASS_NAMES
 from crossmix.evaluation import evaluate
-from crossmix.models import DeepLabV2, WeightsError, deeplab_v2_resnet101, deeplab_v2_tiny, load_weights
+from crossmix.models import DeepLabV2, WeightsError, load_weights
 from crossmix.models.weight_files import read_weights
 from crossmix.recipes import METHODS
+from networks import EXPECTED, NetworkError, is_name, is_ours, new_network
 from scores import TITLES, markdown, paper_row, rows_by_class, summary
-
-NETWORKS = {"resnet101": deeplab_v2_resnet101, "tiny": deeplab_v2_tiny}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         scores = {entry: score(entry, args, ranks=ranks) for entry in args.entry}
-    except (DataError, WeightsError, OSError, ImportError, argparse.ArgumentTypeError) as error:
+    except (DataError, WeightsError, NetworkError, OSError, ImportError, argparse.ArgumentTypeError) as error:
         raise SystemExit(f"error: {error}") from error
     finally:
         if ranks:
@@ -64,7 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cityscapes", required=True, help="folder with leftImg8bit/ and gtFine/")
     parser.add_argument("--entry", nargs="+", default=["student"], help="parts of a checkpoint: student, teacher")
     parser.add_argument("--split", default="val")
-    parser.add_argument("--network", choices=tuple(NETWORKS), help="default: the run's, or resnet101")
+    parser.add_argument("--network", type=network_name, help=f"{EXPECTED}; default: the run's, or resnet101")
     parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
     parser.add_argument(
         "--image-size",
@@ -85,17 +85,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def load_network(
     weights: str, entry: str, *, network: str | None = None, aspp_branches: int | None = None
-) -> DeepLabV2:
+) -> nn.Module:
     """The network that a file was saved from, with its weights, on the CPU in eval mode.
 
-    A checkpoint of the trainer holds what the run was told; of any other file the arguments say it.
+    A checkpoint of the trainer holds what the run was told; of any other file the arguments say it. A function that
+    only a file names is not called: whoever wrote the file would choose what is run.
     """
     config = saved_config(weights)
-    name, classes = network or config.get("network", "resnet101"), config.get("num_classes", len(CLASS_NAMES))
-    if name not in NETWORKS:
-        raise WeightsError(f"{weights}: was trained on the network {name!r}, which this script does not build.")
+    name, classes = network or config.get("network", "resnet101"), saved_classes(config)
+    if not is_ours(name) and network is None:
+        hint = f"; if you trust it, add --network {name}" if is_name(str(name)) else ""
+        raise WeightsError(
+            f"{weights}: was trained on the network {name!r}, which this script does not build by itself{hint}."
+        )
     branches = aspp_branches or config.get("aspp_branches", 2)
-    model = NETWORKS[name](classes, aspp_branches=branches)
+    model = new_network(name, classes, aspp_branches=branches, upsample=True)
     try:
         report = load_weights(model, weights, entry=None if entry == "student" else entry, strict=False)
     except WeightsError as error:
@@ -112,6 +116,19 @@ def saved_config(weights: str) -> Mapping[str, Any]:
     """What a run of the trainer was told, from inside its checkpoint; nothing for other files."""
     config = read_weights(weights, None)[1].get("config")
     return config if isinstance(config, Mapping) else {}
+
+
+def saved_classes(config: Mapping[str, Any]) -> int:
+    """How many classes a run had."""
+    count = config.get("num_classes", len(CLASS_NAMES))
+    return int(count)
+
+
+def network_name(text: str) -> str:
+    """What names a network."""
+    if not is_name(text):
+        raise argparse.ArgumentTypeError(f"expected {EXPECTED}, got {text!r}")
+    return text
 
 
 def image_size(text: str) -> tuple[int, int] | None:
@@ -141,8 +158,10 @@ def count(text: str) -> int:
 def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any]:
     """Scores by label size."""
     model = load_network(args.weights, entry, network=args.network, aspp_branches=args.aspp_branches)
-    if model.num_classes != len(CLASS_NAMES):
-        raise WeightsError(f"{args.weights}: has {model.num_classes} classes, but Cityscapes {len(CLASS_NAMES)}.")
+    classes = saved_classes(saved_config(args.weights))
+    if classes != len(CLASS_NAMES):
+        raise WeightsError(f"{args.weights}: has {classes} classes, but Cityscapes {len(CLASS_NAMES)}.")
+    forward: Any = model.forward_features if isinstance(model, DeepLabV2) else model
     size = (
         args.image_size
         if "image_size" in args
@@ -153,7 +172,8 @@ def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any
         Cityscapes(args.cityscapes, args.split),
         image_size=size,
         label_sizes=[None] if size is None else [size, (2 * size[0], 2 * size[1])],
-        forward=model.forward_features,
+        forward=forward,
+        align_corners=isinstance(model, DeepLabV2),
         dtype={"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision],
         workers=args.workers,
         sync=ranks,

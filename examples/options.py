@@ -9,9 +9,9 @@ comes from, `checked` looks at it, before anything is read or trained.
 import argparse
 import difflib
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import torch
 
 from crossmix import recipes
+from networks import EXPECTED, is_name, is_ours
 
 __all__ = ["FREE", "Config", "Request", "config_files", "label_sizes", "read_options", "size", "size_name"]
 
@@ -36,13 +37,14 @@ class Kind(NamedTuple):
     high: float | None = None
     unit: str = ""
     native: bool | None = None  # of sizes: whether the images' own will do; None where the value is no size
+    network: bool = False  # whether it names a network
 
     def expected(self) -> str:
         """The words for it."""
         if self.type is bool:
             return "true or false"
-        if self.choices:
-            return "one of " + ", ".join(map(str, self.choices))
+        if self.network or self.choices:
+            return EXPECTED if self.network else "one of " + ", ".join(map(str, self.choices))
         if self.native is not None:
             return "a size such as 512x1024 or 512, in pixels" + (", or native" if self.native else "")
         if self.type is str:
@@ -58,9 +60,11 @@ class Kind(NamedTuple):
             return self.type is bool and isinstance(value, bool)
         if self.choices:
             return type(value) is self.type and value in self.choices
+        if self.network:
+            return isinstance(value, str) and is_name(value)
         if self.type is str:
-            return isinstance(value, str) and (self.native is None or self._is_size(value))
-        if not isinstance(value, int if self.type is int else int | float) or not abs(value) < math.inf:
+            return isinstance(value, str) and "\0" not in value and (self.native is None or self._is_size(value))
+        if not isinstance(value, int if self.type is int else int | float) or not abs(value) <= sys.float_info.max:
             return False
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
@@ -103,7 +107,12 @@ class Config:
 
     method: recipes.Method = option("dacs", "a row of the paper's Table 3", choices=recipes.METHODS)
     recipe: str = option("released", "what the authors' code does, or the paper's text", choices=("released", "paper"))
-    network: str = option("resnet101", "DeepLab-v2 on this backbone", choices=("resnet101", "tiny"))
+    network: str = option(
+        "resnet101",
+        "DeepLab-v2 on resnet101 or tiny, or MODULE:FUNCTION: whatever that returns for the number of classes",
+        network=True,
+    )
+    head: str = option("", "modules of MODULE:FUNCTION, by commas, that learn ten times as fast", unit="names")
     weights: str = option("", "initial weights, a file or URL; the head may be another one", unit="path")
     random_init: bool = option(False, "start from random weights, without --weights")  # noqa: FBT003
     prior: str = option(
@@ -114,11 +123,14 @@ class Config:
     gta5: str = option("", "folder with images/ and labels/", unit="path")
     synthia: str = option("", "folder with RGB/ and GT/LABELS/, in place of GTA5", unit="path")
     cityscapes: str = option("", "folder with leftImg8bit/ and gtFine/", unit="path")
-    eval_split: str = option("val", "folder of Cityscapes that is evaluated on", unit="name")
+    source: str = option("", "folder with your own images/ and labels/, in place of all three", unit="path")
+    target: str = option("", "folder with your own images/, unlabelled or not, for --source", unit="path")
+    classes: str = option("", "JSON file with the classes of --source and --target", unit="path")
+    eval_split: str = option("val", "folder of the target that is evaluated on", unit="name")
     crop: str = option("512x512", "what is cut from each image", unit="HxW in pixels", native=False)
     pad: bool = option(False, "pad images smaller than the crop with ignored pixels")  # noqa: FBT003
     target_size: str = option(
-        "512x1024", "Cityscapes images are resized to this, to train and to evaluate", unit="HxW in pixels", native=True
+        "512x1024", "target images are resized to this, to train and to evaluate", unit="HxW in pixels", native=True
     )
     batch: int = count(2, "source images, and as many target images, of each process", "images", high=10_000)
     accumulate: int = count(1, "batches whose gradients are averaged for a step", "batches", high=10_000)
@@ -172,15 +184,23 @@ class Config:
 OPTIONS: dict[str, Field[Any]] = {one.name: one for one in fields(Config)}
 
 FREE = {
-    "gta5", "synthia", "cityscapes", "weights", "random_init", "cache", "resident", "device", "workers", "compile",
-    "channels_last", "deterministic", "skip_files", "skip_steps", "eval_every", "save_every", "log_every",
-    "tensorboard", "batch",
+    "gta5", "synthia", "cityscapes", "source", "target", "classes", "weights", "random_init", "cache", "resident",
+    "device", "workers", "compile", "channels_last", "deterministic", "skip_files", "skip_steps", "eval_every",
+    "save_every", "log_every", "tensorboard", "batch",
 }  # fmt: skip
 """Options that a resumed run may change: they choose no data and no arithmetic. (What the data is, and the batch of all
 processes together, are compared apart.)"""
 
-ALTERNATIVES = {"gta5": "synthia", "synthia": "gta5", "weights": "random_init", "random_init": "weights"}
-"""A flag takes the place of the other that a file holds."""
+PAPER_DATA, OWN_DATA = ("gta5", "synthia", "cityscapes"), ("source", "target", "classes")
+
+ALTERNATIVES = {
+    "gta5": ("synthia", *OWN_DATA),
+    "synthia": ("gta5", *OWN_DATA),
+    "source": PAPER_DATA,
+    "weights": ("random_init",),
+    "random_init": ("weights",),
+}
+"""A flag takes the place of others that a file holds."""
 
 PAPER_OPTIONS = {
     **{name: value for name, value in asdict(recipes.PAPER).items() if name in Config.__dataclass_fields__},
@@ -234,6 +254,9 @@ def read_options(argv: Sequence[str] | None, description: str) -> Request:
         SystemExit: If an option is unknown, a value is none that it may have, or two contradict each other.
     """
     args = _parser(description).parse_args(argv)
+    for name, value in vars(args).items():
+        if value == [] or (isinstance(value, str) and "\0" in value):  # argparse makes a list of "--name=--"
+            raise SystemExit(f"error: --{name.replace('_', '-')} must be a text, got {value or '--'!r}.")
     given = {
         name: checked(name, _from_text(OPTIONS[name].metadata["kind"].type, value), "--" + name.replace("_", "-"))
         for name, value in vars(args).items()
@@ -247,8 +270,8 @@ def read_options(argv: Sequence[str] | None, description: str) -> Request:
     if args.out == "":
         raise SystemExit("error: --out must name a folder, got ''.")
     chosen = {} if args.config is None else _from_file(Path(args.config))
-    for name, other in ALTERNATIVES.items():
-        if given.get(name):
+    for name, others in ALTERNATIVES.items():
+        for other in others if given.get(name) else ():
             chosen.pop(other, None)
     chosen |= given
     if args.resume and not chosen.keys() & {"weights", "random_init"}:  # then the run's own
@@ -377,6 +400,11 @@ def _resolved(chosen: dict[str, Any], *, demo: bool) -> Config:
     options: dict[str, Any] = PAPER_OPTIONS if chosen.get("recipe") == "paper" else {}
     if chosen.get("synthia"):
         options = {**options, "source_size": "760x1280"}  # its own size
+    if chosen.get("source"):
+        size_of_target = chosen.get("target_size", "native")
+        options = {**options, "source_size": "native", "target_size": "native", "evaluation": size_of_target}
+    if not is_ours(chosen.get("network", "resnet101")):
+        options = {**options, "repeated": False}
     if demo:
         options = {**options, **DEMO_OPTIONS}
         if chosen.get("weights"):
@@ -387,19 +415,18 @@ def _resolved(chosen: dict[str, Any], *, demo: bool) -> Config:
 def _refuse_contradictions(config: Config, given: dict[str, Any], *, demo: bool) -> None:
     """Look at options together."""
     scored = [size_name(one) for one in label_sizes(config)]
-    own = [name for name in ("gta5", "synthia", "cityscapes") if given.get(name)]
-    problem = ""
-    if demo and own:
-        problem = f"--demo renders its own data; leave out --{own[0]}"
-    elif not demo and bool(config.gta5) == bool(config.synthia):
-        problem = "give --gta5 DIR or --synthia DIR, or --demo"
-    elif not demo and not config.cityscapes:
-        problem = "--cityscapes DIR is needed, or --demo"
-    elif bool(config.weights) == config.random_init:
+    problem = _data_problem(config, given, demo=demo)
+    if problem:
+        pass
+    elif config.weights and config.random_init:
+        problem = "give --weights FILE or --random-init, not both"
+    elif is_ours(config.network) and not (config.weights or config.random_init):
         problem = (
             "give --weights FILE: the paper starts from weights trained on COCO, and ResNet-101 from random ones comes "
             "nowhere near its numbers; or --random-init, to go on all the same"
         )
+    elif is_ours(config.network) and config.head:
+        problem = "--head is for --network MODULE:FUNCTION; DeepLab-v2's is known"
     elif min(size(config.crop) or ()) < SMALLEST:
         problem = f"--crop must be {SMALLEST}x{SMALLEST} at least, the stride of the network, got {config.crop}"
     elif config.evaluation not in scored:
@@ -410,6 +437,22 @@ def _refuse_contradictions(config: Config, given: dict[str, Any], *, demo: bool)
         problem = _unusable(config.device)
     if problem:
         raise SystemExit(f"error: {problem}.")
+
+
+def _data_problem(config: Config, given: dict[str, Any], *, demo: bool) -> str:
+    """What is contradictory or lacking in the data that was named."""
+    papers, own = ([name for name in names if getattr(config, name)] for names in (PAPER_DATA, OWN_DATA))
+    if demo:
+        named = [name for name in PAPER_DATA if given.get(name)] + own + (["synthia"] if config.synthia else [])
+        return f"--demo renders its own data; leave out --{named[0]}" if named else ""
+    if own and papers:
+        return f"--{own[0]} takes the place of --{papers[0]}; give one of them"
+    if own:
+        lacking = [f"--{name}" for name in OWN_DATA if name not in own]
+        return f"--{own[0]} needs {' and '.join(lacking)} too" if lacking else ""
+    if bool(config.gta5) == bool(config.synthia):
+        return "give --gta5 DIR or --synthia DIR, or --source, --target and --classes, or --demo"
+    return "" if config.cityscapes else "--cityscapes DIR is needed, or --demo"
 
 
 def _unusable(device: str) -> str:

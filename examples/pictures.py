@@ -1,6 +1,7 @@
 """The pictures of a report: what was mixed, and what is predicted."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from colorsys import hsv_to_rgb
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ from torch.nn import functional as tf
 
 from crossmix import SelfTraining
 from crossmix.datasets import Sample, write_png
+from crossmix.datasets.classes import PALETTE
 from crossmix.evaluation import resize_labels
 from crossmix.visualize import colorize, gallery
 
-__all__ = ["mixed_rows", "predicted_rows", "write_pictures"]
+__all__ = ["CLASS_COLORS", "mixed_rows", "predicted_rows", "write_pictures"]
 
 PICTURES = 4  # rows of a kind on a page
+MADE = (hsv_to_rgb(0.618 * i % 1, 0.5 + i % 3 / 4, 1 - i % 2 / 3) for i in range(255 - len(PALETTE)))
+CLASS_COLORS = PALETTE + tuple((int(255 * red), int(255 * green), int(255 * blue)) for red, green, blue in MADE)
+"""Of train ids: those of Cityscapes, and then others for data with more classes."""
 
 
 @torch.no_grad()
@@ -48,7 +53,7 @@ def mixed_rows(
         module.training = mode
     pictures, labels = (source_images, source_labels) if mixed is None else (mixed.images, mixed.labels)
     return [
-        [source, target, picture, colorize(label)]
+        [source, target, picture, colorize(label, colors=CLASS_COLORS)]
         for source, target, picture, label in zip(source_images, target_images, pictures, labels, strict=True)
     ]
 
@@ -73,7 +78,7 @@ def predicted_rows(
         logits = student(small.to(device).float() / 255)
         prediction = tf.interpolate(logits, size=shape, mode="bilinear", align_corners=True)[0].argmax(0)
         truth = torch.full(shape, 255) if label is None else resize_labels(label, shape)
-        rows.append([small[0], colorize(prediction), colorize(truth)])
+        rows.append([small[0], colorize(prediction, colors=CLASS_COLORS), colorize(truth, colors=CLASS_COLORS)])
     student.train(mode)
     return rows
 

@@ -1,27 +1,45 @@
 """What a run of the trainer would do, read and need, and what would stop it: found without training anything."""
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from crossmix.datasets import Cityscapes, DataError
-from crossmix.datasets.classes import CLASS_NAMES
-from crossmix.models import DeepLabV2, WeightsError, deeplab_v2_resnet101, deeplab_v2_tiny, load_weights
-from domains import Data, crop_size, open_data, too_small
-from options import Config, Request, config_files
+from crossmix.datasets import DataError
+from crossmix.models import WeightsError, load_weights
+from crossmix.optim import parameter_groups
+from domains import Data, class_names, crop_size, open_data, target_labels, too_small
+from networks import is_ours, new_network, tried
+from options import Config, Request, config_files, size
 
-__all__ = ["empty_network", "has_begun", "plan", "problems"]
+__all__ = ["empty_network", "has_begun", "head_of", "plan", "problems"]
 
 
 def plan(request: Request) -> dict[str, Any]:
     """Counts, evaluations, disk and memory, computed."""
     config = request.config
-    with torch.device("meta"):
-        network = empty_network(config).train()
+    images: Any = "rendered by the demo"
+    if not request.demo:
+        try:
+            images = dict(zip(Data._fields, map(len, open_data(config)), strict=True))
+        except (DataError, OSError) as error:
+            images = f"not there yet: {error}"
+    try:
+        takes = costs(config)
+    except (ValueError, OSError) as error:
+        takes = {"network": f"not there yet: {error}"}
+    return {"images": images, "evaluations": -(-config.steps // config.eval_every), **takes}
+
+
+def costs(config: Config) -> dict[str, Any]:
+    """Disk and memory, computed from shapes alone."""
+    network = empty_network(config, meta=True).train()
     saved: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -29,31 +47,45 @@ def plan(request: Request) -> dict[str, Any]:
         saved[storage._cdata] = storage  # each once, however often it is saved
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        network(torch.empty(config.batch, 3, *crop_size(config), device="meta"))
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
-    copies = 2 if config.method == "source" else 3  # student, momentum, teacher
-    images: Any = "rendered by the demo"
-    if not request.demo:
-        try:
-            images = dict(zip(Data._fields, map(len, open_data(config)), strict=True))
-        except DataError as error:
-            images = f"not there yet: {error}"
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            network(torch.empty(config.batch, 3, *crop_size(config), device="meta"))
+        memory: Any = (copies(config) + 3) * size_of(network) + 2 * sum(storage.nbytes() for storage in saved.values())
+    except Exception:  # not everybody's network can do without numbers
+        if is_ours(config.network):
+            raise
+        memory = None
     return {
-        "images": images,
-        "evaluations": -(-config.steps // config.eval_every),
-        "checkpoints_mb": round(3 * copies * weights / 1e6),  # the last two and the best
-        "memory_mb_computed_fp32": round(
-            ((copies + 3) * weights + 2 * sum(storage.nbytes() for storage in saved.values())) / 1e6
-        ),
+        "checkpoints_mb": round(checkpoints(config, network) / 1e6),
+        "memory_mb_computed_fp32": "unknown" if memory is None else round(memory / 1e6),
     }
 
 
-def empty_network(config: Config) -> DeepLabV2:
-    """The student, from random weights."""
-    build = deeplab_v2_resnet101 if config.network == "resnet101" else deeplab_v2_tiny
-    # The loss upsamples, in blocks.
-    return build(len(CLASS_NAMES), aspp_branches=config.aspp_branches, upsample=False)
+def size_of(network: nn.Module) -> int:
+    """Bytes of its weights and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+
+
+def copies(config: Config) -> int:
+    """How often a run holds the weights: student, momentum, teacher."""
+    return 2 if config.method == "source" else 3
+
+
+def checkpoints(config: Config, network: nn.Module) -> int:
+    """Bytes of the checkpoints of one training: the last two and the best."""
+    return 3 * copies(config) * size_of(network)
+
+
+def empty_network(config: Config, *, meta: bool = False) -> nn.Module:
+    """The student as it is built, whose small logits the loss upsamples, in blocks; without numbers if on `meta`."""
+    with torch.device("meta") if meta and is_ours(config.network) else nullcontext():
+        network = new_network(config.network, len(class_names(config)), aspp_branches=config.aspp_branches)
+    return network.to("meta") if meta else network
+
+
+def head_of(config: Config) -> str | list[str] | None:
+    """What learns ten times as fast."""
+    return "layer5" if is_ours(config.network) else config.head.split(",") if config.head else None
 
 
 def problems(request: Request, folders: list[Path], world: int = 1) -> list[str]:
@@ -73,13 +105,15 @@ def problems(request: Request, folders: list[Path], world: int = 1) -> list[str]
         looks.append(lambda: _of_weights(request.config))
     if not request.demo:
         looks.append(lambda: _of_data(request.config, world, fresh=fresh))
-    found = []
+    if not is_ours(request.config.network):
+        looks.append(lambda: _of_network(request))
+    found: list[str] = []
     for look in looks:
         try:
             found += list(look())
-        except (DataError, WeightsError, OSError) as error:
+        except (ValueError, WeightsError, OSError) as error:
             found.append(str(error))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def has_begun(folder: Path) -> bool:
@@ -101,6 +135,9 @@ def _of_packages(request: Request) -> Iterator[str]:
 
 def _of_folders(request: Request, folders: list[Path]) -> Iterator[str]:
     out = request.out
+    if (problem := unwritable(out or Path("runs"))) is not None:
+        yield f"--out {out or 'runs'}: {problem}; give another --out."
+        return
     if request.resume and out is not None:
         if not out.is_dir():
             yield f"--resume: there is no folder {out} to go on in; check --out, or leave --resume out to begin there."
@@ -112,6 +149,27 @@ def _of_folders(request: Request, folders: list[Path]) -> Iterator[str]:
         return
     for folder in filter(has_begun, folders):
         yield f"{folder} holds a run already; go on with --resume, or give another --out."
+    network = empty_network(request.config, meta=True)
+    needed = request.runs * len(request.methods) * checkpoints(request.config, network) / 1e6
+    room = shutil.disk_usage(existing(out or Path("runs")))
+    if room.free / 1e6 < needed and room.total:  # some file systems do not say
+        yield (
+            f"--out {out or 'runs'}: checkpoints will need {needed:.0f} MB, and only {room.free / 1e6:.0f} MB are "
+            "free; make room, or give another --out."
+        )
+
+
+def existing(path: Path) -> Path:
+    """A path, or the first above it that there is."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be written to a folder that is there or will be made."""
+    place = existing(folder)
+    if not place.is_dir():
+        return f"{place} is no folder"
+    return None if os.access(place, os.W_OK | os.X_OK) else f"{place} cannot be written to"
 
 
 def _visible(out: Path) -> Iterator[Path]:
@@ -121,6 +179,21 @@ def _visible(out: Path) -> Iterator[Path]:
 
 def _of_weights(config: Config) -> Iterator[str]:
     load_weights(empty_network(config), config.weights, strict=False)
+    yield from ()
+
+
+def _of_network(request: Request) -> Iterator[str]:
+    """Whether somebody's network trains on crops, and sees what it will be evaluated on."""
+    config = request.config
+    network, classes = empty_network(config), len(class_names(config))
+    parameter_groups(network, config.lr, head=head_of(config))
+    tried(network, config.network, classes, crop_size(config), config.device, train=True)
+    whole = size(config.target_size)
+    if whole is None and not request.demo:
+        _, height, width = open_data(config).validation[0].image.shape
+        whole = height, width
+    if whole is not None:
+        tried(network, config.network, classes, whole, config.device, train=False)
     yield from ()
 
 
@@ -138,8 +211,14 @@ def _of_data(config: Config, world: int, *, fresh: bool) -> Iterator[str]:
                 f"{small[0]}; crop smaller, pad with --pad{leave_out}, or give a larger --{name}-size."
             )
     if config.method == "alignment" and config.prior == "oracle" and fresh:
-        Cityscapes(config.cityscapes, "train", images=False)
-    for samples in (data.validation,) if config.skip_files else data:
-        samples[0]  # what is wrong with all of them is wrong with the first
-    if config.cache and Path(config.cache).exists() and not Path(config.cache).is_dir():
-        yield f"--cache {config.cache} is no folder; give one that is new, or a cache."
+        target_labels(config)
+    for name, samples in zip(Data._fields, data, strict=True):
+        try:
+            samples[0]  # what is wrong with all of them is wrong with the first
+        except ValueError as error:
+            if name == "validation":
+                raise
+            if not config.skip_files:
+                yield f"{error} Mend it, or leave it out with --skip-files 1."
+    if config.cache and not Path(config.cache).is_dir() and (problem := unwritable(Path(config.cache))) is not None:
+        yield f"--cache {config.cache}: {problem}; give one that is new, or a cache."

@@ -14,16 +14,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from crossmix.datasets import DataError, image_files, read_image, write_png
 from crossmix.engine import Progress
 from crossmix.models import DeepLabV2, WeightsError
 from crossmix.visualize import colorize
-from evaluate import NETWORKS, image_size, load_network, saved_config, usable_device
+from evaluate import image_size, load_network, network_name, saved_config, usable_device
+from networks import EXPECTED, NetworkError
+from pictures import CLASS_COLORS
 
 KINDS = ("ids", "color", "overlay")
 SUFFIXES = {"ids": "_trainIds.png", "color": "_color.png", "overlay": "_overlay.png"}
@@ -38,7 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "size" not in args:
             args.size = image_size(saved_config(args.weights).get("target_size", "512x1024"))
         predict_all(model.to(args.device), targets, args)
-    except (DataError, WeightsError, OSError, ImportError, argparse.ArgumentTypeError, torch.OutOfMemoryError) as error:
+    except (
+        DataError,
+        WeightsError,
+        NetworkError,
+        OSError,
+        ImportError,
+        argparse.ArgumentTypeError,
+        torch.OutOfMemoryError,
+    ) as error:
         raise SystemExit(f"error: {error}") from error
     return 0
 
@@ -51,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--what", nargs="+", choices=KINDS, default=KINDS, help="default: all of them")
     parser.add_argument("--entry", default="student", help="part of a checkpoint: student, teacher")
-    parser.add_argument("--network", choices=tuple(NETWORKS), help="default: the run's, or resnet101")
+    parser.add_argument("--network", type=network_name, help=f"{EXPECTED}; default: the run's, or resnet101")
     parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
     parser.add_argument(
         "--size",
@@ -106,7 +117,7 @@ def refuse_clashes(targets: dict[Path, Path], what: Sequence[str]) -> None:
                 raise DataError(f"{file}: is an input and would be written over; give another --out.")
 
 
-def predict_all(model: DeepLabV2, targets: dict[Path, Path], args: argparse.Namespace) -> None:
+def predict_all(model: nn.Module, targets: dict[Path, Path], args: argparse.Namespace) -> None:
     """Segment one image after the other."""
     progress = Progress(len(targets), title="predict")
     every = 1 if sys.stderr.isatty() else -(-len(targets) // 20)
@@ -131,7 +142,7 @@ def predict_all(model: DeepLabV2, targets: dict[Path, Path], args: argparse.Name
 
 
 @torch.no_grad()
-def predicted(model: DeepLabV2, image: Tensor, size: tuple[int, int] | None, precision: str = "fp32") -> Tensor:
+def predicted(model: nn.Module, image: Tensor, size: tuple[int, int] | None, precision: str = "fp32") -> Tensor:
     """Train ids of an image.
 
     Args:
@@ -147,16 +158,18 @@ def predicted(model: DeepLabV2, image: Tensor, size: tuple[int, int] | None, pre
     small = image[None] if size is None else tf.interpolate(image[None], size=size, mode="bilinear", antialias=True)
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        logits = model.forward_features(small.to(device).float() / 255)
-    return argmax_at(logits.float(), (image.shape[1], image.shape[2])).cpu()
+        forward: Any = model.forward_features if isinstance(model, DeepLabV2) else model
+        logits = forward(small.to(device).float() / 255)
+    size_of_image = image.shape[1], image.shape[2]
+    return argmax_at(logits.float(), size_of_image, align_corners=isinstance(model, DeepLabV2)).cpu()
 
 
-def argmax_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def argmax_at(logits: Tensor, size: tuple[int, int], *, align_corners: bool = True) -> Tensor:
     """The best class of (1, C, h, w) logits at another size, class by class: a photograph's would take gigabytes."""
     ids = torch.zeros(size, dtype=torch.uint8, device=logits.device)
     best = torch.full(size, -torch.inf, device=logits.device)
     for k in range(logits.shape[1]):
-        scores = tf.interpolate(logits[:, k : k + 1], size=size, mode="bilinear", align_corners=True)[0, 0]
+        scores = tf.interpolate(logits[:, k : k + 1], size=size, mode="bilinear", align_corners=align_corners)[0, 0]
         ids.masked_fill_(scores > best, k)
         best = torch.maximum(best, scores)
     return ids
@@ -165,7 +178,7 @@ def argmax_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def write_results(target: Path, image: Tensor, ids: Tensor, what: Sequence[str]) -> None:
     """Write what was asked for."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    color = colorize(ids)
+    color = colorize(ids, colors=CLASS_COLORS)
     pictures = {"ids": ids, "color": color, "overlay": ((image.int() + color.int() + 1) // 2).to(torch.uint8)}
     for kind in what:
         write_png(with_suffix(target, kind), pictures[kind])

@@ -1,22 +1,16 @@
-"""The processes of a run: who does what only one may do, and how signals end them."""
+"""The processes of a run: who does what only one may do."""
 
 import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from types import FrameType
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["Ranks", "Stopped", "ended_by_signals", "reason", "start_ranks"]
+__all__ = ["Ranks", "reason", "start_ranks"]
 
 Result = TypeVar("Result")
-
-
-class Stopped(Exception):  # noqa: N818 - it is none
-    """A signal ended the run."""
 
 
 class Ranks(NamedTuple):
@@ -44,7 +38,8 @@ class Ranks(NamedTuple):
             try:
                 said[0] = work()
             except BaseException:
-                dist.broadcast_object_list([None, True], 0, group=self.control)
+                with suppress(RuntimeError):  # the others may have ended already, by the same signal
+                    dist.broadcast_object_list([None, True], 0, group=self.control)
                 raise
         dist.broadcast_object_list(said, 0, group=self.control)
         if said[1]:
@@ -67,27 +62,6 @@ def start_ranks(device: str, stack: ExitStack) -> Ranks:
     stack.callback(dist.destroy_process_group)
     control = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
     return Ranks(dist.get_rank(), dist.get_world_size(), control)
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Have SIGTERM and Ctrl-C end what is done in a `with` block wherever it is, by `Stopped`.
-
-    For what leaves nothing half done: opening, rendering and caching data, building a network, writing a report.
-    """
-    before = {}
-    with suppress(ValueError):  # not the main thread: there are no handlers
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, _end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise Stopped
 
 
 def reason(error: BaseException) -> str:

@@ -22,9 +22,10 @@ from statistics import fmean
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as ET
 
-from crossmix.datasets.classes import CLASS_NAMES, CLASSES_16, PALETTE
+from crossmix.datasets.classes import CLASS_NAMES, CLASSES_16
 from crossmix.engine import RunLog
 from crossmix.recipes import METHODS
+from pictures import CLASS_COLORS
 from scores import TITLES, paper_tables, plain, spread
 
 try:
@@ -101,7 +102,16 @@ class Run(NamedTuple):
     @property
     def benchmark(self) -> str:
         """Its two domains."""
+        if self.config.get("source"):
+            return " to ".join(Path(self.config[name]).resolve().name for name in ("source", "target"))
         return f"{'SYNTHIA' if self.synthia else 'GTA5'} to Cityscapes"
+
+    @property
+    def classes(self) -> list[str]:
+        """What its classes are called."""
+        if (last := self.metrics["last"]) is not None:
+            return list(last["student"][self.config["evaluation"]]["per_class"])
+        return [] if self.config.get("source") else list(CLASS_NAMES)
 
     def pictures(self, kind: str) -> list[list[Path]]:
         """Its whole rows of pictures of a kind."""
@@ -167,6 +177,7 @@ def run_page(folder: Path) -> Path:
     headers = {**PICTURES, "mixed": MIXED_SOURCE} if run.config["method"] == "source" else PICTURES
     return write(
         folder / "report",
+        classes=run.classes,
         title=f"{run.config['method']}, {run.benchmark}, seed {run.config['seed']}",
         figures={"steps done": f"{run.log[-1]['step'] if run.log else 0} of {run.config['steps']}", **key_figures(run)},
         scores=score_tables(entries, run.config) if last else [],
@@ -184,8 +195,11 @@ def comparison_page(groups: Mapping[str, Sequence[Path]], out: Path) -> Path:
     for run in every:
         if run.metrics["last"] is None:
             raise SystemExit(f"error: {run.folder}: has no evaluation yet; let it go on with --resume.")
-        if (run.synthia, run.config["evaluation"]) != (first.synthia, first.config["evaluation"]):
-            raise SystemExit(f"error: {run.folder}: has another source or label size than {first.folder}.")
+        same = (run.synthia, run.classes, run.config["evaluation"])
+        if same != (first.synthia, first.classes, first.config["evaluation"]):
+            raise SystemExit(
+                f"error: {run.folder}: has another source or label size, or other classes, than {first.folder}."
+            )
     entries = {f"{name}, {title} step": [run.metrics[title] for run in group]
                for title in ("last", "best") for name, group in runs.items()}  # fmt: skip
     configs = [options(group[0]) for group in runs.values()]
@@ -193,6 +207,7 @@ def comparison_page(groups: Mapping[str, Sequence[Path]], out: Path) -> Path:
     differing = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
     return write(
         out,
+        classes=first.classes,
         title=f"{', '.join(runs)}: {first.benchmark}",
         note="Mean and standard deviation over the runs of each row, where there are several.",
         scores=score_tables(entries, first.config),
@@ -203,7 +218,14 @@ def comparison_page(groups: Mapping[str, Sequence[Path]], out: Path) -> Path:
     )
 
 
-def write(folder: Path, *, charts: Mapping[str, Charts], galleries: Iterable[Gallery], **content: object) -> Path:
+def write(
+    folder: Path,
+    *,
+    classes: Sequence[str],
+    charts: Mapping[str, Charts],
+    galleries: Iterable[Gallery],
+    **content: object,
+) -> Path:
     """Fill in the template, with charts drawn and pictures embedded; a reader never sees half a page."""
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -221,7 +243,7 @@ def write(folder: Path, *, charts: Mapping[str, Charts], galleries: Iterable[Gal
         },
         galleries=[(title, header, [list(map(embedded, row)) for row in rows])
                    for title, header, rows in galleries if rows],
-        colors={**dict(zip(CLASS_NAMES, PALETTE, strict=True)), "ignored": (0, 0, 0)},
+        colors={**dict(zip(classes, CLASS_COLORS, strict=False)), "ignored": (0, 0, 0)},
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f"index.html.tmp.{os.getpid()}"
@@ -259,7 +281,8 @@ def score_tables(entries: Mapping[str, Sequence[dict[str, Any]]], config: Mappin
         config: The options of the runs.
     """
     synthia, deciding = bool(config["synthia"]), config["evaluation"]
-    names = [CLASS_NAMES[i] for i in CLASSES_16] if synthia else list(CLASS_NAMES)
+    last = next(iter(entries.values()))[0]["student"][deciding]
+    names = [CLASS_NAMES[i] for i in CLASSES_16] if synthia else list(last["per_class"])
     means = ("miou_16", "miou_13") if synthia else ("miou",)
     tables = []
     for size in sorted(next(iter(entries.values()))[0]["student"], key=lambda size: size != deciding):
@@ -271,7 +294,8 @@ def score_tables(entries: Mapping[str, Sequence[dict[str, Any]]], config: Mappin
                     cells = [spread(score[key] for score in scores) for key in means]
                     cells += [spread(score["per_class"][name] for score in scores) for name in names]
                     rows.append([f"{title}: {who}", *(cell.replace(" +- ", "\n±") for cell in cells)])
-        groups, beside_paper = {"": rows}, size == deciding and config["network"] == "resnet101"
+        groups = {"": rows}
+        beside_paper = size == deciding and config["network"] == "resnet101" and not config.get("source")
         for number in () if not beside_paper else (2,) if synthia else (3, 1):
             table = paper_tables()[f"table {number}"]
             groups[f"Table {number} of the paper: {table['title']}"] = [

@@ -22,15 +22,15 @@ ROWS = {
 }  # methods of `crossmix.recipes`, as the paper calls them
 
 
-def summary(matrix: ConfusionMatrix) -> dict[str, Any]:
+def summary(matrix: ConfusionMatrix, names: Sequence[str] = CLASS_NAMES) -> dict[str, Any]:
     """IoU as fractions; None for a class that is in neither labels nor predictions."""
     iou = matrix.compute()
+    subsets = {"miou_16": CLASSES_16, "miou_13": CLASSES_13} if tuple(names) == CLASS_NAMES else {}
     return {
         "miou": _number(iou.mean),
-        "miou_16": _number(matrix.compute(CLASSES_16).mean),
-        "miou_13": _number(matrix.compute(CLASSES_13).mean),
+        **{key: _number(matrix.compute(classes).mean) for key, classes in subsets.items()},
         "pixel_accuracy": _number(iou.pixel_accuracy),
-        "per_class": {name: _number(value) for name, value in zip(CLASS_NAMES, iou.per_class.tolist(), strict=True)},
+        "per_class": {name: _number(value) for name, value in zip(names, iou.per_class.tolist(), strict=True)},
     }
 
 
@@ -45,7 +45,7 @@ def rows_by_class(
         means: Keys of `TITLES`.
     """
     rows = [["class", *columns, *paper]]
-    for name in CLASS_NAMES:
+    for name in next(iter(columns.values()))[0]["per_class"]:
         ours = [spread(run["per_class"][name] for run in runs) for runs in columns.values()]
         rows.append([name, *ours, *(plain(row["per_class"].get(name)) for row in paper.values())])
     for key in means:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import crossmix
 from crossmix import SelfTraining, SelfTrainingOutput
-from crossmix.datasets import write_png
+from crossmix.datasets import DataError, write_png
 from crossmix.engine import (
     CheckpointStore,
     FiniteGuard,
@@ -22,18 +22,18 @@ from crossmix.engine import (
     StopRequest,
     keyed_generator,
 )
-from crossmix.models import DeepLabV2
 from crossmix.visualize import gallery
 from domains import SOURCE, TARGET, Data, crop_size, differences, drawn_names, loader
 from events import Events
 from options import FREE, Config
 from pictures import mixed_rows, predicted_rows, write_pictures
-from processes import Ranks, Stopped
+from processes import Ranks, reason
 from scores import TITLES, markdown, paper_row, rows_by_class, spread
+from signals import Stopped
 
 __all__ = [
-    "STEP", "Record", "Run", "conclude", "crops", "goes_on", "miou", "recorded", "restore", "save", "saved_at_any_end",
-    "stopped", "versions", "what_was_skipped", "write_json", "write_report",
+    "STEP", "Record", "Run", "conclude", "crops", "fewer_workers", "goes_on", "miou", "recorded", "restore", "save",
+    "saved_at_any_end", "stopped", "versions", "what_was_skipped", "write_json", "write_report",
 ]  # fmt: skip
 
 STEP = 2  # stream of randomness, next to those of SOURCE and TARGET
@@ -47,8 +47,9 @@ class Run:
     folder: Path
     ranks: Ranks
     data: Data
+    classes: tuple[str, ...]  # what they are called
     identity: dict[str, dict[str, Any]]  # what the data is
-    student: DeepLabV2
+    student: nn.Module
     training: SelfTraining
     optimizer: torch.optim.SGD
     scaler: torch.amp.GradScaler
@@ -100,7 +101,7 @@ def state(run: Run) -> dict[str, Any]:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "metrics": run.metrics,
-        "config": asdict(run.config),
+        "config": {**asdict(run.config), "num_classes": len(run.classes)},
         "data": run.identity,
         "whole_batch": whole_batch(run),
         "versions": versions(),
@@ -129,11 +130,20 @@ def saved_at_any_end(run: Run) -> Iterator[None]:
         raise NonFiniteError(
             error.step, f"{error} --skip-steps {run.config.skip_steps + 1} undoes one more. Its samples: {names}."
         ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(f"{reason(error)} {fewer_workers(run)}.") from error
     finally:
         if run.whole and run.done > run.saved and run.ranks.first:
             with suppress(OSError):
                 save(run)
                 print(f"{run.folder}: {goes_on(run)}", flush=True)
+
+
+def fewer_workers(run: Run) -> str:
+    """What helps where a worker was killed, mostly for want of memory."""
+    return f"--workers 0 reads in this process, fewer than {run.config.workers} need less memory"
 
 
 def goes_on(run: Run) -> str:
@@ -304,7 +314,7 @@ def shown(results: dict[str, list[dict[str, Any]]], config: Config) -> str:
     source = "synthia" if config.synthia else "gta5"
     means = ("miou_16", "miou_13") if config.synthia else ("miou",)
     columns = {method: [run["last"]["student"][config.evaluation] for run in runs] for method, runs in results.items()}
-    compared = results if config.network == "resnet101" else ()
+    compared = results if config.network == "resnet101" and not config.source else ()
     rows = rows_by_class(columns, {f"{method} in the paper": paper_row(source, method) for method in compared}, means)
     best = [spread(miou(run["best"], config) for run in runs) for runs in results.values()]
     return markdown([*rows, [f"{TITLES[means[0]]}, best step", *best, *("-" for _ in compared)]])

@@ -447,6 +447,11 @@ def test_evaluate__refuses(change: dict[str, Any], error: type[Exception], messa
     assert network.training
 
 
+def test_colorize__in_colours_of_ones_own() -> None:
+    painted = colorize(torch.tensor([[1, 2, 255, -1]]), colors=[(1, 2, 3), (4, 5, 6)])
+    assert painted[:, 0].T.tolist() == [[4, 5, 6], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
 def test_colorize_and_gallery() -> None:
     labels = torch.tensor([[0, 18, 255], [-1, 19, 5]])
     colors = colorize(labels)

@@ -1,7 +1,9 @@
 """The trainer's options: help, one validator for flags and files, what a dry run finds, and optional packages."""
 
+import contextlib
 import itertools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -39,6 +41,9 @@ BAD = {
     "evaluation": ["1x1"],
     "log_every": ["0"],
     "skip_files": ["-1"],
+    "weights": ["a\0b"],
+    "cache": ["\0"],
+    "gta5": ["\0"],
 }
 CASES = [(name, value) for name, values in BAD.items() for value in values]
 
@@ -79,7 +84,8 @@ def test_bad_value__is_one_line_from_flag_and_file(
         ("steps", "7"), ("steps", 7.0), ("steps", True), ("steps", None), ("steps", [7]), ("lr", "0.1"), ("lr", True),
         ("lr", {}), ("seed", None), ("method", 1), ("method", None), ("method", ["dacs"]), ("compile", 1),
         ("compile", "true"), ("compile", None), ("crop", 64), ("crop", [64, 64]), ("gta5", None), ("gta5", 3),
-        ("aspp_branches", "2"), ("aspp_branches", True), ("include_ignored", 0), ("device", None),
+        ("aspp_branches", "2"), ("aspp_branches", True), ("include_ignored", 0), ("device", None), ("lr", 10**400),
+        ("steps", 10**400),
     ],
 )  # fmt: skip
 def test_file__refuses_other_types(
@@ -121,6 +127,14 @@ def test_file__a_flag_takes_the_place_of_its_alternative(
     options = json.loads(capsys.readouterr().out)["options"]
     assert (options["synthia"], options["gta5"]) == ("", folders[1])
     assert (options["weights"], options["random_init"]) == ("", True)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--seed=--", "--lr=--", "--gta5=--", "--out=--", "--config=--", "--out=a\0b", "--runs=--"]
+)
+def test_flag__that_is_no_text_is_one_line(trainer: ModuleType, folders: list[str], flag: str) -> None:
+    with pytest.raises(SystemExit, match=f"error: {flag.partition('=')[0]} must be a text, got "):
+        trainer.main([*folders, flag])
 
 
 def test_contradictions__are_refused(trainer: ModuleType, folders: list[str]) -> None:
@@ -170,6 +184,11 @@ def test_dry_run__finds_what_a_run_would(
         ([*weighted, "--weights", str(tmp_path / "gone.pth")], r"gone\.pth"),
         ([*own_data, "--device", "foo"], "--device foo cannot be used"),
         ([*own_data, "--cache", str(tmp_path / "file")], "--cache .*file is no folder"),
+        ([*own_data, "--cache", str(tmp_path / "file" / "below")], "--cache .*file is no folder"),
+        ([*own_data, "--out", str(tmp_path / "file")], "--out .*file is no folder"),
+        ([*own_data, "--out", str(tmp_path / "file" / "below" / "run")], "--out .*file is no folder"),
+        (changed(own_data, gta5="x" * 5000), "File name too long"),
+        ([*own_data, "--eval-split", "x" * 5000], "File name too long"),
         ([*own_data, "--out", str(done)], "done holds a run already"),
         ([*own_data, "--resume", "--out", str(tmp_path / "mistyped")], "no folder .*mistyped"),
     ):
@@ -190,6 +209,25 @@ def test_dry_run__finds_what_a_run_would(
     for remedy in (["--skip-files", "1"], ["--pad"], ["--source-size", "32x64"]):
         assert trainer.main([*own_data, "--dry-run", *remedy]) == 0
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run__finds_a_place_that_has_no_room_or_is_read_only(
+    trainer: ModuleType, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*folders, "--out", str(tmp_path / "new" / "run")]
+    assert trainer.main([*flags, "--dry-run"]) == 0
+    usage = shutil.disk_usage(tmp_path)
+    for free, runs, found in ((30_000_000, "1", False), (30_000_000, "2", True), (0, "1", True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        message = r"error: --out .*run: checkpoints will need \d\d MB, and only \d+ MB are free; make room"
+        with pytest.raises(SystemExit, match=message) if found else contextlib.nullcontext():
+            trainer.main([*flags, "--dry-run", "--runs", runs])
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root, who may run this, can write anywhere
+    for dry in (["--dry-run"], []):
+        with pytest.raises(SystemExit, match=f"error: --out .*: {tmp_path} cannot be written to; give another"):
+            trainer.main([*flags, *dry])
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("flags", [["--dry-run"], ["--runs", "2"]], ids=" ".join)

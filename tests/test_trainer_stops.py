@@ -1,7 +1,9 @@
 """What stops the trainer, and how it goes on: signals, broken files, bad steps, moved and other data."""
 
+import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -125,6 +127,82 @@ def test_signal__saves_exits_with_0_and_goes_on_to_the_same_end(
     last = 4 if evaluating else 60
     assert_same(final(whole, last), final(out, last))
     assert metrics_of(out) == metrics_of(whole)
+
+
+def test_signal__repeated_until_the_end_spoils_nothing(folders: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(*folders, "--steps", "5000", "--workers", "1", "--eval-every", "5000", "--out", str(out))
+    wait_for_step(out, 3, process)
+    while process.poll() is None:  # as launchers do that lose patience
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.005)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert "Traceback" not in printed
+    assert f"stopped after step {steps_saved(out)[-1]}, which is saved" in printed
+
+
+@pytest.mark.parametrize("phase", ["step", "evaluation"])
+def test_worker__killed_at_any_moment_costs_no_step(
+    trainer: ModuleType, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    whole = run("--save-every", "1000", "--eval-every", "1000", out="whole")
+    real, parts = trainer.train_step, trainer.scores
+
+    def kill_a_worker() -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+        time.sleep(0.5)  # torch hears of it meanwhile
+
+    def step(training: Any, batches: Any) -> Any:
+        if phase == "step" and training.done == 2:
+            kill_a_worker()
+        return real(training, batches)
+
+    def scores(training: Any, network: Any) -> Any:
+        real_forward = network.forward_features
+
+        def forward(images: torch.Tensor) -> torch.Tensor:
+            kill_a_worker()
+            return real_forward(images)
+
+        monkeypatch.setattr(network, "forward_features", forward)
+        return parts(training, network)
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    if phase == "evaluation":
+        monkeypatch.setattr(trainer, "scores", scores)
+    flags = ["--save-every", "1000", "--eval-every", "1000"]
+    with pytest.raises(SystemExit, match=r"error: DataLoader worker .*--workers 0 reads in this process, fewer than 1"):
+        run(*flags, "--workers", "1")
+    monkeypatch.undo()
+    saved = 3 if phase == "step" else 4
+    assert steps_saved(tmp_path / "run") == [saved]
+    assert_same(final(whole), final(run(*flags, "--resume")))
+
+
+# Has a signal come while a package is being imported, then runs the trainer.
+AMID_IMPORTS = """
+import os, runpy, signal, sys
+class Sender:
+    def find_spec(self, name, *_):
+        if name == sys.argv[-1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Sender())
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("package", ["torch", "crossmix.engine"])
+def test_signal__amid_the_imports_ends_with_0(tmp_path: Path, package: str) -> None:
+    (tmp_path / "starter.py").write_text(AMID_IMPORTS)
+    process = start(package, launcher=(str(tmp_path / "starter.py"),))
+    assert process.communicate(timeout=120)[0] == "stopped before it began\n"
+    assert process.returncode == 0
 
 
 @pytest.fixture
@@ -294,6 +372,20 @@ def test_broken_file__ends_the_run_saved_and_can_be_left_out_by_resuming(
     assert metrics_of(out)["skipped_files"] == [name]
     assert trainer.main([*flags, "--out", str(tmp_path / "whole"), "--skip-files", "1"]) == 0
     assert_same(final(tmp_path / "whole"), final(out))
+
+
+def test_broken_files__advice_is_given_where_it_can_work(
+    trainer: ModuleType, own_data: list[str], tmp_path: Path
+) -> None:
+    labels = sorted((tmp_path / "data" / "gta5" / "labels").glob("*.png"))
+    labels[0].write_bytes(labels[0].read_bytes()[:60])  # what is looked at before a run begins
+    with pytest.raises(SystemExit, match=r"error: .*00001\.png: .* Mend it, or leave it out with --skip-files 1\."):
+        trainer.main([*own_data, "--out", str(tmp_path / "run")])
+    for label in labels:
+        label.write_bytes(label.read_bytes()[:60])
+    with pytest.raises(SystemExit) as ended:
+        trainer.main([*own_data, "--out", str(tmp_path / "run"), "--skip-files", "6"])
+    assert str(ended.value).endswith(" Mend them; nothing was trained yet.")
 
 
 def test_death_in_the_first_step__does_not_block_the_same_command(

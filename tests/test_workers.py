@@ -266,3 +266,57 @@ if __name__ == "__main__":
             os.killpg(process.pid, signal.SIGKILL)
             pytest.fail("it waits for ever")
     assert printed.splitlines()[-1] == "True [1]"
+
+
+# Ends while its loader is alive, as one in a cycle is.
+ENDING = """
+    import os, signal, subprocess, sys
+    from data import Data
+    from crossmix.engine import QuietLoader
+
+    if __name__ == "__main__":
+        batches = iter(QuietLoader(Data(sys.argv[3]), num_workers=1, multiprocessing_context=sys.argv[2]))
+        next(batches)
+        worker = str(batches._workers[0].pid)
+        os.kill(int(worker), signal.SIGSTOP)
+        subprocess.run(["kill", "-TERM", worker])  # waits in the worker, as one from a launcher may
+        subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {worker}"], stdout=subprocess.DEVNULL)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers__a_lost_signal_from_their_parent_is_repeated(
+    start: Callable[..., subprocess.Popen[str]], method: str
+) -> None:
+    process = start(ENDING, method)
+    assert process.wait(60) == 0
+
+
+BEREFT = """
+    import multiprocessing, sys, time
+    from data import Data
+    from crossmix.engine import QuietLoader
+
+    if __name__ == "__main__":
+        batches = iter(QuietLoader(Data(sys.argv[3], 0.05), num_workers=1, multiprocessing_context=sys.argv[2]))
+        next(batches)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:  # a step, in which nothing may be raised
+            sum(range(1000))
+        print("a whole step", flush=True)
+        try:
+            list(batches)
+        except RuntimeError as error:
+            print(str(error)[:17], flush=True)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers__a_dead_one_is_told_by_the_next_batch(
+    start: Callable[..., subprocess.Popen[str]], method: str
+) -> None:
+    process = start(BEREFT, method)
+    wait_for(process, "a whole step")
+    wait_for(process, "DataLoader worker")

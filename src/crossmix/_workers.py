@@ -1,12 +1,14 @@
 """Worker processes that leave signals to the process they work for, and end with it."""
 
 import _thread
+import atexit
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
@@ -55,8 +57,9 @@ def quiet_worker(_worker: int = 0) -> None:
 class QuietLoader(DataLoader[Sample_co]):
     """A `DataLoader` whose workers leave SIGTERM and Ctrl-C to this process from their first moment on.
 
-    Everything else is a DataLoader's. Without a `worker_init_fn` the workers call `quiet_worker`; one of your own calls
-    it itself.
+    Without a `worker_init_fn` the workers call `quiet_worker`; one of your own calls it itself. When a worker dies, as
+    for want of memory, the next batch raises a RuntimeError within seconds. (Torch has SIGCHLD raise it wherever this
+    process is, in the midst of a step or of a save too.) Everything else is a DataLoader's.
 
     Example:
         >>> [int(batch.sum()) for batch in QuietLoader(range(4), batch_size=2, num_workers=1)]
@@ -69,8 +72,13 @@ class QuietLoader(DataLoader[Sample_co]):
             return super().__iter__()
         if self.worker_init_fn is None:
             self.worker_init_fn = quiet_worker
+        number = getattr(signal, "SIGCHLD", signal.SIGTERM)  # there is none on Windows, and none is missed
+        before = signal.getsignal(number)
         with started_quietly(self.multiprocessing_context):
-            return super().__iter__()
+            batches = super().__iter__()
+        if before is not None and signal.getsignal(number) is not before:  # so this is the main thread
+            signal.signal(number, before)
+        return batches
 
 
 @contextlib.contextmanager
@@ -86,6 +94,7 @@ def started_quietly(context: BaseContext | None = None) -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    older = multiprocessing.active_children()
     if (context or multiprocessing).get_start_method() != "fork":
         resource_tracker.ensure_running()  # which otherwise unblocks both, starting amid the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -93,6 +102,25 @@ def started_quietly(context: BaseContext | None = None) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _started.update(set(multiprocessing.active_children()) - set(older))
+
+
+_started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_started.clear)
+
+
+@atexit.register
+def _end_all() -> None:
+    """Say it until it is heard: a SIGTERM that finds another one waiting is lost, and would be waited for, for ever."""
+    for process in list(_started):
+        for _ in range(50):
+            if not process.is_alive():
+                break
+            process.terminate()
+            process.join(0.1)
+        else:
+            process.kill()
 
 
 _orphaned = threading.Event()

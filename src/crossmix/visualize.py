@@ -11,11 +11,12 @@ from crossmix.datasets.classes import PALETTE
 __all__ = ["colorize", "gallery"]
 
 
-def colorize(labels: Tensor) -> Tensor:
-    """Paint a map of Cityscapes train ids in the Cityscapes colours; everything else is black.
+def colorize(labels: Tensor, *, colors: Sequence[tuple[int, int, int]] = PALETTE) -> Tensor:
+    """Paint a map of train ids, by default in the colours of Cityscapes; everything else is black.
 
     Args:
-        labels: (H, W) integer train ids 0..18, or anything else for ignored pixels.
+        labels: (H, W) integer train ids, or anything else for ignored pixels.
+        colors: (R, G, B) in 0..255 by train id; those of the 19 classes of Cityscapes by default.
 
     Returns:
         (3, H, W) uint8.
@@ -32,10 +33,10 @@ def colorize(labels: Tensor) -> Tensor:
     check_tensor("labels", labels)
     if labels.ndim != 2:
         raise ValueError(f"`labels` must have shape (H, W), got {tuple(labels.shape)}; pass one map at a time.")
-    colors = torch.cat([torch.tensor(PALETTE, dtype=torch.uint8), torch.zeros(1, 3, dtype=torch.uint8)])
+    table = torch.tensor([*colors, (0, 0, 0)], dtype=torch.uint8)
     index = labels.cpu().long()
-    index = torch.where((index >= 0) & (index < len(PALETTE)), index, len(PALETTE))
-    return colors[index].permute(2, 0, 1).contiguous()
+    index = torch.where((index >= 0) & (index < len(colors)), index, len(colors))
+    return table[index].permute(2, 0, 1).contiguous()
 
 
 def gallery(rows: Sequence[Sequence[Tensor]], *, gap: int = 4) -> Tensor:

@@ -37,7 +37,7 @@ class FiniteGuard:
     host has launched another forward and backward pass, so the device does not run dry. Reading an optimizer's
     state_dict does the same; before reading a module's, call `settle`.
 
-    It keeps a copy of all that moves and, in passing, a second one: for ResNet-101 with a teacher 1 GB.
+    It keeps a copy of all that moves and, on a GPU, in passing a second one: for ResNet-101 with a teacher 1 GB.
 
     Args:
         modules: Modules whose parameters and buffers move: student, teacher, averages. What they return from
@@ -154,11 +154,13 @@ class FiniteGuard:
         if good is None or before is None:
             raise RuntimeError("`restore` needs a `check` before it; check the loss after the backward pass.")
         self._good = self._before = None
-        moving = list(self._kept)
-        torch._foreach_copy_([self._now[tensor] for tensor in moving], moving)
-        for kept, now in self._flat:
-            torch.where(good.to(kept.device, non_blocking=True), now, kept, out=kept)
-        torch._foreach_copy_(moving, [self._kept[tensor] for tensor in moving])
+        moving, kept = list(self._kept), list(self._kept.values())
+        if not self._is_known(good):
+            self._choose(good, moving, kept)
+        elif self._heard_good:
+            torch._foreach_copy_(kept, moving)
+        else:
+            torch._foreach_copy_(moving, kept)
         if before.is_needed():
             self._unsettled = _Flag(good, known=self._heard_good), before
             if self._is_known(good):
@@ -176,9 +178,16 @@ class FiniteGuard:
             if not flag.is_good():
                 before.put_back()
 
-    def _is_known(self, good: Tensor) -> bool:
-        """Whether the host knows a flag without waiting."""
-        return good.device.type != "cuda"
+    def _choose(self, good: Tensor, moving: list[Tensor], kept: list[Tensor]) -> None:
+        """Make both what the flag says, which only the device knows: seven passes over memory, in a few launches."""
+        torch._foreach_copy_([self._now[tensor] for tensor in moving], moving)
+        for flat_kept, flat_now in self._flat:
+            torch.where(good.to(flat_kept.device, non_blocking=True), flat_now, flat_kept, out=flat_kept)
+        torch._foreach_copy_(moving, kept)
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        """Whether the host knows a flag on the device of a tensor without waiting."""
+        return tensor.device.type != "cuda"
 
     def _gradients_are_finite(self, device: torch.device) -> Tensor:
         """Whether all gradients of all optimizers are, as a scalar on a device."""
@@ -219,7 +228,7 @@ class FiniteGuard:
     def _keep_new(self) -> None:
         """Copy what has no copy yet: at first everything, later the state that a step has made.
 
-        Two copies of everything, as views into one long tensor each, so that choosing is one operation.
+        Two copies where the device chooses, as views into one long tensor each, so that it is one pass.
         """
         old, moving = self._kept, self._moving()
         if old and old.keys() == moving.keys():
@@ -229,11 +238,13 @@ class FiniteGuard:
         for tensor in moving:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for (dtype, device), tensors in kinds.items():
-            flat = torch.zeros(2, sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
-            self._flat.append((flat[0], flat[1]))
+            rows = 1 if self._is_known(tensors[0]) else 2
+            flat = torch.zeros(rows, sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
+            if rows == 2:
+                self._flat.append((flat[0], flat[1]))
             offset = 0
             for tensor in tensors:
-                for row, copies in zip(flat, (self._kept, self._now), strict=True):
+                for row, copies in zip(flat, (self._kept, self._now), strict=False):
                     copies[tensor] = _like(row[offset : offset + tensor.numel()], tensor)
                 offset += tensor.numel()
                 self._kept[tensor].copy_(old.get(tensor, tensor))
