@@ -1,4 +1,9 @@
-"""Readers of the field's data sets: label ids become Cityscapes train ids, and a wrong file is named."""
+"""Readers of the field's data sets: label ids become Cityscapes train ids, and a wrong file is named.
+
+Where what happens: `_listing` says which files are images, `_folder_dataset` pairs them with label maps and makes
+samples, `_images` and `_png` decode them, `_labels` maps label ids (by the table in `classes`, or one's own, which
+`_class_file` reads), `cache` keeps samples on disk, `statistics` counts classes, `_check` looks for what is wrong.
+"""
 
 from crossmix.datasets._class_file import Classes, read_classes
 from crossmix.datasets._images import read_image

@@ -21,11 +21,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossmix.datasets._check import others, problems
+from crossmix.datasets._check import Part, others, part, parts, problems
 from crossmix.datasets._class_file import read_classes
-from crossmix.datasets._files import Found
+from crossmix.datasets._folder_dataset import Found
 from crossmix.datasets._labels import custom_format
-from crossmix.datasets._layouts import Part, part, parts
 from crossmix.datasets._listing import described
 from crossmix.datasets.classes import CLASS_NAMES, IGNORED
 from crossmix.datasets.sample import DataError

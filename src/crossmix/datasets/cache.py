@@ -26,7 +26,7 @@ from crossmix._files import FolderLock, amount, whole_file
 from crossmix._progress import shown
 from crossmix._workers import QuietLoader
 from crossmix.datasets._arguments import check_count, check_index
-from crossmix.datasets._files import Files, FolderDataset
+from crossmix.datasets._folder_dataset import Files, FolderDataset
 from crossmix.datasets._images import read_header
 from crossmix.datasets.sample import DataError, Sample
 

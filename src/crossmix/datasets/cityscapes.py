@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from crossmix.datasets._arguments import check_size
-from crossmix.datasets._files import FolderDataset, Found, find, paired
+from crossmix.datasets._folder_dataset import FolderDataset, Found, find, paired
 from crossmix.datasets._labels import LABEL_IDS
 from crossmix.datasets._listing import bare
 

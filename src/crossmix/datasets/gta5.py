@@ -6,7 +6,7 @@ Richter et al., ECCV 2016, https://download.visinf.tu-darmstadt.de/data/from_gam
 from pathlib import Path
 
 from crossmix.datasets._arguments import check_size
-from crossmix.datasets._files import FolderDataset, find, paired
+from crossmix.datasets._folder_dataset import FolderDataset, find, paired
 from crossmix.datasets._labels import LABEL_IDS
 
 __all__ = ["GTA5"]

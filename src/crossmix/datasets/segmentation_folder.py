@@ -9,7 +9,7 @@ import torch
 
 from crossmix._checks import check_choice
 from crossmix.datasets._arguments import check_count, check_size
-from crossmix.datasets._files import FolderDataset, Found, by_key, find, paired
+from crossmix.datasets._folder_dataset import FolderDataset, Found, by_key, find, paired
 from crossmix.datasets._labels import custom_format
 from crossmix.datasets._listing import bare, named_images
 from crossmix.datasets.sample import DataError, Sample

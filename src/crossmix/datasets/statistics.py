@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from crossmix.datasets._arguments import check_count
-from crossmix.datasets._files import Files, FolderDataset
+from crossmix.datasets._folder_dataset import Files, FolderDataset
 from crossmix.datasets._labels import LabelFormat
 from crossmix.datasets._parallel import each
 from crossmix.datasets.sample import DataError, Sample

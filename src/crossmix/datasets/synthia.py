@@ -6,7 +6,7 @@ Ros et al., CVPR 2016, https://synthia-dataset.net
 from pathlib import Path
 
 from crossmix.datasets._arguments import check_size
-from crossmix.datasets._files import FolderDataset, find, paired
+from crossmix.datasets._folder_dataset import FolderDataset, find, paired
 from crossmix.datasets._labels import SYNTHIA_IDS
 
 __all__ = ["Synthia"]
