@@ -95,7 +95,7 @@ def marked_step(work: Training, draw: Draw, size: Size) -> tuple[Tensor, dict[st
         clock.mark("teacher and pseudo-labels")
         mixed = mix(source_images, source_labels, target_images, pseudo_labels, weights, scores=draw.scores)
         clock.mark("mix")
-        images = augment(mixed.images, draw=draw.augment)  # type: ignore[call-arg]
+        images = augment(mixed.images, draw=draw.augment)
         clock.mark("augment")
         mixed_loss = loss_of(training.criterion, student(images), mixed.labels, mixed.weights)
         loss = source_loss + mixed_loss

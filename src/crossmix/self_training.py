@@ -258,6 +258,7 @@ class SelfTraining(nn.Module):
     # As they were given: what they have beyond the protocols stays within reach, `training.teacher.module` say.
     teacher: Any
     mix: Any
+    augment: Any
     criterion: Any
     align: Any
     _mix_call: "_MixCall | None"

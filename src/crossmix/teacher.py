@@ -133,8 +133,9 @@ class MeanTeacher(nn.Module):
     in bfloat16 they would stand still. The forward pass runs in the student's dtype, or in the one that this module was
     cast to, parameter by parameter.
 
-    Weights that are loaded into the teacher (`load_state_dict` of it, of `.module` or of a parent; `load_weights`)
-    without a count of updates are not copied over: the ramp is then over, and the next update keeps `decay` of them.
+    Weights that are loaded into the teacher (`load_state_dict` of it, of a parent, of `.module` or a part of it;
+    `load_weights`) without a count of updates are not copied over: the ramp is then over, and the next update keeps
+    `decay` of them.
 
     Args:
         student: The network to average, wrapped (DistributedDataParallel, torch.compile, ...) as a whole, in parts, or
