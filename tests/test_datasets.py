@@ -422,7 +422,7 @@ def test_readers__a_list_of_names_and_either_half_alone(tmp_path: Path, reader: 
     data = reader(root, names=chosen)
     assert [data[i].name for i in range(len(data))] == [names[1]]
     chosen.write_text("0.png\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"list\.txt: names 0, which is not there, as 1 of 1"):
+    with pytest.raises(DataError, match=r"list\.txt: names 0, which is not there \(1 of 1 are missing"):
         reader(root, names=chosen)
     chosen.write_bytes(b"\xff")
     for bad in (chosen, tmp_path / "none.txt"):

@@ -93,7 +93,9 @@ def test_check__your_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["check", *patterns, "--mapping", str(mapping)]) == 0
     mapping.write_text('{"4": 0}', encoding="utf-8")
     assert main(["check", *patterns, "--mapping", str(mapping)]) == 1
-    assert "holds [5], which the mapping does not list" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "holds [5], which the mapping does not list" in out
+    assert out.splitlines()[-1] == "1 problem"
     for text in ("[1]", '{"5": 300}', "{", '{"a": 1}'):
         mapping.write_text(text, encoding="utf-8")
         assert main(["check", *patterns, "--mapping", str(mapping)]) == 2

@@ -220,13 +220,13 @@ def test_readers__say_what_was_left_out(tmp_path: Path, reader: str) -> None:
     for name in "ab":
         put(tmp_path / left / f"{name}{image_suffix}.tif", encoded(picture(), "tiff"))
         png(tmp_path / right / f"{name}{label_suffix}.png")
-    with pytest.raises(DataError, match=r"left out, being neither PNG nor JPEG: 2 of \.tif, such as .*a\w*\.tif"):
+    with pytest.raises(DataError, match=r"left out, being neither PNG nor JPEG: 2 \.tif, such as .*a\w*\.tif"):
         read(tmp_path)
     for name in "ab":
         png(tmp_path / left / f"{name}{image_suffix}.png")
     (tmp_path / right / f"b{label_suffix}.png").unlink()
     put(tmp_path / right / f"b{label_suffix}.bmp", encoded(picture(), "bmp"))
-    with pytest.raises(DataError, match=r"b has no label map \(left out, being neither PNG nor JPEG: 1 of \.bmp"):
+    with pytest.raises(DataError, match=r"b has no label map \(left out, being neither PNG nor JPEG: 1 \.bmp"):
         read(tmp_path)
 
 
@@ -244,7 +244,7 @@ def test_check__names_images_of_other_types_and_counts_the_rest(
     assert main(["check", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "GTA5: 3 images (the whole data set has 24966), 3 label maps of label ids, 3 pairs" in out
-    assert "(left out 1 files that are no images: 1 of .txt)" in out
+    assert "(beside them, no images: 1 .txt)" in out
     tif, empty = put(tmp_path / "images" / "4.TIF", encoded(picture(), "tiff")), put(tmp_path / "images" / "5.jpg", b"")
     png(tmp_path / "labels" / "5.png", ids)
     assert main(["check", str(tmp_path), "--workers", "2"]) == 1
@@ -253,7 +253,7 @@ def test_check__names_images_of_other_types_and_counts_the_rest(
     assert f"{empty}: is empty; " in out
     assert main(["stats", str(tmp_path)]) == 0
     assert "GTA5: 4 label maps" in (out := capsys.readouterr().out)
-    assert "left out, being neither PNG nor JPEG: 1 of .tif, 1 of .txt" in out
+    assert "left out, being neither PNG nor JPEG: 1 .tif, 1 .txt" in out
 
 
 # -------------------------------------------------------------------------------------------------------------- Reading

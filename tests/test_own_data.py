@@ -277,7 +277,7 @@ def test_lists__in_every_form(
     ("line", "message"),
     [
         ("000000", "names 000000, which may be seq1/000000 or seq10/000000; write the folder too"),
-        ("seq3/000000", "names seq3/000000, which is not there, as 1 of 1"),
+        ("seq3/000000", r"names seq3/000000, which is not there \(1 of 1 are missing\)"),
         ("q1/000001", "names q1/000001, which is not there"),
         ("../images/seq1/000001.png", r"names \.\./images/seq1/000001\.png, which leads out of the folder"),
         ("/etc/seq1/000001.png", "names /etc/seq1/000001, which is not there"),
@@ -406,7 +406,50 @@ def test_command__unlabelled_images_of_your_own(tmp_path: Path, capsys: pytest.C
     assert main(["check", "--images", str(tmp_path / "sub")]) == 2
     (tmp_path / "sub" / "a.tif").write_bytes(b"II*\0")
     assert main(["check", "--images", str(tmp_path / "sub")]) == 2
-    assert "left out, being neither PNG nor JPEG: 1 of .tif" in capsys.readouterr().err
+    assert "left out, being neither PNG nor JPEG: 1 .tif" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["images", "labels"])
+@pytest.mark.parametrize("form", ["root", "folders", "patterns"])
+def test_command__says_that_there_are_none_of_a_kind(
+    tmp_path: Path, missing: str, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, pixels in (("images", picture()), ("labels", ids())):
+        if kind != missing:
+            save(tmp_path / kind / "a.png", pixels)
+    (tmp_path / missing).mkdir()
+    classes = put_classes(tmp_path)
+    arguments = {
+        "root": [str(tmp_path)],
+        "folders": ["--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels")],
+        "patterns": ["--images", str(tmp_path / "images" / "*.png"), "--labels", str(tmp_path / "labels" / "*.png")],
+    }[form]
+    assert main(["check", *arguments, "--classes", str(classes)]) == 2
+    assert f"has no {'images' if missing == 'images' else 'label maps'}, PNG or JPEG" in capsys.readouterr().err
+
+
+def put_classes(folder: Path) -> Path:
+    path = folder / "classes.json"
+    path.write_text('["a", "b", "c", "d", "e"]', encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_sizes__of_an_image_that_was_turned_are_not_advised_away(
+    tmp_path: Path, orientation: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "labels" / "a.png", ids()[:5])
+    (tmp_path / "images").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    width = 7 if orientation == 1 else ids().shape[1]
+    Image.new("RGB", (width, 5)).save(tmp_path / "images" / "a.jpg", exif=exif)
+    with pytest.raises(DataError) as caught:
+        SegmentationFolder(tmp_path)[0]
+    main(["check", str(tmp_path), "--classes", str(put_classes(tmp_path))])
+    for text in (str(caught.value), capsys.readouterr().out):
+        assert ("EXIF" in text) == (orientation == 6)
+        assert ("pass `size=`" in text) == (orientation == 1)
 
 
 def test_command__finds_images_smaller_than_the_crop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -487,6 +530,9 @@ def test_class_counts__of_samples_refuses(every: dict[str, Any], tmp_path: Path)
     scene = every["street scenes"][0]
     with pytest.raises(DataError, match=r"labels outside 0\.\.255"):
         class_counts([scene._replace(label=scene.label.long() - 1)])
+    for item in (tuple(scene), scene._asdict()):
+        with pytest.raises(TypeError, match=f"must hold items with a `label`, .* got {type(item).__name__}"):
+            class_counts([item])
     with pytest.raises(TypeError, match="must have a length and items, got generator"):
         class_counts(iter_of(scene))
 

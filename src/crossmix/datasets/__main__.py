@@ -71,11 +71,11 @@ def check(chosen: list[Part], args: argparse.Namespace) -> int:
             flush=True,
         )
         if text := others(one):
-            print(f"  ({text})", flush=True)
+            print(f"  (beside them, no images: {text})", flush=True)
         for line in problems(one, crop=args.crop, workers=args.workers):
             print(f"  {line}", flush=True)
             lines += 1
-    print(f"{lines} problems" if lines else "no problems")
+    print(f"{lines or 'no'} problem{'s' * (lines != 1)}")
     return lines
 
 
@@ -104,11 +104,14 @@ def stats(chosen: list[Part], args: argparse.Namespace) -> int:
 def _own(args: argparse.Namespace) -> Part:
     """The part that ROOT or --images and --labels, and --classes describe."""
     names, mapping = (None, None) if args.classes is None else read_classes(args.classes)
-    of_images, of_labels = (one or Found({}) for one in found(args.root or args.images, args.labels))
-    if not of_images.files and not of_labels.files:
-        where = args.root or args.images or args.labels
-        left_out = described((*of_images.left_out, *of_labels.left_out))
-        raise DataError(f"{where}: has no PNG or JPEG files{left_out}; pass folders, or patterns in quotes.")
+    files = found(args.root or args.images, args.labels)
+    root = args.root or args.images or args.labels
+    places = (("images", args.images or root), ("label maps", args.labels or root))
+    for (kind, where), one in zip(places, files, strict=True):
+        if one is not None and not one.files:
+            left_out = described(one.left_out)
+            raise DataError(f"{where}: has no {kind}, PNG or JPEG{left_out}; pass folders, or patterns in quotes.")
+    of_images, of_labels = (one or Found({}) for one in files)
     labelled = custom_format(mapping, "raise", None if names is None else len(names))
     return part("your own", of_images, of_labels, labelled)._replace(any_kind=True)
 

@@ -1,15 +1,14 @@
 """Look at a folder: which data set it is, which of its files belong together, and what is wrong with each."""
 
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from crossmix.datasets import cityscapes, synthia
-from crossmix.datasets._folder_dataset import Found, find
+from crossmix.datasets._folder_dataset import Found, differing, find
 from crossmix.datasets._images import read_image
 from crossmix.datasets._labels import LABEL_IDS, SYNTHIA_IDS, LabelFormat
-from crossmix.datasets._listing import OTHER_IMAGES
+from crossmix.datasets._listing import OTHER_IMAGES, endings
 from crossmix.datasets._parallel import each
 from crossmix.datasets.classes import CLASSES
 from crossmix.datasets.sample import DataError
@@ -91,12 +90,8 @@ def _cityscapes(root: Path) -> list[Part]:
 
 
 def others(part: Part) -> str:
-    """How many files beside the images are no images at all, or nothing."""
-    rest = [path for path in part.left_out if path.suffix.lower() not in OTHER_IMAGES]
-    kinds = Counter(path.suffix.lower() or "no ending" for path in rest).most_common(5)
-    return f"left out {len(rest)} files that are no images: {', '.join(f'{n} of {end}' for end, n in kinds)}" * bool(
-        rest
-    )
+    """Which files beside the images are no images at all, or nothing."""
+    return endings(path for path in part.left_out if path.suffix.lower() not in OTHER_IMAGES)
 
 
 def problems(part: Part, *, crop: tuple[int, int] | None = None, workers: int = 0) -> list[str]:
@@ -134,8 +129,7 @@ def _look(
     image_size, of_image = _look_at_image(pair[0], any_kind=any_kind)
     label_size, of_label = _look_at_label(pair[1], labelled)
     if image_size is not None and label_size is not None and image_size != label_size:
-        sides = " but its image ".join(f"{height} x {width}" for height, width in (label_size, image_size))
-        of_label.append(f"{pair[1]}: is {sides}; readers need `size=` for it")
+        of_label.append(f"{pair[1]}: {differing(label_size, image_size)}")
     if crop is not None and image_size is not None and any(a < b for a, b in zip(image_size, crop, strict=True)):
         of_image.append(f"{pair[0]}: is {image_size[0]} x {image_size[1]}, smaller than the crop {crop[0]} x {crop[1]}")
     return of_image + of_label
@@ -165,5 +159,5 @@ def _look_at_label(path: Path | None, labelled: LabelFormat) -> tuple[Size | Non
     if (labelled.table[ids.numpy()] == labelled.ignored).all():
         found.append(f"{path}: suspicious, every pixel is ignored, the first has id {int(ids[0, 0])}")
     elif labelled.name == LABEL_IDS.name and int(ids.max()) < len(CLASSES):
-        found.append(f"{path}: suspicious, no id above {len(CLASSES) - 1}, as in files of train ids")
+        found.append(f"{path}: suspicious, no id above {len(CLASSES) - 1}, as in train ids, which --classes takes")
     return tuple(ids.shape), found

@@ -4,7 +4,7 @@ import codecs
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from crossmix.datasets._labels import LabelFormat
 from crossmix.datasets._listing import bare, described, named_images
 from crossmix.datasets.sample import DataError, Sample
 
-__all__ = ["Files", "FolderDataset", "Found", "by_key", "find", "listed", "paired"]
+__all__ = ["Files", "FolderDataset", "Found", "by_key", "differing", "find", "listed", "paired"]
 
 Filter = Literal["bilinear", "bicubic"]
 
@@ -78,10 +78,7 @@ class FolderDataset(Dataset[Sample]):
             image = image if image_path is None else _resize_image(image, self.size, self._resampling)
             ids = None if ids is None else nearest(ids, self.size)
         elif image_path is not None and ids is not None and image.shape[-2:] != ids.shape:
-            raise DataError(
-                f"{label_path}: is {ids.shape[0]} x {ids.shape[1]} but its image {image.shape[1]} x {image.shape[2]}; "
-                "pass `size=` to resize both to one size, or remove the pair."
-            )
+            raise DataError(f"{label_path}: {differing(ids.shape, image.shape[-2:])}.")
         return Sample(image, None if ids is None else torch.from_numpy(self.label_format.table[ids.numpy()]), name)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -96,6 +93,14 @@ class FolderDataset(Dataset[Sample]):
             "resampling": self._resampling,
             "labels": self.label_format.signature,
         }
+
+
+def differing(label: Sequence[int], image: Sequence[int]) -> str:
+    """What to do about a label map, (height, width), of another size than its image."""
+    advice = "pass `size=` to resize both to one size, or remove the pair"
+    if tuple(label) == tuple(image)[::-1]:  # resizing would train on another place
+        advice = "one of them lies on its side; is the image turned by its EXIF orientation? Turn the label map too"
+    return f"is {label[0]} x {label[1]} but its image {image[0]} x {image[1]}; {advice}"
 
 
 class Found(NamedTuple):
@@ -210,9 +215,8 @@ def listed(path: Path, files: Mapping[str, Path]) -> set[str]:
                 raise DataError(f"{path}: names {lines[key]} and {line}, but there is only {files[key]}; name it once.")
         absent += [] if keys else [bare(line)]
     if absent or not wanted:
-        what = (
-            f"names {absent[0]}, which is not there, as {len(absent)} of {len(wanted)}" if absent else "names nothing"
-        )
+        missing = f"({len(absent)} of {len(wanted)} are missing)"
+        what = f"names {absent[0]}, which is not there {missing}" if absent else "names nothing"
         raise DataError(f"{path}: {what}; pass the list that belongs to this folder.")
     return set(lines)
 

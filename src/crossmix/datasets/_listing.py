@@ -3,13 +3,13 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from crossmix.datasets.sample import DataError
 
-__all__ = ["OTHER_IMAGES", "ImageFiles", "bare", "described", "image_files", "named_images"]
+__all__ = ["OTHER_IMAGES", "ImageFiles", "bare", "described", "endings", "image_files", "named_images"]
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif")
 OTHER_IMAGES = frozenset(
@@ -97,9 +97,13 @@ def described(left_out: Sequence[Path]) -> str:
     """What was left out, as a part of a message, or nothing."""
     if not left_out:
         return ""
-    endings = Counter(path.suffix.lower() or "no ending" for path in left_out).most_common(5)
-    kinds = ", ".join(f"{count} of {ending}" for ending, count in endings)
-    return f" (left out, being neither PNG nor JPEG: {kinds}, such as {left_out[0]})"
+    return f" (left out, being neither PNG nor JPEG: {endings(left_out)}, such as {left_out[0]})"
+
+
+def endings(paths: Iterable[Path]) -> str:
+    """How many files there are of each ending, the most common ones first."""
+    counts = Counter(path.suffix.lower() or "without an ending" for path in paths)
+    return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
 
 
 def _entries(folder: Path, *, recursive: bool) -> Iterator[tuple[str, os.DirEntry[str]]]:

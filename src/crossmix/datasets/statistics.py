@@ -45,8 +45,9 @@ def class_counts(dataset: Dataset[Sample], *, cache: str | os.PathLike[str] | No
         given another `ignore_index`, they are in that column).
 
     Raises:
-        DataError: If a map is missing, damaged, or holds an id in no table, or `cache` is no such file.
-        TypeError: If the items have no label, or `workers` is no int.
+        DataError: If a map is missing, damaged, or holds an id in no table, a sample's label is None, or `cache` is no
+            such file.
+        TypeError: If the items have no `label`, or `workers` is no int.
         ValueError: If `workers` is negative, or `cache` is given for a data set that reads no files.
 
     Example:
@@ -111,9 +112,13 @@ class _Counted(Dataset[Tensor]):
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, i: int) -> Tensor:
-        label = getattr(self.dataset[i], "label", None)
+        item = self.dataset[i]
         name = f"sample {i} of {type(self.dataset).__name__}"
-        if label is None:
+        if not hasattr(item, "label"):
+            raise TypeError(
+                f"`dataset` must hold items with a `label`, as `Sample` has, got {type(item).__name__}; wrap them so."
+            )
+        if (label := item.label) is None:
             raise DataError(f"{name} has no label; read the data set with its labels.")
         if label.numel() and (int(label.min()) < 0 or int(label.max()) > 255):
             raise DataError(f"{name} has labels outside 0..255; map its ids first.")
