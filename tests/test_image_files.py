@@ -244,7 +244,7 @@ def test_check__names_images_of_other_types_and_counts_the_rest(
     assert main(["check", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "GTA5: 3 images (the whole data set has 24966), 3 label maps of label ids, 3 pairs" in out
-    assert "(beside them, no images: 1 .txt)" in out
+    assert "(other files, left out: 1 .txt)" in out
     tif, empty = put(tmp_path / "images" / "4.TIF", encoded(picture(), "tiff")), put(tmp_path / "images" / "5.jpg", b"")
     png(tmp_path / "labels" / "5.png", ids)
     assert main(["check", str(tmp_path), "--workers", "2"]) == 1

@@ -71,7 +71,7 @@ def check(chosen: list[Part], args: argparse.Namespace) -> int:
             flush=True,
         )
         if text := others(one):
-            print(f"  (beside them, no images: {text})", flush=True)
+            print(f"  (other files, left out: {text})", flush=True)
         for line in problems(one, crop=args.crop, workers=args.workers):
             print(f"  {line}", flush=True)
             lines += 1

@@ -126,8 +126,9 @@ def read_header(path: Path) -> Header:
     if start.startswith(JPEG):
         raise DataError(f"{path}: is a JPEG file, which changes ids a little everywhere; save label maps as PNG.")
     if len(start) < 33 or not start.startswith(SIGNATURE) or start[12:16] != b"IHDR":
-        damaged = "is cut off" if start.startswith(SIGNATURE) else f"is {'neither PNG nor JPEG' if start else 'empty'}"
-        raise DataError(f"{path}: {damaged}; convert it to PNG, or copy or download it again.")
+        if not start or start.startswith(SIGNATURE):
+            raise DataError(f"{path}: is {'cut off' if start else 'empty'}; copy or download it again.")
+        raise DataError(f"{path}: is neither PNG nor JPEG; convert it to PNG, or download it again.")
     header = Header(*struct.unpack(">IIBBBBB", start[16:29]))
     check_pixels(path, header.width, header.height)
     return header
