@@ -227,10 +227,20 @@ def augment_on_gpu(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def kernels_on_gpu(document: dict[str, Any]) -> list[str]:
+    """Where the time of a captured step goes."""
+    rows = document["results"]["kernels"]
+    ranked = sorted(rows.items(), key=lambda item: -item[1]["ms"])
+    lines = [f"| {kind} | {row['ms']:.2f} | {row['launches']:.0f} |" for kind, row in ranked]
+    whole = f"| all | {sum(row['ms'] for row in rows.values()):.2f} | {sum(row['launches'] for row in rows.values()):.0f} |"
+    return ["| kernels of one captured step, bf16 | ms | launches |", "|---|---:|---:|", *lines, whole, ""]
+
+
 GPU_TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step": step,
     "step-compiled": step,
     "step-whole": step,
+    "step-kernels": kernels_on_gpu,
     "step-memory": memory,
     "mixing": mixing_on_gpu,
     "augment": augment_on_gpu,

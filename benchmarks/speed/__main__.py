@@ -25,7 +25,8 @@ from benchmarks.speed.common import BIG, RESULTS, commit, machine
 from benchmarks.speed.targets import LINES, Line, table
 
 SUITES = ("mixing", "augment", "loss", "teacher", "optimizer", "evaluation", "input", "step", "step-memory", "scaling")
-CUDA_SUITES = ("mixing", "augment", "loss", "teacher", "optimizer", "step", "step-compiled", "step-memory", "scaling")
+STEPS_ON_CUDA = ("step", "step-compiled", "step-kernels", "step-memory")
+CUDA_SUITES = ("mixing", "augment", "loss", "teacher", "optimizer", *STEPS_ON_CUDA, "scaling")
 
 
 def main() -> int:
@@ -41,7 +42,7 @@ def main() -> int:
             measure = getattr(module, f"measure_{suite.partition('-')[2]}" if "-" in suite else "measure")
             results = measure(args.device, args.rounds, quick=args.quick)
             if args.save:
-                save(suite, args.device, results, args.out)
+                save(suite, args.device, results, args.out, rounds=args.rounds)
             lines += LINES[suite](results, cuda=args.device.startswith("cuda"))
         except Exception:  # noqa: BLE001 - whatever it is, the other suites are to run
             traceback.print_exc()
@@ -83,13 +84,14 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def save(suite: str, device: str, results: object, folder: Path) -> None:
+def save(suite: str, device: str, results: object, folder: Path, *, rounds: int) -> None:
     """Write the results with all that they depend on."""
     document = {
         "suite": suite,
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "commit": commit(),
         "machine": machine(device),
+        "rounds": rounds,
         "results": results,
     }
     path = folder / f"{suite}--{torch.device(device).type}.json"

@@ -39,7 +39,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed.common import held_bytes, in_fresh_process, interleave, peak_mb, show
@@ -205,8 +207,10 @@ def measure(device: str, rounds: int, *, quick: bool) -> dict[str, object]:
     cuda = torch.device(device).type == "cuda"
     names = [name for name, form in known.items() if not (form.compiled and (quick or cuda))]
     size = default_size(device)
-    memory = [name for name in ("released style", "RepeatedSGD") if name in names] if quick else names
-    return measured(size, rounds, names, memory)
+    memory = names
+    if quick:
+        memory = [name for name in ("released style", "RepeatedSGD") if name in names]
+    return measured(size, rounds, names, [] if cuda else memory)  # on a GPU it is `measure_memory` of the same step
 
 
 def measure_compiled(device: str, rounds: int, *, quick: bool) -> dict[str, object]:  # noqa: ARG001 - all are slow
@@ -223,6 +227,43 @@ def measure_memory(device: str, rounds: int, *, quick: bool) -> dict[str, object
     for name, row in rows.items():
         print(f"  {name:24}  {', '.join(f'{key} {value:.0f}' for key, value in row.items())}")
     return {**asdict(size), "rows": rows}
+
+
+KINDS = {  # of kernels, by what their names hold
+    "batch norm": ("batch_norm",),
+    "convolutions": ("xmma", "nvjet", "cutlass", "gemm", "cudnn", "conv"),
+    "guard, optimizer, EMA": ("multi_tensor",),
+    "copies and fills of memory": ("Memcpy", "Memset"),
+    "elementwise": ("elementwise",),
+}
+
+
+def measure_kernels(device: str, rounds: int, *, quick: bool) -> dict[str, object]:  # noqa: ARG001 - it is quick
+    """What the device does in a captured step: milliseconds and launches of each kind of kernel."""
+    size = default_size(device)
+    work, step = stepper(forms(device)["graph"], size)
+    for _ in range(3):
+        step(work.sample())
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(rounds):
+            step(work.sample())
+        torch.cuda.synchronize()
+    events = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    kinds = by_kind([(event.name, event.device_time / 1e3) for event in events], rounds)
+    for kind, row in sorted(kinds.items(), key=lambda item: -item[1]["ms"]):
+        print(f"  {kind:26}  {row['ms']:9.3f} ms  {row['launches']:7.0f} launches")
+    return {**asdict(size), "form": "graph", "tflop": tflop(size), "kernels": kinds}
+
+
+def by_kind(kernels: Sequence[tuple[str, float]], steps: int) -> dict[str, dict[str, float]]:
+    """Milliseconds and launches per step."""
+    found = {kind: {"ms": 0.0, "launches": 0.0} for kind in (*KINDS, "other")}
+    for name, spent in kernels:
+        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
+        found[kind]["ms"] += spent / steps
+        found[kind]["launches"] += 1 / steps
+    return found
 
 
 def measured(size: Size, rounds: int, names: Sequence[str], memory: Sequence[str]) -> dict[str, object]:

@@ -59,7 +59,7 @@ def mixing(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON
         if "crossmix compiled" in rows:
             lines.append(share(f"{what}, compiled", time["crossmix compiled"], time["floor"], "floor", 1))
         if cuda and n >= 32:
-            best = max(row["share_of_copy"] for name, row in rows.items() if name.startswith("crossmix"))
+            best = max(rows[name]["share_of_copy"] for name in ("crossmix", "crossmix compiled") if name in rows)
             lines.append(Line(f"{what}, bandwidth", "of copy", best, 1, "copy", best, 0.8, at_least=True))
     return lines
 
@@ -145,6 +145,12 @@ def memory(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 -
     return [share("step, fp32, memory", used, 11_000, "11 GB", 1, unit="MB")]
 
 
+def kernels(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - on a GPU alone
+    """All kernels of a step against the rate to reach."""
+    spent = sum(row["ms"] for row in results["kernels"].values())
+    return [share("step, captured, all kernels", spent, 25, "40 it/s", 1)]
+
+
 def scaling(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
     """Batch and pixels cost in proportion at most."""
     return [
@@ -165,6 +171,7 @@ LINES: dict[str, Callable[..., list[Line]]] = {
     "step": step,
     "step-compiled": step,
     "step-whole": step,
+    "step-kernels": kernels,
     "step-memory": memory,
     "scaling": scaling,
 }

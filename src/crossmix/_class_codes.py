@@ -54,8 +54,9 @@ class Words(NamedTuple):
     def present(self) -> Tensor:
         """Which classes occur, (N, C + 1) bool."""
         words = self.union
-        # OR the map onto itself, half by half; the halves of an odd length overlap by one, which OR does not mind.
-        while words.shape[1] > 32:
+        # OR the map onto itself, half by half; the halves of an odd length overlap by one, which OR does not mind. On a
+        # GPU launches cost more than what is left to read.
+        while words.shape[1] > (32 if words.device.type == "cpu" else 1 << 14):
             half = (words.shape[1] + 1) // 2
             words = words[:, :half] | words[:, -half:]
         return ((words[:, None] & self.columns[:, None]) != 0).any(2)

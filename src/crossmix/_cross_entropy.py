@@ -6,8 +6,8 @@ gradient is added to that of the small logits at once, which is all that is kept
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,7 +97,10 @@ def sum_by_blocks(
     """
     n, num_classes, small_height, small_width = logits.shape
     height, width = labels.shape[-2:]
-    rows = 16 if logits.device.type == "cpu" else 128  # of a block: what a CPU's cache holds, else few launches
+    # Rows of a block: what a CPU's cache holds; elsewhere 16 megabytes, since each block costs as many launches.
+    rows = 16 if logits.device.type == "cpu" else max(1, (1 << 22) // max(1, n * num_classes * width))
+    down = _Axis.between(height, small_height, logits, align_corners=align_corners)
+    across = _Axis.between(width, small_width, logits, align_corners=align_corners)
     uniform = label_smoothing / num_classes
     index, valid = valid_pixels(labels.transpose(0, 1), num_classes, ignore_index)
     index = index.where(valid, 0).unsqueeze(2)
@@ -111,15 +114,15 @@ def sum_by_blocks(
     small = logits.nan_to_num(0.0, posinf=0.0, neginf=-largest / 4)  # TF32 rounds the very lowest number to -inf
     small = small.permute(2, 0, 1, 3)
     with no_autocast(logits.device):
-        wide = _widened(small, width, align_corners=align_corners)
-        broken = _reached(~(logits.amax(1).abs() < math.inf), (height, width), logits, align_corners=align_corners)
+        wide = across.widen(small)
+        marks = [~(logits.amax(1).abs() < math.inf), logits.amin(1) == -math.inf]
+        broken, ruled_out = _reached(torch.stack(marks, 1), down, across, logits.dtype).split(1, 2)
         scale = scale.masked_fill(broken & ~silent, math.nan)
-        ruled_out = _reached(logits.amin(1) == -math.inf, (height, width), logits, align_corners=align_corners)
         ceiling = torch.full_like(scale, math.inf).masked_fill(ruled_out, limit)
         slope = torch.zeros_like(wide) if with_gradient else None
         buffer = wide.new_empty(min(rows, height), n, num_classes, width)
         total = logits.new_zeros(())
-        for block, near, mixing in _bands(height, small_height, rows, logits, align_corners=align_corners):
+        for block, near, mixing in down.blocks(rows):
             z = buffer[: len(mixing)]
             torch.mm(mixing, wide[near].flatten(1), out=z.flatten(1))
             z -= z.amax(2, keepdim=True)
@@ -141,7 +144,7 @@ def sum_by_blocks(
         if slope is None:
             return total, logits.new_empty(0)
         gradient = torch.zeros_like(small)
-        for block, near, mixing in _bands(width, small_width, 128, logits, align_corners=align_corners):
+        for block, near, mixing in across.blocks():
             gradient[..., near] += slope[..., block] @ mixing
         return total, gradient.permute(1, 2, 0, 3).contiguous()
 
@@ -192,34 +195,46 @@ def _has_finite_loss(logits: Tensor) -> Tensor:
     return (logits.amax(1) - logits.amin(1)) * logits.shape[1] < math.inf
 
 
-def _reached(marks: Tensor, size: Sequence[int], like: Tensor, *, align_corners: bool) -> Tensor:
-    """The pixels (H, N, 1, W) that take something from the marked small ones, (N, h, w) bool."""
-    small = marks.to(like.dtype).transpose(0, 1).unsqueeze(2)
-    wide = _widened(small, size[1], align_corners=align_corners)
-    reached = marks.new_empty(size[0], len(marks), 1, size[1])
-    for block, near, mixing in _bands(size[0], len(small), 128, like, align_corners=align_corners):
+class _Axis(NamedTuple):
+    """Linear interpolation along one axis: place i lies at (i * stride + offset) / unit between the small ones."""
+
+    matrix: Tensor  # (places, small ones)
+    stride: int
+    offset: int
+    unit: int
+
+    @classmethod
+    def between(cls, size: int, small: int, like: Tensor, *, align_corners: bool) -> "_Axis":
+        """In integers: exact."""
+        stride, offset, unit = (
+            (small - 1, 0, max(size - 1, 1)) if align_corners else (2 * small, small - size, 2 * size)
+        )
+        at = (torch.arange(size, device=like.device)[:, None] * stride + offset).clamp(0, unit * (small - 1))
+        distance = (at - unit * torch.arange(small, device=like.device)).abs()
+        return cls((1 - distance.to(like.dtype) / unit).clamp(min=0), stride, offset, unit)
+
+    def blocks(self, step: int | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Which places, of which small ones, by which matrix: 128 at a time on a CPU, elsewhere all at once."""
+        size = len(self.matrix)
+        step = step or (128 if self.matrix.device.type == "cpu" else size)
+        for first in range(0, size, step):
+            last = min(first + step, size)
+            low, high = (max(at * self.stride + self.offset, 0) // self.unit for at in (first, last - 1))
+            near = slice(low, high + 2)
+            yield slice(first, last), near, self.matrix[first:last, near]
+
+    def widen(self, small: Tensor) -> Tensor:
+        """Interpolate along the last axis."""
+        wide = small.new_empty(*small.shape[:-1], len(self.matrix))
+        for block, near, mixing in self.blocks():
+            wide[..., block] = small[..., near] @ mixing.mT
+        return wide
+
+
+def _reached(marks: Tensor, down: _Axis, across: _Axis, dtype: torch.dtype) -> Tensor:
+    """The pixels (H, N, K, W) that take something from the marked small ones, (N, K, h, w) bool."""
+    wide = across.widen(marks.to(dtype).permute(2, 0, 1, 3))
+    reached = marks.new_empty(len(down.matrix), *wide.shape[1:])
+    for block, near, mixing in down.blocks():
         reached[block] = (mixing @ wide[near].flatten(1)).view_as(reached[block]) > 0
     return reached
-
-
-def _widened(small: Tensor, width: int, *, align_corners: bool) -> Tensor:
-    """Rows first, (h, N, C, w), as (h, N, C, W)."""
-    wide = small.new_empty(*small.shape[:3], width)
-    for block, near, mixing in _bands(width, small.shape[3], 128, small, align_corners=align_corners):
-        wide[..., block] = small[..., near] @ mixing.mT
-    return wide
-
-
-def _bands(
-    size: int, small: int, step: int, like: Tensor, *, align_corners: bool
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Linear interpolation by blocks: which places, of which small ones, by which matrix."""
-    # Place i lies at (i * stride + offset) / unit between the small ones. In integers: exact.
-    stride, offset, unit = (small - 1, 0, max(size - 1, 1)) if align_corners else (2 * small, small - size, 2 * size)
-    at = (torch.arange(size, device=like.device)[:, None] * stride + offset).clamp(0, unit * (small - 1))
-    distance = (at - unit * torch.arange(small, device=like.device)).abs()
-    matrix = (1 - distance.to(like.dtype) / unit).clamp(min=0)
-    for first in range(0, size, step):
-        last = min(first + step, size)
-        near = slice(max(first * stride + offset, 0) // unit, max((last - 1) * stride + offset, 0) // unit + 2)
-        yield slice(first, last), near, matrix[first:last, near]

@@ -59,7 +59,8 @@ class QuietLoader(DataLoader[Sample_co]):
 
     Without a `worker_init_fn` the workers call `quiet_worker`; one of your own calls it itself. When a worker dies, as
     for want of memory, the next batch raises a RuntimeError within seconds. (Torch has SIGCHLD raise it wherever this
-    process is, in the midst of a step or of a save too.) Everything else is a DataLoader's.
+    process is, in the midst of a step or of a save too; so it does here once a plain DataLoader has started workers.)
+    Everything else is a DataLoader's.
 
     Example:
         >>> [int(batch.sum()) for batch in QuietLoader(range(4), batch_size=2, num_workers=1)]

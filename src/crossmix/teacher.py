@@ -670,8 +670,11 @@ def _move(pairs: _Pairs, decay: float) -> None:
     """Average pairs in, in place; integers are copied."""
     copied = pairs if decay == 0 else [pair for pair in pairs if not _averages(pair[0])]
     lerped = [] if decay in {0, 1} else [pair for pair in pairs if _averages(pair[0])]
-    if copied:
-        torch._foreach_copy_([old for old, _ in copied], [new for _, new in copied])
+    kinds: dict[tuple[torch.dtype, torch.dtype], _Pairs] = {}  # one launch copies many tensors of one kind
+    for old, new in copied:
+        kinds.setdefault((old.dtype, new.dtype), []).append((old, new))
+    for alike in kinds.values():
+        torch._foreach_copy_([old for old, _ in alike], [new for _, new in alike])
     if not lerped:
         return
     averages = [old for old, _ in lerped]

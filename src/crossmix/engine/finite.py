@@ -1,4 +1,4 @@
-"""A step that went wrong leaves no trace: decided on the device, told to the host when it is known there."""
+"""Roll back steps with non-finite losses or gradients, without a host sync."""
 
 import copy
 import weakref
@@ -85,8 +85,7 @@ class FiniteGuard:
         self._unsettled: tuple[_Flag, _HostState] | None = None
         self._report = _Report()
         self._kept: dict[Tensor, Tensor] = {}
-        self._now: dict[Tensor, Tensor] = {}
-        self._flat: list[tuple[Tensor, Tensor]] = []
+        self._groups: list[_Group] = []
         self._extras: list[nn.Module] = []
         itself = weakref.WeakMethod(self.settle)
         for one in self.optimizers:
@@ -154,13 +153,13 @@ class FiniteGuard:
         if good is None or before is None:
             raise RuntimeError("`restore` needs a `check` before it; check the loss after the backward pass.")
         self._good = self._before = None
-        moving, kept = list(self._kept), list(self._kept.values())
-        if not self._is_known(good):
-            self._choose(good, moving, kept)
-        elif self._heard_good:
-            torch._foreach_copy_(kept, moving)
-        else:
-            torch._foreach_copy_(moving, kept)
+        for group in self._groups:
+            if not self._is_known(good):
+                group.choose(good)
+            elif self._heard_good:
+                torch._foreach_copy_(group.kept, group.moving)
+            else:
+                torch._foreach_copy_(group.moving, group.kept)
         if before.is_needed():
             self._unsettled = _Flag(good, known=self._heard_good), before
             if self._is_known(good):
@@ -177,13 +176,6 @@ class FiniteGuard:
             self._unsettled = None
             if not flag.is_good():
                 before.put_back()
-
-    def _choose(self, good: Tensor, moving: list[Tensor], kept: list[Tensor]) -> None:
-        """Make both what the flag says, which only the device knows: seven passes over memory, in a few launches."""
-        torch._foreach_copy_([self._now[tensor] for tensor in moving], moving)
-        for flat_kept, flat_now in self._flat:
-            torch.where(good.to(flat_kept.device, non_blocking=True), flat_now, flat_kept, out=flat_kept)
-        torch._foreach_copy_(moving, kept)
 
     def _is_known(self, tensor: Tensor) -> bool:
         """Whether the host knows a flag on the device of a tensor without waiting."""
@@ -233,21 +225,43 @@ class FiniteGuard:
         old, moving = self._kept, self._moving()
         if old and old.keys() == moving.keys():
             return
-        self._kept, self._now, self._flat = {}, {}, []
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in moving:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        for (dtype, device), tensors in kinds.items():
-            rows = 1 if self._is_known(tensors[0]) else 2
-            flat = torch.zeros(rows, sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
-            if rows == 2:
-                self._flat.append((flat[0], flat[1]))
-            offset = 0
-            for tensor in tensors:
-                for row, copies in zip(flat, (self._kept, self._now), strict=False):
-                    copies[tensor] = _like(row[offset : offset + tensor.numel()], tensor)
-                offset += tensor.numel()
-                self._kept[tensor].copy_(old.get(tensor, tensor))
+        self._groups = [_Group(tensors, 1 if self._is_known(tensors[0]) else 2) for tensors in kinds.values()]
+        self._kept = {one: kept for group in self._groups for one, kept in zip(group.moving, group.kept, strict=True)}
+        for tensor, kept in self._kept.items():
+            kept.copy_(old.get(tensor, tensor))
+
+
+class _Group:
+    """Tensors of one dtype and device, which few launches copy together, and their copies."""
+
+    def __init__(self, moving: list[Tensor], copies: int) -> None:
+        self.moving = moving
+        size = sum(tensor.numel() for tensor in moving)
+        self.flat = torch.zeros(copies, size, dtype=moving[0].dtype, device=moving[0].device)
+        self.kept, *rest = ([*_views(row, moving)] for row in self.flat)
+        self.now = rest[0] if rest else []
+
+    def choose(self, good: Tensor) -> None:
+        """Make both what the flag says, which only the device knows: seven passes over memory."""
+        kept, now = self.flat
+        torch._foreach_copy_(self.now, self.moving)
+        torch.where(good.to(kept.device, non_blocking=True), now, kept, out=kept)
+        torch._foreach_copy_(self.moving, self.kept)
+
+
+def _views(memory: Tensor, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Memory seen in the shapes of tensors, one after the other, and in their layouts where these have no gaps."""
+    offset = 0
+    for tensor in tensors:
+        part = memory[offset : offset + tensor.numel()]
+        offset += tensor.numel()
+        if tensor.is_contiguous(memory_format=torch.channels_last) and tensor.ndim == 4:
+            yield part.as_strided(tensor.shape, tensor.stride(), part.storage_offset())
+        else:
+            yield part.view(tensor.shape)
 
 
 class _HostState:
@@ -319,13 +333,6 @@ class _Flag:
         if self.event is not None:
             self.event.synchronize()
         return bool(self.good)
-
-
-def _like(memory: Tensor, tensor: Tensor) -> Tensor:
-    """Memory seen in the shape of a tensor, and in its layout where that has no gaps."""
-    if tensor.is_contiguous(memory_format=torch.channels_last) and tensor.ndim == 4:
-        return memory.as_strided(tensor.shape, tensor.stride(), memory.storage_offset())
-    return memory.view(tensor.shape)
 
 
 class _Report:
