@@ -153,7 +153,8 @@ def step(document: dict[str, Any]) -> list[str]:
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     rates = ", ".join(f"{rate:.3g} in {kind}" for kind, rate in result["matmul_tflop_per_s"].items())
-    lines += ["", f"A step is {result['tflop']:.3g} TFLOP; matrix products reach {rates} TFLOP/s.", ""]
+    reached = f"; matrix products reach {rates} TFLOP/s" * bool(rates)
+    lines += ["", f"A step is {result['tflop']:.3g} TFLOP{reached}.", ""]
     return lines + (parts(result["parts"]) if result["parts"] else [])
 
 
@@ -232,7 +233,9 @@ def kernels_on_gpu(document: dict[str, Any]) -> list[str]:
     rows = document["results"]["kernels"]
     ranked = sorted(rows.items(), key=lambda item: -item[1]["ms"])
     lines = [f"| {kind} | {row['ms']:.2f} | {row['launches']:.0f} |" for kind, row in ranked]
-    whole = f"| all | {sum(row['ms'] for row in rows.values()):.2f} | {sum(row['launches'] for row in rows.values()):.0f} |"
+    whole = (
+        f"| all | {sum(row['ms'] for row in rows.values()):.2f} | {sum(row['launches'] for row in rows.values()):.0f} |"
+    )
     return ["| kernels of one captured step, bf16 | ms | launches |", "|---|---:|---:|", *lines, whole, ""]
 
 
@@ -257,8 +260,9 @@ def gpu() -> list[str]:
     for suite, table in GPU_TABLES.items():
         if (RESULTS / f"{suite}--cuda.json").exists():
             document = read(f"{suite}--cuda")
-            machine = document["machine"]
-            lines += [f"On {machine['gpu']}, torch {machine['torch']}, {document['date']}:", "", *table(document)]
+            machine, note = document["machine"], document.get("note", "")
+            lines += [f"On {machine['gpu']}, torch {machine['torch']}, {document['date']}: {note}".rstrip(), ""]
+            lines += table(document)
     return lines or ["No GPU has been measured yet.", ""]
 
 

@@ -1,8 +1,8 @@
-"""The arithmetic of the cross-entropy: pixel by pixel, and summed over smaller logits by blocks of rows.
+"""Cross-entropy per pixel, and its sum over upsampled logits without materialising these.
 
-Upsampling the logits first makes several maps of all classes at full size, forward and backward, which neither a cache
-nor a small GPU holds. The sum needs none of them: each block of rows is interpolated, its losses are added up, and its
-gradient is added to that of the small logits at once, which is all that is kept for the backward pass.
+Upsampling first creates several (N, C, H, W) maps in the forward and the backward pass, more than a CPU's cache or a
+small GPU holds. The sum needs none: it interpolates a block of rows, adds up its losses, and adds the block's gradient
+to that of the small logits, the only tensor kept for the backward pass.
 """
 
 import math
@@ -21,7 +21,7 @@ __all__ = ["pixel_losses", "sum_by_blocks", "upsample_for", "upsampled_sum", "va
 
 
 def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The labels as int64, and where they are classes that count."""
+    """The labels as int64, and where they hold a class that is not ignored."""
     index = labels.long()
     return index, (index >= 0) & (index < num_classes) & (index != ignore_index)
 
@@ -29,15 +29,15 @@ def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[T
 def pixel_losses(
     logits: Tensor, labels: Tensor, weights: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> Tensor:
-    """Weighted losses (N, H, W). Exactly 0 in loss and gradient where ignored or of weight 0, whatever stands there."""
+    """Weighted losses (N, H, W). Ignored pixels and weights of 0 have loss and gradient 0, whatever their logits."""
     logits = logits.to(arithmetic(logits, weights))
     index, counted = valid_pixels(labels, logits.shape[1], ignore_index)
     if weights is not None:
         weights = weight_maps(weights, labels).to(logits.dtype)
-        # A weight of 0 silences what is not finite. A finite loss stays, as the weight's gradient.
+        # A weight of 0 hides a loss that is not finite. A finite one stays, for it is the weight's gradient.
         counted = counted & ((weights != 0) | _has_finite_loss(logits.detach()))
     losses = functional.cross_entropy(
-        logits.where(counted.unsqueeze(1), 0),  # NaN has a NaN gradient, even times 0
+        logits.where(counted.unsqueeze(1), 0),  # the gradient of NaN is NaN even if multiplied by 0
         index.masked_fill(~counted, -100),
         ignore_index=-100,
         label_smoothing=label_smoothing,
@@ -49,7 +49,7 @@ def pixel_losses(
 def upsample_for(logits: Tensor, labels: Tensor, weights: Tensor | None, *, align_corners: bool) -> Tensor:
     """Logits at the labels' size, in the dtype that the loss is computed in."""
     logits = logits.to(arithmetic(logits, weights))
-    if 0 in labels.shape[-2:]:  # torch upsamples to no empty size; a sum over nothing keeps the graph
+    if 0 in labels.shape[-2:]:  # torch cannot upsample to an empty size; the empty sum keeps the graph
         return logits[..., :0, :0].sum().expand(*logits.shape[:2], *labels.shape[-2:])
     return upsample(logits, labels.shape[-2:], align_corners=align_corners)
 
@@ -107,8 +107,8 @@ def sum_by_blocks(
     scale = valid if weights is None else weight_maps(weights, labels).transpose(0, 1).where(valid, 0)
     scale = scale.to(logits.dtype).unsqueeze(2)
     silent = scale == 0
-    # Products of matrices spread NaN and infinity over pixels that they do not reach, so these are taken out of the
-    # logits: very low numbers stand for -inf. Above `limit` a loss is due to one of them.
+    # A matrix product spreads NaN and infinity to pixels that do not depend on them, so they are replaced: -inf by a
+    # very low number, which makes a loss above `limit`; the others by 0, and their pixels are marked in `broken`.
     largest = torch.finfo(logits.dtype).max
     limit = largest * 1e-12
     small = logits.nan_to_num(0.0, posinf=0.0, neginf=-largest / 4)  # TF32 rounds the very lowest number to -inf
@@ -129,7 +129,7 @@ def sum_by_blocks(
             losses = (label_smoothing - 1) * z.gather(2, index[block])
             if label_smoothing:
                 losses -= uniform * z.sum(2, keepdim=True)
-            z *= 1 / math.log(2)  # not earlier: the largest numbers would become infinite
+            z *= 1 / math.log(2)  # not before subtracting the maximum: large logits would overflow
             p = z.exp2_()
             partition = p.sum(2, keepdim=True)
             losses += partition.log()
@@ -172,14 +172,14 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  
     return grad * gradient, None, None
 
 
-# An operator of its own: `torch.compile` calls it as it is, where it would unroll the blocks and undo their economy.
+# A custom operator, so that `torch.compile` calls it as it is instead of unrolling the blocks.
 _operator = torch.library.custom_op("crossmix::upsampled_cross_entropy_sum", sum_by_blocks, mutates_args=())
 _operator.register_fake(_shapes)
 _operator.register_autograd(_backward, setup_context=_save)
 
 
 def _needs_plain_form(logits: Tensor, weights: Tensor | None) -> bool:
-    """Whether derivatives or tensors are of a kind that the operator has no rule for: it would give 0, or fail."""
+    """Whether a derivative or a tensor type is asked for that the operator does not support."""
     if torch._C._are_functorch_transforms_active():  # what `autograd.Function` asks about torch.func
         return True
     given = [logits] if weights is None else [logits, weights]
@@ -191,21 +191,21 @@ def _needs_plain_form(logits: Tensor, weights: Tensor | None) -> bool:
 
 
 def _has_finite_loss(logits: Tensor) -> Tensor:
-    """Where the loss is finite for any label, smoothed or not: (N, H, W)."""
+    """Where the loss is finite for every label, smoothed or not: (N, H, W) bool."""
     return (logits.amax(1) - logits.amin(1)) * logits.shape[1] < math.inf
 
 
 class _Axis(NamedTuple):
-    """Linear interpolation along one axis: place i lies at (i * stride + offset) / unit between the small ones."""
+    """Linear interpolation along one axis: output i lies at input (i * stride + offset) / unit."""
 
-    matrix: Tensor  # (places, small ones)
+    matrix: Tensor  # (outputs, inputs)
     stride: int
     offset: int
     unit: int
 
     @classmethod
     def between(cls, size: int, small: int, like: Tensor, *, align_corners: bool) -> "_Axis":
-        """In integers: exact."""
+        """Interpolate `small` inputs to `size` outputs. Positions are integers over a unit, and so exact."""
         stride, offset, unit = (
             (small - 1, 0, max(size - 1, 1)) if align_corners else (2 * small, small - size, 2 * size)
         )
@@ -214,7 +214,7 @@ class _Axis(NamedTuple):
         return cls((1 - distance.to(like.dtype) / unit).clamp(min=0), stride, offset, unit)
 
     def blocks(self, step: int | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Which places, of which small ones, by which matrix: 128 at a time on a CPU, elsewhere all at once."""
+        """Blocks of outputs, the inputs they depend on, and their matrix: 128 outputs on a CPU, elsewhere all."""
         size = len(self.matrix)
         step = step or (128 if self.matrix.device.type == "cpu" else size)
         for first in range(0, size, step):
@@ -232,7 +232,7 @@ class _Axis(NamedTuple):
 
 
 def _reached(marks: Tensor, down: _Axis, across: _Axis, dtype: torch.dtype) -> Tensor:
-    """The pixels (H, N, K, W) that take something from the marked small ones, (N, K, h, w) bool."""
+    """The pixels (H, N, K, W) that depend on a marked small pixel; marks are (N, K, h, w) bool."""
     wide = across.widen(marks.to(dtype).permute(2, 0, 1, 3))
     reached = marks.new_empty(len(down.matrix), *wide.shape[1:])
     for block, near, mixing in down.blocks():

@@ -25,28 +25,28 @@ class NonFiniteError(RuntimeError):
 
 
 class FiniteGuard:
-    """Undo an optimizer step whose loss or gradients are not finite.
+    """Undo optimizer steps whose loss or gradients are not finite, without a host sync.
 
-    `check` after the backward pass, `restore` after the optimizer and the averages have moved. Everything is then as it
-    was before the step, or as the step left it, as the device finds out: weights, buffers and what optimizers keep. The
-    host learns of a bad step when the flag has arrived, on a GPU a few steps later: `check` then raises.
+    Call `check` after the backward pass and `restore` after the optimizer and the averages have moved. The device then
+    keeps the new weights, buffers and optimizer state if the step was good, and the old ones if it was bad. The host
+    learns of a bad step when the flag has arrived, on a GPU a few steps later; `check` raises then.
 
-    What lives on the host can only be put back there, once it knows: the teacher's count of updates, the `step` of Adam
-    unless it is built with `fused=True` or `capturable=True`, and state that the first step has made. The next `check`
-    does that before anything can depend on it, and to this end waits for the flag of the step before. Since then the
-    host has launched another forward and backward pass, so the device does not run dry. Reading an optimizer's
-    state_dict does the same; before reading a module's, call `settle`.
+    State on the host can only be put back once the host knows: the teacher's update count, Adam's `step` unless it was
+    built with `fused=True` or `capturable=True`, and state that a first step creates. The next `check` does this before
+    anything depends on it. Only then does it wait for the flag of the previous step; a forward and a backward pass have
+    been queued since, so the device does not run dry. Reading an optimizer's state_dict also triggers it; call `settle`
+    before reading a module's.
 
-    It keeps a copy of all that moves and, on a GPU, in passing a second one: for ResNet-101 with a teacher 1 GB.
+    Memory: a copy of everything that moves, on a GPU two: 1 GB for ResNet-101 with a teacher.
 
     Args:
-        modules: Modules whose parameters and buffers move: student, teacher, averages. What they return from
-            `get_extra_state` is put back too.
-        optimizer: Its parameters and its state move too; or several.
-        skip: How many bad steps are passed over before one is an error.
+        modules: Modules whose parameters and buffers move: student, teacher, averages. Their `get_extra_state` is put
+            back too.
+        optimizer: One optimizer or several; their parameters and state are put back too.
+        skip: How many bad steps to undo before one is an error.
 
     Attributes:
-        skipped: How many bad steps there were, as far as the host knows.
+        skipped: Bad steps so far, as far as the host knows.
 
     Raises:
         TypeError: If `optimizer` is neither an optimizer nor several.
@@ -96,7 +96,7 @@ class FiniteGuard:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Take everything as it is now for good: after loading a checkpoint, say."""
+        """Accept the present state as good, for instance after loading a checkpoint."""
         self._good = self._before = self._unsettled = None
         every = (module for root in self.modules for module in root.modules())
         self._extras = [one for one in every if type(one).get_extra_state is not nn.Module.get_extra_state]
@@ -105,16 +105,16 @@ class FiniteGuard:
 
     @torch.no_grad()
     def check(self, loss: Tensor, step: int, *, gradients: bool = True) -> None:
-        """Look at the loss and at all gradients, of all ranks, on the device.
+        """Check the loss and all gradients, of all ranks, on the device.
 
         Args:
             loss: Scalar.
-            step: What errors call this step.
-            gradients: Whether to look at gradients; not with a GradScaler, to whom infinite ones are normal.
+            step: The step's number in error messages.
+            gradients: Whether to check gradients. Pass False with a GradScaler, which expects infinite ones.
 
         Raises:
-            NonFiniteError: If there was one bad step too many: this one on a CPU, on a GPU one of the last few.
-                Everything is then as it was before this step.
+            NonFiniteError: If there were more than `skip` bad steps. The last one is this step on a CPU, and one of the
+                last few on a GPU. Everything is then as it was before this step.
         """
         self.settle()
         self._keep_new()
@@ -144,7 +144,7 @@ class FiniteGuard:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undo what has moved since the last `restore` or `keep`, if the last `check` was bad.
+        """Undo everything since the last `restore` or `keep` if the last `check` found a bad step.
 
         Raises:
             RuntimeError: If there was no `check`.
@@ -167,9 +167,9 @@ class FiniteGuard:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Put back what lives on the host if the last step was bad, waiting until that is known.
+        """Wait for the last step's flag, and put back the host's state if it was bad.
 
-        `check` does it by itself. Call it before reading counts: the state_dict of a `MeanTeacher` for a checkpoint.
+        `check` does so by itself. Call it before reading counts, such as a `MeanTeacher`'s state_dict for a checkpoint.
         """
         if self._unsettled is not None:
             flag, before = self._unsettled
@@ -178,11 +178,11 @@ class FiniteGuard:
                 before.put_back()
 
     def _is_known(self, tensor: Tensor) -> bool:
-        """Whether the host knows a flag on the device of a tensor without waiting."""
+        """Whether the host can read a flag on this tensor's device without waiting."""
         return tensor.device.type != "cuda"
 
     def _gradients_are_finite(self, device: torch.device) -> Tensor:
-        """Whether all gradients of all optimizers are, as a scalar on a device."""
+        """Whether all gradients of all optimizers are finite, as a bool scalar on a device."""
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for parameter in self._parameters():
             if (gradient := parameter.grad) is not None:
@@ -190,7 +190,7 @@ class FiniteGuard:
                 kinds.setdefault((values.device, values.dtype), []).append(values)
         finite = torch.ones((), dtype=torch.bool, device=device)
         for (_, dtype), found in kinds.items():
-            half = dtype in {torch.float16, torch.bfloat16}  # in which a norm is soon infinite
+            half = dtype in {torch.float16, torch.bfloat16}  # norms overflow in these
             norms = torch._foreach_norm(found, 2, torch.float32 if half else None)
             finite = finite & torch.stack(norms).isfinite().all().to(device)
         return finite
@@ -199,7 +199,7 @@ class FiniteGuard:
         return (p for one in self.optimizers for group in one.param_groups for p in group["params"])
 
     def _moving(self) -> dict[Tensor, None]:
-        """Each tensor once. Where there is a device, what is not on it is the host's, and not here."""
+        """Every tensor that moves, once; with parameters on a device, without those on the host."""
         tensors: dict[Tensor, None] = {}
         for module in self.modules:
             tensors.update(dict.fromkeys(module.parameters()))
@@ -213,15 +213,12 @@ class FiniteGuard:
         return tensors
 
     def _on_host(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Those that the device does not put back."""
+        """The tensors that the host has to put back."""
         found = [tensor for tensor in tensors if tensor.is_cpu]
         return found if any(not parameter.is_cpu for parameter in self._parameters()) else []
 
     def _keep_new(self) -> None:
-        """Copy what has no copy yet: at first everything, later the state that a step has made.
-
-        Two copies where the device chooses, as views into one long tensor each, so that it is one pass.
-        """
+        """Copy everything that moves; again when a step has created state."""
         old, moving = self._kept, self._moving()
         if old and old.keys() == moving.keys():
             return
@@ -235,7 +232,10 @@ class FiniteGuard:
 
 
 class _Group:
-    """Tensors of one dtype and device, which few launches copy together, and their copies."""
+    """Tensors of one dtype and device, which copy in a few launches, and their copies.
+
+    Copies are views into one flat tensor, so that choosing between two of them is one `where`.
+    """
 
     def __init__(self, moving: list[Tensor], copies: int) -> None:
         self.moving = moving
@@ -245,7 +245,7 @@ class _Group:
         self.now = rest[0] if rest else []
 
     def choose(self, good: Tensor) -> None:
-        """Make both what the flag says, which only the device knows: seven passes over memory."""
+        """Keep the new values if `good`, else put back the old ones: seven passes over memory, no sync."""
         kept, now = self.flat
         torch._foreach_copy_(self.now, self.moving)
         torch.where(good.to(kept.device, non_blocking=True), now, kept, out=kept)
@@ -253,7 +253,7 @@ class _Group:
 
 
 def _views(memory: Tensor, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Memory seen in the shapes of tensors, one after the other, and in their layouts where these have no gaps."""
+    """Views of flat memory, one for each tensor, of its shape and memory format."""
     offset = 0
     for tensor in tensors:
         part = memory[offset : offset + tensor.numel()]
@@ -265,9 +265,9 @@ def _views(memory: Tensor, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 class _HostState:
-    """What optimizers and modules have on the host before a step: counts, and which tensors belong to a state.
+    """The host's part of the state before a step: counts, extra state, and which tensors an optimizer holds.
 
-    A value is saved beside what it was; a tensor that the device puts back is its own.
+    Each value is a pair: the object, and its copy. A tensor that the device puts back is paired with itself.
     """
 
     def __init__(
@@ -285,7 +285,7 @@ class _HostState:
         self.extras = [(module, module.get_extra_state()) for module in extras]
 
     def is_needed(self) -> bool:
-        """Whether the step may have changed something that the device does not put back."""
+        """Whether the step may have changed anything on the host."""
         return bool(self.extras) or any(map(self._differs, self.states))
 
     def put_back(self) -> None:
@@ -318,7 +318,7 @@ class _HostState:
 
 
 class _Flag:
-    """Whether a step was good: what the host was told of it, or, from a GPU, on its way."""
+    """Whether a step was good; from a GPU the answer is copied asynchronously."""
 
     def __init__(self, good: Tensor, *, known: bool) -> None:
         self.good: Tensor | bool = known
@@ -329,14 +329,14 @@ class _Flag:
             self.event.record()
 
     def is_good(self) -> bool:
-        """Wait for it."""
+        """The answer, once it has arrived."""
         if self.event is not None:
             self.event.synchronize()
         return bool(self.good)
 
 
 class _Report:
-    """Carries the count of bad steps, and the latest of them, from the device to the host without waiting."""
+    """Carry the number of bad steps, and the latest one, from device to host asynchronously."""
 
     def __init__(self) -> None:
         self._on_device: Tensor | None = None
@@ -344,7 +344,7 @@ class _Report:
         self._told = 0
 
     def tell(self, good: Tensor, step: int) -> tuple[int, int] | None:
-        """Note a step; return the count and the latest bad step when the host hears of a new one."""
+        """Count a step; return the number of bad steps and the latest one if the host hears of a new one."""
         if self._on_device is None:
             self._on_device = torch.zeros(2, dtype=torch.int64, device=good.device)
         count, latest = self._on_device
@@ -356,7 +356,7 @@ class _Report:
         return self._told, int(heard[1])
 
     def _landed(self, now: Tensor) -> Tensor | None:
-        """The copy that was on its way, if it is here; then the next one is sent."""
+        """The previous copy if it has arrived, in which case the next one is sent."""
         heard = None
         if self._flying is not None:
             copy, event = self._flying
