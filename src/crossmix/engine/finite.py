@@ -86,6 +86,8 @@ class FiniteGuard:
         self._report = _Report()
         self._kept: dict[Tensor, Tensor] = {}
         self._groups: list[_Group] = []
+        self._inside: list[nn.Module] = []
+        self._seen: list[int] = []
         self._extras: list[nn.Module] = []
         itself = weakref.WeakMethod(self.settle)
         for one in self.optimizers:
@@ -219,16 +221,27 @@ class FiniteGuard:
 
     def _keep_new(self) -> None:
         """Copy everything that moves; again when a step has created state."""
-        old, moving = self._kept, self._moving()
-        if old and old.keys() == moving.keys():
+        seen = [id(value) for values in self._holders() for value in values]  # of objects that are kept alive
+        if self._kept and seen == self._seen:
             return
-        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in moving:
+        self._inside = [part for module in self.modules for part in module.modules()]
+        self._seen = [id(value) for values in self._holders() for value in values]
+        old, kinds = self._kept, dict[tuple[torch.dtype, torch.device], list[Tensor]]()
+        for tensor in self._moving():
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         self._groups = [_Group(tensors, 1 if self._is_known(tensors[0]) else 2) for tensors in kinds.values()]
         self._kept = {one: kept for group in self._groups for one, kept in zip(group.moving, group.kept, strict=True)}
         for tensor, kept in self._kept.items():
             kept.copy_(old.get(tensor, tensor))
+
+    def _holders(self) -> Iterator[Iterable[object]]:
+        """What modules and optimizers hold: the same objects as long as nothing is added or replaced."""
+        for part in self._inside:
+            yield from (part._parameters.values(), part._buffers.values(), part._modules.values())
+        for one in self.optimizers:
+            yield from (group["params"] for group in one.param_groups)
+            for state in one.state.values():
+                yield (value for value in state.values() if isinstance(value, Tensor))
 
 
 class _Group:
