@@ -1,12 +1,16 @@
 """Slow statements of what the library computes, pixel by pixel, from the paper and from what the released code does."""
 
 import math
+import struct
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import kornia.enhance
 import kornia.filters
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from crossmix.augment import AugmentDraw
@@ -157,3 +161,22 @@ def colour_operation(image: Tensor, draw: AugmentDraw, i: int, operation: int, f
             return kornia.enhance.adjust_saturation(image, saturation)
         return (saturation * image + (1 - saturation) * grey).clamp(0, 1)
     return kornia.enhance.adjust_hue(image, float(draw.hue[i]) * 2 * math.pi)
+
+
+def save(path: Path, array: np.ndarray, **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+
+
+def deep_png(path: Path, pixels: np.ndarray) -> None:
+    """A 16-bit PNG, grey or RGB, written from the specification: high byte first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width, channels = pixels.shape
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)

@@ -15,7 +15,7 @@ from crossmix.datasets import GTA5, Cityscapes, DataError, Sample, SegmentationF
 from crossmix.datasets._png import read_png
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES, CLASSES_13, CLASSES_16, PALETTE, label_ids, train_ids
 from crossmix.engine import KeyedCrops
-from oracles import seeded
+from oracles import deep_png, save, seeded
 
 LABEL_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
              28: 15, 31: 16, 32: 17, 33: 18}  # fmt: skip
@@ -28,11 +28,6 @@ def ids(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return torch.randint(0, 256, (height, width, 3), generator=seeded(seed)).numpy().astype(np.uint8)
-
-
-def save(path: Path, array: np.ndarray, **options: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **options)
 
 
 def palette_png(path: Path, array: np.ndarray, bits: int) -> None:
@@ -333,20 +328,6 @@ def test_folders__missing_empty_or_unpaired(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ SYNTHIA, and folders
-
-
-def deep_png(path: Path, pixels: np.ndarray) -> None:
-    """A 16-bit PNG, grey or RGB, written from the specification: high byte first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    height, width, channels = pixels.shape
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
-    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
 SYNTHIA_TRAIN_IDS = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 1: 10, 10: 11, 17: 12, 8: 13, 19: 15,

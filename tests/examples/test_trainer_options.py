@@ -12,9 +12,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from test_trainer_stops import changed, own_data, poison
 
 from crossmix.datasets import StreetScenes
-from test_trainer_stops import changed, own_data, poison
 
 __all__ = ["own_data"]  # a fixture
 

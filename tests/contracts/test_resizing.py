@@ -16,7 +16,7 @@ from crossmix.datasets import Sample, SegmentationFolder, write_png
 from crossmix.evaluation import evaluate, resize_labels
 from crossmix.visualize import colorize
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 Size = tuple[int, int]
 
 

@@ -11,7 +11,7 @@ import torch
 from crossmix.datasets import SegmentationFolder, StreetScenes, write_png
 from crossmix.evaluation import evaluate
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZE = (64, 128)
 
 

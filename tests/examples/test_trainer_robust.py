@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_trainer import EXAMPLE, assert_same, final, tensors
 
 from crossmix.datasets import StreetScenes
 from crossmix.engine import FolderLock
 from crossmix.models import deeplab_v2_tiny
-from test_trainer import EXAMPLE, assert_same, final, tensors
+from oracles import deep_png, save
 
 
 @pytest.fixture(autouse=True)
@@ -349,8 +350,6 @@ def test_synthia__trains_and_reports_16_and_13_classes(
     method: str,
     recipe: str,
 ) -> None:
-    from test_datasets import deep_png, save
-
     scenes = StreetScenes(4, size=(32, 64))
     ids = torch.tensor([3, 4, 2, 21, 5, 7, 15, 9, 6, 0, 1, 10, 17, 8, 0, 19, 0, 12, 11] + [0] * 237)
     for i in range(4):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from kornia_rs import io
 from PIL import Image, ImageOps
+from test_evaluate_example import EXAMPLES, load
 from torch import Tensor
 from torch.nn import functional as tf
 
@@ -18,7 +19,6 @@ from crossmix.datasets import StreetScenes, write_png
 from crossmix.datasets._png import read_png
 from crossmix.models import DeepLabV2, deeplab_v2_tiny, save_weights
 from crossmix.visualize import colorize
-from test_evaluate_example import EXAMPLES, load
 
 
 @pytest.fixture

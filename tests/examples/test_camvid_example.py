@@ -9,7 +9,7 @@ import torch
 from crossmix.datasets import write_png
 from oracles import seeded
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "camvid_day_to_dusk.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "camvid_day_to_dusk.py"
 
 
 def test_camvid__trains_and_prints_both_columns(

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_trainer import EXAMPLE, assert_same, final
+from test_trainer_robust import TORCHRUN, one_thread, start, wait_for_step
 from torch.nn import functional
 
 from crossmix.datasets import Sample, StreetScenes, write_png
 from crossmix.engine import KeyedCrops
 from crossmix.models import deeplab_v2_tiny, save_weights
-from test_trainer import EXAMPLE, assert_same, final
-from test_trainer_robust import TORCHRUN, one_thread, start, wait_for_step
 
 __all__ = ["one_thread"]  # a fixture
 

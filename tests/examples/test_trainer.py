@@ -15,7 +15,7 @@ from crossmix.datasets._png import read_png
 from crossmix.models import deeplab_v2_tiny, save_weights
 from crossmix.optim import RepeatedSGD
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "dacs_gta5.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "dacs_gta5.py"
 
 
 def final(out: Path, step: int = 4) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from crossmix.datasets.classes import CLASS_NAMES, CLASSES_13, CLASSES_16
 from crossmix.evaluation import evaluate
 from crossmix.models import WeightsError, deeplab_v2_tiny, save_weights
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

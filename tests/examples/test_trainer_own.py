@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from test_trainer import assert_same, final
 
 from crossmix.datasets import StreetScenes, write_png
-from test_trainer import assert_same, final
 
 NAMES = ["ground", "things", "sky", "living"]
 MODULE = """

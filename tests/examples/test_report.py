@@ -20,7 +20,7 @@ import pytest
 
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES_16
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NASTY = """<script>alert("1")</script>&'"</style>$x$ \udcff"""
 SHOWN = NASTY.replace("\udcff", "?")  # UTF-8 cannot hold it
 
