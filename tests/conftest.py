@@ -1,9 +1,8 @@
 """Fixtures for data on disk and for the trainer; tests that need a GPU skip without one."""
 
-import importlib.util
 import os
+import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +11,7 @@ import pytest
 import torch
 
 from crossmix.datasets import StreetScenes
-
-TRAINER = Path(__file__).parent.parent / "examples" / "dacs_gta5.py"
+from runs import changed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,15 +43,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As the processes that tests start have: sums over several threads round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
 def trainer() -> ModuleType:
-    sys.path.insert(0, str(TRAINER.parent))  # as for a script
-    spec = importlib.util.spec_from_file_location("dacs_gta5", TRAINER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dacs_gta5"] = module
-    spec.loader.exec_module(module)
-    return module
+    import dacs_gta5
+
+    return dacs_gta5
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "--source-size", "native", "--target-size", "32x64", "--evaluation", "32x64", "--crop", "32", "--steps", "4",
         "--workers", "0", "--device", "cpu", "--save-every", "2", "--eval-every", "2", "--log-every", "1",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def own_data(folders: list[str], tmp_path: Path) -> list[str]:
+    """The flags, on data that a test may break."""
+    for name, folder in (("gta5", folders[1]), ("cs", folders[3])):
+        shutil.copytree(folder, tmp_path / "data" / name)
+    return changed(folders, gta5=str(tmp_path / "data" / "gta5"), cityscapes=str(tmp_path / "data" / "cs"))
 
 
 @pytest.fixture

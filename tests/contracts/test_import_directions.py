@@ -75,6 +75,17 @@ def imports(path: Path) -> set[str]:
     return {name.removeprefix("crossmix").removeprefix(".") for name in found if name.split(".")[0] == "crossmix"}
 
 
+def modules(path: Path) -> set[str]:
+    """The top-level modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
 def room(path: Path) -> str:
     relative = path.relative_to(PACKAGE)
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
@@ -98,6 +109,13 @@ def test_outside__uses_public_names_only(folder: str) -> None:
             assert parts[0] in PUBLIC_ROOMS or parts[0][0].isupper(), f"{path}: {name}"
 
 
+def test_tests__import_no_other_test_file() -> None:
+    """What tests share is in conftest.py, oracles.py, checks.py and runs.py."""
+    files = {path.stem for path in (ROOT / "tests").rglob("test_*.py")} | {"conftest"}
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not modules(path) & (files | {"tests"}), path
+
+
 def test_rooms__every_one_is_in_the_table() -> None:
     assert {room(path) for path in PACKAGE.rglob("*.py")} == set(ALLOWED)
 
@@ -117,21 +135,11 @@ def declared() -> tuple[set[str], set[str]]:
     return names(project["dependencies"]), set().union(*extras) - {"crossmix"}
 
 
-def others(path: Path) -> set[str]:
-    """The modules of other distributions that a file imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").split(".")[0])
-    return found - sys.stdlib_module_names - {"crossmix"}
-
-
 def test_dependencies__what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     core, extras = declared()
     distributions = packages_distributions()
-    imported = {module: path.name for path in PACKAGE.rglob("*.py") for module in others(path)}
+    ours = sys.stdlib_module_names | {"crossmix"}
+    imported = {module: path.name for path in PACKAGE.rglob("*.py") for module in modules(path) - ours}
     used = {normal(distributions.get(module, [module])[0]): f"{module} in {name}" for module, name in imported.items()}
     assert not used.keys() - core - extras, {used[name] for name in used.keys() - core - extras}
     assert core <= used.keys(), f"declared and never imported: {core - used.keys()}"

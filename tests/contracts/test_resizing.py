@@ -1,7 +1,5 @@
 """One nearest-neighbour resize of label maps: whatever resizes them takes the pixels that Pillow takes."""
 
-import importlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
+import camvid_day_to_dusk
+import pictures
 from crossmix.datasets import Sample, SegmentationFolder, write_png
 from crossmix.evaluation import evaluate, resize_labels
 from crossmix.visualize import colorize
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 Size = tuple[int, int]
 
 
@@ -65,22 +64,15 @@ SIZES = [
 ]
 
 
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], object]:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module
-
-
 @pytest.mark.parametrize(("old", "new"), SIZES)
 def test_pictures_readers_and_examples__take_the_pixels_that_pillow_takes(
-    old: Size, new: Size, example: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    old: Size, new: Size, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = (places(old) * 7 % 11).to(torch.uint8)
     want = by_pillow(labels, new)
 
-    pictures = example("pictures")
     sample = Sample(torch.zeros(3, *old, dtype=torch.uint8), labels, "a")
-    row = pictures.predicted_rows(nn.Conv2d(3, 19, 1), [sample], new, "cpu")[0]  # type: ignore[attr-defined]
+    row = pictures.predicted_rows(nn.Conv2d(3, 19, 1), [sample], new, "cpu")[0]
     assert torch.equal(row[2], colorize(want))
 
     for folder in ("images", "labels"):
@@ -90,10 +82,9 @@ def test_pictures_readers_and_examples__take_the_pixels_that_pillow_takes(
     read = SegmentationFolder(tmp_path / "images", tmp_path / "labels", size=new)[0]
     assert torch.equal(read.label.long(), want)
 
-    camvid = example("camvid_day_to_dusk")
-    monkeypatch.setattr(camvid, "SIZE", new)
+    monkeypatch.setattr(camvid_day_to_dusk, "SIZE", new)
     Image.fromarray(labels.numpy()).convert("RGB").save(tmp_path / "labels" / "a.png")
-    assert torch.equal(camvid.load(tmp_path)[1][0].long(), want)  # type: ignore[attr-defined]
+    assert torch.equal(camvid_day_to_dusk.load(tmp_path)[1][0].long(), want)
 
 
 def test_resize_labels__refuses() -> None:

@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -14,23 +11,7 @@ from torch import Tensor, nn
 
 from crossmix import DistributionAlignment, MeanTeacher
 from crossmix.engine import FiniteGuard, NonFiniteError, StopRequest
-
-
-def start(code: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(process: subprocess.Popen[str], word: str) -> None:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.strip() == word, (line, process.stderr.read() if process.stderr else "")
-
+from runs import start_code, wait_for
 
 LOOP = """
     import sys, time
@@ -47,7 +28,7 @@ LOOP = """
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop__finishes_the_step(number: signal.Signals) -> None:
-    process = start(LOOP, "0")
+    process = start_code(LOOP, "0")
     wait_for(process, "ready")
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
@@ -56,7 +37,7 @@ def test_stop__finishes_the_step(number: signal.Signals) -> None:
 
 
 def test_stop__a_second_ctrl_c_ends_at_once() -> None:
-    process = start(LOOP, "600")
+    process = start_code(LOOP, "600")
     wait_for(process, "ready")
     process.send_signal(signal.SIGINT)
     wait_for(process, "asked")
@@ -96,7 +77,7 @@ RANKS = """
 
 @pytest.mark.slow
 def test_stop__all_ranks_at_the_same_step(tmp_path: Path) -> None:
-    processes = [start(RANKS, str(rank), str(tmp_path / "store")) for rank in range(2)]
+    processes = [start_code(RANKS, str(rank), str(tmp_path / "store")) for rank in range(2)]
     for process in processes:
         output, errors = process.communicate(timeout=120)
         assert output.strip() == "3", errors

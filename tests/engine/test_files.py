@@ -6,30 +6,12 @@ import os
 import platform
 import re
 import stat
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 from crossmix._files import BusyError, FolderLock, amount, whole_file, write_whole
-
-
-def start(code: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(process: subprocess.Popen[str], word: str) -> None:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.strip() == word, (line, process.stderr.read() if process.stderr else "")
+from runs import start_code, wait_for
 
 
 def test_write_whole__replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -120,7 +102,7 @@ def test_whole_file__survives_a_kill_of_its_writer(tmp_path: Path) -> None:
             print("writing", flush=True)
             sys.stdin.read()
     """
-    process = start(code, str(path))
+    process = start_code(code, str(path))
     wait_for(process, "writing")
     process.kill()
     process.communicate()
@@ -160,7 +142,7 @@ HOLD = """
 
 def test_lock__names_its_holder_and_is_gone_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = start(HOLD, str(folder))
+    process = start_code(HOLD, str(folder))
     wait_for(process, "held")
     holder = rf"process {process.pid} on {re.escape(platform.node())} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
     for _ in range(2):  # the first who is refused leaves the name for the second
@@ -180,7 +162,7 @@ def test_lock__names_its_holder_and_is_gone_with_it(tmp_path: Path) -> None:
 
 
 def test_lock__may_be_waited_for(tmp_path: Path) -> None:
-    process = start(HOLD, str(tmp_path))
+    process = start_code(HOLD, str(tmp_path))
     wait_for(process, "held")
     told = []
 
@@ -213,7 +195,7 @@ def test_lock__is_its_process_s_alone_and_not_that_of_forked_ones(tmp_path: Path
             print(child, flush=True)
             time.sleep(60)
     """
-    process = start(code, str(tmp_path), end)
+    process = start_code(code, str(tmp_path), end)
     assert process.stdout is not None
     child = int(process.stdout.readline())
     # The child let go of its copy, and not of the lock.
@@ -263,6 +245,6 @@ def test_lock__asks_for_the_extra(tmp_path: Path, found: str) -> None:
         except ImportError as error:
             print(error)
     """
-    output, errors = start(code, str(tmp_path), found).communicate()
+    output, errors = start_code(code, str(tmp_path), found).communicate()
     assert "pip install crossmix[train]" in output, errors
     assert found == "nothing" or "is 3.16.0" in output

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from runs import wait_for
+
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs process groups")
 METHODS = ["fork", "spawn", "forkserver"]
 
@@ -78,12 +80,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-
-
-def wait_for(process: subprocess.Popen[str], word: str) -> None:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.strip() == word, (line, process.stderr.read() if process.stderr else "")
 
 
 def workers(folder: Path) -> list[int]:

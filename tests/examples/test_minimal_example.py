@@ -1,29 +1,22 @@
 """The smallest example learns, and runs on folders of one's own; every example has its line in their README."""
 
-import importlib
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+import minimal
 from crossmix.datasets import SegmentationFolder, StreetScenes, write_png
 from crossmix.evaluation import evaluate
+from runs import EXAMPLES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZE = (64, 128)
 
 
-@pytest.fixture
-def minimal(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    torch.manual_seed(0)
-    return importlib.import_module("minimal")
-
-
 @pytest.mark.slow
-def test_minimal__learns_the_unlabelled_domain(minimal: ModuleType) -> None:
+def test_minimal__learns_the_unlabelled_domain() -> None:
+    torch.manual_seed(0)
     network = minimal.small_network()
     minimal.train(network, StreetScenes(200, size=SIZE), StreetScenes(200, domain="target", size=SIZE), steps=200)
     scores = evaluate(network, StreetScenes(50, domain="target", size=SIZE, seed=1))["native"].compute()
@@ -31,12 +24,13 @@ def test_minimal__learns_the_unlabelled_domain(minimal: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 6])  # fewer than a batch, too
-def test_minimal__runs_on_folders_as_its_docstring_says(minimal: ModuleType, tmp_path: Path, count: int) -> None:
+def test_minimal__runs_on_folders_as_its_docstring_says(tmp_path: Path, count: int) -> None:
     for domain, size in (("source", (80, 100)), ("target", (60, 140))):  # of other sizes than SIZE, and of each other
         for i, (image, label, _) in enumerate(StreetScenes(count, domain=domain, size=size)):  # type: ignore[arg-type]
             for kind, pixels in (("images", image), ("labels", label)):
                 (tmp_path / domain / kind).mkdir(parents=True, exist_ok=True)
                 write_png(tmp_path / domain / kind / f"{i}.png", pixels)
+    torch.manual_seed(0)
     network = minimal.small_network()
     before = [parameter.clone() for parameter in network.parameters()]
     images, labels = tmp_path / "source" / "images", tmp_path / "source" / "labels"

@@ -4,26 +4,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from kornia_rs import io
 from PIL import Image, ImageOps
-from test_evaluate_example import EXAMPLES, load
 from torch import Tensor
 from torch.nn import functional as tf
 
+import predict
 from crossmix.datasets import StreetScenes, write_png
 from crossmix.datasets._png import read_png
 from crossmix.models import DeepLabV2, deeplab_v2_tiny, save_weights
 from crossmix.visualize import colorize
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load("predict", monkeypatch)
 
 
 @pytest.fixture
@@ -52,7 +46,7 @@ def expected(model: DeepLabV2, image: Tensor, size: tuple[int, int] | None) -> T
 
 @pytest.mark.parametrize("size", ["32x64", "native"])
 def test_predict__ids_colors_and_overlay(
-    size: str, script: ModuleType, model: DeepLabV2, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    size: str, model: DeepLabV2, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "photos"
     (folder / "deep").mkdir(parents=True)
@@ -64,7 +58,9 @@ def test_predict__ids_colors_and_overlay(
     images["deep/two"] = torch.from_numpy(np.array(Image.open(folder / "deep" / "two.JPG"))).permute(2, 0, 1)
     (folder / "notes.txt").write_text("no picture")
     out = tmp_path / "out"
-    assert script.main(["--weights", weights, "--network", "tiny", str(folder), "--out", str(out), "--size", size]) == 0
+    assert (
+        predict.main(["--weights", weights, "--network", "tiny", str(folder), "--out", str(out), "--size", size]) == 0
+    )
     assert f"2 of 2 images into {out}" in capsys.readouterr().out
     assert len([path for path in out.rglob("*") if path.is_file()]) == 6
     for name, image in images.items():
@@ -79,34 +75,22 @@ def test_predict__ids_colors_and_overlay(
         assert (read_png(out / f"{name}_overlay.png").double() - blend).abs().max() <= 0.5
 
 
-def test_predict__own_checkpoints_by_entry_and_only_what_is_asked(
-    script: ModuleType, model: DeepLabV2, tmp_path: Path
-) -> None:
+def test_predict__own_checkpoints_by_entry_and_only_what_is_asked(model: DeepLabV2, tmp_path: Path) -> None:
     other = deeplab_v2_tiny(19, aspp_branches=2)
     path = tmp_path / "copied.pt"
     teacher = {f"module.{name}": value for name, value in model.state_dict().items()}
     config = {"network": "tiny", "aspp_branches": 2, "target_size": "48x80"}
     torch.save({"student": other.state_dict(), "teacher": teacher, "step": 1, "config": config}, path)
     write_png(tmp_path / "x.png", picture())
-    command = [
-        "--weights",
-        str(path),
-        "--entry",
-        "teacher",
-        str(tmp_path / "x.png"),
-        "--what",
-        "ids",
-    ]
-    assert script.main([*command, "--out", str(tmp_path / "out")]) == 0
+    command = ["--weights", str(path), "--entry", "teacher", str(tmp_path / "x.png"), "--what", "ids"]
+    assert predict.main([*command, "--out", str(tmp_path / "out")]) == 0
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["x_trainIds.png"]
     ids = read_png(tmp_path / "out" / "x_trainIds.png")[0]
     assert torch.equal(ids.long(), expected(model, picture(), (48, 80)))
     assert not torch.equal(ids.long(), expected(other.eval(), picture(), (48, 80)))
 
 
-def test_predict__folders_by_the_one_listing(
-    script: ModuleType, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict__folders_by_the_one_listing(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()
@@ -119,7 +103,7 @@ def test_predict__folders_by_the_one_listing(
     for name in ("._A.PNG", "Thumbs.db", "d.heic", "linked/e.txt"):
         (folder / name).write_bytes(b"something else")
     command = ["--weights", weights, "--network", "tiny", str(folder), "--size", "32x64", "--what", "ids"]
-    assert script.main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert predict.main([*command, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
     assert "5 of 5 images" in printed.out
     assert f"{folder}: left out, being neither PNG nor JPEG: d.heic, linked/e.txt" in printed.err
@@ -128,11 +112,11 @@ def test_predict__folders_by_the_one_listing(
     assert names == [f"{stem}_trainIds.png" for stem in stems]
 
 
-def test_argmax_at__is_the_argmax_of_the_upsampled_logits(script: ModuleType) -> None:
+def test_argmax_at__is_the_argmax_of_the_upsampled_logits() -> None:
     logits = torch.randn(1, 7, 5, 9, generator=torch.Generator().manual_seed(0))
     logits[:, 3] = logits[:, 1]  # of equals the first, as argmax has it
     whole = tf.interpolate(logits, size=(37, 53), mode="bilinear", align_corners=True)[0]
-    assert torch.equal(script.argmax_at(logits, (37, 53)).long(), whole.argmax(0))
+    assert torch.equal(predict.argmax_at(logits, (37, 53)).long(), whole.argmax(0))
 
 
 def png(width: int, height: int, bits: int, color: int) -> bytes:
@@ -147,60 +131,37 @@ def jpeg(width: int, height: int, channels: int) -> bytes:
     return b"\xff\xd8\xff\xfe\0\x04hi\xff\xff\xc0\0\x11" + frame + bytes(20)
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "is empty; .* download it again"),
-        (b"GIF89a....", "is neither PNG nor JPEG; convert it"),
-        (b"\x89PNG\r\n\x1a\n....", "is cut off"),
-        (png(8, 8, 8, 3), "cannot be decoded"),
-        (png(8, 8, 16, 2), "expected 8 bits per channel, got 16; .* Convert it"),
-        (png(20000, 20000, 8, 2), "has 20000 x 20000 pixels, more than"),
-        (png(8, 8, 8, 2), "cannot be decoded"),
-        (b"\xff\xd8\xff\xc0", "is cut off or damaged"),
-        (b"\xff\xd8\xff\xe0\0\0\0\0", "is cut off or damaged"),
-        (jpeg(60000, 60000, 3), "has 60000 x 60000 pixels, more than"),
-        (jpeg(8, 8, 4), "is a JPEG of 4 channels; convert it to RGB"),
-        (jpeg(8, 8, 3), "cannot be decoded"),
-    ],
-    ids=[
-        "empty",
-        "gif",
-        "png-short",
-        "palette",
-        "deep",
-        "png-huge",
-        "png-cut",
-        "jpeg-short",
-        "jpeg-length",
-        "jpeg-huge",
-        "cmyk",
-        "jpeg-cut",
-    ],
-)
+UNREADABLE = {
+    "empty": (b"", "is empty; .* download it again"),
+    "gif": (b"GIF89a....", "is neither PNG nor JPEG; convert it"),
+    "png-short": (b"\x89PNG\r\n\x1a\n....", "is cut off"),
+    "palette": (png(8, 8, 8, 3), "cannot be decoded"),
+    "deep": (png(8, 8, 16, 2), "expected 8 bits per channel, got 16; .* Convert it"),
+    "png-huge": (png(20000, 20000, 8, 2), "has 20000 x 20000 pixels, more than"),
+    "png-cut": (png(8, 8, 8, 2), "cannot be decoded"),
+    "jpeg-short": (b"\xff\xd8\xff\xc0", "is cut off or damaged"),
+    "jpeg-length": (b"\xff\xd8\xff\xe0\0\0\0\0", "is cut off or damaged"),
+    "jpeg-huge": (jpeg(60000, 60000, 3), "has 60000 x 60000 pixels, more than"),
+    "cmyk": (jpeg(8, 8, 4), "is a JPEG of 4 channels; convert it to RGB"),
+    "jpeg-cut": (jpeg(8, 8, 3), "cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), UNREADABLE.values(), ids=UNREADABLE)
 def test_unreadable_images__are_named_and_stop_or_are_skipped(
-    data: bytes, message: str, script: ModuleType, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: bytes, message: str, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "bad.png").write_bytes(data)
-    command = [
-        "--weights",
-        weights,
-        "--network",
-        "tiny",
-        str(folder),
-        "--size",
-        "32x64",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command = ["--weights", weights, "--network", "tiny", str(folder), "--size", "32x64"]
+    command += ["--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match=rf"error: .*bad\.png: {message}"):
-        script.main(command)
+        predict.main(command)
     with pytest.raises(SystemExit, match="none of the images could be read"):
-        script.main([*command, "--skip"])
+        predict.main([*command, "--skip"])
     write_png(folder / "good.png", picture())
-    assert script.main([*command, "--skip"]) == 0
+    assert predict.main([*command, "--skip"]) == 0
     printed = capsys.readouterr().out
     assert "skipped:" in printed
     assert "1 of 2 images into" in printed
@@ -209,13 +170,13 @@ def test_unreadable_images__are_named_and_stop_or_are_skipped(
     ]
 
 
-def test_predict__turns_a_phone_photograph(script: ModuleType, model: DeepLabV2, weights: str, tmp_path: Path) -> None:
+def test_predict__turns_a_phone_photograph(model: DeepLabV2, weights: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(picture().permute(1, 2, 0).numpy()).save(tmp_path / "phone.jpg", exif=exif)
     upright = np.array(ImageOps.exif_transpose(Image.open(tmp_path / "phone.jpg")))
     command = ["--weights", weights, "--network", "tiny", str(tmp_path / "phone.jpg"), "--size", "native"]
-    assert script.main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert predict.main([*command, "--out", str(tmp_path / "out")]) == 0
     want = expected(model, torch.from_numpy(upright).permute(2, 0, 1), None)
     ids = read_png(tmp_path / "out" / "phone_trainIds.png")[0]
     assert ids.shape == (80, 48)
@@ -223,7 +184,7 @@ def test_predict__turns_a_phone_photograph(script: ModuleType, model: DeepLabV2,
     assert read_png(tmp_path / "out" / "phone_overlay.png").shape == (3, 80, 48)
 
 
-def test_predict__refuses_before_anything_is_written(script: ModuleType, weights: str, tmp_path: Path) -> None:
+def test_predict__refuses_before_anything_is_written(weights: str, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "empty").mkdir()
@@ -241,7 +202,7 @@ def test_predict__refuses_before_anything_is_written(script: ModuleType, weights
         ([a], "a/deep", "whose images are the input"),
     ):
         with pytest.raises(SystemExit, match=rf"error: .*{message}"):
-            script.main(["--weights", weights, "--network", "tiny", *images, "--out", str(tmp_path / out)])
+            predict.main(["--weights", weights, "--network", "tiny", *images, "--out", str(tmp_path / out)])
     assert not (tmp_path / "out").exists()
     assert len(list((tmp_path / "a").iterdir())) == 2
     good, out = [f"{a}/x.png", "--size", "32x64"], ["--out", str(tmp_path / "out")]
@@ -250,18 +211,16 @@ def test_predict__refuses_before_anything_is_written(script: ModuleType, weights
         (str(save_weights(deeplab_v2_tiny(5), tmp_path / "five.pth")), "expected everything to match"),
     ):
         with pytest.raises(SystemExit, match=message):
-            script.main(["--weights", path, "--network", "tiny", *good, *out])
+            predict.main(["--weights", path, "--network", "tiny", *good, *out])
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"error: .*file"):
-        script.main(["--weights", weights, "--network", "tiny", *good, "--out", str(tmp_path / "file")])
+        predict.main(["--weights", weights, "--network", "tiny", *good, "--out", str(tmp_path / "file")])
 
 
 @pytest.mark.parametrize("flags", [["--size", "512x"], ["--size", "0x5"], ["--size", "axb"], ["--device", "nowhere"]])
-def test_predict__wrong_flags_exit_with_2(
-    flags: list[str], script: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict__wrong_flags_exit_with_2(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        script.main(["--weights", "w", "x.png", "--out", "o", *flags])
+        predict.main(["--weights", "w", "x.png", "--out", "o", *flags])
     assert caught.value.code == 2
     assert flags[0] in capsys.readouterr().err.splitlines()[-1]
 
@@ -269,16 +228,7 @@ def test_predict__wrong_flags_exit_with_2(
 @pytest.mark.slow
 def test_predict__as_a_command(weights: str, tmp_path: Path) -> None:
     write_png(tmp_path / "x.png", picture())
-    command = [
-        sys.executable,
-        str(EXAMPLES / "predict.py"),
-        "--weights",
-        weights,
-        "--network",
-        "tiny",
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, predict.__file__, "--weights", weights, "--network", "tiny", "--device", "cpu"]
     runs = [
         subprocess.run(
             [*command, *more], capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}

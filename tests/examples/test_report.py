@@ -1,7 +1,6 @@
 """The pages of runs: well-formed, escaped, whole in one file, with the numbers of the files beside them."""
 
 import base64
-import importlib
 import json
 import math
 import re
@@ -18,9 +17,10 @@ from typing import Any
 
 import pytest
 
+import report
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES_16
+from runs import EXAMPLES, TRAINER
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 NASTY = """<script>alert("1")</script>&'"</style>$x$ \udcff"""
 SHOWN = NASTY.replace("\udcff", "?")  # UTF-8 cannot hold it
 
@@ -77,12 +77,6 @@ def percent(value: float | None) -> str:
 
 def content(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
-
-
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("report")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +136,7 @@ def test_run_page__has_the_numbers_of_the_metrics_and_the_log(real: Path) -> Non
     assert not [path for path in (real / "report").iterdir() if ".tmp" in path.name]
 
 
-def test_pages__escape_every_text(report: ModuleType, changed: Callable[..., Path], tmp_path: Path) -> None:
+def test_pages__escape_every_text(changed: Callable[..., Path], tmp_path: Path) -> None:
     run = changed("run", gta5=NASTY, seed=NASTY, evaluation="32x64")
     page = Page(report.run_page(run))
     assert page.of("h1") == [f"dacs, GTA5 to Cityscapes, seed {SHOWN}"]
@@ -157,7 +151,7 @@ def test_pages__escape_every_text(report: ModuleType, changed: Callable[..., Pat
 
 
 @pytest.mark.parametrize("gap", [None, math.nan, math.inf, -math.inf, 1e301, 10**400, "text", [1]])
-def test_curves__what_is_no_number_is_a_gap(gap: object, report: ModuleType, changed: Callable[..., Path]) -> None:
+def test_curves__what_is_no_number_is_a_gap(gap: object, changed: Callable[..., Path]) -> None:
     values = [1.0, 2.0, gap, 1.5, gap, gap]
     run = changed("run", None, log=[{"step": i, "loss": value} for i, value in enumerate(values, 1)])
     page = Page(report.run_page(run))
@@ -171,7 +165,7 @@ def test_curves__what_is_no_number_is_a_gap(gap: object, report: ModuleType, cha
 
 
 @pytest.mark.parametrize("value", [3.0, 0.0, -2.0, 5e-324, 9e299, math.nan])
-def test_curves__of_one_record_or_constant(value: float, report: ModuleType, changed: Callable[..., Path]) -> None:
+def test_curves__of_one_record_or_constant(value: float, changed: Callable[..., Path]) -> None:
     for count in (1, 2, 400):
         run = changed(f"{count}", log=[{"step": 5 * i, "loss": value} for i in range(1, count + 1)])
         marks = [text for text in Page(report.run_page(run)).of("title") if text.startswith("loss")]
@@ -180,7 +174,7 @@ def test_curves__of_one_record_or_constant(value: float, report: ModuleType, cha
         )
 
 
-def test_curves__long_lines_are_means_of_neighbours(report: ModuleType, changed: Callable[..., Path]) -> None:
+def test_curves__long_lines_are_means_of_neighbours(changed: Callable[..., Path]) -> None:
     steps = list(range(1, 1000))
     values = [math.nan if 500 <= step < 510 or step == 2 else math.sin(step) for step in steps]
     places, means = report.thinned(steps, values)
@@ -202,9 +196,7 @@ def test_curves__long_lines_are_means_of_neighbours(report: ModuleType, changed:
     assert report.marked([math.nan, 1, math.nan, *range(50), math.nan, 3]) == [1, 54]  # what a line would not show
 
 
-def test_run_page__sets_the_papers_rows_beside_the_published_network(
-    report: ModuleType, changed: Callable[..., Path]
-) -> None:
+def test_run_page__sets_the_papers_rows_beside_the_published_network(changed: Callable[..., Path]) -> None:
     page = Page(report.run_page(changed("gta5", network="resnet101", method="source")))
     assert page.rows["DACS"][:2] == ["52.14", "89.90"]
     assert page.rows["Distribution alignment"][0] == "48.04"
@@ -221,7 +213,7 @@ def test_run_page__sets_the_papers_rows_beside_the_published_network(
 
 
 def test_comparison__mean_and_deviation_over_runs(
-    report: ModuleType, changed: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changed: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = (25.0, 27.0, 35.0)
     runs = [changed(f"many/seed-{i}", value / 100, seed=i, method="source") for i, value in enumerate(values)]
@@ -242,7 +234,7 @@ def test_comparison__mean_and_deviation_over_runs(
     assert f"source, {runs[0]}, last step: student" in rows  # one method twice is told apart by the folder
 
 
-def test_report__says_what_is_wrong(report: ModuleType, changed: Callable[..., Path], tmp_path: Path) -> None:
+def test_report__says_what_is_wrong(changed: Callable[..., Path], tmp_path: Path) -> None:
     one, two = changed("a"), changed("b", evaluation="64x128")
     with pytest.raises(SystemExit, match=r"holds no config\.json of a run; pass what --out was"):
         report.main([str(tmp_path / "nowhere")])
@@ -276,10 +268,10 @@ def test_missing_package__is_named_before_anything_is_trained(package: str, fold
         assert done.returncode == 1
         return done.stderr
 
-    told = said(str(EXAMPLES / "dacs_gta5.py"), *folders, "--out", str(tmp_path / "run"))
+    told = said(str(TRAINER), *folders, "--out", str(tmp_path / "run"))
     assert f"error: the package {package} is needed to" in told
     assert not (tmp_path / "run").exists()
-    told = said(str(EXAMPLES / "report.py"), str(tmp_path))
+    told = said(report.__file__, str(tmp_path))
     assert re.fullmatch(f"error: .*{package}.*pip install jinja2 matplotlib.\n", told)
 
 

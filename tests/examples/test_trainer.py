@@ -14,28 +14,7 @@ from crossmix import recipes
 from crossmix.datasets._png import read_png
 from crossmix.models import deeplab_v2_tiny, save_weights
 from crossmix.optim import RepeatedSGD
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "dacs_gta5.py"
-
-
-def final(out: Path, step: int = 4) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(out / "checkpoints" / f"step-{step:07d}.pt", weights_only=True)
-    return state
-
-
-def tensors(state: Any, prefix: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of a nested state, by path."""
-    if isinstance(state, torch.Tensor):
-        return {prefix: state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
-    return {name: value for key, part in items for name, value in tensors(part, f"{prefix}/{key}").items()}
-
-
-def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
-    a, b = tensors(one), tensors(two)
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
+from runs import assert_finite, assert_same, final, forget, log_of, metrics_of
 
 
 @pytest.mark.parametrize("recipe", ["released", "paper"])
@@ -46,12 +25,12 @@ def test_methods_and_outputs(run: Callable[..., Path], method: str, recipe: str)
     assert state["step"] == 4
     assert (state["teacher"] is None) == (method == "source")
     assert (state["align"] is None) == (method != "alignment")
-    assert all(value.isfinite().all() for value in tensors(state).values())
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert_finite(state)
+    log = log_of(out)
     assert [record["step"] for record in log] == [1, 2, 3, 4]
     assert {"loss", "source_loss", "mixed_loss", "lr", "it_per_s", "data_wait"} <= log[0].keys()
     assert log[-1]["lr"] < log[0]["lr"] == 2.5e-4
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = metrics_of(out)
     assert [entry["step"] for entry in metrics["evaluations"]] == [2, 4]
     assert metrics["last"]["step"] == 4
     best = max(entry["student"]["32x64"]["miou"] for entry in metrics["evaluations"])
@@ -76,14 +55,12 @@ def test_methods_and_outputs(run: Callable[..., Path], method: str, recipe: str)
 def test_resume__equals_a_run_that_never_stopped(run: Callable[..., Path]) -> None:
     whole = run(out="whole")
     broken = run(out="broken")
-    for path in (broken / "checkpoints").glob("*0000004*"):
-        path.unlink()  # as if it had died after step 2
+    forget(broken)
     resumed = run("--resume", "--log-every", "2", "--save-every", "1", out="broken")
     assert_same(final(whole), final(resumed))
-    steps = [json.loads(line)["step"] for line in (resumed / "log.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 4]
+    assert [record["step"] for record in log_of(resumed)] == [1, 2, 4]
     keep = ("step", "student", "teacher")
-    first, second = (json.loads((out / "metrics.json").read_text())["evaluations"] for out in (whole, resumed))
+    first, second = (metrics_of(out)["evaluations"] for out in (whole, resumed))
     assert [{k: e[k] for k in keep} for e in first] == [{k: e[k] for k in keep} for e in second]
     other = run("--seed", "1", out="other")
     with pytest.raises(AssertionError):
@@ -152,7 +129,7 @@ def test_repeated__both_values(trainer: ModuleType, *, choice: bool, optimizer: 
 
 
 def test_bf16__runs(run: Callable[..., Path]) -> None:
-    assert all(value.isfinite().all() for value in tensors(final(run("--precision", "bf16"))).values())
+    assert_finite(final(run("--precision", "bf16")))
 
 
 def resolved(trainer: ModuleType, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:

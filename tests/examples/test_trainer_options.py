@@ -12,11 +12,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_trainer_stops import changed, own_data, poison
 
 from crossmix.datasets import StreetScenes
-
-__all__ = ["own_data"]  # a fixture
+from runs import assert_same, changed, final, forget, poison
 
 # An option, what it must not be on a command line or in a file, and what it must not be in a file alone.
 BAD = {
@@ -111,8 +109,6 @@ def test_file__that_is_none_is_one_line(trainer: ModuleType, folders: list[str],
 
 
 def test_file__a_runs_own_repeats_it(trainer: ModuleType, run: Callable[..., Path], tmp_path: Path) -> None:
-    from test_trainer import assert_same, final
-
     out = run("--recipe", "paper", "--source-size", "native", "--evaluation", "64x128", "--threshold", "0.3")
     assert trainer.main(["--config", str(out / "config.json"), "--out", str(tmp_path / "again")]) == 0
     assert_same(final(out), final(tmp_path / "again"))
@@ -261,15 +257,13 @@ def test_tensorboard__events_are_live_and_a_resumed_run_doubles_none(
     out = run("--tensorboard", "--save-every", "2", "--resume")
     assert steps(out) == [1, 2, 3, 4]
     late = run("--save-every", "2", out="late")
-    for path in (late / "checkpoints").glob("*0000004*"):
-        path.unlink()
+    forget(late)
     assert steps(run("--save-every", "2", "--resume", "--tensorboard", out="late")) == [1, 2, 3, 4]
 
 
 def test_sizes__are_compared_as_sizes(run: Callable[..., Path]) -> None:
     out = run("--crop", "32")
-    for path in (out / "checkpoints").glob("*0000004*"):
-        path.unlink()
+    forget(out)
     run("--crop", "32x32", "--resume")
 
 

@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_trainer import assert_same, final
 
 from crossmix.datasets import StreetScenes, write_png
+from runs import assert_same, final, forget, log_of, metrics_of
 
 NAMES = ["ground", "things", "sky", "living"]
 MODULE = """
@@ -110,8 +110,7 @@ def refused(trainer: ModuleType, *flags: str) -> str:
 def test_own_data__from_two_folders_to_a_report(run: Run, place: Path, method: str) -> None:
     write(place / "street", "train", 5, "target", 1)  # with labels too, which the oracle takes
     out = run(*OURS, "--method", method)
-    metrics = json.loads((out / "metrics.json").read_text())
-    scores = metrics["last"]["student"]["native"]
+    scores = metrics_of(out)["last"]["student"]["native"]
     assert list(scores["per_class"]) == NAMES
     present = [value for value in scores["per_class"].values() if value is not None]
     assert scores["miou"] == pytest.approx(sum(present) / len(present))
@@ -130,21 +129,19 @@ def test_own_network__trains_and_resumes_to_the_same_end(run: Run, name: str) ->
     flags = ["--network", f"my_networks:{name}", "--head", "decode_head", "--lr", "0.01"]
     whole = run(*flags, out="whole")
     out = run(*flags)
-    for path in (out / "checkpoints").glob("*0000004*"):
-        path.unlink()
+    forget(out)
     run(*flags, "--resume")
     assert_same(final(whole), final(out))
     state = final(out)
     assert set(state["student"]) >= {"body.0.weight", "decode_head.weight"}  # the names are the network's own
     assert [group["initial_lr"] for group in state["optimizer"]["param_groups"]] == pytest.approx([0.01, 0.1])
-    log = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert all(0 < loss < 20 for loss in log)
+    assert all(0 < record["loss"] < 20 for record in log_of(out))
 
 
 def test_own_network__learns_what_it_is_shown(run: Run) -> None:
-    log = run("--network", "my_networks:plain", "--lr", "0.05", "--method", "source", "--steps", "60", "--eval-every",
-              "60", "--save-every", "60") / "log.jsonl"  # fmt: skip
-    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    out = run("--network", "my_networks:plain", "--lr", "0.05", "--method", "source", "--steps", "60",
+              "--eval-every", "60", "--save-every", "60")  # fmt: skip
+    losses = [record["loss"] for record in log_of(out)]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
@@ -200,7 +197,7 @@ def test_own_data__layouts(run: Run, place: Path) -> None:
 def test_own_data__without_splits_is_evaluated_whole(run: Run, place: Path) -> None:
     write(place / "alone", "", 4, "target", 5)
     out = run(*OURS, "--target", "alone")
-    assert json.loads((out / "metrics.json").read_text())["last"]["student"]["native"]["miou"] is not None
+    assert metrics_of(out)["last"]["student"]["native"]["miou"] is not None
 
 
 def test_own_data__without_labels_trains_and_says_that_it_scores_nothing(
@@ -209,7 +206,7 @@ def test_own_data__without_labels_trains_and_says_that_it_scores_nothing(
     shutil.copytree(place / "street" / "images" / "train", place / "photos")
     out = run(*OURS, "--target", "photos")
     assert "no pixel of the validation images counts" in capsys.readouterr().out
-    assert json.loads((out / "metrics.json").read_text())["last"]["student"]["native"]["miou"] is None
+    assert metrics_of(out)["last"]["student"]["native"]["miou"] is None
     assert (out / "report" / "index.html").exists()
 
 
@@ -247,8 +244,7 @@ def test_own_data__resumed_from_anywhere_but_not_with_other_classes(
 ) -> None:
     out = run(*OURS)
     whole = final(out)
-    for path in (out / "checkpoints").glob("*0000004*"):
-        path.unlink()
+    forget(out)
     (place / "renamed.json").write_text((place / "classes.json").read_text().replace("things", "objects"))
     with pytest.raises(SystemExit, match=r"error: cannot resume on other data: the source .* with other classes"):
         trainer.main([*FLAGS, *OURS, "--classes", "renamed.json", "--out", str(out), "--resume"])

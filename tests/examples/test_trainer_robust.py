@@ -6,49 +6,34 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from test_trainer import EXAMPLE, assert_same, final, tensors
 
 from crossmix.datasets import StreetScenes
 from crossmix.engine import FolderLock
 from crossmix.models import deeplab_v2_tiny
 from oracles import deep_png, save
+from runs import (
+    TORCHRUN,
+    assert_finite,
+    assert_same,
+    final,
+    forget,
+    log_of,
+    metrics_of,
+    poison,
+    start,
+    steps_saved,
+    wait_for_step,
+)
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the processes that these tests start have: sums over several threads round otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(EXAMPLE), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
-    )  # fmt: skip
-
-
-def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until the log has a step."""
-    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < step:
-        if process.poll() is not None:
-            raise AssertionError(process.communicate()[0])
-        time.sleep(0.02)
-
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.slow
@@ -73,8 +58,7 @@ def test_kill_9__at_any_moment_changes_nothing(run: Callable[..., Path], folders
             os.killpg(group, signal.SIGKILL)
     done = run(*flags, "--resume", out="killed")
     assert_same(final(whole, 120), final(done, 120))
-    steps = [json.loads(line)["step"] for line in (done / "log.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 121))
+    assert [record["step"] for record in log_of(done)] == list(range(1, 121))
 
 
 @pytest.mark.slow
@@ -90,8 +74,8 @@ def test_signal__finishes_the_step_saves_and_exits_with_0(
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
     assert "which is saved; the same command with --resume" in printed
-    (saved,) = (out / "checkpoints").glob("step-*.pt")
-    assert 3 <= int(saved.stem.removeprefix("step-")) < 60
+    (saved,) = steps_saved(out)
+    assert 3 <= saved < 60
     resumed = run(*flags, "--resume", out="stopped")
     assert_same(final(run(*flags, out="whole"), 60), final(resumed, 60))
 
@@ -106,27 +90,20 @@ def test_lock__two_runs_in_one_folder(run: Callable[..., Path], tmp_path: Path) 
 def test_nonfinite__stops_with_step_and_samples_or_undoes_the_step(
     trainer: ModuleType, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = trainer.crops
-
-    def poisoned(training: Any, stream: int, begin: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for step, (images, labels) in enumerate(real(training, stream, begin), begin):
-            yield images * torch.nan if (step, stream) == (2, 0) else images, labels
-
-    monkeypatch.setattr(trainer, "crops", poisoned)
+    poison(trainer, monkeypatch, {2})
     with pytest.raises(
         SystemExit, match=r"error: step 2: the loss or a gradient is not finite.* samples: (.*)\."
     ) as error:
         run("--save-every", "1")
     names = str(error.value).rpartition("samples: ")[2].rstrip(".").split(", ")
     assert [len(name) for name in names] == [5, 5, 20, 20]  # 00003 and street_000001_000019
-    saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
-    assert [path.name for path in saved] == ["step-0000001.pt", "step-0000002.pt"]
-    before = torch.load(saved[1], weights_only=True)
+    assert steps_saved(tmp_path / "run") == [1, 2]
+    before = final(tmp_path / "run", 2)
     skipped = run("--save-every", "1", "--skip-steps", "1", out="skipped")
     monkeypatch.undo()
     assert_same(before["student"], final(skipped, 3)["student"])  # the bad step changed nothing
     assert_same(before["optimizer"]["state"], final(skipped, 3)["optimizer"]["state"])
-    assert all(value.isfinite().all() for value in tensors(final(skipped)).values())
+    assert_finite(final(skipped))
     moved, stayed = final(run("--save-every", "1", "--resume"), 3)["student"], before["student"]  # without the poison
     assert any(not torch.equal(moved[name], stayed[name]) for name in stayed)
 
@@ -146,7 +123,7 @@ def test_disk_full__is_said_and_the_older_checkpoint_stays(
     with pytest.raises(SystemExit, match="No space left on device"):
         run("--save-every", "1", "--eval-every", "4")
     monkeypatch.undo()
-    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))) == 2
+    assert len(steps_saved(tmp_path / "run")) == 2
     assert_same(
         final(run("--resume", "--save-every", "1", "--eval-every", "4")),
         final(run("--eval-every", "4", out="whole")),
@@ -163,10 +140,9 @@ def test_torchrun__two_processes_share_the_batch_and_resume(folders: list[str], 
             printed, _ = process.communicate(timeout=240)
             assert process.returncode == 0, printed
             if last == 3:  # as if it had died there
-                for path in (tmp_path / out / "checkpoints").glob("*0000006*"):
-                    path.unlink()
+                forget(tmp_path / out, 6)
     assert_same(final(tmp_path / "whole", 6), final(tmp_path / "parts", 6))
-    assert len((tmp_path / "whole" / "log.jsonl").read_text().splitlines()) == 6  # one process writes
+    assert len(log_of(tmp_path / "whole")) == 6  # one process writes
 
 
 @pytest.mark.slow
@@ -179,8 +155,7 @@ def test_torchrun__a_signal_to_one_rank_stops_both_at_one_step(folders: list[str
     os.kill(int(listed.split()[-1]), signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
-    (saved,) = (out / "checkpoints").glob("step-*.pt")
-    step = int(saved.stem.removeprefix("step-"))
+    (step,) = steps_saved(out)
     assert f"stopped after step {step}" in printed
 
 
@@ -194,8 +169,7 @@ def test_torchrun__a_signal_to_the_launcher_stops_all_ranks_and_the_run_goes_on(
     wait_for_step(out, 2, process)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
-    (saved,) = (out / "checkpoints").glob("step-*.pt")
-    step = int(saved.stem.removeprefix("step-"))
+    (step,) = steps_saved(out)
     assert f"stopped after step {step}" in printed  # the launcher itself reports the signal by its exit code
     process = start(
         *folders, *flags, "--steps", "5000", "--batch", "1", "--out", str(out), "--resume", launcher=TORCHRUN
@@ -217,7 +191,7 @@ def test_torchrun__a_rank_that_dies_ends_the_job_with_the_reason(folders: list[s
     printed, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "SIGKILL" in printed
-    assert list((out / "checkpoints").glob("step-*.pt"))  # what was saved stays
+    assert steps_saved(out)  # what was saved stays
 
 
 PATCHED = """
@@ -237,18 +211,8 @@ def test_checkpoints__are_exchanged_between_eager_compiled_one_process_and_two(
 ) -> None:
     patched = tmp_path / "patched.py"
     patched.write_text(PATCHED)
-    flags = [
-        "--save-every",
-        "1",
-        "--eval-every",
-        "50",
-        "--log-every",
-        "1",
-        "--steps",
-        "50",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    flags = ["--save-every", "1", "--eval-every", "50", "--log-every", "1", "--steps", "50"]
+    flags += ["--out", str(tmp_path / "run")]
     one, two = ("--batch", "2"), ("--batch", "1")
     ways = [
         (launcher, batch, compiled) for launcher, batch in (((), one), (TORCHRUN, two)) for compiled in (False, True)
@@ -257,21 +221,14 @@ def test_checkpoints__are_exchanged_between_eager_compiled_one_process_and_two(
     step = 0
     for way in order:
         launcher, batch, compiled = ways[way]
-        process = start(
-            *folders,
-            *flags,
-            *batch,
-            *(["--resume"] if step else []),
-            *(["--compile"] if compiled else []),
-            launcher=(*launcher, str(patched)),
-        )
+        more = [*batch, *(["--resume"] if step else []), *(["--compile"] if compiled else [])]
+        process = start(*folders, *flags, *more, launcher=(*launcher, str(patched)))
         wait_for_step(tmp_path / "run", step + 1, process)
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=120)
         assert f"resumed at step {step}" in printed or step == 0, printed
-        newest = max((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
-        step = int(newest.stem.removeprefix("step-"))
-    saved = torch.load(newest, weights_only=True)
+        step = steps_saved(tmp_path / "run")[-1]
+    saved = final(tmp_path / "run", step)
     names = deeplab_v2_tiny().state_dict().keys()
     assert saved["student"].keys() == names
     assert {f"module.{name}" for name in names} <= saved["teacher"].keys()
@@ -282,10 +239,7 @@ def test_runs__mean_and_deviation(run: Callable[..., Path], capsys: pytest.Captu
     printed = capsys.readouterr().out
     assert "seed 0" in printed
     assert "seed 1" in printed
-    scores = [
-        100 * json.loads((out / f"seed-{seed}" / "metrics.json").read_text())["last"]["student"]["32x64"]["miou"]
-        for seed in (0, 1)
-    ]
+    scores = [100 * metrics_of(out / f"seed-{seed}")["last"]["student"]["32x64"]["miou"] for seed in (0, 1)]
     mean, deviation = sum(scores) / 2, abs(scores[0] - scores[1]) / 2**0.5
     assert f"| mIoU | {mean:.2f} +- {deviation:.2f} |" in printed
     assert "mIoU, best step" in printed
@@ -300,7 +254,7 @@ def test_runs__mean_and_deviation(run: Callable[..., Path], capsys: pytest.Captu
     ids=" ".join,
 )  # fmt: skip
 def test_switches__run(run: Callable[..., Path], flags: tuple[str, ...]) -> None:
-    assert all(value.isfinite().all() for value in tensors(final(run(*flags))).values())
+    assert_finite(final(run(*flags)))
     torch.use_deterministic_algorithms(mode=False)
 
 
@@ -335,8 +289,7 @@ def test_compile__has_the_same_checkpoints(run: Callable[..., Path]) -> None:
     assert one["student"].keys() == two["student"].keys()
     for name, value in two["student"].items():
         torch.testing.assert_close(one["student"][name], value, rtol=1e-3, atol=1e-4)
-    for path in (out / "checkpoints").glob("*0000002*"):
-        path.unlink()
+    forget(out, 2)
     run("--resume", "--steps", "2", "--save-every", "1", "--eval-every", "2")  # and goes on without compiling
 
 
@@ -365,7 +318,7 @@ def test_synthia__trains_and_reports_16_and_13_classes(
     printed = capsys.readouterr().out
     assert "| mIoU of 16 |" in printed
     assert "| mIoU of 13 |" in printed
-    metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    metrics = metrics_of(tmp_path / "o")
     best = max(entry["student"]["32x64"]["miou_16"] for entry in metrics["evaluations"])
     assert metrics["best"]["student"]["32x64"]["miou_16"] == best
 
@@ -428,8 +381,5 @@ RECORDED = [5.010983, 5.222232, 4.016420, 3.864082]
 
 
 def test_first_losses__are_those_on_record(run: Callable[..., Path]) -> None:
-    log = [
-        json.loads(line)
-        for line in (run("--lr", "0.001", "--threshold", "0.15") / "log.jsonl").read_text().splitlines()
-    ]
+    log = log_of(run("--lr", "0.001", "--threshold", "0.15"))
     assert [record["loss"] for record in log] == pytest.approx(RECORDED, rel=1e-4)

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import multiprocessing
 import os
 import shutil
@@ -10,22 +9,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from test_trainer import EXAMPLE, assert_same, final
-from test_trainer_robust import TORCHRUN, one_thread, start, wait_for_step
 from torch.nn import functional
 
 from crossmix.datasets import Sample, StreetScenes, write_png
 from crossmix.engine import KeyedCrops
 from crossmix.models import deeplab_v2_tiny, save_weights
+from runs import (
+    TORCHRUN,
+    TRAINER,
+    assert_same,
+    changed,
+    final,
+    forget,
+    log_of,
+    metrics_of,
+    poison,
+    start,
+    steps_saved,
+    wait_for_step,
+    wait_until,
+)
 
-__all__ = ["one_thread"]  # a fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Starts the trainer with workers of another kind.
 STARTER = """
@@ -36,30 +48,6 @@ if __name__ == "__main__":
     sys.path.insert(0, sys.argv[0].rpartition("/")[0])
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def steps_saved(out: Path) -> list[int]:
-    return sorted(int(path.stem.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*.pt"))
-
-
-def metrics_of(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
-    return found
-
-
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    while not happened():
-        if process.poll() is not None:
-            raise AssertionError(process.communicate()[0])
-        time.sleep(0.02)
-
-
-def changed(flags: list[str], **values: str) -> list[str]:
-    """The flags, some with other values."""
-    flags = list(flags)
-    for name, value in values.items():
-        flags[flags.index(f"--{name}") + 1] = value
-    return flags
 
 
 @pytest.fixture(scope="module")
@@ -203,20 +191,6 @@ def test_signal__amid_the_imports_ends_with_0(tmp_path: Path, package: str) -> N
     process = start(package, launcher=(str(tmp_path / "starter.py"),))
     assert process.communicate(timeout=120)[0] == "stopped before it began\n"
     assert process.returncode == 0
-
-
-@pytest.fixture
-def own_data(folders: list[str], tmp_path: Path) -> list[str]:
-    """The flags, on data that a test may break."""
-    for name, folder in (("gta5", folders[1]), ("cs", folders[3])):
-        shutil.copytree(folder, tmp_path / "data" / name)
-    return changed(folders, gta5=str(tmp_path / "data" / "gta5"), cityscapes=str(tmp_path / "data" / "cs"))
-
-
-def forget(out: Path, step: int = 4) -> None:
-    """As if the run had been killed before this step was saved."""
-    for path in (out / "checkpoints").glob(f"*{step:07d}*"):
-        path.unlink()
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -446,16 +420,6 @@ def test_two_jobs_in_one_second__have_two_folders(
     assert all(folder.is_dir() for folder in made)
 
 
-def poison(trainer: ModuleType, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    real = trainer.crops
-
-    def poisoned(training: Any, stream: int, begin: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for step, (images, labels) in enumerate(real(training, stream, begin), begin):
-            yield images * torch.nan if step in steps and stream == 0 else images, labels
-
-    monkeypatch.setattr(trainer, "crops", poisoned)
-
-
 def test_skip_steps__are_counted_and_the_count_goes_on(
     trainer: ModuleType, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
@@ -464,8 +428,7 @@ def test_skip_steps__are_counted_and_the_count_goes_on(
     out = run(*flags, "--skip-steps", "9")
     assert "9 of 10 steps were undone" in capsys.readouterr().out
     assert metrics_of(out)["skipped_steps"] == 9
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line.get("skipped_steps", 0) for line in log] == list(range(10))
+    assert [record.get("skipped_steps", 0) for record in log_of(out)] == list(range(10))
     assert final(out, 5)["metrics"]["skipped_steps"] == 4
     forget(out, 10)
     run(*flags, "--skip-steps", "9", "--resume")
@@ -494,8 +457,7 @@ def test_nothing_to_score__is_said(
 
 def test_pad__trains_on_images_smaller_than_the_crop(run: Callable[..., Path]) -> None:
     whole = run("--crop", "40x80", "--pad", "--save-every", "2")
-    log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    assert all(0 < line["loss"] < 20 for line in log)
+    assert all(0 < record["loss"] < 20 for record in log_of(whole))
     plain = run("--crop", "32", out="plain")
     assert_same(final(plain)["student"], final(run("--crop", "32", "--pad", out="padded"))["student"])
 
@@ -551,7 +513,7 @@ def test_signal__before_the_first_step_leaves_nothing_in_the_way(tmp_path: Path)
 @pytest.mark.slow
 def test_torchrun__the_demo_is_rendered_once_into_one_folder(tmp_path: Path) -> None:
     process = subprocess.run(
-        [sys.executable, *TORCHRUN, str(EXAMPLE), "--demo", "--steps", "2", "--device", "cpu", "--batch", "2"],
+        [sys.executable, *TORCHRUN, str(TRAINER), "--demo", "--steps", "2", "--device", "cpu", "--batch", "2"],
         capture_output=True, text=True, cwd=tmp_path, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
