@@ -176,8 +176,6 @@ def test_modules(name: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_generators__draw_on_their_own_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     labels = tensors()["labels"].to(device)
     mixer = CrossDomainMix(C)
     state = torch.get_rng_state()

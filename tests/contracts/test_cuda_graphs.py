@@ -34,16 +34,7 @@ from oracles import seeded
 C = 7
 N, HEIGHT, WIDTH = 2, 12, 16
 REPLAYS = 4
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 class Recording(TorchDispatchMode):
@@ -368,7 +359,6 @@ def test_finite_guard__stands_between_two_graphs(device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # the refused one
 def test_cuda__an_update_of_the_ramp_is_not_captured() -> None:
     student = network("cuda")

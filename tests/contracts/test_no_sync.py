@@ -250,7 +250,6 @@ def test_unsupervised_scores() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("recipe", ["released", "mic"])
@@ -274,7 +273,6 @@ def test_cuda__sync_debug_mode(method: str, recipe: str, optimizer: str, upsampl
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda__a_draw_by_a_generator_of_the_cpu_comes_from_pinned_memory() -> None:
     training = recipes.self_training(network(), C, recipe="mic")
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
@@ -286,7 +284,6 @@ def test_cuda__a_draw_by_a_generator_of_the_cpu_comes_from_pinned_memory() -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda__a_draw_for_the_cpu_has_arrived() -> None:
     training = recipes.self_training(network(), C)
     draws = [

@@ -175,7 +175,7 @@ def test_resident__crops_are_those_of_the_data_set() -> None:
             assert torch.equal(got, want)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_resident__on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = resident(items(3), "cuda")
     image, label = KeyedCrops(kept, (2, 3), seed=1, stream=0)[5]

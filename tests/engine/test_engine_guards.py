@@ -194,7 +194,7 @@ def test_guard__refuses() -> None:
     assert (parts.student[0].weight == 2.0).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_guard__on_a_gpu_without_waiting() -> None:
     parts = Parts()
     for module in (parts.student, parts.teacher, parts.align):

@@ -76,7 +76,7 @@ def test_confusion_matrix__a_prediction_that_is_no_class() -> None:
     assert math.isnan(matrix.compute().mean)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_confusion_matrix__on_a_gpu_without_waiting() -> None:
     labels, predictions = torch.randint(-1, 7, (2, 4, 33, 47), generator=seeded(0)) % 300
     predictions = predictions.remainder(5)

@@ -655,7 +655,6 @@ def test_logits_without_pixels_are_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cuda_equals_cpu_without_waiting(smoothing: float) -> None:
     logits, labels, weights = batch(full=(300, 41))
