@@ -162,12 +162,7 @@ def unseen_reports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("method", recipes.METHODS)
 @pytest.mark.parametrize("device", ["cpu", "meta"])  # meta: as far from the host's memory as a GPU
 def test_self_training__a_whole_step(
-    method: str,
-    recipe: str,
-    upsample: bool,
-    device: str,
-    unseen_reports: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    method: str, recipe: str, upsample: bool, device: str, unseen_reports: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if device == "meta":  # has no autocast that could be turned off
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())

@@ -150,11 +150,7 @@ def test_lock__names_its_holder_and_is_gone_with_it(tmp_path: Path) -> None:
             pass
     process.kill()  # without any chance to clean up
     process.communicate()
-    with (
-        FolderLock(folder),
-        pytest.raises(BusyError, match=f"in use by process {os.getpid()} "),
-        FolderLock(folder),
-    ):
+    with FolderLock(folder), pytest.raises(BusyError, match=f"in use by process {os.getpid()} "), FolderLock(folder):
         pass
     with FolderLock(folder) as lock:
         assert lock.path == folder / ".lock"

@@ -125,8 +125,7 @@ def test_disk_full__is_said_and_the_older_checkpoint_stays(
     monkeypatch.undo()
     assert len(steps_saved(tmp_path / "run")) == 2
     assert_same(
-        final(run("--resume", "--save-every", "1", "--eval-every", "4")),
-        final(run("--eval-every", "4", out="whole")),
+        final(run("--resume", "--save-every", "1", "--eval-every", "4")), final(run("--eval-every", "4", out="whole"))
     )
 
 

@@ -111,8 +111,7 @@ def test_forward__keeps_the_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "prior",
-    [[0.0, 0.0], [-1.0, 2.0], [math.nan, 1.0], [math.inf, 1.0], [-math.inf, 1.0], [1.0, 1.0, 1.0]],
+    "prior", [[0.0, 0.0], [-1.0, 2.0], [math.nan, 1.0], [math.inf, 1.0], [-math.inf, 1.0], [1.0, 1.0, 1.0]]
 )
 def test_prior__bad_values(prior: list[float]) -> None:
     with pytest.raises(ValueError, match="`prior` must"):
@@ -240,13 +239,7 @@ def test_nothing_needs_float64_on_the_device() -> None:
                 F.upsampled_cross_entropy(logits, labels, weights, normalizer=normalizer, reduction=reduction)
         criterion(logits, labels[:, :4, :5], criterion.weights(weights[:, :4, :5]))
         sum_by_blocks(
-            logits,
-            labels,
-            weights,
-            align_corners=False,
-            ignore_index=255,
-            label_smoothing=0.1,
-            with_gradient=True,
+            logits, labels, weights, align_corners=False, ignore_index=255, label_smoothing=0.1, with_gradient=True
         )
     assert torch.float32 in dtypes.seen
     assert torch.float64 not in dtypes.seen

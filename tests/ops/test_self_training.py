@@ -1018,11 +1018,7 @@ def test_criteria__of_others_get_int64_and_their_own_ignored_id(dtype: torch.dty
 
     for torch_criterion in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=255)):
         training = SelfTraining(
-            network,
-            MeanTeacher(network),
-            mix=CrossDomainMix(C),
-            criterion=Weighted(),
-            source_criterion=torch_criterion,
+            network, MeanTeacher(network), mix=CrossDomainMix(C), criterion=Weighted(), source_criterion=torch_criterion
         ).train()
         output = training(source, labels.to(dtype), target, generator=seeded(0))
         torch.testing.assert_close(output.source_loss, want)
