@@ -10,7 +10,9 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from crossmix import _checks
 from crossmix.datasets import StreetScenes
 from runs import changed
 
@@ -58,6 +60,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU images are looked at; here it stands for a GPU, where they are not."""
+    can_look = _checks.can_look
+    monkeypatch.setattr(_checks, "can_look", lambda tensor: tensor.device.type != "cpu" and can_look(tensor))
 
 
 @pytest.fixture(scope="module")

@@ -84,6 +84,13 @@ def confidence_weights_by_loop(confidence: Tensor, threshold: float, scope: str)
     return weights
 
 
+def small_network(num_classes: int, *, stride: int = 1) -> nn.Module:
+    """A network of two convolutions, always the same."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 8, 3, padding=1, stride=stride)
+    return nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, num_classes, 1))
+
+
 class SlowNetwork(nn.Module):
     """Convolution, BatchNorm, convolution: small enough to restate by hand, with batch statistics that matter."""
 

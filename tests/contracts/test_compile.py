@@ -27,7 +27,7 @@ from crossmix import (
 from crossmix import functional as F
 from crossmix.optim import poly_lr
 from crossmix.self_training import SelfTrainingDraw
-from oracles import SlowNetwork, seeded
+from oracles import SlowNetwork, seeded, small_network
 
 C = 5
 
@@ -131,12 +131,6 @@ def test_ema_update__compiled_equals_eager() -> None:
     torch.testing.assert_close(averaged, want)
 
 
-def network(*, stride: int = 1) -> nn.Module:
-    torch.manual_seed(0)
-    convolution = nn.Conv2d(3, 8, 3, padding=1, stride=stride)
-    return nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, C, 1))
-
-
 class Twins:
     """A training whose step is compiled, or in part, beside one that is not; both learn from the same."""
 
@@ -180,7 +174,7 @@ CASES = [*((name, False, "released") for name in recipes.METHODS), ("dacs", True
 @pytest.mark.parametrize(("method", "upsample", "recipe"), CASES)
 def test_self_training__twenty_steps_by_one_graph(method: str, upsample: bool, recipe: str) -> None:
     torch.compiler.reset()
-    student = network(stride=2 if upsample else 1)
+    student = small_network(C, stride=2 if upsample else 1)
     training = recipes.self_training(student, C, method=method, recipe=recipe, upsample=upsample, threshold=0.25)
     twins = Twins(training.train())
     twins.compiled = torch.compile(training, fullgraph=True, backend="aot_eager")
@@ -193,7 +187,7 @@ def test_self_training__twenty_steps_by_one_graph(method: str, upsample: bool, r
 @pytest.mark.parametrize(("method", "upsample", "recipe"), CASES)
 def test_self_training__any_batch_size_by_one_graph(method: str, upsample: bool, recipe: str) -> None:
     torch.compiler.reset()
-    student = network(stride=2 if upsample else 1)
+    student = small_network(C, stride=2 if upsample else 1)
     recipe = "paper" if recipe == "released" else recipe
     training = recipes.self_training(student, C, method=method, recipe=recipe, upsample=upsample, threshold=0.25)
     twins = Twins(training.train())
@@ -212,7 +206,7 @@ def boxes(images: Tensor, labels: Tensor, base: Tensor, pseudo: Tensor, weights:
 
 def test_self_training__of_others_parts_by_one_graph() -> None:
     torch.compiler.reset()
-    student = nn.Sequential(network(stride=2), nn.Identity())
+    student = nn.Sequential(small_network(C, stride=2), nn.Identity())
     training = SelfTraining(
         student,
         AveragedModel(student).eval(),
@@ -236,7 +230,7 @@ def test_self_training__of_others_parts_by_one_graph() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it loads the compiler
 def test_self_training__inductor_equals_eager() -> None:
     torch.compiler.reset()
-    training = recipes.self_training(network(stride=2), C, upsample=True, threshold=0.25)
+    training = recipes.self_training(small_network(C, stride=2), C, upsample=True, threshold=0.25)
     twins = Twins(training.train())
     twins.compiled = torch.compile(training, fullgraph=True)
     twins.step(0)
@@ -247,7 +241,7 @@ def test_self_training__inductor_equals_eager() -> None:
 
 def test_self_training__draws_anew_from_the_global_generator() -> None:
     torch.compiler.reset()
-    training = recipes.self_training(network(), C).train()
+    training = recipes.self_training(small_network(C), C).train()
     eager = copy.deepcopy(training)
     values = inputs()
     data = (values["images"], values["labels"], values["images"].flip(0))
@@ -268,7 +262,7 @@ def test_generator__is_refused_in_one_graph_and_used_outside_of_one(module: str)
         values["images"], generator=generator
     )
     if module == "SelfTraining":
-        training = recipes.self_training(network(), C)
+        training = recipes.self_training(small_network(C), C)
         data = (values["images"], values["labels"], values["images"].flip(0))
         draws = lambda generator: training(*data, generator=generator).mixed.images  # noqa: E731
     torch.compiler.reset()
@@ -285,7 +279,7 @@ def test_generator__is_refused_in_one_graph_and_used_outside_of_one(module: str)
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, where the graph breaks
 def test_update__runs_eagerly_and_compiles_nothing_anew() -> None:
     torch.compiler.reset()
-    training = recipes.self_training(network(), C, method="pseudo-label").train()
+    training = recipes.self_training(small_network(C), C, method="pseudo-label").train()
     images, labels = inputs()["images"], inputs()["labels"]
     eager = copy.deepcopy(training)
 

@@ -19,7 +19,6 @@ from crossmix import (
     MaskedImages,
     SelfTraining,
     SelfTrainingOutput,
-    _checks,
     recipes,
 )
 from crossmix import functional as F
@@ -28,7 +27,7 @@ from crossmix.diagnostics import PseudoLabelMonitor, UnsupervisedScores
 from crossmix.engine import FiniteGuard
 from crossmix.engine import finite as guards
 from crossmix.optim import RepeatedSGD, poly_lr
-from oracles import seeded
+from oracles import seeded, small_network
 
 WAITING = (
     "local_scalar_dense",
@@ -42,6 +41,7 @@ WAITING = (
     "repeat_interleave",  # by a tensor: its sum is the size of the output
 )
 C = 7
+pytestmark = pytest.mark.usefixtures("no_look")
 
 
 class NoSync(TorchDispatchMode):
@@ -82,19 +82,6 @@ class NoSync(TorchDispatchMode):
 def test_the_guard_itself(wait: Callable[[Tensor], object]) -> None:
     with pytest.raises(AssertionError, match="waits"), NoSync():
         wait(torch.rand(5))
-
-
-@pytest.fixture(autouse=True)
-def no_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU images are looked at; here it stands for a GPU, where they are not."""
-    can_look = _checks.can_look
-    monkeypatch.setattr(_checks, "can_look", lambda tensor: tensor.device.type != "cpu" and can_look(tensor))
-
-
-def network(*, stride: int = 1) -> nn.Module:
-    torch.manual_seed(0)
-    convolution = nn.Conv2d(3, 8, 3, padding=1, stride=stride)
-    return nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, C, 1))
 
 
 Optimizers = dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.SGD]]
@@ -168,7 +155,7 @@ def test_self_training__a_whole_step(
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     with torch.device(device):
         training = recipes.self_training(
-            network(stride=2 if upsample else 1), C, method=method, recipe=recipe, upsample=upsample
+            small_network(C, stride=2 if upsample else 1), C, method=method, recipe=recipe, upsample=upsample
         )
         step = Stepper(training.train(), "foreach")
     with NoSync():
@@ -179,7 +166,7 @@ def test_self_training__a_whole_step(
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizers__a_whole_step(optimizer: str, unseen_reports: list[int]) -> None:
-    step = Stepper(recipes.self_training(network(), C).train(), optimizer)
+    step = Stepper(recipes.self_training(small_network(C), C).train(), optimizer)
     with NoSync():
         for _ in range(3):
             step()
@@ -251,7 +238,7 @@ def test_unsupervised_scores() -> None:
 @pytest.mark.parametrize("method", recipes.METHODS)
 def test_cuda__sync_debug_mode(method: str, recipe: str, optimizer: str, upsample: bool) -> None:
     with torch.device("cuda"):
-        student = network(stride=2 if upsample else 1)
+        student = small_network(C, stride=2 if upsample else 1)
         training = recipes.self_training(student, C, method=method, recipe=recipe, upsample=upsample)
         step = Stepper(training.train(), optimizer)
         monitor, scores = PseudoLabelMonitor(C), UnsupervisedScores(C, pixels=50)
@@ -269,7 +256,7 @@ def test_cuda__sync_debug_mode(method: str, recipe: str, optimizer: str, upsampl
 
 @pytest.mark.gpu
 def test_cuda__a_draw_by_a_generator_of_the_cpu_comes_from_pinned_memory() -> None:
-    training = recipes.self_training(network(), C, recipe="mic")
+    training = recipes.self_training(small_network(C), C, recipe="mic")
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         training.sample(2, (12, 16), generator=seeded(0), device="cuda")
         torch.cuda.synchronize()
@@ -280,7 +267,7 @@ def test_cuda__a_draw_by_a_generator_of_the_cpu_comes_from_pinned_memory() -> No
 
 @pytest.mark.gpu
 def test_cuda__a_draw_for_the_cpu_has_arrived() -> None:
-    training = recipes.self_training(network(), C)
+    training = recipes.self_training(small_network(C), C)
     draws = [
         training.sample(100_000, generator=torch.Generator("cuda").manual_seed(0), device=device)
         for device in ("cpu", "cuda")

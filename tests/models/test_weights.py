@@ -27,14 +27,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
+from checks import WRAPS, compiled
 from crossmix import ClassMix, MeanTeacher, SelfTraining
 from crossmix.models import (
     DeepLabV2,
@@ -120,55 +118,21 @@ def test_load__every_tensor_of_every_kind_of_file(shape: str, tmp_path: Path, *,
     assert report == LoadReport(tuple(want), (), (), ())
 
 
-compiled = partial(torch.compile, backend="eager")
-
-
-def parts(wrap: Callable[[nn.Module], nn.Module], network: nn.Module) -> nn.Module:
-    network.layer1, network.layer2[0], network.layer5 = map(wrap, (network.layer1, network.layer2[0], network.layer5))
-    return network
-
-
-def sharded(module: nn.Module) -> nn.Module:
-    return FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
-
-
-def sharded_in_place(module: nn.Module) -> nn.Module:
-    return fully_shard(module, mesh=dist.init_device_mesh("cpu", (1,)))
-
-
-WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "DataParallel": nn.DataParallel,
-    "DistributedDataParallel": DistributedDataParallel,
-    "compiled": compiled,
-    "nested": lambda network: nn.DataParallel(compiled(DistributedDataParallel(network))),
-    "parts": lambda network: parts(compiled, network),
-    "all of it": lambda network: compiled(parts(lambda part: nn.DataParallel(checkpoint_wrapper(part)), network)),
-    "FSDP": lambda network: sharded(parts(sharded, network)),
-    "FSDP2": lambda network: sharded_in_place(parts(sharded_in_place, network)),
-    "averaged": lambda network: AveragedModel(compiled(network)),
-    "teacher": MeanTeacher,
-}
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+AND_AVERAGES = {**WRAPS, "averaged": lambda network: AveragedModel(compiled(network)), "teacher": MeanTeacher}
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
-@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("wrap", AND_AVERAGES)
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.filterwarnings("ignore")  # of sharding on a CPU
 def test_load__into_a_wrapped_model(wrap: str, name: str, tmp_path: Path) -> None:
     want = snapshot(tiny(1))
-    path = save_weights(WRAPS[wrap](tiny(1)), tmp_path / name)
+    path = save_weights(AND_AVERAGES[wrap](tiny(1)), tmp_path / name)
     saved = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     bare = tiny(3)
     bare.load_state_dict(saved, strict=True)  # the names are those of the network
     assert_equal(bare, want)
-    wrapped = WRAPS[wrap](tiny(2))
+    wrapped = AND_AVERAGES[wrap](tiny(2))
     report = load_weights(wrapped, path)
     assert (len(report.matched), *report[1:]) == (len(want), (), (), ())
     assert set(report.matched) <= set(wrapped.state_dict())

@@ -5,16 +5,13 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
+from checks import WRAPS, compiled
 from crossmix.models import deeplab_v2_resnet101, deeplab_v2_tiny
 from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
 
@@ -72,61 +69,6 @@ def test_repeats__are_one_three_and_four_in_resnet101(network: nn.Module) -> Non
         assert repeats == (1 if name == "conv1.weight" else 4 if "downsample" in name else 3), name
     assert [group["repeats"].count(k) for k in (1, 3, 4)] == [1, 99, 4]
     assert head["repeats"] == [1] * 8
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def compiled(module: nn.Module) -> nn.Module:
-    return torch.compile(module, backend="eager")
-
-
-def compiled_in_place(module: nn.Module) -> nn.Module:
-    module.compile(backend="eager")
-    return module
-
-
-def sharded(module: nn.Module) -> nn.Module:
-    return FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
-
-
-def sharded_in_place(module: nn.Module) -> nn.Module:
-    return fully_shard(module, mesh=dist.init_device_mesh("cpu", (1,)))
-
-
-def parts(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
-    """Wrap a stage, a bottleneck in another one, and the head."""
-
-    def wrapped(network: nn.Module) -> nn.Module:
-        network.layer1, network.layer2[0], network.layer5 = map(
-            wrap, (network.layer1, network.layer2[0], network.layer5)
-        )
-        return network
-
-    return wrapped
-
-
-WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "compiled": compiled,
-    "compiled in place": compiled_in_place,
-    "DataParallel": nn.DataParallel,
-    "DistributedDataParallel": DistributedDataParallel,
-    "FSDP": sharded,
-    "FSDP2": sharded_in_place,
-    "nested": lambda network: compiled(DistributedDataParallel(compiled(network))),
-    "compiled parts": parts(compiled),
-    "DataParallel parts": parts(nn.DataParallel),
-    "checkpointed parts": parts(checkpoint_wrapper),
-    "FSDP parts": lambda network: sharded(parts(sharded)(network)),
-    "FSDP2 parts": lambda network: sharded_in_place(parts(sharded_in_place)(network)),
-    "all of it": lambda network: DistributedDataParallel(
-        parts(lambda part: checkpoint_wrapper(compiled(part)))(network)
-    ),
-}
 
 
 @pytest.mark.parametrize("repeated", [False, True])
