@@ -32,6 +32,24 @@ def wait_for(process: subprocess.Popen[str], word: str) -> None:
     assert line.strip() == word, (line, process.stderr.read() if process.stderr else "")
 
 
+def run_ranks(code: str, size: int, folder: Path, *arguments: str) -> list[str]:
+    """What each of several processes prints, which get a rank, their number and the file to meet in."""
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    store, pipe = str(folder / f"store-{size}"), subprocess.PIPE
+    processes = [
+        subprocess.Popen([*command, str(rank), str(size), store, *arguments], stdout=pipe, stderr=pipe, text=True)
+        for rank in range(size)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # the others would wait for ever
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return [printed for printed, _ in outputs]
+
+
 def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """The trainer, with one thread and in a process group of its own."""
     return subprocess.Popen(

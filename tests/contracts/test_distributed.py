@@ -1,14 +1,12 @@
 """Two processes with half of a batch each do what one process does with all of it."""
 
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
-SCRIPT = textwrap.dedent(
-    """
+from runs import run_ranks
+
+SCRIPT = """
     import os
     import sys
     import torch
@@ -21,7 +19,7 @@ SCRIPT = textwrap.dedent(
     from crossmix.functional import pseudo_label_from_probs
     from crossmix.metrics import ConfusionMatrix
 
-    rank, store, dtype = int(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3])
+    rank, store, dtype = int(sys.argv[1]), sys.argv[3], getattr(torch, sys.argv[4])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 
@@ -132,12 +130,10 @@ SCRIPT = textwrap.dedent(
     dist.destroy_process_group()
     print("ok", rank, flush=True)
     os._exit(0)  # gloo's threads can abort a process while it takes itself down, seldom
-    """
-)
+"""
 
 
-SHARDED = textwrap.dedent(
-    """
+SHARDED = """
     import os
     import sys
     import torch
@@ -147,7 +143,7 @@ SHARDED = textwrap.dedent(
     from torch.nn.parallel import DistributedDataParallel
     from crossmix import MeanTeacher
 
-    rank, store = int(sys.argv[1]), sys.argv[2]
+    rank, store = int(sys.argv[1]), sys.argv[3]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(rank))
 
@@ -228,38 +224,15 @@ SHARDED = textwrap.dedent(
     dist.destroy_process_group()
     print("ok", rank, flush=True)
     os._exit(0)  # as above
-    """
-)
+"""
 
 
 @pytest.mark.slow
 def test_sharded_students_give_the_teacher_that_ddp_gives(tmp_path: Path) -> None:
-    run_two_ranks(tmp_path, SHARDED)
+    assert run_ranks(SHARDED, 2, tmp_path) == ["ok 0\n", "ok 1\n"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_two_ranks_equal_one_after_20_steps(tmp_path: Path, dtype: str) -> None:
-    run_two_ranks(tmp_path, SCRIPT, dtype)
-
-
-def run_two_ranks(tmp_path: Path, code: str, *arguments: str) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(code)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store"), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()  # the other one would wait for ever
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, output
-        assert f"ok {rank}" in output
+    assert run_ranks(SCRIPT, 2, tmp_path, dtype) == ["ok 0\n", "ok 1\n"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from crossmix import DistributionAlignment, MeanTeacher
 from crossmix.engine import FiniteGuard, NonFiniteError, StopRequest
-from runs import start_code, wait_for
+from runs import run_ranks, start_code, wait_for
 
 LOOP = """
     import sys, time
@@ -64,7 +64,7 @@ RANKS = """
     import torch.distributed as dist
     from crossmix.engine import StopRequest
     rank = int(sys.argv[1])
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=2)
     with StopRequest(dist.group.WORLD) as stop:
         for step in range(10):
             stop.requested = stop.requested or (rank == 1 and step == 3)
@@ -77,10 +77,7 @@ RANKS = """
 
 @pytest.mark.slow
 def test_stop__all_ranks_at_the_same_step(tmp_path: Path) -> None:
-    processes = [start_code(RANKS, str(rank), str(tmp_path / "store")) for rank in range(2)]
-    for process in processes:
-        output, errors = process.communicate(timeout=120)
-        assert output.strip() == "3", errors
+    assert run_ranks(RANKS, 2, tmp_path) == ["3\n", "3\n"]
 
 
 class Parts:

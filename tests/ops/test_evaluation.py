@@ -2,7 +2,6 @@
 
 import math
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from crossmix.metrics import ConfusionMatrix
 from crossmix.models import deeplab_v2_tiny
 from crossmix.visualize import colorize, gallery
 from oracles import seeded
+from runs import run_ranks
 
 
 def samples(sizes: list[tuple[int, int]]) -> list[Sample]:
@@ -110,22 +110,7 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_evaluate__ranks_share_the_samples_and_agree_exactly(tmp_path: Path) -> None:
-    outputs = set()
-    for size in (1, 2, 3):
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", RANKS, str(rank), str(size), str(tmp_path / f"store{size}")],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(size)
-        ]
-        for process in processes:
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-            outputs.add(output)
-    assert len(outputs) == 1
+    assert len({output for size in (1, 2, 3) for output in run_ranks(RANKS, size, tmp_path)}) == 1
 
 
 class Perfect(nn.Module):
