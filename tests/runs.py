@@ -32,10 +32,23 @@ def wait_for(process: subprocess.Popen[str], word: str) -> None:
     assert line.strip() == word, (line, process.stderr.read() if process.stderr else "")
 
 
+RANK = """
+import os, sys, torch
+import torch.distributed as dist
+rank, size = int(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{{sys.argv[3]}}", rank=rank, world_size=size)
+{}
+dist.barrier()
+dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads can abort a process while it takes itself down, seldom
+"""
+
+
 def run_ranks(code: str, size: int, folder: Path, *arguments: str) -> list[str]:
-    """What each of several processes prints, which get a rank, their number and the file to meet in."""
-    command = [sys.executable, "-c", textwrap.dedent(code)]
+    """What each of several processes of one group prints; the code knows its `rank` and their number, `size`."""
     store, pipe = str(folder / f"store-{size}"), subprocess.PIPE
+    command = [sys.executable, "-c", RANK.format(textwrap.dedent(code))]
     processes = [
         subprocess.Popen([*command, str(rank), str(size), store, *arguments], stdout=pipe, stderr=pipe, text=True)
         for rank in range(size)

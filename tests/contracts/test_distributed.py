@@ -7,10 +7,6 @@ import pytest
 from runs import run_ranks
 
 SCRIPT = """
-    import os
-    import sys
-    import torch
-    import torch.distributed as dist
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
     from crossmix import ConfidenceWeightedCE, CrossDomainMix, DistributionAlignment, MaskedImages, MeanTeacher
@@ -19,9 +15,8 @@ SCRIPT = """
     from crossmix.functional import pseudo_label_from_probs
     from crossmix.metrics import ConfusionMatrix
 
-    rank, store, dtype = int(sys.argv[1]), sys.argv[3], getattr(torch, sys.argv[4])
+    dtype = getattr(torch, sys.argv[4])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 
     g = torch.Generator().manual_seed(0)
     source, target = torch.rand(2, 4, 3, 6, 8, generator=g, dtype=dtype)
@@ -126,25 +121,15 @@ SCRIPT = """
         scores[3].merge()
         assert scores[3].compute() == scores[2].compute()
     assert scores[0].compute() != scores[2].compute()
-    dist.barrier()
-    dist.destroy_process_group()
-    print("ok", rank, flush=True)
-    os._exit(0)  # gloo's threads can abort a process while it takes itself down, seldom
 """
 
 
 SHARDED = """
-    import os
-    import sys
-    import torch
-    import torch.distributed as dist
     from torch import nn
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.nn.parallel import DistributedDataParallel
     from crossmix import MeanTeacher
 
-    rank, store = int(sys.argv[1]), sys.argv[3]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(rank))
 
     def build():
@@ -220,19 +205,15 @@ SHARDED = """
     assert teacher(images.bfloat16()).dtype == torch.bfloat16
     teacher.update(network)
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}
-    dist.barrier()
-    dist.destroy_process_group()
-    print("ok", rank, flush=True)
-    os._exit(0)  # as above
 """
 
 
 @pytest.mark.slow
 def test_sharded_students_give_the_teacher_that_ddp_gives(tmp_path: Path) -> None:
-    assert run_ranks(SHARDED, 2, tmp_path) == ["ok 0\n", "ok 1\n"]
+    run_ranks(SHARDED, 2, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_two_ranks_equal_one_after_20_steps(tmp_path: Path, dtype: str) -> None:
-    assert run_ranks(SCRIPT, 2, tmp_path, dtype) == ["ok 0\n", "ok 1\n"]
+    run_ranks(SCRIPT, 2, tmp_path, dtype)
