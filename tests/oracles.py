@@ -170,9 +170,14 @@ def colour_operation(image: Tensor, draw: AugmentDraw, i: int, operation: int, f
     return kornia.enhance.adjust_hue(image, float(draw.hue[i]) * 2 * math.pi)
 
 
-def save(path: Path, array: np.ndarray, **options: object) -> None:
+def picture(height: int = 12, width: int = 20, seed: int = 0) -> np.ndarray:
+    return torch.randint(0, 256, (height, width, 3), generator=seeded(seed)).numpy().astype(np.uint8)
+
+
+def save(path: Path, array: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **options)
+    Image.fromarray(array).save(path)
+    return path
 
 
 def deep_png(path: Path, pixels: np.ndarray) -> None:

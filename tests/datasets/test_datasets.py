@@ -15,7 +15,7 @@ from crossmix.datasets import GTA5, Cityscapes, DataError, Sample, SegmentationF
 from crossmix.datasets._png import read_png
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES, CLASSES_13, CLASSES_16, PALETTE, label_ids, train_ids
 from crossmix.engine import KeyedCrops
-from oracles import deep_png, save, seeded
+from oracles import deep_png, picture, save, seeded
 
 LABEL_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
              28: 15, 31: 16, 32: 17, 33: 18}  # fmt: skip
@@ -24,10 +24,6 @@ LABEL_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9,
 def ids(height: int, width: int, seed: int = 0) -> np.ndarray:
     """A map of official label ids, 0 to 34."""
     return torch.randint(0, 35, (height, width), generator=seeded(seed)).numpy().astype(np.uint8)
-
-
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return torch.randint(0, 256, (height, width, 3), generator=seeded(seed)).numpy().astype(np.uint8)
 
 
 def palette_png(path: Path, array: np.ndarray, bits: int) -> None:

@@ -10,18 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from crossmix.datasets import GTA5, DataError, Sample, SegmentationFolder, StreetScenes, class_counts, statistics
 from crossmix.datasets.__main__ import main
 from crossmix.datasets.classes import CLASS_NAMES
-
-
-def save(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
+from oracles import save
 
 
 @pytest.fixture

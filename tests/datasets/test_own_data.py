@@ -26,21 +26,11 @@ from crossmix.datasets import (
 )
 from crossmix.datasets.__main__ import main
 from crossmix.engine import KeyedCrops
-from oracles import seeded
-
-
-def picture(height: int = 12, width: int = 20, seed: int = 0) -> np.ndarray:
-    return torch.randint(0, 256, (height, width, 3), generator=seeded(seed)).numpy().astype(np.uint8)
+from oracles import picture, save, seeded
 
 
 def ids(height: int = 12, width: int = 20, seed: int = 0, classes: int = 5) -> np.ndarray:
     return torch.randint(0, classes, (height, width), generator=seeded(seed)).numpy().astype(np.uint8)
-
-
-def save(path: Path, array: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-    return path
 
 
 def pairs(
