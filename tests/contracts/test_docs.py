@@ -1,6 +1,7 @@
 """Every code block of README and docs is executed; every shell line names files and flags that exist."""
 
 import functools
+import json
 import re
 import shlex
 import subprocess
@@ -33,13 +34,32 @@ def shell_lines() -> list[str]:
     return [line for page in PAGES for body in blocks(page, "bash") for line in body.splitlines() if line]
 
 
+# In one process for all, since the imports take seconds.
+HELP = """
+import contextlib, io, json, runpy, sys
+shown = []
+for words in json.loads(sys.argv[1]):
+    sys.argv, sys.path[0] = [words[-1], "--help"], "" if words[0] == "-m" else "examples"
+    run = runpy.run_module if words[0] == "-m" else runpy.run_path
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            run(words[-1], run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code, words
+    shown.append(printed.getvalue())
+print(json.dumps(shown))
+"""
+
+
 @functools.cache
-def flags_of(*command: str) -> set[str]:
-    """The options that a command's help names, whole."""
-    shown = subprocess.run(
-        [sys.executable, *command, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout
-    return set(re.findall(r"(?<![\w-])--?\w[\w-]*", shown))
+def flags() -> dict[tuple[str, ...], set[str]]:
+    """The options that the help of each command names, whole."""
+    every = sorted({command for line in shell_lines() for command, _ in commands(line)})
+    helped = [sys.executable, "-c", HELP, json.dumps(every)]
+    shown = json.loads(subprocess.run(helped, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    return {
+        command: set(re.findall(r"(?<![\w-])--?\w[\w-]*", text)) for command, text in zip(every, shown, strict=True)
+    }
 
 
 def commands(line: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
@@ -57,7 +77,7 @@ def commands(line: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
 @pytest.mark.parametrize("line", sorted(set(shell_lines())))
 def test_shell_lines_name_what_exists(line: str) -> None:
     for command, given in commands(line):
-        assert set(given) <= flags_of(*command), f"{' '.join(command)} has no such option"
+        assert set(given) <= flags()[command], f"{' '.join(command)} has no such option"
 
 
 def test_shell_lines__an_option_is_compared_whole() -> None:
@@ -68,8 +88,8 @@ def test_shell_lines__an_option_is_compared_whole() -> None:
         (("examples/dacs_gta5.py",), ["--meth", "--out"]),
         (("-m", "crossmix.datasets"), ["-q"]),
     ]
-    assert {"--method", "--out", "-h"} <= flags_of("examples/dacs_gta5.py")
-    assert not {"--meth", "--ou", "-m"} & flags_of("examples/dacs_gta5.py")
+    assert {"--method", "--out", "-h"} <= flags()[("examples/dacs_gta5.py",)]
+    assert not {"--meth", "--ou", "-m"} & flags()[("examples/dacs_gta5.py",)]
 
 
 def test_readme__two_commands_do_everything() -> None:
