@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from crossmix import DistributionAlignment, MeanTeacher
-from crossmix.engine import FiniteGuard
+from crossmix.engine import FiniteGuard, NonFiniteError
 from crossmix.optim import RepeatedSGD
+from oracles import seeded
 
 Build = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -118,16 +119,21 @@ class Plain(nn.Module):
 
 
 class Parts:
-    def __init__(self, name: str, guard: type[FiniteGuard] | None = FiniteGuard) -> None:
+    def __init__(
+        self, name: str, guard: type[FiniteGuard] | None = FiniteGuard, *, skip: int = 9, device: str = "cpu"
+    ) -> None:
         torch.manual_seed(0)
-        self.student = Plain(name)
+        self.student = Plain(name).to(device)
         self.teacher = MeanTeacher(self.student, decay=0.9)
-        self.align = DistributionAlignment(2)
+        self.align = DistributionAlignment(2).to(device)
         self.optimizer = OPTIMIZERS[name](list(self.student.parameters()))
-        self.guard = None if guard is None else guard([self.student, self.teacher, self.align], self.optimizer, skip=9)
+        self.guard = (
+            None if guard is None else guard([self.student, self.teacher, self.align], self.optimizer, skip=skip)
+        )
 
-    def step(self, number: int, *, bad: str = "") -> None:
-        images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+    def step(self, number: int, *, bad: str = "", images: Tensor | None = None) -> None:
+        if images is None:
+            images = torch.rand(4, 3, 8, 8, generator=seeded(number))
         if bad == "image":
             images[0, 0, 0, 0] = math.nan
 
@@ -279,3 +285,82 @@ def test_guard__finite_half_gradients_whose_norm_is_not_are_good() -> None:
 def test_guard__refuses_what_is_no_optimizer() -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, or several, got Linear"):
         FiniteGuard([], [nn.Linear(1, 1)])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("name", ["SGD momentum", "SGD fused", "Adam"])
+def test_guard__keeps_the_memory_format(name: str) -> None:
+    plain, guarded = Parts(name, None), Parts(name)
+    for parts in (plain, guarded):
+        parts.student.to(memory_format=torch.channels_last)
+        for number in range(4):
+            parts.step(number)
+    assert same(plain.state(), guarded.state())
+    assert guarded.student.layers[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_guard__ends_training_after_so_many_bad_steps_and_good_ones_move_on() -> None:
+    parts = Parts("SGD momentum", skip=2)
+    parts.step(0)
+    before = parts.state()
+    parts.step(1, bad="image")
+    parts.step(2, bad="loss")
+    assert parts.guard is not None
+    assert parts.guard.skipped == 2
+    message = r"step 3: the loss or a gradient is not finite, 3 such steps so far and 2"
+    with pytest.raises(NonFiniteError, match=message):
+        parts.step(3, bad="gradient")
+    assert same(parts.state(), before)
+    parts.step(4)
+    assert not same(parts.state(), before)
+    assert all(value.isfinite().all() for value in parts.student.state_dict().values())
+
+
+def test_guard__gradients_may_be_left_to_a_scaler() -> None:
+    parts = Parts("SGD", skip=0)
+    assert parts.guard is not None
+    loss = parts.student(torch.rand(2, 3, 8, 8)).square().mean()
+    loss.backward()
+    parts.student.layers[0].weight.grad.fill_(torch.inf)
+    parts.guard.check(loss, 0, gradients=False)
+    with pytest.raises(NonFiniteError) as caught:
+        parts.guard.check(loss, 5)
+    assert caught.value.step == 5
+
+
+def test_guard__refuses() -> None:
+    with pytest.raises(ValueError, match="`skip` must not be negative"):
+        Parts("SGD", skip=-1)
+    guard = Parts("SGD").guard
+    assert guard is not None
+    with pytest.raises(RuntimeError, match="needs a `check` before it"):
+        guard.restore()
+
+
+@pytest.mark.gpu
+def test_guard__on_a_gpu_without_waiting() -> None:
+    parts = Parts("SGD momentum", skip=0, device="cuda")
+    good = torch.rand(
+        4,
+        3,
+        8,
+        8,
+    )
+    parts.step(0, images=good)
+    modules = nn.ModuleList([parts.student, parts.teacher.module, parts.align])
+    before = copy.deepcopy(dict(modules.state_dict()))
+    bad = good * torch.nan
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        parts.step(1, images=bad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert same(dict(modules.state_dict()), before)
+
+    def go_on() -> None:
+        for number in range(2, 5):
+            parts.step(number, images=good)
+            torch.cuda.synchronize()
+
+    with pytest.raises(NonFiniteError, match="step 1"):  # once the flag has arrived
+        go_on()
