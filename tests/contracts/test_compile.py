@@ -227,7 +227,6 @@ def test_self_training__of_others_parts_by_one_graph() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it loads the compiler
 def test_self_training__inductor_equals_eager() -> None:
     torch.compiler.reset()
     training = recipes.self_training(small_network(C, stride=2), C, upsample=True, threshold=0.25)
@@ -370,7 +369,6 @@ def test_teacher__compiled_once_whatever_modes_others_set(compiled: str, mode: s
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it loads the compiler
 @pytest.mark.parametrize(
     ("mixer", "labels", "images", "channels", "layout"),
     [

@@ -339,12 +339,7 @@ def test_guard__refuses() -> None:
 @pytest.mark.gpu
 def test_guard__on_a_gpu_without_waiting() -> None:
     parts = Parts("SGD momentum", skip=0, device="cuda")
-    good = torch.rand(
-        4,
-        3,
-        8,
-        8,
-    )
+    good = torch.rand(4, 3, 8, 8, device="cuda")
     parts.step(0, images=good)
     modules = nn.ModuleList([parts.student, parts.teacher.module, parts.align])
     before = copy.deepcopy(dict(modules.state_dict()))

@@ -279,7 +279,6 @@ def test_switches__that_change_nothing_here(run: Callable[..., Path], flags: tup
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler's own imports
 def test_compile__has_the_same_checkpoints(run: Callable[..., Path]) -> None:
     torch.compiler.reset()
     out = run("--compile", "--steps", "2", "--save-every", "1", "--eval-every", "2")

@@ -300,7 +300,6 @@ def test_forward__compiled_for_any_size() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it loads the compiler
 def test_forward__inductor_equals_one_operation_after_the_other() -> None:
     torch.compiler.reset()
     augment = StrongAugment(flavor="additive", jitter_p=1, blur_p=0.5)

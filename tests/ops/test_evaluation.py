@@ -144,33 +144,22 @@ class Tuples(Dataset[object]):
         return self.form(samples([(8, 12)] * 4)[index])
 
 
-def as_sample(sample: Sample) -> object:
-    return sample
+FORMS: dict[str, Callable[[Sample], object]] = {
+    "sample": lambda sample: sample,
+    "pair": lambda sample: (sample.image, sample.label.long()),
+    "list": lambda sample: [sample.image / 255, sample.label.int(), sample.name, 7],
+    "dict": lambda sample: {"name": sample.name, "image": sample.image, "label": sample.label},
+    "other dict": lambda sample: {"pixel_values": sample.image.float() / 255, "labels": sample.label.short()},
+}
 
 
-def as_pair(sample: Sample) -> object:
-    return sample.image, sample.label.long()
-
-
-def as_list(sample: Sample) -> object:
-    return [sample.image / 255, sample.label.int(), sample.name, 7]
-
-
-def as_dict(sample: Sample) -> object:
-    return {"name": sample.name, "image": sample.image, "label": sample.label}
-
-
-def as_other_dict(sample: Sample) -> object:
-    return {"pixel_values": sample.image.float() / 255, "labels": sample.label.short()}
-
-
-@pytest.mark.parametrize("form", [as_sample, as_pair, as_list, as_dict, as_other_dict])
-def test_evaluate__data_of_any_form(form: Callable[[Sample], object]) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_evaluate__data_of_any_form(form: str) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5))
     want = evaluate(network, samples([(8, 12)] * 3), num_classes=5, image_size=(9, 11), label_sizes=[None, (5, 7)])
     assert want["native"].counts.sum() == 3 * 7 * 12
-    data = Tuples(form)
+    data = Tuples(FORMS[form])
     for given, options in (
         (data, {}),
         (data, {"workers": 1}),
@@ -181,7 +170,7 @@ def test_evaluate__data_of_any_form(form: Callable[[Sample], object]) -> None:
     ):
         got = evaluate(network, given, num_classes=5, image_size=(9, 11), label_sizes=[None, (5, 7)], **options)
         for name, matrix in want.items():
-            if form in {as_list, as_other_dict}:  # floating images are not rounded to bytes when they are resized
+            if form in {"list", "other dict"}:  # floating images are not rounded to bytes when they are resized
                 assert (got[name].counts - matrix.counts).abs().sum() <= 4
             else:
                 assert torch.equal(got[name].counts, matrix.counts)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, distributed, func, nn
+from torch import Tensor, func, nn
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -19,6 +19,7 @@ from torch.nn import functional as tf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from checks import channels_last, strided, transposed
 from crossmix import ConfidenceWeightedCE
 from crossmix import functional as F
 from crossmix._cross_entropy import sum_by_blocks
@@ -115,12 +116,7 @@ def test_labels_of_every_dtype(dtype: torch.dtype, ignore_index: int) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        lambda value: value.mT.contiguous().mT,
-        lambda value: torch.stack([value, value], -1).flatten(-2)[..., ::2],
-        lambda value: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value,
-        lambda value: value[:1].expand_as(value),
-    ],
+    [transposed, strided, channels_last, lambda value: value[:1].expand_as(value)],
     ids=["transposed", "strided", "channels last", "expanded"],
 )
 def test_layouts(layout: Layout) -> None:
@@ -326,7 +322,6 @@ def test_infinite_label_is_an_infinite_loss() -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own
 def test_derivatives(align_corners: bool, smoothing: float) -> None:
     logits, labels, weights = batch(1, 3, (2, 3), (35, 4))
     logits.requires_grad_()
@@ -412,7 +407,7 @@ TRANSFORMS: dict[str, Callable[[Loss, Tensor], object]] = {
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Attempted to insert a get_attr")  # torch's own
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")  # torch's own
 def test_transforms(transform: Callable[[Loss, Tensor], object], weighted: bool) -> None:
     logits, labels, weights = batch(2, 3, (3, 2), (20, 5))
     given_weights = weights if weighted else None
@@ -454,20 +449,16 @@ def test_samples_of_their_own_labels() -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.usefixtures("process_group")
 def test_tensors_over_ranks_take_the_plain_form() -> None:
     logits, labels, weights = batch()
     want = with_gradient(F.upsampled_cross_entropy, logits, labels, weights)
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = DeviceMesh("cpu", [0])
-        spread = [distribute_tensor(value, mesh, [Shard(0)]) for value in (logits, labels, weights)]
-        spread[0].requires_grad_()
-        loss = F.upsampled_cross_entropy(*spread)
-        loss.backward()
-        got = loss.full_tensor().detach(), spread[0].grad.full_tensor()
-    finally:
-        distributed.destroy_process_group()
-    assert_agree(got, want, 1e-10)
+    mesh = DeviceMesh("cpu", [0])
+    spread = [distribute_tensor(value, mesh, [Shard(0)]) for value in (logits, labels, weights)]
+    spread[0].requires_grad_()
+    loss = F.upsampled_cross_entropy(*spread)
+    loss.backward()
+    assert_agree((loss.full_tensor().detach(), spread[0].grad.full_tensor()), want, 1e-10)
 
 
 def test_second_derivative_is_there_without_a_differentiable_loss_gradient() -> None:
@@ -498,17 +489,6 @@ def test_criterion(normalizer: str, sync: bool) -> None:
     criterion = ConfidenceWeightedCE(ignore_index=3, normalizer=normalizer, label_smoothing=0.1, sync=sync)
     want = with_gradient(plain, logits, labels, weights, ignore_index=3, normalizer=normalizer, label_smoothing=0.1)
     assert_agree(with_gradient(criterion.upsampled, logits, labels, weights), want, 1e-10)
-
-
-def test_criterion__a_subclass_keeps_its_own_loss() -> None:
-    class Halved(ConfidenceWeightedCE):
-        def forward(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-            return super().forward(logits, labels, weights) / 2
-
-    logits, labels, weights = batch()
-    torch.testing.assert_close(
-        Halved().upsampled(logits, labels, weights), ConfidenceWeightedCE().upsampled(logits, labels, weights) / 2
-    )
 
 
 class Largest(TorchDispatchMode):
@@ -567,7 +547,6 @@ def test_operator(weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it loads the compiler
 def test_compiled_equals_eager(backend: str) -> None:
     torch.compiler.reset()
     logits, labels, weights = batch()
@@ -582,7 +561,6 @@ def test_compiled_equals_eager(backend: str) -> None:
         torch.testing.assert_close(compiled(logits, criterion), loss(logits, criterion))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_compiled__keeps_the_operator_but_under_transforms() -> None:
     logits, labels, weights = batch(2, 3, (3, 2), (20, 5))
     graphs: list[str] = []
@@ -615,7 +593,7 @@ def test_empty_labels_under_transforms() -> None:
     assert F.upsampled_cross_entropy(logits, empty, reduction="none").shape == (2, 0, 5)
 
 
-def test_criterion__align_corners() -> None:
+def test_criterion__align_corners_and_a_subclass_with_a_loss_of_its_own() -> None:
     logits, labels, weights = batch()
 
     class Halved(ConfidenceWeightedCE):
