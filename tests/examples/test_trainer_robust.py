@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -37,21 +38,30 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.slow
-def test_kill_9__at_any_moment_changes_nothing(run: Callable[..., Path], folders: list[str], tmp_path: Path) -> None:
+def test_kill_9__at_any_moment_changes_nothing(
+    trainer: ModuleType, run: Callable[..., Path], folders: list[str], tmp_path: Path
+) -> None:
     flags = ["--steps", "120", "--save-every", "3", "--eval-every", "60", "--log-every", "1"]
     whole = run(*flags, out="whole")
     out, moments = tmp_path / "killed", random.Random(0)  # noqa: S311 - when to kill
-    groups: list[int] = []
+    log, groups = out / "log.jsonl", []
+
+    def logged() -> int:
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
     for attempt in range(20):
         resume = ["--resume"] if (out / "config.json").exists() else []
-        process = start(*folders, *flags, "--out", str(out), *resume, "--workers", str(2 * (attempt % 2)))
-        begin = len((out / "log.jsonl").read_text().splitlines()) if (out / "log.jsonl").exists() else 0
-        wait_for_step(out, min(begin + 2, 119), process)
+        begin = logged()
+        # Forked, since a new process would spend its first seconds on imports.
+        arguments = [*folders, *flags, "--out", str(out), *resume, "--workers", str(2 * (attempt % 2))]
+        process = multiprocessing.get_context("fork").Process(target=alone, args=(trainer, arguments))
+        process.start()
+        while process.is_alive() and logged() < min(begin + 2, 119):
+            time.sleep(0.02)
+        assert process.exitcode is None
         time.sleep(moments.random() * 0.15)
         process.kill()
-        process.wait(60)  # not for the end of its output: a worker that was just being started may outlive it
-        assert process.stdout is not None
-        process.stdout.close()
+        process.join()
         groups.append(process.pid)
     for group in groups:
         with contextlib.suppress(ProcessLookupError):
@@ -59,6 +69,12 @@ def test_kill_9__at_any_moment_changes_nothing(run: Callable[..., Path], folders
     done = run(*flags, "--resume", out="killed")
     assert_same(final(whole, 120), final(done, 120))
     assert [record["step"] for record in log_of(done)] == list(range(1, 121))
+
+
+def alone(trainer: ModuleType, arguments: list[str]) -> None:
+    """Run the trainer in a process group of its own."""
+    os.setsid()
+    trainer.main(arguments)
 
 
 @pytest.mark.slow
@@ -145,52 +161,26 @@ def test_torchrun__two_processes_share_the_batch_and_resume(folders: list[str], 
 
 
 @pytest.mark.slow
-def test_torchrun__a_signal_to_one_rank_stops_both_at_one_step(folders: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    flags = ["--steps", "5000", "--batch", "1", "--save-every", "5000", "--eval-every", "5000", "--log-every", "1"]
-    process = start(*folders, *flags, "--out", str(out), launcher=TORCHRUN)
-    wait_for_step(out, 2, process)
-    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-    os.kill(int(listed.split()[-1]), signal.SIGTERM)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, printed
-    (step,) = steps_saved(out)
-    assert f"stopped after step {step}" in printed
-
-
-@pytest.mark.slow
-def test_torchrun__a_signal_to_the_launcher_stops_all_ranks_and_the_run_goes_on(
+def test_torchrun__signals_stop_all_ranks_at_one_step_and_a_death_ends_the_job(
     folders: list[str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    flags = ["--save-every", "5000", "--eval-every", "5000", "--log-every", "1"]
-    process = start(*folders, *flags, "--steps", "5000", "--batch", "1", "--out", str(out), launcher=TORCHRUN)
-    wait_for_step(out, 2, process)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=120)
-    (step,) = steps_saved(out)
-    assert f"stopped after step {step}" in printed  # the launcher itself reports the signal by its exit code
-    process = start(
-        *folders, *flags, "--steps", "5000", "--batch", "1", "--out", str(out), "--resume", launcher=TORCHRUN
-    )
-    wait_for_step(out, step + 2, process)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=120)
-    assert f"resumed at step {step}" in printed
-
-
-@pytest.mark.slow
-def test_torchrun__a_rank_that_dies_ends_the_job_with_the_reason(folders: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "run"
+    out, step = tmp_path / "run", 0
     flags = ["--steps", "5000", "--batch", "1", "--save-every", "2", "--eval-every", "5000", "--log-every", "1"]
-    process = start(*folders, *flags, "--out", str(out), launcher=TORCHRUN)
-    wait_for_step(out, 4, process)
-    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-    os.kill(int(listed.split()[-1]), signal.SIGKILL)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "SIGKILL" in printed
-    assert steps_saved(out)  # what was saved stays
+    for number, to in ((signal.SIGTERM, "rank"), (signal.SIGTERM, "launcher"), (signal.SIGKILL, "rank")):
+        resume = ["--resume"] if step else []
+        process = start(*folders, *flags, "--out", str(out), *resume, launcher=TORCHRUN)
+        wait_for_step(out, step + 3, process)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+        os.kill(int(children.split()[-1]) if to == "rank" else process.pid, number)
+        printed, _ = process.communicate(timeout=120)
+        assert f"resumed at step {step}" in printed or not resume
+        step = steps_saved(out)[-1]
+        if number == signal.SIGKILL:
+            assert process.returncode != 0
+            assert "SIGKILL" in printed
+        else:
+            assert f"stopped after step {step}" in printed
+            assert process.returncode == 0 or to == "launcher", printed  # which reports its signal by its exit code
 
 
 PATCHED = """
