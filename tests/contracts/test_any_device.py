@@ -15,12 +15,14 @@ from crossmix import (
     ConfidenceWeightedCE,
     CowMasks,
     CrossDomainMix,
+    DistributionAlignment,
     MaskedImages,
     MeanTeacher,
     StrongAugment,
     recipes,
 )
 from crossmix import functional as F
+from crossmix._cross_entropy import sum_by_blocks
 from crossmix.diagnostics import PseudoLabelMonitor, UnsupervisedScores
 from crossmix.evaluation import evaluate
 from crossmix.metrics import ConfusionMatrix
@@ -66,6 +68,25 @@ def step(method: str) -> None:
         training.update()
 
 
+def alignment_and_losses() -> None:
+    """In all their forms, and inside the operator, which is opaque from outside."""
+    align, criterion = DistributionAlignment(C, sync=True), ConfidenceWeightedCE(sync=True)
+    probs, small = LOGITS.softmax(1), LOGITS[..., :3, :4]
+    align.update(probs)
+    align.update_prior(LABELS)
+    align(probs)
+    align.reset_parameters()
+    for scope in ("image", "batch", "pixel", "none"):
+        F.confidence_weight(CONFIDENCE, scope=scope)
+    for normalizer in ("all", "valid", "weights"):
+        for reduction in ("mean", "sum", "none"):
+            F.upsampled_cross_entropy(small, LABELS, CONFIDENCE, normalizer=normalizer, reduction=reduction)
+    criterion(LOGITS, LABELS, criterion.weights(CONFIDENCE))
+    options = {"align_corners": False, "ignore_index": 255, "label_smoothing": 0.1, "with_gradient": True}
+    sum_by_blocks(small, LABELS, CONFIDENCE, **options)
+
+
+CALLS["alignment and losses"] = alignment_and_losses
 CALLS |= {f"a step of {method}": partial(step, method) for method in recipes.METHODS}
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from crossmix import ConfidenceWeightedCE, DistributionAlignment
+from crossmix import DistributionAlignment
 from crossmix import functional as F
-from crossmix._cross_entropy import sum_by_blocks
 from oracles import seeded
 
 
@@ -184,27 +182,6 @@ def test_averages__stay_in_float32_unrounded_and_move(cast: Callable[[nn.Module]
     assert parts[0](probs.half()).dtype == torch.float16
 
 
-class Dtypes(TorchDispatchMode):
-    """What dtypes the operations make."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[torch.dtype] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> object:
-        out = func(*args, **(kwargs or {}))
-        self.seen |= {value.dtype for value in flat(out)}
-        return out
-
-
-def flat(out: object) -> Iterator[torch.Tensor]:
-    for value in out if isinstance(out, tuple | list) else [out]:
-        if isinstance(value, torch.Tensor):
-            yield value
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_averages__loaded_in_half_precision_are_kept_in_float32_and_move(dtype: torch.dtype) -> None:
     align = DistributionAlignment(2)
@@ -217,32 +194,6 @@ def test_averages__loaded_in_half_precision_are_kept_in_float32_and_move(dtype: 
         align.update(torch.tensor([0.53, 0.47])[None, :, None, None])
     assert align.running.dtype == align.prior.dtype == torch.float32
     torch.testing.assert_close(align.running[0], torch.tensor(0.53 - 0.03 * 0.999**3000), rtol=0, atol=1e-5)
-
-
-def test_nothing_needs_float64_on_the_device() -> None:
-    g = seeded(0)
-    logits, labels = torch.randn(2, 3, 4, 5, generator=g), torch.randint(0, 4, (2, 9, 8), generator=g)
-    align, criterion, weights = (
-        DistributionAlignment(3, sync=True),
-        ConfidenceWeightedCE(sync=True),
-        torch.rand(2, 9, 8),
-    )
-    with Dtypes() as dtypes:
-        align.update(logits.softmax(1))
-        align.update_prior(labels)
-        align(logits.softmax(1))
-        align.reset_parameters()
-        for scope in ("image", "batch", "pixel", "none"):
-            F.confidence_weight(weights, scope=scope)
-        for normalizer in ("all", "valid", "weights"):
-            for reduction in ("mean", "sum", "none"):
-                F.upsampled_cross_entropy(logits, labels, weights, normalizer=normalizer, reduction=reduction)
-        criterion(logits, labels[:, :4, :5], criterion.weights(weights[:, :4, :5]))
-        sum_by_blocks(
-            logits, labels, weights, align_corners=False, ignore_index=255, label_smoothing=0.1, with_gradient=True
-        )
-    assert torch.float32 in dtypes.seen
-    assert torch.float64 not in dtypes.seen
 
 
 @pytest.mark.parametrize("prior", [None, [3.0, 2.0, 1.0]])
