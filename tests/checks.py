@@ -3,15 +3,21 @@
 import copy
 import pickle
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Inputs = Mapping[str, Tensor]
 Op = Callable[..., Any]
+Wrap = Callable[[nn.Module], nn.Module]
 
 
 def leaves(output: object) -> list[Tensor]:
@@ -92,6 +98,48 @@ def check_module(module: nn.Module, call: Callable[[nn.Module], object], shown: 
         assert tensor.dtype in {torch.float64, torch.int64}
     for mode in (True, False):
         assert module.train(mode).training is mode
+
+
+compiled = partial(torch.compile, backend="eager")
+
+
+def compiled_in_place(module: nn.Module) -> nn.Module:
+    module.compile(backend="eager")
+    return module
+
+
+def sharded(module: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def sharded_in_place(module: nn.Module) -> nn.Module:
+    return fully_shard(module, mesh=dist.init_device_mesh("cpu", (1,)))
+
+
+def parts(wrap: Wrap, network: nn.Module) -> nn.Module:
+    """A DeepLab with a stage, a bottleneck of another one and the head wrapped."""
+    network.layer1, network.layer2[0], network.layer5 = map(wrap, (network.layer1, network.layer2[0], network.layer5))
+    return network
+
+
+# Ways to wrap a DeepLab; the sharded ones want a process group.
+WRAPS: dict[str, Wrap] = {
+    "compiled": compiled,
+    "compiled in place": compiled_in_place,
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": DistributedDataParallel,
+    "FSDP": sharded,
+    "FSDP2": sharded_in_place,
+    "nested": lambda network: nn.DataParallel(compiled(DistributedDataParallel(compiled(network)))),
+    "compiled parts": partial(parts, compiled),
+    "DataParallel parts": partial(parts, nn.DataParallel),
+    "checkpointed parts": partial(parts, checkpoint_wrapper),
+    "FSDP parts": lambda network: sharded(parts(sharded, network)),
+    "FSDP2 parts": lambda network: sharded_in_place(parts(sharded_in_place, network)),
+    "all of it": lambda network: DistributedDataParallel(
+        parts(lambda part: nn.DataParallel(checkpoint_wrapper(compiled(part))), network)
+    ),
+}
 
 
 class Watch(TorchDispatchMode):

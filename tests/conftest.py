@@ -1,19 +1,20 @@
 """Fixtures for data on disk and for the trainer; tests that need a GPU skip without one."""
 
-import importlib.util
 import os
+import shutil
+import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from crossmix import _checks
 from crossmix.datasets import StreetScenes
-
-TRAINER = Path(__file__).parent.parent / "examples" / "dacs_gta5.py"
+from runs import changed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,6 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _child_handler() -> Iterator[None]:
+    """A DataLoader with workers leaves a handler that raises when a worker of any later one dies."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.fixture
@@ -45,15 +54,34 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As the processes that tests start have: sums over several threads round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU images are looked at; here it stands for a GPU, where they are not."""
+    can_look = _checks.can_look
+    monkeypatch.setattr(_checks, "can_look", lambda tensor: tensor.device.type != "cpu" and can_look(tensor))
+
+
+@pytest.fixture(scope="module")
 def trainer() -> ModuleType:
-    sys.path.insert(0, str(TRAINER.parent))  # as for a script
-    spec = importlib.util.spec_from_file_location("dacs_gta5", TRAINER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dacs_gta5"] = module
-    spec.loader.exec_module(module)
-    return module
+    import dacs_gta5
+
+    return dacs_gta5
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +97,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "--source-size", "native", "--target-size", "32x64", "--evaluation", "32x64", "--crop", "32", "--steps", "4",
         "--workers", "0", "--device", "cpu", "--save-every", "2", "--eval-every", "2", "--log-every", "1",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def own_data(folders: list[str], tmp_path: Path) -> list[str]:
+    """The flags, on data that a test may break."""
+    for name, folder in (("gta5", folders[1]), ("cs", folders[3])):
+        shutil.copytree(folder, tmp_path / "data" / name)
+    return changed(folders, gta5=str(tmp_path / "data" / "gta5"), cityscapes=str(tmp_path / "data" / "cs"))
 
 
 @pytest.fixture

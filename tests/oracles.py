@@ -1,12 +1,16 @@
 """Slow statements of what the library computes, pixel by pixel, from the paper and from what the released code does."""
 
 import math
+import struct
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import kornia.enhance
 import kornia.filters
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from crossmix.augment import AugmentDraw
@@ -78,6 +82,13 @@ def confidence_weights_by_loop(confidence: Tensor, threshold: float, scope: str)
         elif scope == "pixel":
             weights[i] = torch.tensor(image, dtype=confidence.dtype).reshape(confidence[i].shape)
     return weights
+
+
+def small_network(num_classes: int, *, stride: int = 1) -> nn.Module:
+    """A network of two convolutions, always the same."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 8, 3, padding=1, stride=stride)
+    return nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, num_classes, 1))
 
 
 class SlowNetwork(nn.Module):
@@ -157,3 +168,27 @@ def colour_operation(image: Tensor, draw: AugmentDraw, i: int, operation: int, f
             return kornia.enhance.adjust_saturation(image, saturation)
         return (saturation * image + (1 - saturation) * grey).clamp(0, 1)
     return kornia.enhance.adjust_hue(image, float(draw.hue[i]) * 2 * math.pi)
+
+
+def picture(height: int = 12, width: int = 20, seed: int = 0) -> np.ndarray:
+    return torch.randint(0, 256, (height, width, 3), generator=seeded(seed)).numpy().astype(np.uint8)
+
+
+def save(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+def deep_png(path: Path, pixels: np.ndarray) -> None:
+    """A 16-bit PNG, grey or RGB, written from the specification: high byte first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width, channels = pixels.shape
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)

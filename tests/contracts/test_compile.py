@@ -1,0 +1,397 @@
+"""Every function but the sampler with a generator compiles in one graph and gives what eager gives."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_leaves
+
+from crossmix import (
+    BoxMasks,
+    ClassMix,
+    ConfidenceWeightedCE,
+    CowMasks,
+    CrossDomainMix,
+    DistributionAlignment,
+    MeanTeacher,
+    Mixed,
+    SelfTraining,
+    SelfTrainingOutput,
+    StrongAugment,
+    recipes,
+)
+from crossmix import functional as F
+from crossmix.optim import poly_lr
+from crossmix.self_training import SelfTrainingDraw
+from oracles import SlowNetwork, seeded, small_network
+
+C = 5
+
+
+def inputs(num_classes: int = C) -> dict[str, Tensor]:
+    g = seeded(0)
+    labels = torch.randint(0, num_classes, (2, 8, 9), generator=g)
+    labels[0, :2] = 255
+    return {
+        "labels": labels,
+        "logits": torch.randn(2, num_classes, 8, 9, generator=g),
+        "images": torch.rand(2, 3, 8, 9, generator=g),
+        "scores": torch.rand(2, num_classes + 1, generator=g),
+        "weights": torch.rand(2, 8, 9, generator=g),
+        "prior": torch.rand(num_classes, generator=g).softmax(0),
+        "running": torch.rand(num_classes, generator=g).softmax(0),
+    }
+
+
+FUNCTIONS: dict[str, Callable[[dict[str, Tensor], int], object]] = {
+    "sample_classes": lambda x, c: F.sample_classes(x["labels"], c, scores=x["scores"], include_ignored=True),
+    "sample_classes uint8": lambda x, c: F.sample_classes(x["labels"].to(torch.uint8), c, scores=x["scores"]),
+    "class_mask": lambda x, c: F.class_mask(x["labels"], x["scores"] < 0.5),
+    "mix": lambda x, c: F.mix(x["images"], x["images"].flip(0), x["labels"] == 1),
+    "pseudo_label": lambda x, c: tuple(F.pseudo_label(x["logits"])),
+    "confidence_weight": lambda x, c: [
+        F.confidence_weight(x["weights"], 0.4, scope=s) for s in ("image", "batch", "pixel")
+    ],
+    "weighted_cross_entropy": lambda x, c: [
+        F.weighted_cross_entropy(x["logits"], x["labels"], x["weights"], normalizer=n)
+        for n in ("all", "valid", "weights")
+    ],
+    "upsampled_cross_entropy": lambda x, c: F.upsampled_cross_entropy(
+        x["logits"][..., :3, :4], x["labels"], x["weights"]
+    ),
+    "align_distribution": lambda x, c: F.align_distribution(x["logits"].softmax(1), x["prior"], x["running"]),
+    "ClassMix": lambda x, c: tuple(ClassMix(c)(x["images"], x["labels"], x["weights"], scores=x["scores"])),
+    "CrossDomainMix": lambda x, c: tuple(
+        CrossDomainMix(c)(x["images"], x["labels"], x["images"].flip(0), x["labels"].flip(0), scores=x["scores"])
+    ),
+    "sample_classes with odds": lambda x, c: F.sample_classes(
+        x["labels"], c, scores=x["scores"], class_weights=x["prior"], rounding="floor", whole_batch=True
+    ),
+    "CrossDomainMix of a mask": lambda x, c: tuple(
+        CrossDomainMix(c)(x["images"], x["labels"], x["images"].flip(0), x["labels"].flip(0), mask=x["labels"] > 2)
+    ),
+    "ClassMix of boxes": lambda x, c: tuple(
+        ClassMix(c, masks=BoxMasks())(x["images"], x["labels"], x["weights"], scores=x["scores"][:, :4])
+    ),
+    "ConfidenceWeightedCE": lambda x, c: ConfidenceWeightedCE()(x["logits"], x["labels"], x["weights"]),
+}
+
+
+@pytest.mark.parametrize("num_classes", [C, 40])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functional__compiled_equals_eager(name: str, num_classes: int) -> None:
+    torch.compiler.reset()
+    values = inputs(num_classes)
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(values, num_classes), FUNCTIONS[name](values, num_classes))
+
+
+def test_mixing__compiled_under_another_default_device_and_without_channels() -> None:
+    torch.compiler.reset()
+    values = inputs()
+    arguments = (values["images"], values["labels"], values["images"].flip(0), values["labels"].flip(0))
+    compiled = torch.compile(CrossDomainMix(C), fullgraph=True, backend="aot_eager")
+    want = CrossDomainMix(C)(*arguments, scores=values["scores"])
+    with torch.device("meta"):
+        got = compiled(*arguments, scores=values["scores"])
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
+    nothing = torch.empty(2, 0, 8, 9)
+    mix = torch.compile(F.mix, fullgraph=True, backend="aot_eager")
+    assert mix(nothing, nothing, want.mask).shape == nothing.shape
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        CrossDomainMix(C, class_weights=[1, 2, 3, 4, 5], include_ignored=True),
+        CrossDomainMix(C, masks=BoxMasks()),
+        CrossDomainMix(C, masks=CowMasks(sigma=(1.0, 3.0))),
+    ],
+    ids=["odds", "boxes", "blobs"],
+)
+def test_mixing__options_by_one_graph_of_any_batch_and_image_size(mixer: CrossDomainMix) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, height, width in ((2, 12, 17), (3, 20, 24), (5, 9, 30)):
+        labels = torch.randint(0, C, (n, height, width), generator=seeded(n))
+        images = torch.rand(n, 3, height, width, generator=seeded(n))
+        scores = mixer.sample_scores(n, (height, width), generator=seeded(n))
+        arguments = (images, labels, images.flip(0), labels.flip(0))
+        torch.testing.assert_close(compiled(*arguments, scores=scores), mixer(*arguments, scores=scores))
+
+
+def test_ema_update__compiled_equals_eager() -> None:
+    averaged, current = [torch.rand(3, generator=seeded(0)) for _ in range(2)], [torch.ones(3), torch.zeros(3)]
+    want = [0.9 * a + 0.1 * c for a, c in zip(averaged, current, strict=True)]
+    torch.compile(F.ema_update_, fullgraph=True, backend="aot_eager")(averaged, current, 0.9)
+    torch.testing.assert_close(averaged, want)
+
+
+class Twins:
+    """A training whose step is compiled, or in part, beside one that is not; both learn from the same."""
+
+    def __init__(self, training: SelfTraining) -> None:
+        self.compiled: Callable[..., SelfTrainingOutput] = training
+        self.trainings = (training, copy.deepcopy(training))
+        self.optimizers = [torch.optim.SGD(one.student.parameters(), 0.01, momentum=0.9) for one in self.trainings]
+
+    def step(self, number: int, *, batch: int = 2, dynamic: bool = False) -> None:
+        """Make a step of both and compare it."""
+        generator = seeded(number)
+        source_images, target_images = torch.rand(2, batch, 3, 8, 9, generator=generator)
+        source_labels = torch.randint(0, C, (batch, 8, 9), generator=generator, dtype=torch.uint8)
+        data = (source_images.clone(), source_labels, target_images.clone())
+        allowed = torch.rand(batch, 8, 9, generator=generator)
+        draw = self.trainings[0].sample(batch, (8, 9), generator=generator)
+        if dynamic:
+            for value in tree_leaves((data, allowed, draw)):
+                if value is not None:
+                    torch._dynamo.mark_dynamic(value, 0)
+        outputs = []
+        for one, step, optimizer in zip(
+            self.trainings, (self.compiled, self.trainings[1]), self.optimizers, strict=True
+        ):
+            if one.align is not None:
+                one.align.update_prior(source_labels)
+            for group in optimizer.param_groups:
+                group["lr"] = poly_lr(number, 40, 0.01)
+            outputs.append(step(*data, target_weights=allowed, draw=draw))
+            optimizer.zero_grad()
+            outputs[-1].loss.backward()
+            optimizer.step()
+            one.update()
+        torch.testing.assert_close(*map(tree_leaves, outputs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*(dict(one.state_dict()) for one in self.trainings), rtol=1e-4, atol=1e-5)
+
+
+CASES = [*((name, False, "released") for name in recipes.METHODS), ("dacs", True, "released"), ("dacs", True, "mic")]
+
+
+@pytest.mark.parametrize(("method", "upsample", "recipe"), CASES)
+def test_self_training__twenty_steps_by_one_graph(method: str, upsample: bool, recipe: str) -> None:
+    torch.compiler.reset()
+    student = small_network(C, stride=2 if upsample else 1)
+    training = recipes.self_training(student, C, method=method, recipe=recipe, upsample=upsample, threshold=0.25)
+    twins = Twins(training.train())
+    twins.compiled = torch.compile(training, fullgraph=True, backend="aot_eager")
+    twins.step(0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for number in range(1, 20):
+            twins.step(number)
+
+
+@pytest.mark.parametrize(("method", "upsample", "recipe"), CASES)
+def test_self_training__any_batch_size_by_one_graph(method: str, upsample: bool, recipe: str) -> None:
+    torch.compiler.reset()
+    student = small_network(C, stride=2 if upsample else 1)
+    recipe = "paper" if recipe == "released" else recipe
+    training = recipes.self_training(student, C, method=method, recipe=recipe, upsample=upsample, threshold=0.25)
+    twins = Twins(training.train())
+    twins.compiled = torch.compile(training, fullgraph=True, backend="eager")
+    twins.step(0, dynamic=True)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for number, batch in enumerate((3, 5, 2), start=1):
+            twins.step(number, batch=batch)
+
+
+def boxes(images: Tensor, labels: Tensor, base: Tensor, pseudo: Tensor, weights: Tensor, *, scores: Tensor) -> Mixed:
+    """A mix of one's own: what lies left of a column that is drawn for each image."""
+    mask = (torch.arange(labels.shape[-1]) < scores[:, :1] * labels.shape[-1])[:, None].expand(labels.shape)
+    return Mixed(F.mix(images, base, mask), F.mix(labels, pseudo, mask), F.mix(weights * 0 + 1, weights, mask), mask)
+
+
+def test_self_training__of_others_parts_by_one_graph() -> None:
+    torch.compiler.reset()
+    student = nn.Sequential(small_network(C, stride=2), nn.Identity())
+    training = SelfTraining(
+        student,
+        AveragedModel(student).eval(),
+        mix=boxes,
+        num_classes=C,
+        augment=lambda images: images.sqrt(),
+        source_criterion=nn.CrossEntropyLoss(),
+        upsample=True,
+        align_corners=False,
+        logits=lambda out: out,
+    )
+    twins = Twins(training.train())
+    twins.compiled = torch.compile(training, fullgraph=True, backend="aot_eager")
+    twins.step(0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for number in range(1, 5):
+            twins.step(number)
+
+
+@pytest.mark.slow
+def test_self_training__inductor_equals_eager() -> None:
+    torch.compiler.reset()
+    training = recipes.self_training(small_network(C, stride=2), C, upsample=True, threshold=0.25)
+    twins = Twins(training.train())
+    twins.compiled = torch.compile(training, fullgraph=True)
+    twins.step(0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for number in range(1, 4):
+            twins.step(number)
+
+
+def test_self_training__draws_anew_from_the_global_generator() -> None:
+    torch.compiler.reset()
+    training = recipes.self_training(small_network(C), C).train()
+    eager = copy.deepcopy(training)
+    values = inputs()
+    data = (values["images"], values["labels"], values["images"].flip(0))
+    compiled = torch.compile(training, fullgraph=True, backend="aot_eager")
+    images = []
+    for step in (compiled, eager):
+        torch.manual_seed(1)
+        images.append([step(*data).mixed.images for _ in range(3)])
+    torch.testing.assert_close(*images)
+    assert not torch.equal(images[0][0], images[0][1])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, where the graph breaks
+@pytest.mark.parametrize("module", ["SelfTraining", "StrongAugment"])
+def test_generator__is_refused_in_one_graph_and_used_outside_of_one(module: str) -> None:
+    values = inputs()
+    draws: Callable[[torch.Generator], Tensor] = lambda generator: StrongAugment()(  # noqa: E731
+        values["images"], generator=generator
+    )
+    if module == "SelfTraining":
+        training = recipes.self_training(small_network(C), C)
+        data = (values["images"], values["labels"], values["images"].flip(0))
+        draws = lambda generator: training(*data, generator=generator).mixed.images  # noqa: E731
+    torch.compiler.reset()
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"cannot trace a torch\.Generator; make the draw outside with `sample`"
+    ):
+        torch.compile(draws, fullgraph=True, backend="eager")(seeded(0))
+    torch.compiler.reset()
+    compiled = torch.compile(draws, backend="eager")
+    for seed in (1, 2):
+        torch.testing.assert_close(compiled(seeded(seed)), draws(seeded(seed)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, where the graph breaks
+def test_update__runs_eagerly_and_compiles_nothing_anew() -> None:
+    torch.compiler.reset()
+    training = recipes.self_training(small_network(C), C, method="pseudo-label").train()
+    images, labels = inputs()["images"], inputs()["labels"]
+    eager = copy.deepcopy(training)
+
+    def whole(training: SelfTraining, draw: SelfTrainingDraw) -> Tensor:
+        loss = training(images, labels, images.flip(0), draw=draw).loss
+        training.update()
+        return loss
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="update"):
+        torch.compile(lambda draw: whole(training, draw), fullgraph=True, backend="eager")(training.sample(2))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda draw: whole(training, draw), backend="eager")
+    draws = [training.sample(2, generator=seeded(k)) for k in range(12)]
+    compiled(draws[0]), whole(eager, draws[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for draw in draws[1:]:
+            with torch.no_grad():
+                for parameters in zip(training.student.parameters(), eager.student.parameters(), strict=True):
+                    for parameter in parameters:
+                        parameter.mul_(0.9)
+            torch.testing.assert_close(compiled(draw), whole(eager, draw))
+    assert training.teacher is not None
+    assert training.teacher.num_updates == 12
+    torch.testing.assert_close(dict(training.state_dict()), dict(eager.state_dict()))
+
+
+def test_networks_compiled_in_place__as_the_trainer_does() -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    student = SlowNetwork(C)
+    training = recipes.self_training(student, C)
+    twins = Twins(training.train())
+    names = list(training.state_dict())
+    assert training.teacher is not None
+    for part in (student, training.teacher.module):
+        part.compile(fullgraph=True, backend="aot_eager")
+    twins.step(0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for number in range(1, 20):
+            twins.step(number)
+    assert list(training.state_dict()) == names
+    again = MeanTeacher(student)  # of a compiled student
+    again.update(student)
+    torch.testing.assert_close(again.module.state_dict(), student.state_dict())
+
+
+def test_teacher_and_alignment__compile() -> None:
+    torch.compiler.reset()
+    student = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C))
+    teacher = MeanTeacher(student, mode="train")
+    images = inputs()["images"]
+    compiled = torch.compile(teacher, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), teacher(images))
+    teacher.update(student)
+    align = DistributionAlignment(C)
+    probs = inputs()["logits"].softmax(1)
+    torch.testing.assert_close(torch.compile(align, fullgraph=True, backend="aot_eager")(probs), align(probs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("compiled", ["the teacher", "its network"])
+def test_teacher__compiled_once_whatever_modes_others_set(compiled: str, mode: str, dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    student = SlowNetwork(C).to(dtype)
+    teacher = MeanTeacher(student, mode=mode)
+    eager = copy.deepcopy(teacher)
+    images = inputs()["images"].to(dtype)
+    run: Callable[[Tensor], Tensor] = teacher
+    if compiled == "its network":
+        teacher.module.compile(fullgraph=True, backend="aot_eager")
+    else:
+        run = torch.compile(teacher, fullgraph=True, backend="aot_eager")
+    run(images)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step, set_mode in enumerate((teacher.module.train, teacher.module.eval, eager.train)):
+            set_mode()
+            flags = [part.training for part in teacher.module.modules()]
+            torch.testing.assert_close(run(images), eager(images))
+            assert [part.training for part in teacher.module.modules()] == flags
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.mul_(0.9 + 0.01 * step)
+            for one in (teacher, eager):
+                one.update(student)
+    torch.testing.assert_close(dict(teacher.state_dict()), dict(eager.state_dict()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mixer", "labels", "images", "channels", "layout", "weights"),
+    [
+        (CrossDomainMix(C), torch.int64, torch.float32, 3, torch.contiguous_format, "map"),
+        (ClassMix(C, include_ignored=True), torch.uint8, torch.float32, 3, torch.channels_last, "image"),
+        (ClassMix(C), torch.int16, torch.bfloat16, 5, torch.contiguous_format, "none"),
+        (CrossDomainMix(C, include_ignored=True), torch.int32, torch.float64, 1, torch.contiguous_format, "image"),
+    ],
+)
+def test_mixing__inductor_equals_eager(
+    mixer: ClassMix | CrossDomainMix,
+    labels: torch.dtype,
+    images: torch.dtype,
+    channels: int,
+    layout: torch.memory_format,
+    weights: str,
+) -> None:
+    torch.compiler.reset()
+    values = inputs()
+    source = torch.rand(2, channels, 8, 9, generator=seeded(3)).to(images, memory_format=layout)
+    ids = values["labels"].to(labels)
+    other = () if isinstance(mixer, ClassMix) else (source.flip(0), ids.flip(0))
+    weigh = {"map": values["weights"], "image": values["weights"][:, 0, 0], "none": None}[weights]
+    got = torch.compile(mixer, fullgraph=True)(source, ids, *other, weigh, scores=values["scores"])
+    want = mixer(source, ids, *other, weigh, scores=values["scores"])
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)

@@ -1,0 +1,95 @@
+"""One nearest-neighbour resize of label maps: whatever resizes them takes the pixels that Pillow takes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor, nn
+
+import camvid_day_to_dusk
+import pictures
+from crossmix.datasets import Sample, SegmentationFolder, write_png
+from crossmix.evaluation import evaluate, resize_labels
+from crossmix.visualize import colorize
+
+Size = tuple[int, int]
+
+
+def by_pillow(labels: Tensor, size: Size) -> Tensor:
+    image = Image.fromarray(labels.numpy().astype(np.int32))
+    return torch.from_numpy(np.array(image.resize((size[1], size[0]), Image.Resampling.NEAREST))).long()
+
+
+def places(old: Size) -> Tensor:
+    """A map in which every pixel has a number of its own."""
+    return torch.arange(old[0] * old[1]).reshape(old)
+
+
+sides = st.integers(1, 400)
+
+
+@given(sides, sides, st.sampled_from(["rows", "columns"]))
+@settings(max_examples=600, deadline=None)
+def test_resize_labels__is_pillows(old: int, new: int, axis: str) -> None:
+    before, after = ((old, 1), (new, 1)) if axis == "rows" else ((1, old), (1, new))
+    assert torch.equal(resize_labels(places(before), after), by_pillow(places(before), after))
+
+
+@given(st.integers(1, 14), st.integers(1, 14), st.integers(1, 30), st.integers(1, 30))
+@settings(max_examples=60, deadline=None)
+def test_evaluate__scores_the_pixels_that_pillow_takes(height: int, width: int, rows: int, columns: int) -> None:
+    """Every pixel is a class of its own, so the matrix says which were scored, and how often."""
+    labels = places((height, width))
+    network = nn.Conv2d(3, labels.numel(), 1)
+    data = [(torch.zeros(3, 2, 2), labels)]
+    matrices = evaluate(
+        network, data, num_classes=labels.numel(), label_sizes=[(rows, columns)], ignore_index=labels.numel()
+    )
+    scored = next(iter(matrices.values())).counts.sum(1)
+    want = by_pillow(labels, (rows, columns)).flatten().bincount(minlength=labels.numel())
+    assert torch.equal(scored, want)
+
+
+SIZES = [
+    ((7, 9), (3, 4)),
+    ((6, 4), (9, 7)),
+    ((4, 6), (42, 21)),
+    ((30, 41), (11, 13)),
+    ((36, 48), (12, 16)),
+    ((25, 50), (10, 20)),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), SIZES)
+def test_pictures_readers_and_examples__take_the_pixels_that_pillow_takes(
+    old: Size, new: Size, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = (places(old) * 7 % 11).to(torch.uint8)
+    want = by_pillow(labels, new)
+
+    sample = Sample(torch.zeros(3, *old, dtype=torch.uint8), labels, "a")
+    row = pictures.predicted_rows(nn.Conv2d(3, 19, 1), [sample], new, "cpu")[0]
+    assert torch.equal(row[2], colorize(want))
+
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    write_png(tmp_path / "images" / "a.png", sample.image)
+    write_png(tmp_path / "labels" / "a.png", labels)
+    read = SegmentationFolder(tmp_path / "images", tmp_path / "labels", size=new)[0]
+    assert torch.equal(read.label.long(), want)
+
+    monkeypatch.setattr(camvid_day_to_dusk, "SIZE", new)
+    Image.fromarray(labels.numpy()).convert("RGB").save(tmp_path / "labels" / "a.png")
+    assert torch.equal(camvid_day_to_dusk.load(tmp_path)[1][0].long(), want)
+
+
+def test_resize_labels__refuses() -> None:
+    for labels, size in ((torch.zeros(4), (2, 2)), (torch.zeros(4, 4), (0, 2)), (torch.zeros(0, 4), (2, 2))):
+        with pytest.raises(ValueError, match=r"must have shape \(..., H, W\) and `size` be positive"):
+            resize_labels(labels, size)
+    with pytest.raises(TypeError, match="`labels` must be a torch"):
+        resize_labels(np.zeros((2, 2)), (1, 1))

@@ -1,0 +1,239 @@
+"""`python -m crossmix.datasets`: what it says about good folders and bad ones, and the counts that it keeps."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
+
+from crossmix.datasets import GTA5, DataError, Sample, SegmentationFolder, StreetScenes, class_counts, statistics
+from crossmix.datasets.__main__ import main
+from crossmix.datasets.classes import CLASS_NAMES
+from oracles import save
+
+
+@pytest.fixture
+def gta5(tmp_path: Path) -> Path:
+    StreetScenes(4).write(tmp_path / "g", layout="gta5")
+    return tmp_path / "g"
+
+
+@pytest.fixture
+def cityscapes(tmp_path: Path) -> Path:
+    StreetScenes(3, domain="target").write(tmp_path / "c", layout="cityscapes", split="train")
+    StreetScenes(2, domain="target", seed=1).write(tmp_path / "c", layout="cityscapes", split="val")
+    return tmp_path / "c"
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_check__good_folders(gta5: Path, cityscapes: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+    assert main(["check", str(gta5), "--workers", workers]) == 0
+    assert (
+        "GTA5: 4 images (the whole data set has 24966), 4 label maps of label ids, 4 pairs" in capsys.readouterr().out
+    )
+    assert main(["check", str(cityscapes), "--workers", workers]) == 0
+    out = capsys.readouterr().out
+    assert "Cityscapes train, gtFine: 3 images (the whole data set has 2975)" in out
+    assert "Cityscapes val, gtFine: 2 images (the whole data set has 500)" in out
+    assert "no problems" in out
+
+
+def test_check__lists_every_bad_file(gta5: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, labels = gta5 / "images", gta5 / "labels"
+    (labels / "00001.png").unlink()
+    (images / "00002.png").write_bytes((images / "00002.png").read_bytes()[:200])
+    save(images / "00003.png", np.full((64, 128, 3), 7, np.uint8))
+    save(labels / "00003.png", np.zeros((64, 126), np.uint8))
+    save(labels / "00004.png", np.where(np.arange(64 * 128).reshape(64, 128) % 3, 18, 7).astype(np.uint8))
+    save(labels / "00009.png", np.full((64, 128), 77, np.uint8))
+    assert main(["check", str(gta5)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    for name, text in (
+        ("images/00001.png", "has no label map"),
+        ("labels/00009.png", "has no image"),
+        ("images/00002.png", "cannot be decoded"),
+        ("images/00003.png", "suspicious, every pixel has the same colour"),
+        ("labels/00003.png", "suspicious, every pixel is ignored"),
+        ("labels/00003.png", "is 64 x 126 but its image 64 x 128"),
+        ("labels/00004.png", "suspicious, no id above 18"),
+        ("labels/00009.png", "holds ids [77]"),
+    ):
+        assert sum(name in line and text in line for line in lines) == 1, (name, text)
+    assert lines[-1] == "8 problems"
+
+
+def test_check__synthia_saved_from_high_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(2):
+        save(tmp_path / "RGB" / f"{i}.png", np.arange(96, dtype=np.uint8).reshape(4, 8, 3))
+        save(tmp_path / "GT" / "LABELS" / f"{i}.png", np.zeros((4, 8, 3), np.uint8))
+    assert main(["check", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "SYNTHIA: 2 images (the whole data set has 9400)" in out
+    assert out.count("as files do that were saved from the high bytes") == 2
+
+
+def test_check__your_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "1_img.png", np.arange(96, dtype=np.uint8).reshape(4, 8, 3))
+    save(tmp_path / "1_ids.png", np.full((4, 8), 5, np.uint8))
+    mapping = tmp_path / "mapping.json"
+    mapping.write_text('{"5": 0}', encoding="utf-8")
+    patterns = ["--images", str(tmp_path / "*_img.png"), "--labels", str(tmp_path / "*_ids.png")]
+    assert main(["check", *patterns, "--mapping", str(mapping)]) == 0
+    mapping.write_text('{"4": 0}', encoding="utf-8")
+    assert main(["check", *patterns, "--mapping", str(mapping)]) == 1
+    out = capsys.readouterr().out
+    assert "holds [5], which the mapping does not list" in out
+    assert out.splitlines()[-1] == "1 problem"
+    for text in ("[1]", '{"5": 300}', "{", '{"a": 1}'):
+        mapping.write_text(text, encoding="utf-8")
+        assert main(["check", *patterns, "--mapping", str(mapping)]) == 2
+        assert "mapping.json" in capsys.readouterr().err
+    assert main(["check", "--labels", str(tmp_path / "*_nothing.png")]) == 2
+
+
+def test_command__nothing_to_look_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(tmp_path)]) == 2
+    assert "is not laid out as GTA5 (images, labels), SYNTHIA" in capsys.readouterr().err
+    assert main(["stats", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    for arguments in (["check"], ["check", str(tmp_path), "--images", "x"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+
+
+def test_stats__prints_shares_and_keeps_the_counts(gta5: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", str(gta5)]) == 0
+    first = capsys.readouterr().out
+    data = GTA5(gta5)
+    labels = torch.cat([data[i].label.flatten() for i in range(4)])
+    for value, name in enumerate(CLASS_NAMES):
+        count = int((labels == value).sum())
+        share = f"{100 * count / int((labels != 255).sum()):.3f}%"
+        maps = sum(bool((data[i].label == value).any()) for i in range(4))
+        row = next(line.split() for line in first.splitlines() if line.strip().startswith(name))
+        assert row[len(name.split()) :] == [str(count), share, str(maps)]
+    assert main(["stats", str(gta5)]) == 0
+    assert capsys.readouterr().out == first
+    assert len((gta5 / "crossmix-stats.jsonl").read_text("utf-8").splitlines()) == 4
+    done = subprocess.run(
+        [sys.executable, "-m", "crossmix.datasets", "stats", str(gta5)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, first)
+
+
+def counted(samples: Iterable[Sample]) -> Tensor:
+    return torch.stack([torch.bincount(sample.label.flatten().long(), minlength=256) for sample in samples])
+
+
+def test_class_counts__goes_on_where_it_stopped_and_counts_changed_files_again(gta5: Path, tmp_path: Path) -> None:
+    data, cache = GTA5(gta5), tmp_path / "counts.jsonl"
+    want = counted(data)
+    assert torch.equal(class_counts(data), want)
+    assert torch.equal(class_counts(data, cache=cache, workers=2), want)
+    lines = cache.read_bytes().splitlines(keepends=True)
+    for kept in range(4):
+        for more in (0, 1, 20, len(lines[kept]) - 1):  # killed while writing, in the first line or in a later one
+            cache.write_bytes(b"".join(lines[:kept]) + lines[kept][:more])
+            assert torch.equal(class_counts(data, cache=cache), want)
+            assert {line.strip() for line in lines} <= set(cache.read_bytes().splitlines())
+            size = cache.stat().st_size
+            assert torch.equal(class_counts(data, cache=cache), want)
+            assert cache.stat().st_size == size  # nothing was counted twice
+    shutil.copy(gta5 / "labels" / "00002.png", gta5 / "labels" / "00001.png")
+    assert torch.equal(class_counts(data, cache=cache)[0], want[1])
+
+
+def test_class_counts__what_is_kept_is_taken_and_what_is_damaged_is_not(
+    gta5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, cache = GTA5(gta5), tmp_path / "counts.jsonl"
+    want = class_counts(data, cache=cache)
+    lines = cache.read_bytes().splitlines(keepends=True)
+    read = []
+    monkeypatch.setattr(statistics, "_count", lambda path, labelled: read.append(path.name) or {0: 7})
+    assert torch.equal(class_counts(data, cache=cache), want)
+    assert torch.equal(class_counts(GTA5(gta5, size=(8, 16)), cache=cache), want)  # of the maps as they are
+    assert read == []
+    entry = json.loads(lines[2])
+    forged = json.dumps({**entry, "counts": {**entry["counts"], "0": 1}}).encode() + b"\n"
+    for line in (forged, b"\xff\n", b"7\n", b"{}\n", b"\n", lines[2].replace(b"mtime", b"Mtime")):
+        read.clear()
+        cache.write_bytes(b"".join([*lines[:2], line, lines[3]]))
+        got = class_counts(data, cache=cache)
+        assert read == ["00003.png"]
+        assert torch.equal(got[[0, 1, 3]], want[[0, 1, 3]])
+        assert got[2, 0] == got[2].sum() == 7
+
+
+def test_class_counts__data_sets_and_mappings_share_a_file(gta5: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "counts.jsonl"
+    folders = (gta5 / "images", gta5 / "labels")
+    same, other = (SegmentationFolder(*folders, dict.fromkeys(range(35), value)) for value in (0, 1))
+    every = [GTA5(gta5), same, other]
+    for data in every * 2:
+        assert torch.equal(class_counts(data, cache=cache), counted(data))
+    whole = ConcatDataset([*every, Subset(every[0], [2, 2])])
+    assert torch.equal(class_counts(whole, cache=cache), counted(whole))
+    assert len(cache.read_bytes().splitlines()) == 12
+
+
+COUNT = """
+import sys
+from crossmix.datasets import GTA5, class_counts
+print(class_counts(GTA5(sys.argv[1]), cache=sys.argv[2]).tolist())
+"""
+
+
+def test_class_counts__processes_share_a_file(gta5: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "counts.jsonl"
+    command = [sys.executable, "-c", COUNT, str(gta5), str(cache)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    want = str(counted(GTA5(gta5)).tolist())
+    for process in running:
+        assert process.communicate(timeout=300)[0].strip() == want
+    assert str(class_counts(GTA5(gta5), cache=cache).tolist()) == want
+
+
+def test_class_counts__in_processes_of_any_data_set() -> None:
+    state = torch.get_rng_state()
+    for data in (StreetScenes(5), [StreetScenes(3)[i] for i in range(3)]):
+        assert torch.equal(class_counts(data, workers=2), counted(data[i] for i in range(len(data))))
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(DataError, match="sample 0 of list has no label"):
+        class_counts([StreetScenes(1)[0]._replace(label=None)], workers=1)
+
+
+def test_class_counts__refuses(gta5: Path, tmp_path: Path) -> None:
+    data, cache = GTA5(gta5), tmp_path / "counts.jsonl"
+    with pytest.raises(DataError, match="4 samples have no label map"):
+        class_counts(GTA5(gta5, labels=False))
+    for content in (b"{}\n", b"[\n", b"my notes", b"\xff"):  # somebody's file is not added to
+        cache.write_bytes(content)
+        with pytest.raises(DataError, match=r"counts\.jsonl: is no file of counts; pass another file"):
+            class_counts(data, cache=cache)
+        assert cache.read_bytes() == content
+    with pytest.raises(DataError, match="cannot be read"):
+        class_counts(data, cache=tmp_path)
+    with pytest.raises(DataError, match="cannot be written"):
+        class_counts(data, cache=tmp_path / "no" / "folder.jsonl")
+    (gta5 / "labels" / "00001.png").unlink()
+    with pytest.raises(DataError, match=r"00001\.png: cannot be read"):
+        class_counts(data)
+
+
+def test_check__real_folders(test_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(test_data / "gta5")]) == 1
+    out = capsys.readouterr().out
+    assert "has 1 images and no label maps" in out
+    assert out.count("looks like train ids") == 4
+    assert main(["check", str(test_data / "cityscapes")]) == 1
+    out = capsys.readouterr().out
+    assert "Cityscapes train, gtFine: 8 images (the whole data set has 2975), 8 label maps of label ids, 8 pairs" in out
+    assert out.splitlines()[-1] == "15 problems"  # label maps of val without images

@@ -1,0 +1,443 @@
+"""Keyed sampling, the checkpoint store and the run log."""
+
+import errno
+import hashlib
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from crossmix.engine import CheckpointError, CheckpointStore, KeyedCrops, RunLog, keyed_generator, resident
+
+
+class Item(NamedTuple):
+    image: Tensor
+    label: Tensor | None
+    name: str
+
+
+def items(n: int, height: int = 6, width: int = 9) -> list[Item]:
+    """Images whose pixels say which image, row and column they are."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return [
+        Item(
+            torch.stack([torch.full_like(rows, i), rows, columns]).to(torch.uint8),
+            (rows * width + columns).to(torch.uint8),
+            f"item{i}",
+        )
+        for i in range(n)
+    ]
+
+
+def test_keyed_generator__same_key_same_numbers_other_key_others() -> None:
+    keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (2**40, 3)]
+    draws = [torch.rand(8, generator=keyed_generator(*key)) for key in keys]
+    for i, key in enumerate(keys):
+        assert torch.equal(draws[i], torch.rand(8, generator=keyed_generator(*key)))
+        for other in draws[:i]:
+            assert not torch.equal(draws[i], other)
+
+
+@pytest.mark.parametrize("key", [(), (-1,), (0, -2)])
+def test_keyed_generator__refuses_bad_keys(key: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="non-negative integers"):
+        keyed_generator(*key)
+
+
+@given(st.integers(1, 7), st.integers(0, 5), st.integers(0, 3))
+def test_keyed_crops__each_pass_takes_every_sample_once(n: int, seed: int, epoch: int) -> None:
+    crops = KeyedCrops(items(n), (2, 3), seed=seed, stream=1)
+    assert sorted(crops.index(epoch * n + k) for k in range(n)) == list(range(n))
+
+
+def test_keyed_crops__image_and_label_are_cut_together() -> None:
+    samples = items(5)
+    crops = KeyedCrops(samples, (4, 3), seed=3, stream=0)
+    seen = set()
+    for draw in range(200):
+        image, label = crops[draw]
+        top, left = int(image[1, 0, 0]), int(image[2, 0, 0])
+        seen.add((top, left))
+        whole = samples[int(image[0, 0, 0])]
+        assert torch.equal(image, whole.image[:, top : top + 4, left : left + 3])
+        assert whole.label is not None
+        assert torch.equal(label, whole.label[top : top + 4, left : left + 3])
+    assert seen == {(top, left) for top in range(3) for left in range(7)}  # every position occurs
+
+
+def test_keyed_crops__order_workers_and_restarts_change_nothing() -> None:
+    crops = KeyedCrops(items(5), (2, 2), seed=0, stream=0)
+    want = [crops[draw] for draw in range(40)]
+    backwards = [crops[draw] for draw in reversed(range(40))][::-1]
+    workers = list(DataLoader(crops, batch_size=None, sampler=range(16, 40), num_workers=2))
+    for (image, label), (other_image, other_label) in zip(want, backwards, strict=True):
+        assert torch.equal(image, other_image)
+        assert torch.equal(label, other_label)
+    for (image, _), (other_image, _) in zip(want[16:], workers, strict=True):
+        assert torch.equal(image, other_image)
+
+
+def test_keyed_crops__streams_and_seeds_differ() -> None:
+    def order(seed: int, stream: int) -> list[int]:
+        crops = KeyedCrops(items(20), (2, 2), seed=seed, stream=stream)
+        return [crops.index(draw) for draw in range(40)]
+
+    orders = [order(0, 0), order(0, 1), order(1, 0)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert orders[0][:20] != orders[0][20:]  # each pass has its own order
+
+
+def test_keyed_crops__leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    KeyedCrops(items(3), (2, 2), seed=0, stream=0)[4]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_keyed_crops__without_label_gives_ignored_pixels() -> None:
+    sample = items(1)[0]._replace(label=None)
+    _, label = KeyedCrops([sample], (2, 3), seed=0, stream=0)[0]
+    assert torch.equal(label, torch.full((2, 3), 255, dtype=torch.uint8))
+
+
+def test_keyed_crops__refuses_what_cannot_be_cropped() -> None:
+    with pytest.raises(ValueError, match="must not be empty"):
+        KeyedCrops([], (2, 2), seed=0, stream=0)
+    with pytest.raises(ValueError, match="must be positive"):
+        KeyedCrops(items(1), (0, 2), seed=0, stream=0)
+    with pytest.raises(ValueError, match=r"item0: the image is 6 x 9, smaller than the crop of 7 x 2"):
+        KeyedCrops(items(1), (7, 2), seed=0, stream=0)[0]
+
+
+class Broken(list[Item]):
+    """Samples of which some cannot be read."""
+
+    bad: tuple[int, ...] = ()
+
+    def __getitem__(self, index: int) -> Item:  # type: ignore[override]
+        if index in self.bad:
+            raise ValueError(f"file{index}.png: is cut off.")
+        return super().__getitem__(index)
+
+
+def test_keyed_crops__broken_samples_are_errors_or_left_out_up_to_a_cap(caplog: pytest.LogCaptureFixture) -> None:
+    samples = Broken(items(6))
+    samples.bad = (1, 4)
+    whole = KeyedCrops(items(6), (2, 2), seed=0, stream=0)
+    strict = KeyedCrops(samples, (2, 2), seed=0, stream=0)
+    with pytest.raises(ValueError, match=r"file[14]\.png: is cut off\.$"):
+        [strict[draw] for draw in range(6)]
+    crops = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=2)
+    for draw in range(60):
+        image, _ = crops[draw]
+        wanted, _ = whole[draw]
+        if whole.index(draw) not in samples.bad:
+            assert torch.equal(image, wanted)
+        assert int(image[0, 0, 0]) not in samples.bad
+    assert set(crops.skipped) == {1, 4}
+    assert sorted(record.message for record in caplog.records) == [
+        "left out: file1.png: is cut off.",
+        "left out: file4.png: is cut off.",
+    ]
+    again = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=2)
+    for draw in reversed(range(60)):  # what was met before changes nothing
+        assert torch.equal(again[draw][0], crops[draw][0])
+    one = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=1)
+    with pytest.raises(ValueError, match=r"is cut off\. It is one more than the 1 broken samples that `skip` allows"):
+        [one[draw] for draw in range(6)]
+    samples.bad = tuple(range(6))
+    every = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=100)
+    with pytest.raises(ValueError, match="one more than the 5 broken samples"):  # and it does not search for ever
+        every[0]
+    with pytest.raises(ValueError, match="`skip` must not be negative"):
+        KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=-1)
+
+
+def test_resident__crops_are_those_of_the_data_set() -> None:
+    samples = [*items(4), items(1)[0]._replace(label=None)]
+    kept = resident(samples, "cpu")
+    assert [item.name for item in kept] == [item.name for item in samples]
+    for draw in range(30):
+        for got, want in zip(
+            KeyedCrops(kept, (2, 3), seed=1, stream=0)[draw],
+            KeyedCrops(samples, (2, 3), seed=1, stream=0)[draw],
+            strict=True,
+        ):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_resident__on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = resident(items(3), "cuda")
+    image, label = KeyedCrops(kept, (2, 3), seed=1, stream=0)[5]
+    assert image.is_cuda
+    assert label.is_cuda
+    assert torch.equal(image.cpu(), KeyedCrops(items(3), (2, 3), seed=1, stream=0)[5][0])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 100))
+    with pytest.raises(ValueError, match="read them from a cache on disk instead"):
+        resident(items(3), "cuda")
+
+
+def test_keyed_crops__pickles() -> None:
+    crops = pickle.loads(pickle.dumps(KeyedCrops(items(2), (2, 2), seed=0, stream=0)))
+    assert crops[3][0].shape == (3, 2, 2)
+
+
+def state(step: int) -> dict[str, object]:
+    return {"step": step, "student": {"weight": torch.arange(50.0) + step}}
+
+
+def test_checkpoints__newest_comes_back_whole(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "deep" / "checkpoints")
+    assert store.load_newest() is None
+    for step in (1, 2, 10):
+        path = store.save(step, state(step), best=step == 2)
+    loaded = store.load_newest()
+    assert loaded is not None
+    assert loaded["step"] == 10
+    assert torch.equal(loaded["student"]["weight"], torch.arange(50.0) + 10)
+    assert path.with_name(path.name + ".sha256").read_text().strip() == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert torch.load(store.folder / "best.pt", weights_only=True)["step"] == 2
+    names = {file.name for file in store.folder.iterdir()}
+    assert names == {n + s for n in ("best.pt", "step-0000002.pt", "step-0000010.pt") for s in ("", ".sha256")}
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif how == "truncate":
+        path.write_bytes(data[:-10])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "other hash":
+        path.with_name(path.name + ".sha256").write_text("0" * 64 + "\n")
+    else:
+        path.with_name(path.name + ".sha256").write_bytes(b"\xff\xfe")
+
+
+DAMAGES = ["flip", "truncate", "empty", "other hash", "no hash"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_checkpoints__a_damaged_one_is_never_loaded(tmp_path: Path, how: str) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, state(1), best=True)
+    damage(store.save(2, state(2)), how)
+    with pytest.warns(UserWarning, match=r"step-0000002\.pt: its .*; taking step-0000001\.pt instead"):
+        loaded = store.load_newest()
+    assert loaded is not None
+    assert loaded["step"] == 1
+    (tmp_path / "step-0000001.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="No checkpoint can be read"):
+        store.load_newest()
+    damage(store.best, how)
+    with pytest.raises(CheckpointError, match=r"best\.pt: its .*; the next best one replaces it"):
+        store.load_best()
+    store.save(3, state(3), best=True)
+    best = store.load_best()
+    assert best is not None
+    assert best["step"] == 3
+
+
+def test_checkpoints__best_comes_back(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    assert store.load_best() is None
+    store.save(1, state(1), best=True)
+    store.save(2, state(2))
+    best = store.load_best()
+    assert best is not None
+    assert best["step"] == 1
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+@pytest.mark.parametrize("how", DAMAGES)
+def test_checkpoints__a_damaged_one_takes_nobody_s_place(tmp_path: Path, how: str, keep: int) -> None:
+    store = CheckpointStore(tmp_path, keep=keep)
+    for step in range(1, keep + 1):
+        path = store.save(step, state(step))
+    damage(path, how)
+    store.save(keep + 1, state(keep + 1))
+    damage(tmp_path / f"step-{keep + 1:07d}.pt", how)
+    for last in range(keep - 1, 0, -1):  # every whole one is still there
+        with pytest.warns(UserWarning, match=f"taking step-{last:07d}.pt instead"):
+            loaded = store.load_newest()
+        assert loaded is not None
+        assert loaded["step"] == last
+        (tmp_path / f"step-{last:07d}.pt").write_bytes(b"")
+    for step in range(10, 10 + keep):
+        store.save(step, state(step))
+    assert {file.name for file in tmp_path.glob("*.pt")} == {f"step-{n:07d}.pt" for n in range(10, 10 + keep)}
+    assert {file.name for file in tmp_path.glob("*.sha256")} == {
+        f"step-{n:07d}.pt.sha256" for n in range(10, 10 + keep)
+    }
+
+
+def test_checkpoints__copied_elsewhere_they_are_verified(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "run")
+    store.save(1, state(1), best=True)
+    copies = CheckpointStore(shutil.copytree(store.folder, tmp_path / "copy"))
+    for loaded in (copies.load_newest(), copies.load_best()):
+        assert loaded is not None
+        assert loaded["step"] == 1
+    for path in copies.folder.glob("*.sha256"):  # the checkpoint alone was copied
+        path.unlink()
+    for loaded in (copies.load_newest(), copies.load_best()):
+        assert loaded is not None
+        assert torch.equal(loaded["student"]["weight"], torch.arange(50.0) + 1)
+    whole = copies.best.read_bytes()
+    for cut in (0, 10, len(whole) - 10):
+        copies.best.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match=r"best\.pt: its sha256 file is missing, and it is cut off"):
+            copies.load_best()
+
+
+@pytest.mark.slow
+def test_checkpoints__no_flipped_bit_of_a_lone_copy_is_loaded(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, state(1), best=True)
+    (tmp_path / "best.pt.sha256").unlink()
+    whole, noticed = store.best.read_bytes(), 0
+    directory = whole.index(b"PK\x01\x02")  # which has no checksum
+    for place in range(len(whole)):
+        for bit in range(8) if place >= directory else (place % 8,):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << bit
+            store.best.write_bytes(flipped)
+            try:
+                loaded = store.load_best()
+            except CheckpointError:
+                noticed += 1
+                continue
+            assert loaded is not None  # it was in a padding, or a date
+            assert loaded["step"] == 1
+            assert torch.equal(loaded["student"]["weight"], torch.arange(50.0) + 1)
+    assert noticed > directory // 2
+
+
+def test_checkpoints__a_failed_save_leaves_the_earlier_ones(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, state(1), best=True)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(Exception, match="pickle"):
+        store.save(2, {"bad": lambda: None}, best=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_checkpoints__a_full_disk_is_named_with_the_file_and_the_space(small_disk: Path) -> None:
+    store = CheckpointStore(small_disk)
+    store.save(1, state(1), best=True)
+    before = {file.name: file.read_bytes() for file in small_disk.iterdir()}
+    large = {"step": 2, "student": {"weight": torch.zeros(500_000)}}
+    with pytest.raises(OSError, match=r"2\.00 MB are needed, \d.* are free") as caught:
+        store.save(2, large)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(small_disk / "step-0000002.pt")
+    assert {file.name: file.read_bytes() for file in small_disk.iterdir()} == before
+    half = {"step": 2, "student": {"weight": torch.zeros(150_000)}}
+    with pytest.raises(OSError, match=r"0\.60 MB|601\.\d\d kB are needed") as caught:
+        store.save(2, half, best=True)  # there is room for one, not for the best as well
+    assert caught.value.filename == str(store.best)
+    newest, best = store.load_newest(), store.load_best()
+    assert newest is not None
+    assert best is not None
+    assert (newest["step"], best["step"]) == (2, 1)
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_checkpoints__a_kill_at_any_moment_leaves_whole_ones(tmp_path: Path, number: int) -> None:
+    code = """
+        import os, sys
+        from pathlib import Path
+        import torch
+        from crossmix.engine import CheckpointStore
+        store, moment = CheckpointStore(sys.argv[1]), int(sys.argv[2])
+        store.save(1, {"step": 1}, best=True)
+        store.save(2, {"step": 2})
+        real, count = Path.replace, 0
+        def replace(path, target):
+            global count
+            count += 1
+            if count == (moment + 1) // 2 and moment % 2:
+                os._exit(9)  # before this rename
+            real(path, target)
+            if count == moment // 2 and not moment % 2:
+                os._exit(9)  # after it
+        Path.replace = replace
+        store.save(2, {"step": 2, "again": True}, best=True)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path, str(number)], check=False)
+    assert done.returncode == 9
+    store = CheckpointStore(tmp_path)
+    newest, best = store.load_newest(), store.load_best()  # without a warning
+    assert newest is not None
+    assert best is not None
+    assert newest["step"] == 2
+    assert best["step"] in {1, 2}
+    store.save(3, {"step": 3}, best=True)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        name + end for name in ("best.pt", "step-0000002.pt", "step-0000003.pt") for end in ("", ".sha256")
+    }
+
+
+def test_checkpoints__what_killed_writers_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
+    left = ["step-0000007.pt.tmp.123", "best.pt.tmp.4", "best.pt.sha256.tmp.4", "step-0000009.pt.sha256"]
+    mine = ["notes.tmp.1", "step-7.pt.tmp.old", "best.pt.tmp.d", "model.pt.sha256"]
+    for name in [*left, *mine]:
+        (tmp_path / name).touch()
+    CheckpointStore(tmp_path).save(1, state(1))
+    assert {file.name for file in tmp_path.iterdir()} == {*mine, "step-0000001.pt", "step-0000001.pt.sha256"}
+
+
+def test_checkpoints__refuses_to_keep_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        CheckpointStore(tmp_path, keep=1)
+
+
+def test_run_log__lines_that_are_none_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "new" / "log.jsonl")
+    log.cut(0)  # of a training that had not begun
+    log.write({"step": 1})
+    for line in (b'{"step": 2, \xff', b"\x00\x00", b"[1]", b"7", b"{}", b""):
+        with log.path.open("ab") as file:
+            file.write(line + b"\n")
+    log.write({"step": 3})
+    with pytest.warns(UserWarning, match=r"log\.jsonl: line [2-6] is damaged") as told:
+        log.cut(5)
+    assert len(told) == 5
+    assert log.read() == [{"step": 1}, {"step": 3}]
+
+
+def test_run_log__a_full_disk_names_the_file(small_disk: Path) -> None:
+    log = RunLog(small_disk / "log.jsonl")
+    log.write({"step": 1})
+    with pytest.raises(OSError, match=r"2\.00 MB are needed") as caught:
+        log.write({"step": 2, "text": "x" * 2_000_000})
+    assert caught.value.filename == str(log.path)
+    assert [record["step"] for record in log.read()] == [1]
+    log.cut(1)
+    assert log.path.read_text() == '{"step": 1}\n'
+
+
+def test_run_log__cut_and_torn_line(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "log.jsonl")
+    assert log.read() == []
+    for step in range(1, 6):
+        log.write({"step": step, "loss": step / 2})
+    with log.path.open("a") as file:
+        file.write('{"step": 6, "lo')  # a crash in the middle of a line
+    assert [record["step"] for record in log.read()] == [1, 2, 3, 4, 5]
+    log.cut(3)
+    log.write({"step": 4, "loss": 0.0})
+    assert [record["step"] for record in log.read()] == [1, 2, 3, 4]
+    assert log.read()[-1]["loss"] == 0.0

@@ -1,0 +1,319 @@
+"""Workers under signals, with real processes: to one and to the group, at their start and later, forked and spawned."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from runs import wait_for
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs process groups")
+METHODS = ["fork", "spawn", "forkserver"]
+
+# A data set in a file of its own, so that spawned workers can import it: that takes a while, as it does in earnest.
+DATA = """
+    import os, sys, time
+    if os.environ.get("SLOW") and "trainer" not in sys.argv:
+        time.sleep(float(os.environ["SLOW"]))
+
+    class Data:
+        def __init__(self, folder, seconds=0.0):
+            self.folder, self.seconds = folder, seconds
+        def __len__(self):
+            return 24
+        def __getitem__(self, index):
+            open(f"{self.folder}/pid-{os.getpid()}", "w").close()
+            time.sleep(self.seconds)
+            return index
+"""
+
+TRAINER = """
+    import sys
+    from data import Data
+    from crossmix.engine import QuietLoader, StopRequest
+
+    if __name__ == "__main__":
+        _, _, method, folder = sys.argv
+        stop = StopRequest().__enter__()
+        print("ready", flush=True)
+        loader = QuietLoader(Data(folder, 0.05), batch_size=2, num_workers=2, multiprocessing_context=method)
+        seen = []
+        for batch in loader:
+            seen += batch.tolist()
+            print("batch", flush=True)
+        print(seen == list(range(24)), stop.agreed(), flush=True)
+        sys.stdin.read()  # signals go on meanwhile
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a script, in a process group of its own."""
+    processes = []
+    (tmp_path / "data.py").write_text(textwrap.dedent(DATA))
+
+    def run(script: str, *arguments: str, slow: str = "") -> subprocess.Popen[str]:
+        path = tmp_path / "script.py"
+        path.write_text(textwrap.dedent(script))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(path), "trainer", *arguments, str(tmp_path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                env={**os.environ, "SLOW": slow},
+            )
+        )
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def workers(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("pid-")) for path in folder.glob("pid-*")]
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["start", "later"])
+def test_loader__a_signal_to_the_group_ends_no_worker(
+    start: Callable[..., subprocess.Popen[str]], method: str, number: signal.Signals, moment: str, tmp_path: Path
+) -> None:
+    process = start(TRAINER, method, slow="1" if moment == "start" else "")
+    wait_for(process, "ready")
+    if moment == "later":
+        wait_for(process, "batch")
+        for worker in workers(tmp_path):
+            os.kill(worker, number)  # to each alone, too
+    os.killpg(process.pid, number)
+    for _ in range(10):  # also while they are being started; a second Ctrl-C would end the parent
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.1)
+    output, errors = process.communicate(timeout=120)
+    assert output.split()[-2:] == ["True", "True"], errors
+    assert process.returncode == 0, errors
+    assert not errors
+    wait_until(lambda: not any(map(running, workers(tmp_path))))
+
+
+BUSY = """
+    import sys
+    from data import Data
+    from crossmix.engine import QuietLoader
+    if __name__ == "__main__":
+        _, _, method, folder = sys.argv
+        batches = iter(QuietLoader(Data(folder, 600.0), num_workers=2, multiprocessing_context=method))
+        print("ready", flush=True)
+        next(batches)
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loader__workers_end_with_their_parent_though_they_are_busy(
+    start: Callable[..., subprocess.Popen[str]], method: str, tmp_path: Path
+) -> None:
+    process = start(BUSY, method)
+    wait_for(process, "ready")
+    wait_until(lambda: len(workers(tmp_path)) == 2)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(map(running, workers(tmp_path))))
+
+
+LEFT_OVER = """
+    import sys
+    from data import Data
+    from crossmix.engine import QuietLoader
+    if __name__ == "__main__":
+        _, _, method, folder = sys.argv
+        batches = iter(QuietLoader(Data(folder), num_workers=1, multiprocessing_context=method))
+        print(next(batches).item(), flush=True)
+        if method == "fork":  # a worker that does not come back, which torch and multiprocessing then terminate
+            again = iter(QuietLoader(Data(folder, 600.0), num_workers=1, multiprocessing_context=method))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_loader__one_that_is_not_finished_does_not_keep_its_process_from_ending(
+    start: Callable[..., subprocess.Popen[str]], method: str, tmp_path: Path
+) -> None:
+    process = start(LEFT_OVER, method)
+    output, errors = process.communicate(timeout=120)
+    assert (output, errors, process.returncode) == ("0\n", "", 0)
+    wait_until(lambda: not any(map(running, workers(tmp_path))))
+
+
+POOL = """
+    import multiprocessing, os, signal, sys, time
+    from crossmix._workers import quiet_worker, started_quietly
+    if __name__ == "__main__":
+        _, _, method, _ = sys.argv
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        context = multiprocessing.get_context(method)
+        with started_quietly(context):
+            pool = context.Pool(2, initializer=quiet_worker)
+        with pool:
+            print("ready", flush=True)
+            print(pool.map(abs, range(-8, 0), chunksize=1), flush=True)
+            sys.stdin.readline()
+            print(pool.map(abs, range(-8, 0), chunksize=1), flush=True)
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pool__goes_on_through_a_signal_and_can_be_ended(
+    start: Callable[..., subprocess.Popen[str]], method: str
+) -> None:
+    process = start(POOL.replace("sys.stdin.readline()", "time.sleep(0.5)"), method)
+    wait_for(process, "ready")
+    for _ in range(4):
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.1)
+    output, errors = process.communicate(timeout=120)
+    assert [json.loads(line) for line in output.splitlines()] == [list(range(8, 0, -1))] * 2, errors
+    assert process.returncode == 0
+
+
+def test_quiet_worker__outside_a_worker_changes_nothing() -> None:
+    code = """
+        import signal, threading
+        from crossmix.engine import quiet_worker
+        before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), threading.active_count()
+        quiet_worker(0)
+        now = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), threading.active_count()
+        print(before == now, signal.pthread_sigmask(signal.SIG_BLOCK, []) == set())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_loader__signals_reach_this_process_when_the_workers_have_been_started() -> None:
+    code = """
+        import os, signal
+        from crossmix._workers import started_quietly
+        heard = []
+        signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+        with started_quietly():
+            os.kill(os.getpid(), signal.SIGTERM)  # a thread of a library may take it at once
+        print(heard == [signal.SIGTERM])
+    """
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # a thread of NumPy's would take the signal at once
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=alone)
+    assert done.stdout.split() == ["True"]
+
+
+def test_each__workers_of_a_pool_leave_signals_to_their_parent(tmp_path: Path) -> None:
+    code = """
+import signal, sys, time
+from crossmix.datasets._parallel import each
+
+def slow(i):
+    time.sleep(0.2)
+    return i
+
+if __name__ == "__main__":
+    stopped, results = [], []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+    for _, result in each(slow, list(range(24)), "slow", workers=2):
+        results.append(result)
+        print("begun", flush=True)
+    print(results == list(range(24)), stopped)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code, encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            printed, _ = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("it waits for ever")
+    assert printed.splitlines()[-1] == "True [1]"
+
+
+# Ends while its loader is alive, as one in a cycle is.
+ENDING = """
+    import os, signal, subprocess, sys
+    from data import Data
+    from crossmix.engine import QuietLoader
+
+    if __name__ == "__main__":
+        batches = iter(QuietLoader(Data(sys.argv[3]), num_workers=1, multiprocessing_context=sys.argv[2]))
+        next(batches)
+        worker = str(batches._workers[0].pid)
+        os.kill(int(worker), signal.SIGSTOP)
+        subprocess.run(["kill", "-TERM", worker])  # waits in the worker, as one from a launcher may
+        subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {worker}"], stdout=subprocess.DEVNULL)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers__a_lost_signal_from_their_parent_is_repeated(
+    start: Callable[..., subprocess.Popen[str]], method: str
+) -> None:
+    process = start(ENDING, method)
+    assert process.wait(60) == 0
+
+
+BEREFT = """
+    import multiprocessing, sys, time
+    from data import Data
+    from crossmix.engine import QuietLoader
+
+    if __name__ == "__main__":
+        batches = iter(QuietLoader(Data(sys.argv[3], 0.05), num_workers=1, multiprocessing_context=sys.argv[2]))
+        next(batches)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:  # a step, in which nothing may be raised
+            sum(range(1000))
+        print("a whole step", flush=True)
+        try:
+            list(batches)
+        except RuntimeError as error:
+            print(str(error)[:17], flush=True)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers__a_dead_one_is_told_by_the_next_batch(
+    start: Callable[..., subprocess.Popen[str]], method: str
+) -> None:
+    process = start(BEREFT, method)
+    wait_for(process, "a whole step")
+    wait_for(process, "DataLoader worker")

@@ -1,0 +1,156 @@
+"""The evaluation script, on a small network and a rendered data set; and the paper's tables."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import scores
+from crossmix import MeanTeacher, evaluation
+from crossmix.datasets import Cityscapes, StreetScenes
+from crossmix.datasets.classes import CLASS_NAMES, CLASSES_13, CLASSES_16
+from crossmix.models import WeightsError, deeplab_v2_tiny, save_weights
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    StreetScenes(3, domain="target").write(tmp_path / "c", layout="cityscapes", split="val")
+    return tmp_path / "c"
+
+
+@pytest.mark.parametrize("method", ["a file of weights", "a run of the trainer"])
+def test_evaluate__prints_and_writes_both_sizes(
+    method: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    student, teacher = (deeplab_v2_tiny(19, aspp_branches=2).eval() for _ in range(2))
+    out = tmp_path / "scores.json"
+    arguments = ["--cityscapes", str(folder), "--image-size", "32x64", "--workers", "0", "--out", str(out)]
+    if method == "a file of weights":
+        path = save_weights(student, tmp_path / "x.safetensors")
+        arguments += ["--network", "tiny"]
+        want = {"student": student}
+    else:
+        path = tmp_path / "copied.pt"
+        config = {"network": "tiny", "aspp_branches": 2, "target_size": "32x64", "cityscapes": "elsewhere"}
+        states = {"student": student.state_dict(), "teacher": MeanTeacher(teacher).state_dict()}
+        torch.save({**states, "step": 1, "config": config, "versions": {"torch": "2.13"}}, path)
+        arguments = [part for part in arguments if part not in {"--image-size", "32x64"}]
+        arguments += ["--entry", "student", "teacher"]
+        want = {"student": student, "teacher": teacher}
+    assert evaluate.main(["--weights", str(path), *arguments]) == 0
+    document = json.loads(out.read_text("utf-8"))
+    printed = capsys.readouterr().out
+    assert list(document["scores"]) == list(want)
+    for entry, model in want.items():
+        sizes = [(32, 64), (64, 128)]
+        matrices = evaluation.evaluate(
+            model, Cityscapes(folder, "val"), image_size=(32, 64), label_sizes=sizes, forward=model.forward_features
+        )
+        for key, matrix in matrices.items():
+            assert document["scores"][entry][key]["miou"] == matrix.compute().mean
+            assert document["scores"][entry][key]["miou_13"] == matrix.compute(CLASSES_13).mean
+            assert f"{100 * matrix.compute().mean:.2f}" in printed
+            assert f"{entry} {key}" in printed
+    assert "52.14" in printed.splitlines()[-3]
+    assert "| road |" in printed
+
+
+def test_evaluate__bad_input_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.pth").write_bytes(b"<html>")
+    for weights, data, message in (
+        (tmp_path / "none.pth", folder, "no such file"),
+        (tmp_path / "x.pth", folder, "an HTML page"),
+        (save_weights(deeplab_v2_tiny(19), tmp_path / "y.pth"), tmp_path, "has no images"),
+        (save_weights(deeplab_v2_tiny(5), tmp_path / "z.pth"), folder, "expected everything to match"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            evaluate.main(["--weights", str(weights), "--cityscapes", str(data), "--network", "tiny", "--workers", "0"])
+    good = ["--cityscapes", str(folder), "--network", "tiny", "--workers", "0", "--weights"]
+    for flag, value in (
+        ("--image-size", "0x4"),
+        ("--image-size", "32x"),
+        ("--workers", "-1"),
+        ("--paper", "gta5/none"),
+        ("--device", "nowhere"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main([*good, str(tmp_path / "y.pth"), flag, value])
+        assert f"argument {flag}: " in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: .*file"):  # before it scores anything
+        evaluate.main([*good, str(tmp_path / "none.pth"), "--out", str(tmp_path / "file" / "x.json")])
+    torch.save({"student": deeplab_v2_tiny(19).state_dict(), "config": {"target_size": "big"}}, tmp_path / "big.pt")
+    with pytest.raises(SystemExit, match="expected HxW in pixels, such as 512x1024, or native, got 'big'"):
+        evaluate.main([*good, str(tmp_path / "big.pt")])
+    with pytest.raises(SystemExit, match=r"y\.pth: .* It was taken for resnet101: is it another --network\?"):
+        evaluate.main(["--cityscapes", str(folder), "--weights", str(tmp_path / "y.pth"), "--workers", "0"])
+    torch.save({"student": deeplab_v2_tiny(5).state_dict(), "config": {"num_classes": 5}}, tmp_path / "five.pt")
+    with pytest.raises(SystemExit, match=r"five\.pt: has 5 classes, but Cityscapes 19"):
+        evaluate.main([*good, str(tmp_path / "five.pt")])
+
+
+def test_load_network__from_inside_the_checkpoint_unless_flags_say_else(tmp_path: Path) -> None:
+    source = deeplab_v2_tiny(7, aspp_branches=4).eval()
+    config = {"network": "tiny", "aspp_branches": 4, "num_classes": 7}
+    torch.save({"student": source.state_dict(), "config": config}, tmp_path / "x.pt")
+    for flags, branches in (({}, 4), ({"aspp_branches": 2}, 2), ({"network": "tiny"}, 4)):
+        network = evaluate.load_network(str(tmp_path / "x.pt"), "student", **flags)
+        assert (network.num_classes, network.layer5.branches, network.training) == (7, branches, False)
+        assert all(map(torch.equal, network.state_dict().values(), source.state_dict().values()))
+    with pytest.raises(WeightsError, match=r"x\.pt: expected everything to match|the whole backbone"):
+        evaluate.load_network(str(tmp_path / "x.pt"), "student", network="resnet101")
+    torch.save({"student": source.state_dict(), "config": {"network": "my:net"}}, tmp_path / "y.pt")
+    with pytest.raises(WeightsError, match=r"y\.pt: was trained on the network 'my:net', which this script does not"):
+        evaluate.load_network(str(tmp_path / "y.pt"), "student")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "backbone.", "student.", "module.model._orig_mod."])
+@pytest.mark.parametrize("around", ["", "state_dict"])
+def test_load_network__whatever_names_begin_with(prefix: str, around: str, tmp_path: Path) -> None:
+    source = deeplab_v2_tiny(19, aspp_branches=2).eval()
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    torch.save({around: state, "epoch": 3} if around else state, tmp_path / "x.pt")
+    network = evaluate.load_network(str(tmp_path / "x.pt"), "student", network="tiny")
+    assert all(map(torch.equal, network.state_dict().values(), source.state_dict().values()))
+
+
+@pytest.mark.slow
+def test_evaluate__under_torchrun(folder: Path, tmp_path: Path) -> None:
+    path = save_weights(deeplab_v2_tiny(19, aspp_branches=2), tmp_path / "x.pth")
+    outputs = []
+    script = [evaluate.__file__, "--weights", str(path), "--cityscapes", str(folder), "--network", "tiny"]
+    script += ["--image-size", "native", "--device", "cpu", "--workers", "0"]
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
+        done = subprocess.run([sys.executable, *launcher, *script], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    assert "student native" in outputs[0]
+
+
+def test_paper_tables__rows_average_to_their_means() -> None:
+    tables = scores.paper_tables()
+    checked = 0
+    for name in ("table 1", "table 3"):
+        for row in tables[name]["rows"]:
+            assert tuple(row["per_class"]) == CLASS_NAMES
+            values = list(row["per_class"].values())
+            if None not in values:
+                assert abs(statistics.mean(values) - row["miou"]) < 0.11, row["method"]
+                checked += 1
+    sixteen = [CLASS_NAMES[i] for i in CLASSES_16]
+    for row in tables["table 2"]["rows"]:
+        assert list(row["per_class"]) == sixteen
+        thirteen = [row["per_class"][CLASS_NAMES[i]] for i in CLASSES_13]
+        assert abs(statistics.mean(thirteen) - row["miou_13"]) < 0.11, row["method"]
+        checked += 1
+    assert checked == 18 + 16 + 5
+    assert scores.paper_row("gta5", "alignment")["miou"] == 48.04
+    assert scores.paper_row("synthia", "dacs")["miou_13"] == 54.81
+    assert scores.paper_row("synthia", "classmix") == {"per_class": {}}

@@ -1,0 +1,287 @@
+"""The trainer on somebody's own folders, classes and network."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from crossmix.datasets import StreetScenes, write_png
+from runs import assert_same, final, forget, log_of, metrics_of
+
+NAMES = ["ground", "things", "sky", "living"]
+MODULE = """
+import collections, types
+import torch
+from torch import nn
+
+class Quarter(nn.Module):
+    def __init__(self, classes, kind):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.decode_head = nn.Conv2d(8, classes, 3, stride=2, padding=1)
+        self.kind = kind
+    def forward(self, images):
+        logits = self.decode_head(self.body(images))
+        return {"tensor": logits, "object": types.SimpleNamespace(logits=logits), "out": {"out": logits},
+                "logits": collections.OrderedDict(loss=None, logits=logits), "tuple": (logits,)}[self.kind]
+
+def plain(n): return Quarter(n, "tensor")
+def object(num_classes, depth=3): return Quarter(num_classes, "object")
+def out(*, classes): return Quarter(classes, "out")
+def logits(*, num_labels=5): return Quarter(num_labels, "logits")
+class nested:
+    @staticmethod
+    def made(n): return Quarter(n, "tensor")
+
+number = 7
+def tuples(n): return Quarter(n, "tuple")
+def fails(n): raise KeyError("no such encoder")
+def nothing(n): return None
+def more(n): return Quarter(n + 1, "tensor")
+def small(n): return nn.Sequential(nn.AvgPool2d(64), nn.Conv2d(3, n, 1))
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with two domains of four classes, a file of them, and a module of networks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_networks", raising=False)
+    (tmp_path / "my_networks.py").write_text(MODULE)
+    mapping = {str(i): NAMES[0 if i < 2 else 2 if i == 10 else 3 if i in {11, 12} else 1] for i in range(19)}
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": NAMES, "mapping": {**mapping, "255": 255}}))
+    write(tmp_path / "game", "", 6, "source", 0)
+    for split, count, seed in (("train", 5, 1), ("val", 3, 2)):
+        write(tmp_path / "street", split, count, "target", seed)
+    shutil.rmtree(tmp_path / "street" / "labels" / "train")  # no label of the target is trained on
+    return tmp_path
+
+
+def write(root: Path, split: str, count: int, domain: str, seed: int) -> None:
+    scenes = StreetScenes(count, domain=domain, size=(32, 64), seed=seed)  # type: ignore[arg-type]
+    for kind in ("images", "labels"):
+        (root / kind / split).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        image, label, _ = scenes[i]
+        assert label is not None
+        write_png(root / "images" / split / f"{i}.png", image)
+        write_png(root / "labels" / split / f"{i}.png", label)
+
+
+FLAGS = [
+    "--source", "game", "--target", "street", "--classes", "classes.json", "--crop", "32", "--steps", "4", "--workers",
+    "0", "--device", "cpu", "--save-every", "2", "--eval-every", "2", "--log-every", "1",
+]  # fmt: skip
+OURS = ["--network", "tiny", "--random-init"]
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(trainer: ModuleType, place: Path) -> Run:
+    def go(*flags: str, out: str = "run") -> Path:
+        assert trainer.main([*FLAGS, "--out", out, *flags]) == 0
+        return place / out
+
+    return go
+
+
+def refused(trainer: ModuleType, *flags: str) -> str:
+    """What a run and a dry run are refused with, in one line."""
+    messages = []
+    for dry in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit) as ended:
+            trainer.main([*FLAGS, "--out", "refused", *flags, *dry])
+        messages.append(str(ended.value))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("error: ")
+    assert "\n" not in messages[0]
+    assert not Path("refused").exists()
+    return messages[0]
+
+
+@pytest.mark.parametrize("method", ["source", "dacs", "alignment"])
+def test_own_data__from_two_folders_to_a_report(run: Run, place: Path, method: str) -> None:
+    write(place / "street", "train", 5, "target", 1)  # with labels too, which the oracle takes
+    out = run(*OURS, "--method", method)
+    scores = metrics_of(out)["last"]["student"]["native"]
+    assert list(scores["per_class"]) == NAMES
+    present = [value for value in scores["per_class"].values() if value is not None]
+    assert scores["miou"] == pytest.approx(sum(present) / len(present))
+    assert "miou_16" not in scores
+    state = final(out)
+    assert state["student"]["layer5.conv2d_list.0.weight"].shape[0] == len(NAMES)
+    page = (out / "report" / "index.html").read_text()
+    assert "game to street" in page
+    assert all(name in page for name in NAMES)
+    assert "bicycle" not in page
+    assert "in the paper" not in (out / "report" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["plain", "object", "out", "logits", "nested.made"])
+def test_own_network__trains_and_resumes_to_the_same_end(run: Run, name: str) -> None:
+    flags = ["--network", f"my_networks:{name}", "--head", "decode_head", "--lr", "0.01"]
+    whole = run(*flags, out="whole")
+    out = run(*flags)
+    forget(out)
+    run(*flags, "--resume")
+    assert_same(final(whole), final(out))
+    state = final(out)
+    assert set(state["student"]) >= {"body.0.weight", "decode_head.weight"}  # the names are the network's own
+    assert [group["initial_lr"] for group in state["optimizer"]["param_groups"]] == pytest.approx([0.01, 0.1])
+    assert all(0 < record["loss"] < 20 for record in log_of(out))
+
+
+def test_own_network__learns_what_it_is_shown(run: Run) -> None:
+    out = run("--network", "my_networks:plain", "--lr", "0.05", "--method", "source", "--steps", "60",
+              "--eval-every", "60", "--save-every", "60")  # fmt: skip
+    losses = [record["loss"] for record in log_of(out)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+@pytest.mark.usefixtures("place")
+def test_own_network__small_logits_are_upsampled_as_its_kind_does(trainer: ModuleType) -> None:
+    config = trainer.Config(network="my_networks:plain", classes="classes.json", repeated=False)
+    network = trainer.build_network(config, trainer.Ranks(), fresh=True)
+    training = trainer.build_training(network, config, trainer.Ranks(), fresh=True)
+    assert training.upsample
+    assert not training.align_corners
+    assert training.num_classes == len(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_networks:none", r"my_networks\.py has no none; name a function"),
+        ("my_networks:nested.none", r"has no nested\.none"),
+        ("my_networks:number", "number is a int, and no function"),
+        ("no_such_module:f", "no_such_module cannot be imported: ModuleNotFoundError"),
+        ("my_networks:fails", r"fails\(4\) failed: KeyError: 'no such encoder' \(.*my_networks\.py, line \d+\)"),
+        ("my_networks:nothing", r"must return a torch\.nn\.Module, got NoneType"),
+        ("my_networks:tuples", "returned a tuple; return logits as a tensor"),
+        ("my_networks:more", r"must return logits \(N, C, H, W\), here \(2, 4, \.\.\.\), got \(2, 5, 8, 8\)"),
+        ("my_networks:small", "fails on images of 32x32: RuntimeError"),
+    ],
+)
+@pytest.mark.usefixtures("place")
+def test_own_network__that_cannot_be_trained_is_found_first(trainer: ModuleType, name: str, message: str) -> None:
+    assert re.match(f"error: --network {re.escape(name)}: .*{message}", refused(trainer, "--network", name))
+
+
+@pytest.mark.usefixtures("place")
+def test_own_network__bad_names_and_heads(trainer: ModuleType) -> None:
+    for name in ("resnet50", "a:", ":b", "a:b:c", "a b:c", "./a.py:b", ""):
+        with pytest.raises(SystemExit, match=r"error: --network must be one of resnet101, tiny, or MODULE:FUNCTION"):
+            trainer.main([*FLAGS, "--network", name])
+    assert "'nowhere'" in refused(trainer, "--network", "my_networks:plain", "--head", "nowhere")
+    with pytest.raises(SystemExit, match="error: --head is for --network MODULE:FUNCTION"):
+        trainer.main([*FLAGS, *OURS, "--head", "layer5"])
+
+
+def test_own_data__layouts(run: Run, place: Path) -> None:
+    want = final(run(*OURS))["student"]
+    for kind in ("images", "labels"):
+        for split in ("train", "val"):
+            if (place / "street" / kind / split).exists():
+                (place / "other" / split).mkdir(parents=True, exist_ok=True)
+                shutil.copytree(place / "street" / kind / split, place / "other" / split / kind)
+    assert_same(want, final(run(*OURS, "--target", "other", out="other-run"))["student"])
+
+
+def test_own_data__without_splits_is_evaluated_whole(run: Run, place: Path) -> None:
+    write(place / "alone", "", 4, "target", 5)
+    out = run(*OURS, "--target", "alone")
+    assert metrics_of(out)["last"]["student"]["native"]["miou"] is not None
+
+
+def test_own_data__without_labels_trains_and_says_that_it_scores_nothing(
+    run: Run, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "street" / "images" / "train", place / "photos")
+    out = run(*OURS, "--target", "photos")
+    assert "no pixel of the validation images counts" in capsys.readouterr().out
+    assert metrics_of(out)["last"]["student"]["native"]["miou"] is None
+    assert (out / "report" / "index.html").exists()
+
+
+def test_own_data__what_is_wrong_is_found_first(trainer: ModuleType, place: Path) -> None:
+    for flag in ("--source", "--target"):
+        assert "nowhere: is no folder; expected images/" in refused(trainer, *OURS, flag, "nowhere")
+    shutil.copytree(place / "game" / "images", place / "bare" / "images")
+    assert "bare: has no label maps; expected images/ and labels/" in refused(trainer, *OURS, "--source", "bare")
+    assert "street: has a split train but no test" in refused(trainer, *OURS, "--eval-split", "test")
+    assert "--prior oracle" in refused(trainer, *OURS, "--method", "alignment")  # nobody labelled the training images
+    assert "is no file of classes" in refused(trainer, *OURS, "--classes", "my_networks.py")
+    assert "gone.json: cannot be read" in refused(trainer, *OURS, "--classes", "gone.json")
+    (place / "few.json").write_text(json.dumps(NAMES))  # no mapping, and ids beyond them
+    assert re.search(
+        r"street/labels/val/0\.png: .* 4 classes have the ids 0\.\.3", refused(trainer, *OURS, "--classes", "few.json")
+    )
+
+
+@pytest.mark.usefixtures("place")
+def test_own_data__contradictions(trainer: ModuleType) -> None:
+    for flags, message in (
+        (FLAGS[2:], "--target needs --source too"),
+        (FLAGS[:4], "--source needs --classes too"),
+        ([*FLAGS, "--gta5", "x"], "--source takes the place of --gta5"),
+        ([*FLAGS, "--demo"], "--demo renders its own data; leave out --source"),
+        (FLAGS, "or --random-init"),
+        ([*FLAGS, *OURS, "--evaluation", "1x1"], "must be one of the scored sizes, native"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            trainer.main([*flags])
+
+
+def test_own_data__resumed_from_anywhere_but_not_with_other_classes(
+    trainer: ModuleType, run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run(*OURS)
+    whole = final(out)
+    forget(out)
+    (place / "renamed.json").write_text((place / "classes.json").read_text().replace("things", "objects"))
+    with pytest.raises(SystemExit, match=r"error: cannot resume on other data: the source .* with other classes"):
+        trainer.main([*FLAGS, *OURS, "--classes", "renamed.json", "--out", str(out), "--resume"])
+    for name in ("game", "street", "classes.json"):
+        (place / "moved").mkdir(exist_ok=True)
+        shutil.move(place / name, place / "moved" / name)
+    monkeypatch.chdir(place / "moved")
+    assert trainer.main([*FLAGS, *OURS, "--out", str(out), "--resume"]) == 0
+    assert_same(whole, final(out))
+
+
+def test_own_data__a_runs_own_config_repeats_it(trainer: ModuleType, run: Run) -> None:
+    out = run("--network", "my_networks:plain")
+    assert trainer.main(["--config", str(out / "config.json"), "--out", "again"]) == 0
+    assert_same(final(out), final(Path("again")))
+    with pytest.raises(SystemExit, match="has no images"):  # which takes the place of the file's folders
+        trainer.main(["--config", str(out / "config.json"), "--gta5", "a", "--cityscapes", "b", "--out", "other"])
+
+
+def test_predict__takes_own_classes_and_own_networks(run: Run, place: Path) -> None:
+    import predict
+
+    for flags, named in ((OURS, []), (["--network", "my_networks:object"], ["--network", "my_networks:object"])):
+        out = run(*flags, out=f"run-{len(named)}")
+        weights = str(out / "checkpoints" / "best.pt")
+        given = ["street/images/val/0.png", "--weights", weights, "--out", f"predicted-{len(named)}"]
+        assert predict.main([*given, *named]) == 0
+        if named:
+            with pytest.raises(SystemExit, match="if you trust it, add --network my_networks:object"):
+                predict.main(given)
+    assert (place / "predicted-2" / "0_color.png").exists()
+
+
+@pytest.mark.usefixtures("place")
+def test_plan__of_own_networks(trainer: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trainer.main([*FLAGS, "--network", "my_networks:plain", "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["images"] == {"source": 6, "target": 5, "validation": 3}
+    assert isinstance(plan["memory_mb_computed_fp32"], int)
+    assert torch.empty(1).device.type == "cpu"

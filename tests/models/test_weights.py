@@ -1,0 +1,987 @@
+"""Every kind of file that weights come in, made here; and every kind of file that is none."""
+
+import argparse
+import collections
+import copy
+import dataclasses
+import enum
+import http.server
+import io
+import json
+import logging
+import os
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.swa_utils import AveragedModel
+
+from checks import WRAPS, compiled
+from crossmix import ClassMix, MeanTeacher, SelfTraining
+from crossmix.models import (
+    DeepLabV2,
+    LoadReport,
+    WeightsError,
+    deeplab_v2_resnet101,
+    deeplab_v2_tiny,
+    load_weights,
+    save_weights,
+)
+from crossmix.models.weight_files import SOURCES
+
+State = dict[str, Tensor]
+
+
+def randomised(model: nn.Module, seed: int) -> nn.Module:
+    """Every tensor with values of its own, counters too."""
+    generator = torch.Generator().manual_seed(seed)
+    for value in model.state_dict().values():
+        drawn = torch.rand(value.shape, generator=generator)
+        value.copy_(drawn + 0.5 if value.is_floating_point() else (drawn * 1000).long())
+    return model
+
+
+def tiny(seed: int, num_classes: int = 5) -> DeepLabV2:
+    return randomised(deeplab_v2_tiny(num_classes), seed)
+
+
+def snapshot(model: nn.Module) -> State:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal(model: nn.Module, want: State) -> None:
+    got = model.state_dict()
+    assert list(got) == list(want)
+    for name, value in got.items():
+        assert torch.equal(value, want[name]), name
+
+
+def prefixed(prefix: str, state: State) -> State:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def inside(state: State) -> State:
+    """What compiling submodules leaves in names."""
+    return {name.replace("layer1.0.", "layer1._orig_mod.0.module."): value for name, value in state.items()}
+
+
+SHAPES: dict[str, tuple[Callable[[State], object], str | None]] = {
+    "plain": (lambda state: state, None),
+    "ordered": (OrderedDict, None),
+    "ours": (lambda state: {"step": 3, "student": state, "teacher": {}, "optimizer": {}}, None),
+    "our student": (lambda state: {"step": 3, "student": state, "teacher": {}}, "student"),
+    "our teacher": (
+        lambda state: {"student": {}, "teacher": {**prefixed("module.", state), "_extra_state": torch.tensor(7)}},
+        "teacher",
+    ),
+    "a training module": (lambda state: {**prefixed("student.", state), "teacher.module.x": torch.ones(1)}, "student"),
+    "its teacher": (lambda state: {**prefixed("teacher.module.", state), "student.x": torch.ones(1)}, "teacher"),
+    "released": (lambda state: {"iteration": 9, "config": {"a": [1]}, "model": state, "ema_model": {}}, None),
+    "released student": (lambda state: {"model": state, "ema_model": {}}, "student"),
+    "released teacher": (lambda state: {"model": {}, "ema_model": state}, "teacher"),
+    "released by name": (lambda state: {"model": {}, "ema_model": state}, "ema_model"),
+    "state_dict": (lambda state: {"epoch": 3, "state_dict": state}, None),
+    "module.": (partial(prefixed, "module."), None),
+    "_orig_mod.": (partial(prefixed, "_orig_mod."), None),
+    "nested": (partial(prefixed, "module._orig_mod.module."), None),
+    "nested the other way": (lambda state: {"model": prefixed("_orig_mod.module.", state)}, None),
+    "inside": (inside, None),
+    "Scale.": (partial(prefixed, "Scale."), None),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_load__every_tensor_of_every_kind_of_file(shape: str, tmp_path: Path, *, legacy: bool) -> None:
+    wrap, entry = SHAPES[shape]
+    want = snapshot(tiny(1))
+    torch.save(wrap(want), tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    model = tiny(2)
+    report = load_weights(model, tmp_path / "x.pth", entry=entry)
+    assert_equal(model, want)
+    assert report == LoadReport(tuple(want), (), (), ())
+
+
+AND_AVERAGES = {**WRAPS, "averaged": lambda network: AveragedModel(compiled(network)), "teacher": MeanTeacher}
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize("wrap", AND_AVERAGES)
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore")  # of sharding on a CPU
+def test_load__into_a_wrapped_model(wrap: str, name: str, tmp_path: Path) -> None:
+    want = snapshot(tiny(1))
+    path = save_weights(AND_AVERAGES[wrap](tiny(1)), tmp_path / name)
+    saved = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    bare = tiny(3)
+    bare.load_state_dict(saved, strict=True)  # the names are those of the network
+    assert_equal(bare, want)
+    wrapped = AND_AVERAGES[wrap](tiny(2))
+    report = load_weights(wrapped, path)
+    assert (len(report.matched), *report[1:]) == (len(want), (), (), ())
+    assert set(report.matched) <= set(wrapped.state_dict())
+    bare = tiny(4)
+    load_weights(bare, save_weights(wrapped, tmp_path / f"again-{name}"))
+    assert_equal(bare, want)
+
+
+class Confusing(nn.Module):
+    """A network with parts that are called what wrappers call theirs."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self.module = nn.ModuleDict({"fc": nn.Linear(2, 2), "_orig_mod": nn.Linear(2, 2)})
+        self.Scale = nn.Linear(2, 2)
+        self.model = nn.ParameterDict({"module": nn.Parameter(torch.zeros(2))})
+        self.fc = nn.Sequential(self.fc)
+        randomised(self, seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.usefixtures("process_group")
+def test_names__of_the_models_own_win(name: str, tmp_path: Path) -> None:
+    want = snapshot(Confusing(1))
+    for wrap in (lambda model: model, nn.DataParallel, compiled, DistributedDataParallel):
+        path = save_weights(wrap(Confusing(1)), tmp_path / name)
+        assert_equal_names(path, want)
+        for into in (lambda model: model, nn.DataParallel, compiled):
+            model = Confusing(2)
+            assert len(load_weights(into(model), path).matched) == len(want)
+            assert_equal(model, want)
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.module.", "Scale.", "net.", "module.net.module."):
+        torch.save(prefixed(prefix, want), tmp_path / "prefixed.pth")
+        model = Confusing(2)
+        assert len(load_weights(model, tmp_path / "prefixed.pth").matched) == len(want)
+        assert_equal(model, want)
+    inside = {name.replace("module.fc.", "module._orig_mod.fc.module."): value for name, value in want.items()}
+    torch.save(prefixed("module.", inside), tmp_path / "inside.pth")
+    model = Confusing(2)
+    load_weights(model, tmp_path / "inside.pth")
+    assert_equal(model, want)
+
+
+def assert_equal_names(path: Path, want: State) -> None:
+    saved = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    assert set(saved) == set(want)
+
+
+def test_save__shared_strided_and_parametrized_tensors(tmp_path: Path) -> None:
+    def network(seed: int) -> nn.Module:
+        tied = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "norm": weight_norm(nn.Conv2d(3, 4, 3))})
+        tied["b"].weight = tied["a"].weight
+        tied["norm"].to(memory_format=torch.channels_last)
+        tied.register_buffer("slice", torch.zeros(1000)[:3])
+        tied.register_buffer("view", torch.zeros(2, 3, 4).mT)
+        tied.register_buffer("repeated", torch.zeros(1, 3).expand(4, 3).contiguous())
+        return randomised(tied, seed)
+
+    for name in ("x.pth", "x.safetensors"):
+        source = network(1)
+        path = save_weights(source, tmp_path / name)
+        assert path.stat().st_size < 12_000  # not the thousand numbers that the slice is of
+        assert_equal_names(path, source.state_dict())
+        model = network(2)
+        report = load_weights(model, path)
+        assert_equal(model, source.state_dict())
+        assert model["a"].weight is model["b"].weight
+        assert report.missing == ()
+    one = without(snapshot(network(1)), "b.weight")
+    torch.save(one, tmp_path / "one.pth")  # one name of the shared tensor, as `safetensors.torch.save_model` keeps
+    model = network(2)
+    assert load_weights(model, tmp_path / "one.pth").missing == ()
+    assert torch.equal(model["b"].weight, one["a.weight"])
+    torch.save({**one, "b.weight": one["a.weight"] + 1}, tmp_path / "both.pth")
+    before = snapshot(model)
+    with pytest.raises(WeightsError, match=r"'a\.weight' and 'b\.weight' differ, but are one tensor in the model"):
+        load_weights(model, tmp_path / "both.pth")
+    assert_equal(model, before)
+
+
+def test_load__student_and_teacher_as_the_trainer_saves_them(tmp_path: Path) -> None:
+    student = tiny(1)
+    teacher = MeanTeacher(tiny(3), decay=0.9)
+    teacher.update(student)
+    torch.save({"step": 1, "student": student.state_dict(), "teacher": teacher.state_dict()}, tmp_path / "x.pt")
+    model = tiny(2)
+    load_weights(model, tmp_path / "x.pt")
+    assert_equal(model, student.state_dict())
+    load_weights(model, tmp_path / "x.pt", entry="teacher")
+    assert_equal(model, teacher.module.state_dict())
+
+
+def test_load__resnet101_from_the_released_layout(tmp_path: Path) -> None:
+    """632 names of the released checkpoint; and the 21-class file of before `num_batches_tracked`, without the head."""
+    torch.manual_seed(0)
+    source, model = randomised(deeplab_v2_resnet101(19), 1), deeplab_v2_resnet101(19)
+    torch.save({"iteration": 1, "model": source.state_dict(), "ema_model": {}}, tmp_path / "dacs.pth")
+    assert len(load_weights(model, tmp_path / "dacs.pth").matched) == 632
+    assert_equal(model, source.state_dict())
+
+    coco = {name: value for name, value in source.state_dict().items() if not name.endswith("num_batches_tracked")}
+    for branch in range(4):
+        coco[f"layer5.conv2d_list.{branch}.weight"] = torch.zeros(21, 2048, 3, 3)
+        coco[f"layer5.conv2d_list.{branch}.bias"] = torch.zeros(21)
+    torch.save(coco, tmp_path / "coco.pth", _use_new_zipfile_serialization=False)
+    model = deeplab_v2_resnet101(19)
+    before = snapshot(model)
+    with pytest.raises(WeightsError, match=r"expected everything to match, got 520 matched .* 8 mism.*strict=False"):
+        load_weights(model, tmp_path / "coco.pth")
+    assert_equal(model, before)
+    report = load_weights(model, tmp_path / "coco.pth", strict=False)
+    assert (len(report.matched), len(report.missing), report.unexpected, len(report.mismatched)) == (520, 104, (), 8)
+    for name, value in model.state_dict().items():
+        is_new = name in report.matched
+        assert is_new is not (name.startswith("layer5") or name.endswith("num_batches_tracked"))
+        assert torch.equal(value, source.state_dict()[name] if is_new else before[name])
+
+
+def test_load__missing_counters_are_tolerated_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, model = tiny(1), tiny(2)
+    kept = {name: value for name, value in source.state_dict().items() if not name.endswith("num_batches_tracked")}
+    torch.save(kept, tmp_path / "x.pth")
+    with caplog.at_level(logging.INFO):
+        report = load_weights(model, tmp_path / "x.pth")
+    assert set(report.missing) == set(source.state_dict()) - set(kept)
+    assert report.matched == tuple(kept)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert str(report) in caplog.text
+
+
+def without(state: State, *parts: str) -> State:
+    return {name: value for name, value in state.items() if not name.startswith(parts)}
+
+
+# What is wrong with it; what the file holds; whether strict=False takes it; a report's field and one of its names.
+PARTLY: dict[str, tuple[Callable[[State], object], bool, str, str]] = {
+    "no head": (lambda s: without(s, "layer5"), True, "missing", "layer5.conv2d_list.0.bias"),
+    "more": (lambda s: {**s, "aux.weight": torch.ones(1)}, True, "unexpected", "aux.weight"),
+    "not a tensor": (lambda s: {**s, "epoch": 3}, True, "unexpected", "epoch"),
+    "another head": (lambda s: {**s, "layer5.conv2d_list.1.bias": torch.ones(21)}, True, "mismatched",
+                     "layer5.conv2d_list.1.bias"),
+    "no stage": (lambda s: without(s, "layer3"), False, "missing", "layer3.0.conv1.weight"),
+    "another width": (lambda s: {**s, "layer1.0.bn1.bias": torch.ones(7)}, False, "mismatched", "layer1.0.bn1.bias"),
+    "integers": (lambda s: {**s, "conv1.weight": torch.ones(16, 3, 7, 7).byte()}, False, "mismatched", "conv1.weight"),
+    "a list": (lambda s: {**s, "conv1.weight": [1.0]}, False, "missing", "conv1.weight"),
+    "only a head": (lambda s: {name: v for name, v in s.items() if "layer5" in name}, False, "missing", "conv1.weight"),
+    "nothing of it": (lambda s: {"net": torch.ones(3)}, False, "unexpected", "net"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARTLY)
+def test_load__partly(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    change, tolerated, field, name = PARTLY[case]
+    source, model = tiny(1), tiny(2)
+    before = snapshot(model)
+    path = tmp_path / "x.pth"
+    torch.save(change(snapshot(source)), path)
+    with pytest.raises(WeightsError, match=r"x\.pth: expected everything to match, got .*"):
+        load_weights(model, path)
+    assert_equal(model, before)
+    if not tolerated:
+        with pytest.raises(WeightsError, match=r"x\.pth: expected the whole backbone to match, got .*"):
+            load_weights(model, path, strict=False)
+        assert_equal(model, before)
+        return
+    report = load_weights(model, path, strict=False)
+    assert name in getattr(report, field)
+    assert "WARNING" in caplog.text
+    assert name.split(".")[0] in caplog.text
+    for key, value in model.state_dict().items():
+        left = key in report.missing + report.mismatched
+        assert torch.equal(value, before[key] if left else source.state_dict()[key])
+
+
+def test_load__head_of_another_name(tmp_path: Path) -> None:
+    def network(classes: int) -> nn.Module:
+        return nn.Sequential(OrderedDict(body=nn.Linear(3, 2), classifier=nn.Linear(2, classes)))
+
+    torch.save(network(4).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="the whole backbone"):
+        load_weights(network(5), tmp_path / "x.pth", strict=False)
+    report = load_weights(network(5), tmp_path / "x.pth", strict=False, head="classifier")
+    assert report.mismatched == ("classifier.weight", "classifier.bias")
+
+
+def training(seed: int) -> SelfTraining:
+    student, teacher = tiny(seed), MeanTeacher(tiny(seed + 1))
+    return SelfTraining(student, teacher, mix=ClassMix(5))
+
+
+def in_places() -> dict[str, tuple[Callable[[State, State], object], str | None]]:
+    """Where student and teacher are; the entry that leads to the student."""
+
+    def trained(prefix: str) -> Callable[[State, State], State]:
+        return lambda s, t: {**prefixed(f"{prefix}student.", s), **prefixed(f"{prefix}teacher.module.", t)}
+
+    return {
+        "a compiled training module": (trained("_orig_mod."), "student"),
+        "one in DistributedDataParallel": (trained("module."), "student"),
+        "both": (trained("module._orig_mod."), "student"),
+        "by default": (trained("module._orig_mod."), None),
+        "in a checkpoint": (lambda s, t: {"epoch": 3, "state_dict": trained("_orig_mod.")(s, t)}, None),
+        "in another module": (lambda s, t: {"state_dict": trained("training.")(s, t)}, "student"),
+        "with wrappers inside": (
+            lambda s, t: {**prefixed("student.module.", inside(s)), **prefixed("teacher.module._orig_mod.", t)},
+            "student",
+        ),
+        "wrapped by hand": (lambda s, t: trained("")(prefixed("net.", s), prefixed("net.", t)), "student"),
+        "Lightning": (lambda s, t: {"state_dict": {**prefixed("model.", s), "loss.weight": torch.ones(5)}}, "model"),
+        "Lightning by default": (lambda s, t: {"state_dict": {**prefixed("model.", s), "loss.w": torch.ones(5)}}, None),
+        "Lightning compiled": (lambda s, t: {"state_dict": prefixed("model._orig_mod.", s)}, "model"),
+        "Lightning's student": (lambda s, t: {"state_dict": prefixed("model.", s), "ema_model": t}, "student"),
+        "an average beside it": (lambda s, t: {"model": s, "ema_model": t, "optimizer": {"state": {0: t}}}, None),
+        "a training module as the model": (lambda s, t: {"model": trained("module.")(s, t)}, "student"),
+        "another name": (lambda s, t: {"net": s, "step": 3}, None),
+        "a prefix of all": (lambda s, t: prefixed("backbone.", s), None),
+        "a longer one": (lambda s, t: {"checkpoint": {"weights": prefixed("module.network.net.", s)}}, None),
+        "its end": (lambda s, t: {"checkpoint": {"weights": prefixed("module.network.net.", s)}}, "network.net"),
+        "two of other names": (lambda s, t: {"first": s, "second": t}, "first"),
+        "keys with dots": (lambda s, t: {"nets.first": s, "nets.second": t}, "nets.first"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("place", in_places())
+def test_load__from_wherever_in_the_file(place: str, tmp_path: Path) -> None:
+    make, entry = in_places()[place]
+    student, teacher = snapshot(tiny(1)), snapshot(tiny(2))
+    torch.save(make(student, teacher), tmp_path / "x.pth")
+    model = tiny(3)
+    report = load_weights(model, tmp_path / "x.pth", entry=entry)
+    assert_equal(model, student)
+    assert report == LoadReport(tuple(student), (), (), ())
+    if "teacher." in str(list(make(student, teacher))):
+        load_weights(model, tmp_path / "x.pth", entry="teacher")
+        assert_equal(model, teacher)
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, lambda module: nn.DataParallel(compiled(module))])
+def test_load__out_of_a_training_module_however_it_was_wrapped(
+    wrap: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    whole = training(1)
+    student, teacher = snapshot(whole.student), snapshot(whole.teacher.module)
+    whole.student = compiled(whole.student)
+    torch.save(wrap(whole).state_dict(), tmp_path / "x.pth")
+    for entry, want in ((None, student), ("student", student), ("teacher", teacher)):
+        model = tiny(5)
+        load_weights(model, tmp_path / "x.pth", entry=entry)
+        assert_equal(model, want)
+    again = training(7)
+    load_weights(again, tmp_path / "x.pth")  # the training module itself
+    assert_equal(again.student, student)
+    assert_equal(again.teacher.module, teacher)
+
+
+@pytest.mark.parametrize("place", ["the whole file", "an entry", "a prefix"])
+def test_load__into_a_network_around_it_says_which_part_to_pass(place: str, tmp_path: Path) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({"net": tiny(2)})
+            self.more = nn.Linear(2, 2)
+
+    want, model = snapshot(tiny(1)), Around()
+    prefixed = {f"a.b.{name}": tensor for name, tensor in want.items()}
+    torch.save({"the whole file": want, "an entry": {"student": want}, "a prefix": prefixed}[place], tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=r"the weights of a part of it, load them into `model\.parts\.net`"):
+        load_weights(model, tmp_path / "x.pth")
+    load_weights(model.get_submodule("parts.net"), tmp_path / "x.pth")
+    assert_equal(model.get_submodule("parts.net"), want)
+
+
+def test_load__says_what_it_took(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = snapshot(tiny(1))
+    cases: dict[str, tuple[object, str | None, str, str]] = {
+        "guessed": (prefixed("net.", state), None, "WARNING", "took 'net' for the model\n"),
+        "nested": ({"weights": state, "step": 3}, None, "WARNING", "took 'weights' for the model\n"),
+        "asked for": ({"weights": state}, "weights", "INFO", "took 'weights' for the model\n"),
+        "beside": (
+            {"state_dict": {**prefixed("model.", state), "loss.weight": torch.ones(1)}}, None,
+            "INFO", "took 'state_dict.model' for the model, and left 1 names beside it (loss.weight)\n",
+        ),
+    }  # fmt: skip
+    for contents, entry, level, said in cases.values():
+        torch.save(contents, tmp_path / "x.pth")
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            load_weights(tiny(2), tmp_path / "x.pth", entry=entry)
+        assert said in caplog.text
+        assert [record.levelname for record in caplog.records] == [level, "INFO"]
+
+
+def test_load__where_it_cannot_tell_the_advice_works(tmp_path: Path) -> None:
+    model = tiny(2)
+    first, second = snapshot(tiny(1)), snapshot(tiny(3))
+    cases: dict[str, tuple[object, str | None, str, State]] = {
+        "two alike": ({"a": first, "b": second}, None, "2 parts of it match the model alike; pass `entry='a'`", first),
+        "two prefixes": (
+            {**prefixed("x.a.", first), **prefixed("x.b.", second)}, None,
+            "pass `entry='x.a'` or `entry='x.b'`", first,
+        ),
+        "two in one entry": (
+            {"student": {**prefixed("a.", first), **prefixed("b.", second)}}, "student",
+            "pass `entry='student.a'` or `entry='student.b'`", first,
+        ),
+        "no such entry": ({"net": first, "step": 3}, "teacher", r"it has no entry 'teacher', but \(net, step\)", first),
+        "nothing around it": (first, "student", r"it has no entry 'student', but .* pass no `entry`", first),
+        "a teacher": ({"model": {}, "ema_model": first}, None, "pass `entry='ema_model'`, which matches", first),
+        "another network there": (
+            {"student": nn.Linear(1, 1).state_dict(), "net": first}, "student",
+            r"nothing there matches the model, but \(student, net\); pass `entry='net'`", first,
+        ),
+        "more beside it": (
+            {**prefixed("net.", first), "loss.weight": torch.ones(1)}, None,
+            r"1 unexpected \(loss.weight\).* in its part 'net'.*; pass `entry='net'` to leave out", first,
+        ),
+        "more in it": ({**first, "loss.weight": torch.ones(1)}, None, "pass `strict=False` to leave out what", first),
+        "another head": (
+            {**first, "layer5.conv2d_list.1.bias": torch.ones(21)}, None, "pass `strict=False` to leave out the head",
+            without(first, "layer5.conv2d_list.1.bias"),
+        ),
+    }  # fmt: skip
+    for contents, entry, message, want in cases.values():
+        torch.save(contents, tmp_path / "x.pth")
+        before = snapshot(model)
+        with pytest.raises(WeightsError, match=message) as caught:
+            load_weights(model, tmp_path / "x.pth", entry=entry)
+        assert_equal(model, before)
+        options: dict[str, object] = {"strict": False} if "strict=False" in str(caught.value) else {"entry": None}
+        if advised := re.search(r"`entry='([^']*)'`", str(caught.value)):
+            options = {"entry": advised[1]}
+        load_weights(model, tmp_path / "x.pth", **options)
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in want.items())
+        model = tiny(2)
+    for contents, entry, message in (
+        ({"net": nn.Linear(1, 1).state_dict()}, "teacher", r"no entry 'teacher', but \(net\), and none matches"),
+        ({"net": {"step": 3}, "step": 3}, None, r"expected tensors, got \(net, step\)"),
+        (without(first, "layer3"), None, "build the network that it was saved from"),
+        ({"conv1.weight": torch.ones(1), "module.conv1.weight": torch.ones(1)}, None,
+         "'conv1.weight' and 'module.conv1.weight' are the same name"),
+    ):  # fmt: skip
+        torch.save(contents, tmp_path / "x.pth")
+        with pytest.raises(WeightsError, match=message) as caught:
+            load_weights(model, tmp_path / "x.pth", entry=entry)
+        assert "strict=False" not in str(caught.value)  # it would not help
+
+
+# ------------------------------------------------------------------------------------------------ torchvision's ResNet
+
+
+def torchvisions(state: State) -> State:
+    """The names of torchvision's ResNet-101: ours but for the head."""
+    return {**without(state, "layer5"), "fc.weight": torch.ones(1000, 2048), "fc.bias": torch.ones(1000)}
+
+
+def test_torchvision__is_refused_or_converted_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, model = tiny(1), tiny(2)
+    path = tmp_path / "resnet.pth"
+    state = torchvisions(snapshot(source))
+    state["conv1.weight"] -= 1  # both signs, as weights have
+    torch.save(state, path)
+    before = snapshot(model)
+    with pytest.raises(WeightsError, match="it looks like torchvision's ResNet-101, which `strict=False` converts"):
+        load_weights(model, path)
+    assert_equal(model, before)
+    report = load_weights(model, path, strict=False)
+    assert report.unexpected == ("fc.weight", "fc.bias")
+    assert all(name.startswith("layer5") for name in report.missing)
+    assert "layer2.0 has its stride on the first convolution" in caplog.text
+    for name in set(report.matched) - {"conv1.weight", "bn1.running_mean"}:
+        assert torch.equal(model.state_dict()[name], state[name])
+
+    images = torch.rand(2, 3, 24, 40, dtype=torch.float64)
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).double()[..., None, None]
+    stem = {name: state[name].double() for name in state if name.startswith(("conv1", "bn1"))}
+    want = nn.functional.conv2d((images - mean) / deviation, stem["conv1.weight"], stride=2, padding=3)
+    want = nn.functional.batch_norm(
+        want, stem["bn1.running_mean"], stem["bn1.running_var"], stem["bn1.weight"], stem["bn1.bias"]
+    )
+    seen: list[Tensor] = []
+    model.bn1.register_forward_hook(lambda *args: seen.append(args[2].clone()))  # ReLU works in place
+    model.double().eval()(images)
+    inner = (..., slice(3, -3), slice(3, -3))  # zero padding is another colour there
+    torch.testing.assert_close(seen[0][inner], want[inner], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module."])
+@pytest.mark.parametrize("wrap", ["bare", "compiled", "teacher", "in another module"])
+def test_torchvision__is_converted_whatever_is_around_it(wrap: str, prefix: str, tmp_path: Path) -> None:
+    state = torchvisions(snapshot(tiny(1)))
+    torch.save(state, tmp_path / "plain.pth")
+    want = tiny(2)
+    load_weights(want, tmp_path / "plain.pth", strict=False)
+    assert not torch.equal(want.conv1.weight, state["conv1.weight"])
+    inner = "net." if wrap == "in another module" else ""
+    torch.save(prefixed(prefix + inner, state), tmp_path / "x.pth")
+    network = tiny(2)
+    if wrap == "in another module":
+        load_weights(nn.ModuleDict({"net": network}), tmp_path / "x.pth", strict=False, head="net.layer5")
+    elif wrap == "teacher":
+        teacher = MeanTeacher(network)
+        load_weights(teacher, tmp_path / "x.pth", strict=False)
+        network = teacher.module
+    else:
+        load_weights(compiled(network) if wrap == "compiled" else network, tmp_path / "x.pth", strict=False)
+    assert_equal(network, want.state_dict())
+
+
+def test_torchvision__is_nothing_that_has_the_head_or_is_for_another_network(tmp_path: Path) -> None:
+    both = {**snapshot(tiny(1)), "fc.weight": torch.ones(1000, 2048)}
+    torch.save(both, tmp_path / "both.pth")
+    model = tiny(2)
+    load_weights(model, tmp_path / "both.pth", strict=False)
+    assert_equal(model, snapshot(tiny(1)))
+    around = nn.ModuleDict({"net": tiny(1), "fc": nn.Linear(4, 2)})
+    path = save_weights(around, tmp_path / "around.pth")
+    other = nn.ModuleDict({"net": tiny(2), "fc": nn.Linear(4, 2)})
+    load_weights(other, path, strict=False, head="fc")
+    assert_equal(other, around.state_dict())
+    network = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 4, 1), fc=nn.Linear(4, 2)))
+    source = randomised(copy.deepcopy(network), 1)
+    load_weights(network, save_weights(source, tmp_path / "x.pth"))
+    assert_equal(network, source.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------- safetensors
+
+
+def by_hand(tensors: State) -> bytes:
+    """A safetensors file, from the format's description."""
+    header: dict[str, object] = {}
+    body = b""
+    for name, value in tensors.items():
+        raw = value.contiguous().numpy().tobytes()
+        dtype = {torch.float32: "F32", torch.int64: "I64"}[value.dtype]
+        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+def test_safetensors__are_read(name: str, tmp_path: Path) -> None:
+    want = snapshot(tiny(1))
+    (tmp_path / name).write_bytes(by_hand(prefixed("module.", want)))
+    model = tiny(2)
+    load_weights(model, tmp_path / name)
+    assert_equal(model, want)
+
+
+def test_safetensors__a_file_of_torch_by_their_name(tmp_path: Path) -> None:
+    want, model = snapshot(tiny(1)), tiny(2)
+    torch.save(want, tmp_path / "renamed.safetensors")
+    load_weights(model, tmp_path / "renamed.safetensors")
+    assert_equal(model, want)
+
+
+def test_safetensors__that_begin_like_a_page_are_read(tmp_path: Path) -> None:
+    data = by_hand({"weight": torch.ones(1, 2), "bias": torch.ones(1)})
+    length = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + length] + b" " * (ord("<") - length % 256 + 256)
+    (tmp_path / "x.bin").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    assert (tmp_path / "x.bin").read_bytes()[:1] == b"<"
+    model = nn.Linear(2, 1)
+    load_weights(model, tmp_path / "x.bin")
+    assert model.weight.tolist() == [[1.0, 1.0]]
+
+
+def test_safetensors__round_trip_of_every_dtype_and_shape(tmp_path: Path) -> None:
+    class Holder(nn.Module):
+        def __init__(self, fill: float) -> None:
+            super().__init__()
+            for dtype in (
+                torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+                torch.int8, torch.uint8, torch.bool,
+            ):  # fmt: skip
+                for i, shape in enumerate([(), (3,), (0, 2), (2, 3, 4)]):
+                    value = (torch.rand(shape) * fill).to(dtype)
+                    self.register_buffer(f"{str(dtype)[6:]}_{i}", value.mT if value.ndim > 1 else value)
+
+    source, other = Holder(9.0), Holder(0.0)
+    path = save_weights(source, tmp_path / "x.safetensors")
+    load_weights(other, path)
+    assert_equal(other, source.state_dict())
+    raw = path.read_bytes()
+    assert int.from_bytes(raw[:8], "little") % 8 == 0  # tensors begin aligned
+    complex_ = nn.ParameterDict({"a": nn.Parameter(torch.ones(1, dtype=torch.complex128))})
+    with pytest.raises(ValueError, match=r"safetensors have no torch\.complex128, which `a` is; write a \.pth file"):
+        save_weights(complex_, path)
+    assert path.read_bytes() == raw
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_safetensors__agree_with_the_reference(tmp_path: Path) -> None:
+    source = tiny(1)
+    path = save_weights(source, tmp_path / "x.safetensors")
+    assert_equal(source, {name: safetensors.torch.load_file(path)[name] for name in source.state_dict()})
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # which transformers ask for
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "y.safetensors")
+    model = tiny(2)
+    load_weights(model, tmp_path / "y.safetensors")
+    assert_equal(model, source.state_dict())
+
+
+def test_safetensors__are_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_weights(tiny(1), tmp_path / "x.safetensors")
+    before = path.read_bytes()
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for attempt in (lambda: load_weights(tiny(2), path), lambda: save_weights(tiny(2), path)):
+        with pytest.raises(ImportError, match=r"x\.safetensors: .* `pip install crossmix\[weights\]`"):
+            attempt()
+    assert path.read_bytes() == before
+    load_weights(tiny(2), save_weights(tiny(1), tmp_path / "x.pth"))  # nothing else needs it
+    code = "import sys, crossmix.models; sys.exit('safetensors' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+HEADERS = {
+    "no JSON": b"{not json",
+    "a list": b"[1, 2]",
+    "too deep": b"[" * 100_000,
+    "no description": b'{"a": 3}',
+    "another dtype": b'{"a": {"dtype": "F7", "shape": [1], "data_offsets": [0, 4]}}',
+    "past the end": b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',
+    "backwards": b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
+    "another size": b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+    "a negative shape": b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+    "a shape of words": b'{"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}',
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_safetensors__damaged_headers(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(HEADERS[case]).to_bytes(8, "little") + HEADERS[case] + bytes(8))
+    with pytest.raises(WeightsError, match=r"x\.safetensors: it is truncated, damaged or no file of weights"):
+        load_weights(tiny(2), path)
+
+
+# ------------------------------------------------------------------------------------------------------ bad files
+
+
+class Malicious:
+    """Runs a command when unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (self.command,)
+
+
+class Calls:
+    """Calls a function when unpickled."""
+
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return self.call[0], self.call[1:]
+
+
+def written(state: object, *, legacy: bool = False) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file, _use_new_zipfile_serialization=not legacy)
+    return file.getvalue()
+
+
+def flipped(data: bytes) -> bytes:
+    """One bit of a tensor another way: torch.load would not notice."""
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+
+
+BAD: dict[str, tuple[Callable[[State], bytes], str]] = {
+    "empty": (lambda _: b"", "got an empty file"),
+    "a page": (lambda _: b"\n<!DOCTYPE html><html>quota exceeded</html>", "got an HTML page"),
+    "a pointer": (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "got a Git LFS pointer"),
+    "text": (lambda _: b"hello world, no weights here", "it is truncated, damaged or no file of weights"),
+    "zeros": (lambda _: bytes(4096), "it is truncated, damaged or no file of weights"),
+    "truncated": (lambda s: written(s)[:-5000], "it is truncated, damaged or no file of weights"),
+    "truncated early": (lambda s: written(s)[:100], "it is truncated, damaged or no file of weights"),
+    "truncated, legacy": (lambda s: written(s, legacy=True)[:-5000], "it is truncated, damaged or no file of weights"),
+    "corrupted": (lambda s: flipped(written(s)), "does not match its checksum"),
+    "a list": (lambda s: written(list(s.values())), "expected a dict of tensors, got list"),
+    "a tensor": (lambda _: written(torch.ones(3)), "expected a dict of tensors, got Tensor"),
+    "a whole model": (lambda _: written(nn.Linear(1, 1)), "it holds code or objects other than tensors"),
+    "an empty dict": (lambda _: written({}), "expected tensors, got an empty dict"),
+    "another network": (lambda _: written(nn.Linear(1, 1).state_dict()), "expected everything to match, got 0 matched"),
+}
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.filterwarnings("default")  # torch.load may warn of strange pickles before it gives up
+def test_bad_files__name_the_path_and_the_reason(case: str, name: str, tmp_path: Path) -> None:
+    make, reason = BAD[case]
+    model = tiny(2)
+    before = snapshot(model)
+    path = tmp_path / name
+    path.write_bytes(make(snapshot(tiny(1))))
+    with pytest.raises(WeightsError) as caught:
+        load_weights(model, path)
+    assert str(path) in str(caught.value)
+    # By name, what is no zip file of torch's is taken for safetensors, and their package says what is wrong.
+    if name == "x.pth" or case not in {"text", "zeros", "truncated", "truncated early", "truncated, legacy"}:
+        assert reason in str(caught.value)
+    assert "Re-running" not in str(caught.value)  # torch's advice to trust the file
+    assert_equal(model, before)
+
+
+@dataclasses.dataclass
+class Options:
+    """What people keep beside their weights."""
+
+    lr: float = 0.1
+    out: pathlib.Path = pathlib.Path("runs")
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Settings:
+    """A mapping of its own, with a container inside, as OmegaConf has them."""
+
+    def __init__(self) -> None:
+        self.__dict__.update(content={"a": [1, 2]}, cache=collections.defaultdict(dict), parent=None, kind=dict)
+
+
+OBJECTS: dict[str, tuple[object, str]] = {
+    "a namespace": (argparse.Namespace(lr=0.1, out=pathlib.Path("x")), "argparse.Namespace, pathlib.PosixPath"),
+    "numpy scalars": (
+        [np.float64(0.5), np.int64(3)],
+        "numpy._core.multiarray.scalar, numpy.dtype, numpy.dtypes.Float64DType, numpy.dtypes.Int64DType",
+    ),
+    "an array": (np.arange(3.0), "numpy.dtypes.Float64DType"),
+    "a path": (pathlib.Path("x"), "pathlib.PosixPath"),
+    "a dataclass": ([Options(), Options()], f"{__name__}.Options, pathlib.PosixPath"),
+    "an enum": (Colour.RED, f"{__name__}.Colour"),
+    "settings": (Settings(), f"{__name__}.Settings"),
+    "a simple namespace": (types.SimpleNamespace(a=1), "types.SimpleNamespace"),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("case", OBJECTS)
+def test_objects__beside_the_weights_are_named_with_the_way_to_allow_them(
+    case: str, tmp_path: Path, *, legacy: bool
+) -> None:
+    beside, names = OBJECTS[case]
+    want, model = snapshot(tiny(1)), tiny(2)
+    path = tmp_path / "x.pth"
+    torch.save({"args": beside, "model": want}, path, _use_new_zipfile_serialization=not legacy)
+    before, allowed = snapshot(model), set(torch.serialization.get_safe_globals())
+    with pytest.raises(WeightsError) as caught:
+        load_weights(model, path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert names in message
+    assert "get the file again" not in message
+    assert "weights_only" not in message
+    assert_equal(model, before)
+    assert set(torch.serialization.get_safe_globals()) == allowed  # nothing more, on the way
+    advised = re.search(r"`with torch\.serialization\.safe_globals\((\[.*\])\):`", message)
+    assert advised is not None
+    own = sys.modules[__name__]
+    known = {"argparse": argparse, "numpy": np, "pathlib": pathlib, "types": types, __name__: own}
+    with torch.serialization.safe_globals(eval(advised[1], known | {"collections": collections})):  # noqa: S307
+        load_weights(model, path)
+    assert_equal(model, want)
+
+
+def test_objects__of_another_numpy_and_partly_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"loss": np.float64(0.5), "model": nn.Linear(1, 1).state_dict()}, path)
+    with (
+        torch.serialization.safe_globals([np._core.multiarray.scalar, np.dtype]),
+        pytest.raises(WeightsError, match=r"safe_globals\(\[numpy\.dtypes\.Float64DType\]\)"),
+    ):
+        load_weights(nn.Linear(1, 1), path)
+    old = written({"loss": np.float64(0.5), "model": nn.Linear(1, 1).state_dict()}, legacy=True)
+    path.write_bytes(old.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))  # a file of numpy 1
+    with pytest.raises(WeightsError) as caught:
+        load_weights(nn.Linear(1, 1), path)
+    assert "[(numpy._core.multiarray.scalar, 'numpy.core.multiarray.scalar'), numpy.dtype, " in str(caught.value)
+    allowed = [(np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
+    with torch.serialization.safe_globals(allowed):
+        load_weights(nn.Linear(1, 1), path)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({"w": torch.ones(1), "count": collections.defaultdict(int, a=1)}, "Torch refuses them even where they are"),
+        (nn.Linear(1, 1), "It is a torch.nn.modules.linear.Linear as a whole: load it where its code is"),
+    ],
+)
+def test_objects__that_cannot_be_allowed_are_not_advised(contents: object, message: str, tmp_path: Path) -> None:
+    torch.save(contents, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=message) as caught:
+        load_weights(nn.Linear(1, 1), tmp_path / "x.pth")
+    assert "safe_globals" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ({"model": nn.Linear(1, 1)}, "Without them it has no tensors: load it where its code is"),
+        ({"model": {"w": torch.ones(1)}, "x": Calls(eval, "1 + 1")}, "It calls eval, by which a file can do anything"),
+        ({"model": {"w": torch.ones(1)}, "x": Calls(getattr, 1, "real")}, "It calls getattr, by which a file"),
+    ],
+)
+def test_objects__what_allowing_would_not_help_or_would_harm(beside: object, message: str, tmp_path: Path) -> None:
+    torch.save(beside, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=message) as caught:
+        load_weights(nn.Linear(1, 1), tmp_path / "x.pth")
+    assert "safe_globals" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+@pytest.mark.filterwarnings("default")
+def test_bad_files__code_is_not_run(kind: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    state = {**snapshot(tiny(1)), "conv1.weight": Malicious(f"touch {trace}")}
+    path = tmp_path / "x.pth"
+    path.write_bytes(pickle.dumps(state, protocol=2) if kind == "pickle" else written(state, legacy=kind == "legacy"))
+    model = tiny(2)
+    before = snapshot(model)
+    for strict in (True, False):
+        with pytest.raises(WeightsError, match=r"x\.pth: it .*"):
+            load_weights(model, path, strict=strict)
+    assert not trace.exists()
+    assert_equal(model, before)
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    model = tiny(2)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: no such file; pass the path of weights, .* 'coco'"):
+        load_weights(model, tmp_path / "nowhere.pth")
+    with pytest.raises(WeightsError, match="expected a file of weights, got a folder"):
+        load_weights(model, tmp_path)
+    path = save_weights(model, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="`sha256` must be 8 to 64 hexadecimal digits, got '12'"):
+        load_weights(model, path, sha256="12")
+    with pytest.raises(ValueError, match="`entry` must be None for safetensors"):
+        save_weights(model, tmp_path / "x.safetensors", entry="model")
+    with torch.device("meta"):
+        nowhere = deeplab_v2_tiny(5)
+    with pytest.raises(ValueError, match="`model` must have memory"):
+        load_weights(nowhere, path)
+    with pytest.raises(ValueError, match=r"without a shape; .* run it once first"):
+        load_weights(nn.LazyLinear(2), path)
+    torch.save({"student": model.state_dict(), "teacher": None}, tmp_path / "source.pt")
+    with pytest.raises(
+        WeightsError, match=r"nothing there matches the model, .*; pass `entry='student'`, which matches"
+    ):
+        load_weights(model, tmp_path / "source.pt", entry="teacher")
+    with pytest.raises(FileNotFoundError):
+        save_weights(model, tmp_path / "none" / "x.pth")
+
+
+def test_sha256__whole_or_its_beginning(tmp_path: Path) -> None:
+    model = tiny(2)
+    path = save_weights(model, tmp_path / "x.pth")
+    digest = sha256(path.read_bytes()).hexdigest()
+    for given in (digest, digest[:8], digest.upper()):
+        load_weights(model, path, sha256=given)
+    with pytest.raises(WeightsError, match=rf"x\.pth: expected the sha256 0{{8}}, got {digest}; get the file again"):
+        load_weights(model, path, sha256="0" * 8)
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+
+def test_save__is_what_the_released_code_loads(tmp_path: Path) -> None:
+    source = tiny(1)
+    path = save_weights(nn.DataParallel(source), tmp_path / "x.pth", entry="model")
+    saved = torch.load(path, weights_only=True)["model"]
+    assert list(saved) == list(source.state_dict())
+    model = tiny(2)
+    assert str(model.load_state_dict(saved, strict=True)) == "<All keys matched successfully>"
+    assert_equal(model, source.state_dict())
+    assert all(value.device.type == "cpu" and not value.requires_grad for value in saved.values())
+
+
+# ----------------------------------------------------------------------------------------------------------- download
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path, list[str]]]:
+    """A host on this machine, its folder, and what it was asked for."""
+    asked: list[str] = []
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            asked.append(str(args[1]))
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "*")
+    host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+    thread = threading.Thread(target=host.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{host.server_port}", folder, asked
+    host.shutdown()
+    host.server_close()
+    thread.join()
+
+
+def test_url__is_downloaded_once_and_checked(server: tuple[str, Path, list[str]]) -> None:
+    address, folder, asked = server
+    source, model = tiny(1), tiny(2)
+    digest = sha256(save_weights(source, folder / "x.pth").read_bytes()).hexdigest()
+    for checksum in (None, digest, digest[:10]):
+        load_weights(model, f"{address}/x.pth", sha256=checksum)
+        assert_equal(model, source.state_dict())
+    assert len([line for line in asked if "x.pth" in line]) == 1
+    load_weights(tiny(3), (folder / "x.pth").as_uri())
+
+
+def test_url__what_goes_wrong(server: tuple[str, Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    address, folder, _ = server
+    model = tiny(2)
+    before = snapshot(model)
+    path = save_weights(tiny(1), folder / "x.pth")
+    with pytest.raises(WeightsError, match=r"/x\.pth: it cannot be downloaded \(invalid hash value"):
+        load_weights(model, f"{address}/x.pth", sha256="0" * 64)
+    with pytest.raises(WeightsError, match=r"/y\.pth: it cannot be downloaded \(HTTP Error 404.*download it by hand"):
+        load_weights(model, f"{address}/y.pth")
+    (folder / "z.pth").write_bytes(b"<html>")
+    with pytest.raises(WeightsError, match=r"got an HTML page.* It came from http://127.*/z\.pth"):
+        load_weights(model, f"{address}/z.pth")
+    (folder / "z.pth").write_bytes(path.read_bytes())
+    assert_equal(model, before)
+    load_weights(model, f"{address}/z.pth")  # the page was not kept
+    monkeypatch.setitem(SOURCES, "coco", SOURCES["coco"]._replace(url=f"{address}/gone.pth"))
+    with pytest.raises(WeightsError, match=r"has not answered since about December 2021; users .* pass its path"):
+        load_weights(model, "coco")
+
+
+def test_sources__say_what_is_known() -> None:
+    assert set(SOURCES) == {"coco", "imagenet", "dacs-gta5", "torchvision-v1", "torchvision-v2"}
+    for source in SOURCES.values():
+        assert source.url.startswith("http")
+        assert source.licence
+        assert source.sha256 is None or source.sha256 in source.url
