@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from conftest import TRAINER
 from crossmix import (
     BoxMasks,
     ClassMix,
@@ -33,6 +32,7 @@ from crossmix.evaluation import evaluate
 from crossmix.metrics import ConfusionMatrix
 from crossmix.models import deeplab_v2_tiny
 from oracles import seeded
+from runs import TRAINER
 
 pytestmark = pytest.mark.gpu
 

@@ -131,15 +131,6 @@ def test_signal__repeated_until_the_end_spoils_nothing(folders: list[str], tmp_p
     assert f"stopped after step {steps_saved(out)[-1]}, which is saved" in printed
 
 
-@pytest.fixture
-def no_plain_loader_before() -> Iterator[None]:
-    """Take away the handler of torch's own loaders, which raises wherever the process is."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGCHLD, before)
-
-
-@pytest.mark.usefixtures("no_plain_loader_before")
 @pytest.mark.parametrize("phase", ["step", "evaluation"])
 def test_worker__killed_at_any_moment_costs_no_step(
     trainer: ModuleType, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
