@@ -728,7 +728,7 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "recipe's consistency",
         lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, consistency=64),
         TypeError,
-        "`consistency` must be True, False, None or a MaskedImages, got 64",
+        "`consistency` must be True, False, None, a MaskedImages or another function of images, got 64",
     ),
     (
         "recipe's block",
