@@ -118,8 +118,11 @@ def part(root: str, split: str) -> tuple[Path, Path | None]:
 def own_folder(
     folders: tuple[Path, Path | None], classes: Classes, *, size: tuple[int, int] | None = None
 ) -> SegmentationFolder:
-    """Read one's own images and label maps."""
-    return SegmentationFolder(*folders, classes.mapping, num_classes=len(classes.names), size=size)
+    """Read one's own images and label maps, where there are any."""
+    images, labels = folders
+    if labels is None:
+        return SegmentationFolder(images, size=size)
+    return SegmentationFolder(images, labels, classes.mapping, num_classes=len(classes.names), size=size)
 
 
 def with_rendered_data(config: Config, root: Path) -> Config:

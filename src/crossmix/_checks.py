@@ -12,6 +12,7 @@ from torch import Tensor, nn
 __all__ = [
     "can_look",
     "check_choice",
+    "check_class_weights",
     "check_fraction",
     "check_ignore_index",
     "check_ignored_rows",
@@ -99,6 +100,32 @@ def check_weights(name: str, weights: Tensor, labels_shape: Sequence[int]) -> No
             f"`{name}` must have shape (N, H, W) = {shape} or (N,), got {tuple(weights.shape)}; "
             "squeeze the channel dimension or crop them to the labels."
         )
+
+
+def check_class_weights(weights: Tensor, num_classes: int | None, *, may_be_zero: bool = False) -> None:
+    """Refuse anything but (C,) floating numbers that are finite and positive, or at least 0; looked at on a CPU alone.
+
+    Args:
+        weights: What was given.
+        num_classes: C; None accepts any.
+        may_be_zero: Whether a class may have weight 0.
+    """
+    check_tensor("class_weights", weights)
+    if not weights.is_floating_point():
+        raise TypeError(f"`class_weights` must be floating, got {weights.dtype}; convert with `.float()`.")
+    if weights.ndim != 1 or len(weights) == 0 or (num_classes is not None and len(weights) != num_classes):
+        want = "(C,)" if num_classes is None else f"(C,) = ({num_classes},)"
+        raise ValueError(
+            f"`class_weights` must have shape {want}, got {tuple(weights.shape)}; give one per class, "
+            "none for the ignored pixels."
+        )
+    if not can_look(weights):
+        return
+    fits = weights >= 0 if may_be_zero else weights > 0
+    if not bool((fits & weights.isfinite()).all()):
+        want = "finite and at least 0" if may_be_zero else "positive and finite"
+        hint = "0 leaves a class out" if may_be_zero else "give a class that is hardly ever to be drawn a small one"
+        raise ValueError(f"`class_weights` must be {want}, got {weights.tolist()}; {hint}.")
 
 
 def check_same_shape(name: str, shape: Sequence[int], other_name: str, other_shape: Sequence[int]) -> None:

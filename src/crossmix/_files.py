@@ -6,15 +6,18 @@ import os
 import platform
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-__all__ = ["BusyError", "FolderLock", "amount", "explained", "sync_folder", "whole_file", "write_whole"]
+__all__ = ["BusyError", "FolderLock", "amount", "damaged_part", "explained", "sync_folder", "whole_file", "write_whole"]
 
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+FOLDER = 0x10
+"""The attribute of a part of a zip file that calls it a folder."""
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 """What the system says where files cannot be locked at all: some NFS, Lustre and FUSE mounts."""
 
@@ -69,6 +72,30 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     """
     with whole_file(path, needed=lambda: len(content)) as file:
         file.write(content)
+
+
+def damaged_part(path: str | os.PathLike[str]) -> str | None:
+    """Name a part of a zip file that is not what its writer wrote, which torch does not look for when it reads one.
+
+    The directory at the end of the file has no checksum, and torch reads nothing of a part that it calls a folder, and
+    leaves a tensor of whatever was in memory. Torch writes no attributes at all; other programs, which say that they
+    are, write permissions.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The part, or None where all is well.
+
+    Raises:
+        zipfile.BadZipFile: If it is no such file, or its directory is damaged.
+        OSError: If it cannot be read.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.external_attr & (FOLDER if part.create_system else ~0) and not part.is_dir():
+                return part.filename
+        return archive.testzip()
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,13 +3,15 @@
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 3.4.
 """
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from crossmix._checks import (
     check_choice,
+    check_class_weights,
     check_fraction,
     check_ignore_index,
     check_labels,
@@ -19,9 +21,11 @@ from crossmix._checks import (
     check_tensor,
     check_weights,
 )
+from crossmix._class_weights import buffer_of, kept_in_float32, shown
 from crossmix._cross_entropy import pixel_losses, upsample_for, upsampled_sum, valid_pixels
 from crossmix._distributed import all_reduce_sum, world_size
-from crossmix._tensors import at_least_float32, weight_maps
+from crossmix._soft_labels import class_factors, dense_losses, factors
+from crossmix._tensors import arithmetic, at_least_float32, weight_maps
 
 __all__ = ["ConfidenceWeightedCE", "confidence_weight", "upsampled_cross_entropy", "weighted_cross_entropy"]
 
@@ -32,6 +36,15 @@ Reduction = Literal["mean", "sum", "none"]
 _SCOPES = ("image", "batch", "pixel", "none")
 _NORMALIZERS = ("all", "valid", "weights")
 _REDUCTIONS = ("mean", "sum", "none")
+
+
+class _How(NamedTuple):
+    """What a loss is, apart from its tensors of pixels."""
+
+    ignore_index: int
+    normalizer: Normalizer
+    label_smoothing: float
+    class_weights: Tensor | None
 
 
 def confidence_weight(confidence: Tensor, threshold: float = 0.968, *, scope: Scope = "image") -> Tensor:
@@ -72,11 +85,16 @@ def weighted_cross_entropy(
     ignore_index: int = 255,
     normalizer: Normalizer = "all",
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Cross-entropy with a weight per pixel and a named divisor: the H of the paper's Eq. (3).
 
     loss = sum_p w_p * CE(logits_p, label_p) / divisor, over the pixels p that are not ignored
+
+    Labels are class ids, or soft: a probability for each class, as mixing soft labels or a teacher's softmax gives
+    them. Then CE(logits_p, y_p) = -sum_c y_pc log p_pc, as in `torch.nn.functional.cross_entropy`, and no pixel is
+    ignored: one that shall not count weighs 0.
 
     Finite and differentiable in every degenerate batch: where nothing is left to learn from, the loss and its gradient
     are 0, never NaN. A pixel that is ignored or weighs 0 adds exactly 0 to the loss and to the gradient of the logits,
@@ -84,14 +102,17 @@ def weighted_cross_entropy(
 
     Args:
         logits: (N, C, H, W) floating; computed in float32, or in float64 where an input is float64.
-        labels: (N, H, W) uint8, int16, int32 or int64. Ids outside 0..C-1 count as ignored.
-        weights: (N, H, W) or (N,) floating, >= 0; ones when not given. A weight per class, torch's `weight=`, is
-            `class_weights[labels.long().clamp(0, C - 1)]` with `normalizer="weights"`.
-        ignore_index: The id of ignored pixels.
+        labels: (N, H, W) uint8, int16, int32 or int64. Ids outside 0..C-1 count as ignored. Or (N, C, H, W) floating,
+            probabilities that sum to 1; their values are not checked.
+        weights: (N, H, W) or (N,) floating, >= 0; ones when not given.
+        ignore_index: The id of ignored pixels; without effect on soft labels.
         normalizer: What the mean divides by: `"all"` pixels, ignored ones included (the paper, and the mixed loss of
             the released code), the `"valid"` ones (the released source loss; torch's own), or the sum of the
-            `"weights"` of the valid ones.
+            `"weights"` of the valid ones, each times the class weight of its label. All pixels with soft labels are
+            valid; the class weight of a soft label is sum_c y_c class_weights_c.
         label_smoothing: Share of the uniform distribution in the label, in [0, 1].
+        class_weights: (C,) floating, >= 0: each class's part of the loss is multiplied by its weight, as torch's
+            `weight=` does it. `normalizer="weights"` gives torch's mean of class ids, `"valid"` that of soft labels.
         reduction: `"mean"` as described, `"sum"`, or `"none"` for the (N, H, W) weighted losses.
 
     Returns:
@@ -106,19 +127,18 @@ def weighted_cross_entropy(
         >>> weighted_cross_entropy(logits, labels), weighted_cross_entropy(logits, labels, normalizer="valid")
         (tensor(0.5199), tensor(0.6931))
     """
-    _check_loss_inputs(logits, labels, weights)
-    check_same_shape("labels", labels.shape, "logits", (logits.shape[0], *logits.shape[2:]))
+    how = _How(ignore_index, normalizer, label_smoothing, class_weights)
+    _check_loss_inputs(logits, labels, weights, class_weights)
+    _check_full_logits(logits, labels)
     _check_loss_options(ignore_index, normalizer, label_smoothing)
     check_choice("reduction", reduction, _REDUCTIONS)
-    losses = pixel_losses(logits, labels, weights, ignore_index, label_smoothing)
+    losses = _losses(logits, labels, weights, how)
     if reduction == "none":
         return losses
     total = losses.sum()
     if reduction == "sum":
         return total
-    return total / _positive(
-        _divisor(labels, weights, total, logits.shape[1], ignore_index=ignore_index, normalizer=normalizer)
-    )
+    return total / _positive(_divisor(labels, weights, total, logits.shape[1], how))
 
 
 def upsampled_cross_entropy(
@@ -130,26 +150,28 @@ def upsampled_cross_entropy(
     ignore_index: int = 255,
     normalizer: Normalizer = "all",
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Take `weighted_cross_entropy` of smaller logits, upsampled to the labels' size.
 
     The upsampling is bilinear, in float32 (float64 where an input is). It goes by blocks of rows, and the gradient of
     the small logits is made in the same pass, so that the full-size logits never exist: a fraction of the time and
-    memory of doing one after the other. The plain way is taken where it has to be: for `reduction="none"`, for the
-    gradient of weights, for a second derivative, for forward-mode derivatives, under the transforms of `torch.func`,
-    and for a DTensor. On a GPU the interpolation is a matrix product, so it is in TF32 where
-    `torch.backends.cuda.matmul.allow_tf32` says so.
+    memory of doing one after the other. The plain way is taken where it has to be: for `reduction="none"`, for soft
+    labels, for class weights with smoothed labels, for the gradient of weights, for a second derivative, for
+    forward-mode derivatives, under the transforms of `torch.func`, and for a DTensor. On a GPU the interpolation is a
+    matrix product, so it is in TF32 where `torch.backends.cuda.matmul.allow_tf32` says so.
 
     Args:
         logits: (N, C, h, w) floating, of any size.
-        labels: (N, H, W) integer.
+        labels: (N, H, W) integer, or (N, C, H, W) floating.
         weights: (N, H, W) or (N,) floating; ones when not given.
         align_corners: Where the small pixels lie: True as in DeepLab-v2 and the released code, False as in
             transformers, mmsegmentation and DAFormer.
         ignore_index: The id of ignored pixels.
         normalizer: As in `weighted_cross_entropy`.
         label_smoothing: As in `weighted_cross_entropy`.
+        class_weights: As in `weighted_cross_entropy`.
         reduction: As in `weighted_cross_entropy`.
 
     Returns:
@@ -164,25 +186,16 @@ def upsampled_cross_entropy(
         >>> upsampled_cross_entropy(logits, torch.tensor([[[1, 0, 0]]]))
         tensor(0.3157)
     """
-    _check_small_logits(logits, labels, weights)
+    how = _How(ignore_index, normalizer, label_smoothing, class_weights)
+    _check_small_logits(logits, labels, weights, class_weights)
     _check_loss_options(ignore_index, normalizer, label_smoothing)
     check_choice("reduction", reduction, _REDUCTIONS)
     if reduction == "none":
-        full = upsample_for(logits, labels, weights, align_corners=align_corners)
-        return pixel_losses(full, labels, weights, ignore_index, label_smoothing)
-    total = upsampled_sum(
-        logits,
-        labels,
-        weights,
-        align_corners=align_corners,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-    )
+        return _losses(_upsampled(logits, labels, weights, how, align_corners=align_corners), labels, weights, how)
+    total = _upsampled_sum(logits, labels, weights, how, align_corners=align_corners)
     if reduction == "sum":
         return total
-    return total / _positive(
-        _divisor(labels, weights, total, logits.shape[1], ignore_index=ignore_index, normalizer=normalizer)
-    )
+    return total / _positive(_divisor(labels, weights, total, logits.shape[1], how))
 
 
 class ConfidenceWeightedCE(nn.Module):
@@ -195,11 +208,14 @@ class ConfidenceWeightedCE(nn.Module):
         ignore_index: The id of ignored pixels.
         normalizer: `"all"`, `"valid"` or `"weights"`; see `crossmix.functional.weighted_cross_entropy`.
         label_smoothing: Share of the uniform distribution in the label, in [0, 1].
+        class_weights: (C,) numbers >= 0, the weights of the classes; see `crossmix.functional.weighted_cross_entropy`.
+            A buffer that is not saved, and stays in float32 where the module is cast to less.
         sync: Whether divisors and the batch-scope lambda are those of the batch over all ranks. The loss of a rank is
             then scaled by the number of ranks, so that the average that DistributedDataParallel takes of the gradients
             is the gradient of the whole batch's loss. Without an initialised process group it changes nothing.
 
     Raises:
+        TypeError: If an option is of another type.
         ValueError: If an option is out of range or unknown.
 
     Example:
@@ -209,6 +225,8 @@ class ConfidenceWeightedCE(nn.Module):
         tensor(0.3466)
     """
 
+    class_weights: Tensor | None
+
     def __init__(
         self,
         threshold: float = 0.968,
@@ -217,6 +235,7 @@ class ConfidenceWeightedCE(nn.Module):
         ignore_index: int = 255,
         normalizer: Normalizer = "all",
         label_smoothing: float = 0.0,
+        class_weights: Tensor | Sequence[float] | None = None,
         sync: bool = False,
     ) -> None:
         super().__init__()
@@ -228,6 +247,7 @@ class ConfidenceWeightedCE(nn.Module):
         self.ignore_index = ignore_index
         self.normalizer: Normalizer = normalizer
         self.label_smoothing = label_smoothing
+        self.register_buffer("class_weights", buffer_of(class_weights, None, may_be_zero=True), persistent=False)
         self.sync = sync
 
     def weights(self, confidence: Tensor) -> Tensor:
@@ -251,7 +271,7 @@ class ConfidenceWeightedCE(nn.Module):
 
         Args:
             logits: (N, C, H, W) floating.
-            labels: (N, H, W) integer.
+            labels: (N, H, W) integer, or (N, C, H, W) floating, soft labels.
             weights: (N, H, W) or (N,) floating; ones when not given.
 
         Returns:
@@ -261,9 +281,9 @@ class ConfidenceWeightedCE(nn.Module):
             TypeError: If a dtype is wrong.
             ValueError: If shapes or devices disagree.
         """
-        _check_loss_inputs(logits, labels, weights)
-        check_same_shape("labels", labels.shape, "logits", (logits.shape[0], *logits.shape[2:]))
-        total = pixel_losses(logits, labels, weights, self.ignore_index, self.label_smoothing).sum()
+        _check_loss_inputs(logits, labels, weights, self.class_weights)
+        _check_full_logits(logits, labels)
+        total = _losses(logits, labels, weights, self._how()).sum()
         return self._mean(total, labels, weights, logits.shape[1])
 
     def upsampled(
@@ -273,7 +293,7 @@ class ConfidenceWeightedCE(nn.Module):
 
         Args:
             logits: (N, C, h, w) floating.
-            labels: (N, H, W) integer.
+            labels: (N, H, W) integer, or (N, C, H, W) floating.
             weights: (N, H, W) or (N,) floating; ones when not given.
             align_corners: As in `crossmix.functional.upsampled_cross_entropy`.
 
@@ -284,31 +304,35 @@ class ConfidenceWeightedCE(nn.Module):
             TypeError: If a dtype is wrong.
             ValueError: If batch sizes or devices disagree, or the logits have no pixel.
         """
-        _check_small_logits(logits, labels, weights)
+        how = self._how()
+        _check_small_logits(logits, labels, weights, self.class_weights)
         if type(self).forward is not ConfidenceWeightedCE.forward:  # a subclass with a loss of its own
-            loss: Tensor = self(upsample_for(logits, labels, weights, align_corners=align_corners), labels, weights)
+            full = _upsampled(logits, labels, weights, how, align_corners=align_corners)
+            loss: Tensor = self(full, labels, weights)
             return loss
-        total = upsampled_sum(
-            logits,
-            labels,
-            weights,
-            align_corners=align_corners,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-        )
+        total = _upsampled_sum(logits, labels, weights, how, align_corners=align_corners)
         return self._mean(total, labels, weights, logits.shape[1])
 
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
         return (
             f"threshold={self.threshold}, scope={self.scope!r}, ignore_index={self.ignore_index}, "
-            f"normalizer={self.normalizer!r}, label_smoothing={self.label_smoothing}, sync={self.sync}"
+            f"normalizer={self.normalizer!r}, label_smoothing={self.label_smoothing}, "
+            f"class_weights={shown(self.class_weights)}, sync={self.sync}"
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the class weights as torch does, but leave them in float32 where `fn` casts, and rounds, to less."""
+        before = self.class_weights
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        kept_in_float32(self, before)
+        return self
+
+    def _how(self) -> _How:
+        return _How(self.ignore_index, self.normalizer, self.label_smoothing, self.class_weights)
+
     def _mean(self, total: Tensor, labels: Tensor, weights: Tensor | None, num_classes: int) -> Tensor:
-        divisor = _divisor(
-            labels, weights, total, num_classes, ignore_index=self.ignore_index, normalizer=self.normalizer
-        )
+        divisor = _divisor(labels, weights, total, num_classes, self._how())
         if self.sync:
             return total / _positive(all_reduce_sum(divisor)) * world_size()
         return total / _positive(divisor)
@@ -330,22 +354,71 @@ def _confidence_weight(confidence: Tensor, threshold: float, scope: Scope, *, sy
     return (kept / _positive(total)).expand_as(confidence).contiguous()
 
 
-def _divisor(
-    labels: Tensor,
-    weights: Tensor | None,
-    total: Tensor,
-    num_classes: int,
-    *,
-    ignore_index: int,
-    normalizer: Normalizer,
-) -> Tensor:
+def _losses(logits: Tensor, labels: Tensor, weights: Tensor | None, how: _How) -> Tensor:
+    """Weighted losses (N, H, W) of logits at full size, of whatever labels."""
+    num_classes = logits.shape[1]
+    if not _needs_factors(labels, how):
+        weights = _by_class(labels, weights, num_classes, how)
+        return pixel_losses(logits, labels, weights, how.ignore_index, how.label_smoothing)
+    dtype = _dtype(logits, labels, weights, how)
+    target = factors(
+        labels, num_classes, how.class_weights, how.ignore_index, dtype=dtype, label_smoothing=how.label_smoothing
+    )
+    valid = None if labels.is_floating_point() else valid_pixels(labels, num_classes, how.ignore_index)[1]
+    return dense_losses(logits, target, weights, valid)
+
+
+def _dtype(logits: Tensor, labels: Tensor, weights: Tensor | None, how: _How) -> torch.dtype:
+    return arithmetic(logits, weights, how.class_weights, labels if labels.is_floating_point() else None)
+
+
+def _upsampled(logits: Tensor, labels: Tensor, weights: Tensor | None, how: _How, *, align_corners: bool) -> Tensor:
+    """Logits at the labels' size, in the dtype that the loss is computed in."""
+    logits = logits.to(_dtype(logits, labels, weights, how))
+    return upsample_for(logits, labels, weights, align_corners=align_corners)
+
+
+def _upsampled_sum(logits: Tensor, labels: Tensor, weights: Tensor | None, how: _How, *, align_corners: bool) -> Tensor:
+    """The sum of the losses of smaller logits."""
+    if _needs_factors(labels, how):
+        full = _upsampled(logits, labels, weights, how, align_corners=align_corners)
+        return _losses(full, labels, weights, how).sum()
+    return upsampled_sum(
+        logits,
+        labels,
+        _by_class(labels, weights, logits.shape[1], how),
+        align_corners=align_corners,
+        ignore_index=how.ignore_index,
+        label_smoothing=how.label_smoothing,
+    )
+
+
+def _needs_factors(labels: Tensor, how: _How) -> bool:
+    """Whether more than one class of a pixel has a weight of its own in the loss."""
+    return labels.is_floating_point() or (how.class_weights is not None and how.label_smoothing > 0)
+
+
+def _by_class(labels: Tensor, weights: Tensor | None, num_classes: int, how: _How) -> Tensor | None:
+    """The weights of pixels, each times the class weight of its label."""
+    if how.class_weights is None and not labels.is_floating_point():
+        return weights
+    each = class_factors(labels, num_classes, how.class_weights, how.ignore_index)
+    return each if weights is None else each * weight_maps(weights, each)
+
+
+def _divisor(labels: Tensor, weights: Tensor | None, total: Tensor, num_classes: int, how: _How) -> Tensor:
     """What the mean of a total divides by."""
-    if normalizer == "all":
-        return torch.full((), labels.numel(), dtype=total.dtype, device=total.device)
-    _, valid = valid_pixels(labels, num_classes, ignore_index)
-    if normalizer == "valid" or weights is None:
+    soft = labels.is_floating_point()
+    if how.normalizer == "all" or (how.normalizer == "valid" and soft):
+        pixels = labels.numel() // num_classes if soft else labels.numel()
+        return torch.full((), pixels, dtype=total.dtype, device=total.device)
+    each = _by_class(labels, weights, num_classes, how) if how.normalizer == "weights" else None
+    if soft and each is not None:
+        return each.to(total.dtype).sum()
+    _, valid = valid_pixels(labels, num_classes, how.ignore_index)
+    if each is None:
         return valid.sum().to(total.dtype)
-    return torch.where(valid, weight_maps(weights, labels).to(total.dtype), 0.0).sum()
+    return torch.where(valid, weight_maps(each, labels).to(total.dtype), 0.0).sum()
 
 
 def _positive(divisor: Tensor) -> Tensor:
@@ -364,23 +437,38 @@ def _check_confidence(confidence: Tensor) -> None:
         )
 
 
-def _check_loss_inputs(logits: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+def _check_loss_inputs(logits: Tensor, labels: Tensor, weights: Tensor | None, class_weights: Tensor | None) -> None:
     check_logits("logits", logits)
-    check_labels("labels", labels)
+    check_tensor("labels", labels)
+    soft = labels.is_floating_point() and labels.ndim == 4
+    if not soft:
+        check_labels("labels", labels)
+    elif labels.shape[1] != logits.shape[1]:
+        raise ValueError(
+            f"`labels` that are soft must have shape (N, C, H, W) with C = {logits.shape[1]} as `logits`, got "
+            f"{tuple(labels.shape)}; give one probability per class."
+        )
     if len(labels) != len(logits):
         raise ValueError(
             f"`logits` hold {len(logits)} images but `labels` {len(labels)}; pass the labels of this batch."
         )
     if weights is not None:
-        check_weights("weights", weights, labels.shape)
-    check_same_device(logits=logits, labels=labels, weights=weights)
+        check_weights("weights", weights, (len(labels), *labels.shape[-2:]))
+    if class_weights is not None:
+        check_class_weights(class_weights, logits.shape[1], may_be_zero=True)
+    check_same_device(logits=logits, labels=labels, weights=weights, class_weights=class_weights)
 
 
-def _check_small_logits(logits: Tensor, labels: Tensor, weights: Tensor | None) -> None:
-    _check_loss_inputs(logits, labels, weights)
+def _check_full_logits(logits: Tensor, labels: Tensor) -> None:
+    size = (len(labels), *labels.shape[-2:])
+    check_same_shape("labels", size, "logits", (logits.shape[0], *logits.shape[2:]))
+
+
+def _check_small_logits(logits: Tensor, labels: Tensor, weights: Tensor | None, class_weights: Tensor | None) -> None:
+    _check_loss_inputs(logits, labels, weights, class_weights)
     if 0 in logits.shape[2:] and labels.numel() > 0:
         raise ValueError(
-            f"`logits` must have pixels to be upsampled to {tuple(labels.shape[1:])}, got {tuple(logits.shape)}; "
+            f"`logits` must have pixels to be upsampled to {tuple(labels.shape[-2:])}, got {tuple(logits.shape)}; "
             "pass images that the network does not shrink to nothing."
         )
 

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 from crossmix._checks import (
     check_choice,
+    check_class_weights,
     check_fraction,
+    check_ignore_index,
     check_images,
     check_labels,
     check_num_classes,
-    check_positive,
     check_same_device,
     check_same_shape,
     check_tensor,
     check_weights,
 )
 from crossmix._class_codes import Indices, Words, class_codes
+from crossmix._class_weights import buffer_of, kept_in_float32, shown
 from crossmix._compiled_mix import stored, where
 from crossmix._tensors import arithmetic, at_least_float32, uniform
 
@@ -31,7 +33,6 @@ __all__ = ["ClassMix", "CrossDomainMix", "MaskSource", "Mixed", "class_mask", "m
 
 FIXED_BITS = 40  # 2**40 times a count of up to 2**22 classes fits an int64
 FIXED = 1 << FIXED_BITS
-WEIGHTS_HINT = "give a class that is hardly ever to be drawn a small one"
 Rounding = Literal["ceil", "floor"]
 
 
@@ -124,10 +125,10 @@ def sample_classes(
     check_labels("labels", labels)
     check_num_classes(num_classes)
     check_fraction("ratio", ratio)
+    check_ignore_index(ignore_index)
     check_choice("rounding", rounding, ("ceil", "floor"))
     if class_weights is not None:
-        _check_class_weights(class_weights, num_classes)
-        check_positive("class_weights", class_weights, WEIGHTS_HINT)
+        check_class_weights(class_weights, num_classes)
     return _draw(
         class_codes(labels, num_classes, ignore_index),
         _scores(labels, num_classes, scores, generator),
@@ -161,6 +162,7 @@ def class_mask(labels: Tensor, classes: Tensor, *, ignore_index: int = 255) -> T
                  [ True, False]]])
     """
     check_labels("labels", labels)
+    check_ignore_index(ignore_index)
     _check_classes(classes, labels)
     return class_codes(labels, classes.shape[1] - 1, ignore_index).mask(classes)
 
@@ -234,6 +236,7 @@ class _Mix(nn.Module):
         super().__init__()
         check_num_classes(num_classes)
         check_fraction("ratio", ratio)
+        check_ignore_index(ignore_index)
         check_choice("rounding", rounding, ("ceil", "floor"))
         _check_masks(masks)
         if masks is not None and class_weights is not None:
@@ -244,8 +247,7 @@ class _Mix(nn.Module):
         self.include_ignored = include_ignored
         self.rounding = rounding
         self.whole_batch = whole_batch
-        weights = None if class_weights is None else _given_weights(class_weights, num_classes)
-        self.register_buffer("class_weights", weights, persistent=False)
+        self.register_buffer("class_weights", buffer_of(class_weights, num_classes), persistent=False)
         self.masks = masks
 
     def sample_scores(
@@ -274,13 +276,10 @@ class _Mix(nn.Module):
 
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
-        weights: object = self.class_weights
-        if isinstance(weights, Tensor):
-            weights = "on meta" if weights.is_meta else [round(weight, 4) for weight in weights.tolist()]
         return (
             f"num_classes={self.num_classes}, ratio={self.ratio}, ignore_index={self.ignore_index}, "
             f"include_ignored={self.include_ignored}, rounding={self.rounding!r}, whole_batch={self.whole_batch}, "
-            f"class_weights={weights}"
+            f"class_weights={shown(self.class_weights)}"
         )
 
     def _sample(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -336,10 +335,9 @@ class _Mix(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the weights as torch does, but leave them in float32 where `fn` casts, and rounds, to less."""
-        weights = self.class_weights
+        before = self.class_weights
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if weights is not None and self.class_weights is not None and self.class_weights.dtype.itemsize < 4:
-            self.class_weights = weights.to(self.class_weights.device)
+        kept_in_float32(self, before)
         return self
 
 
@@ -630,32 +628,6 @@ def _check_masks(masks: object) -> None:
         raise TypeError(
             f"`masks` must have `sample(n, size)` and be callable on (scores, size), got {got}; build `BoxMasks()` or "
             "`CowMasks()`, or see `MaskSource`. A mask that is ready goes to `forward(mask=...)`."
-        )
-
-
-def _given_weights(weights: Tensor | Sequence[float], num_classes: int) -> Tensor:
-    """Class weights as (C,) float32. Their values are looked at once, here, where it may wait for a GPU."""
-    try:
-        values = torch.as_tensor(weights).detach().to(torch.float32, copy=True)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"`class_weights` must be a sequence of numbers, got {type(weights).__name__} ({error}); "
-            "give one per class."
-        ) from error
-    _check_class_weights(values, num_classes)
-    if not values.is_meta:
-        check_positive("class_weights", values.cpu(), WEIGHTS_HINT)
-    return values
-
-
-def _check_class_weights(weights: Tensor, num_classes: int) -> None:
-    check_tensor("class_weights", weights)
-    if not weights.is_floating_point():
-        raise TypeError(f"`class_weights` must be floating, got {weights.dtype}; convert with `.float()`.")
-    if tuple(weights.shape) != (num_classes,):
-        raise ValueError(
-            f"`class_weights` must have shape (C,) = ({num_classes},), got {tuple(weights.shape)}; give one per class, "
-            "none for the ignored pixels."
         )
 
 

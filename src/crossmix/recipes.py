@@ -57,8 +57,9 @@ class Recipe:
             not stated in the paper.
         ignore_top: Of `SelfTraining`: rows of pseudo-labels that get weight 0, at a height of 512.
         ignore_bottom: Of `SelfTraining`.
-        consistency: Of `SelfTraining`: a `MaskedImages` or None; or True for one of `consistency_block` and
-            `consistency_ratio`, and False for none. Its images are augmented as the mixed ones are.
+        consistency: Of `SelfTraining`: a `MaskedImages`, any other function of images, or None; or True for a
+            `MaskedImages` of `consistency_block` and `consistency_ratio`, and False for none. Its images are augmented
+            as the mixed ones are.
         consistency_block: `block` of that `MaskedImages`; None is 64, or 32 for crops up to 512.
         consistency_ratio: `ratio` of that `MaskedImages`.
         consistency_weight: Of `SelfTraining`.
@@ -79,7 +80,7 @@ class Recipe:
     threshold: float = 0.968
     ignore_top: int = 0
     ignore_bottom: int = 0
-    consistency: MaskedImages | bool | None = None
+    consistency: Callable[[Tensor], Tensor] | bool | None = None
     consistency_block: int | None = None
     consistency_ratio: float = 0.7
     consistency_weight: float = 1.0
@@ -97,8 +98,11 @@ class Recipe:
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, got {value!r}.")
         check_ignored_rows(self.ignore_top, self.ignore_bottom)
-        if not (self.consistency is None or isinstance(self.consistency, bool | MaskedImages)):
-            raise TypeError(f"`consistency` must be True, False, None or a MaskedImages, got {self.consistency!r}.")
+        if not (self.consistency is None or isinstance(self.consistency, bool) or callable(self.consistency)):
+            raise TypeError(
+                "`consistency` must be True, False, None, a MaskedImages or another function of images, got "
+                f"{self.consistency!r}."
+            )
         if self.consistency_block is not None:
             check_pixels("consistency_block", self.consistency_block)
         check_fraction("consistency_ratio", self.consistency_ratio)
@@ -159,7 +163,7 @@ def self_training(
     logits: Callable[[Any], Tensor] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    **overrides: str | float | bool | MaskedImages | None,
+    **overrides: Any,  # noqa: ANN401 - each of its own type
 ) -> SelfTraining:
     """Build a method of the paper's Table 3 in one of the recipes.
 
@@ -182,18 +186,28 @@ def self_training(
         upsample: Whether the student may return logits smaller than the images; see `SelfTraining`.
         align_corners: Of that upsampling; see `SelfTraining`.
         logits: Takes the logits out of what the student returns; see `SelfTraining`.
-        mean: Of `StrongAugment`, with `std`: what images are normalised by, where the data loader does it. Blocks that
-            the recipe hides are then filled with the normalised mean colour.
-        std: Of `StrongAugment`.
-        **overrides: Fields of `Recipe` by name, e.g. `scope="image"`, or `consistency=None` to leave that term out.
+        mean: Of `StrongAugment` and `SelfTraining`, with `std`: what images are normalised by, where the data loader
+            does it. Blocks that the recipe hides are then filled with the normalised mean colour.
+        std: Given with `mean`.
+        **overrides: Any other argument of the parts, by its name:
+
+            - fields of `Recipe`, such as `scope="image"`, or `consistency=None` to leave that term out;
+            - of the mix: `ratio`, `rounding`, `whole_batch`, `class_weights` (odds of the draw), `masks`;
+            - of `MeanTeacher`: `warmup`, `buffers`, `network`, `start`;
+            - of `StrongAugment`: `brightness`, `contrast`, `saturation`, `hue`, `jitter_p`, `blur_p`, `blur_sigma`;
+            - of the loss on mixed images: `normalizer`; of both losses: `label_smoothing`;
+            - of `DistributionAlignment`: `momentum`;
+            - of `SelfTraining`, parts of your own in place of those that are built here: `mix`, `teacher`, `augment`
+              (which the images of the consistency term then get too), `consistency_augment`, `criterion`,
+              `source_criterion`, `align`.
 
     Returns:
         A `SelfTraining`; its student is `student` itself, not a copy.
 
     Raises:
-        TypeError: If an override is no field of `Recipe`, or a value is of another type.
-        ValueError: If a method, a recipe or a value is unknown, `prior` is given to a method without alignment, or a
-            `MaskedImages` to the method without a teacher.
+        TypeError: If there is no such option, or a value is of another type.
+        ValueError: If a method, a recipe or a value is unknown; an option would have no effect, since the method has no
+            such part or the part is given; or there is a consistency term without a teacher.
 
     Example:
         >>> training = self_training(nn.Conv2d(3, 19, 1), 19, recipe="paper", scope="batch")
@@ -201,46 +215,67 @@ def self_training(
         ('mixed', 'batch')
         >>> self_training(nn.Conv2d(3, 19, 1), 19, recipe="mic").consistency
         MaskedImages(block=None, ratio=0.7, fill=(0.485, 0.456, 0.406))
+        >>> self_training(nn.Conv2d(3, 19, 1), 19, rounding="floor", augment=None).mix.rounding
+        'floor'
     """
     check_num_classes(num_classes)
     check_choice("method", method, METHODS)
     if prior is not None and method != "alignment":
         raise ValueError(f"`prior` belongs to method='alignment', got method={method!r}; leave it out.")
-    choice = _resolve(recipe, overrides)
+    choice, options, given = _resolve(recipe, overrides)
+    _refuse_unused(method, options, given, prior)
     mix: CrossDomainMix | ClassMix | None = None
     if method == "dacs":
-        mix = CrossDomainMix(num_classes, ignore_index=ignore_index, include_ignored=choice.include_ignored)
+        mix = CrossDomainMix(
+            num_classes, ignore_index=ignore_index, include_ignored=choice.include_ignored, **options["mix"]
+        )
     elif method in {"classmix", "alignment"}:
-        mix = ClassMix(num_classes, ignore_index=ignore_index)
+        mix = ClassMix(num_classes, ignore_index=ignore_index, **options["mix"])
+    teacher = align = None
+    if method != "source" and "teacher" not in given:
+        teacher = MeanTeacher(student, decay=choice.decay, mode=choice.mode, **options["teacher"])
+    if method == "alignment":
+        align = DistributionAlignment(num_classes, prior=prior, sync=sync, **options["align"])
+    criterion = ConfidenceWeightedCE(
+        choice.threshold, scope=choice.scope, ignore_index=ignore_index, sync=sync, **options["criterion"]
+    )
+    source_criterion = ConfidenceWeightedCE(
+        ignore_index=ignore_index, normalizer=choice.source_normalizer, sync=sync, **options["source_criterion"]
+    )
 
     def augment() -> StrongAugment:
-        return StrongAugment(flavor=choice.flavor, same_on_batch=choice.same_on_batch, mean=mean, std=std)
+        jitter = {"flavor": choice.flavor, "same_on_batch": choice.same_on_batch, **options["augment"]}
+        return StrongAugment(**jitter, mean=mean, std=std)
 
+    parts: dict[str, Any] = {
+        "mix": mix,
+        "teacher": teacher,
+        "augment": augment(),
+        "criterion": criterion,
+        "source_criterion": source_criterion,
+        "align": align,
+        **given,
+    }
     consistency = choice.consistency
     if isinstance(consistency, bool):  # the baseline without a teacher has none in any recipe
         consistency = _masked_images(choice, mean, std) if consistency and method != "source" else None
+    if consistency is not None:
+        parts = {"consistency_augment": given["augment"] if "augment" in given else augment(), **parts}
     return SelfTraining(
         student,
-        None if method == "source" else MeanTeacher(student, decay=choice.decay, mode=choice.mode),
-        mix=mix,
+        parts.pop("teacher"),
+        **parts,
         num_classes=num_classes,
-        augment=augment(),
-        criterion=ConfidenceWeightedCE(
-            choice.threshold, scope=choice.scope, ignore_index=ignore_index, normalizer="all", sync=sync
-        ),
-        source_criterion=ConfidenceWeightedCE(
-            ignore_index=ignore_index, normalizer=choice.source_normalizer, sync=sync
-        ),
-        align=DistributionAlignment(num_classes, prior=prior, sync=sync) if method == "alignment" else None,
         weigh=choice.weigh,
         upsample=upsample,
         align_corners=align_corners,
         logits=logits,
         consistency=consistency,
-        consistency_augment=None if consistency is None else augment(),
         consistency_weight=choice.consistency_weight,
         ignore_top=choice.ignore_top,
         ignore_bottom=choice.ignore_bottom,
+        mean=mean,
+        std=std,
     )
 
 
@@ -253,15 +288,65 @@ def _masked_images(choice: Recipe, mean: Sequence[float] | None, std: Sequence[f
     return MaskedImages(masked.block, masked.ratio, fill)
 
 
-def _resolve(recipe: str | Recipe, overrides: dict[str, Any]) -> Recipe:
+# The arguments of the parts, by the argument of `SelfTraining` in whose place a part of one's own is given: those in
+# which recipes differ, then all others.
+_FIELDS = {
+    "mix": ("include_ignored",),
+    "teacher": ("decay", "mode"),
+    "augment": ("flavor", "same_on_batch"),
+    "consistency_augment": (),
+    "criterion": ("threshold", "scope"),
+    "source_criterion": ("source_normalizer",),
+    "align": (),
+}
+_OPTIONS = {
+    "mix": ("ratio", "rounding", "whole_batch", "class_weights", "masks"),
+    "teacher": ("warmup", "buffers", "network", "start"),
+    "augment": ("brightness", "contrast", "saturation", "hue", "jitter_p", "blur_p", "blur_sigma"),
+    "consistency_augment": (),
+    "criterion": ("normalizer", "label_smoothing"),
+    "source_criterion": ("label_smoothing",),
+    "align": ("momentum",),
+}
+_ARGUMENTS = ("prior", "sync", "ignore_index", "upsample", "align_corners", "logits", "mean", "std")
+
+
+def _resolve(
+    recipe: str | Recipe, overrides: dict[str, Any]
+) -> tuple[Recipe, dict[str, dict[str, Any]], dict[str, Any]]:
+    """The recipe with its fields overridden, the other options of each part, and the parts that are given whole."""
     if isinstance(recipe, str):
         named = {"released": RELEASED, "paper": PAPER, "mic": MIC}
         check_choice("recipe", recipe, tuple(named))
         recipe = named[recipe]
     if not isinstance(recipe, Recipe):
         raise TypeError(f"`recipe` must be a name or a Recipe, got {type(recipe).__name__}.")
-    unknown = sorted(overrides.keys() - Recipe.__dataclass_fields__.keys())
-    if unknown:
-        fields = ", ".join(Recipe.__dataclass_fields__)
-        raise TypeError(f"self_training() got an unknown option {unknown[0]!r}; the options are {fields}.")
-    return replace(recipe, **overrides)  # values are checked by Recipe itself
+    known = [*Recipe.__dataclass_fields__, *dict.fromkeys(name for names in _OPTIONS.values() for name in names)]
+    known += [*_OPTIONS, *_ARGUMENTS]
+    if unknown := sorted(overrides.keys() - set(known)):
+        per_batch = "; it is given with each batch, when the result is called" if unknown[0] == "target_weights" else ""
+        raise TypeError(
+            f"self_training() got an unknown option {unknown[0]!r}{per_batch}; the options are {', '.join(known)}."
+        )
+    given = {part: overrides[part] for part in _OPTIONS if part in overrides}
+    for part in given:
+        if used := [name for name in (*_FIELDS[part], *_OPTIONS[part]) if name in overrides]:
+            raise ValueError(f"`{used[0]}` must be left out where `{part}` is given; give it to that.")
+    options = {part: {name: overrides[name] for name in names if name in overrides} for part, names in _OPTIONS.items()}
+    fields = {name: value for name, value in overrides.items() if name in Recipe.__dataclass_fields__}
+    return replace(recipe, **fields), options, given  # values are checked by Recipe, and by the parts
+
+
+def _refuse_unused(
+    method: str, options: dict[str, dict[str, Any]], given: dict[str, Any], prior: Tensor | Sequence[float] | None
+) -> None:
+    """Refuse what would have no effect: options of parts that the method does not have, or that are given."""
+    if prior is not None and "align" in given:
+        raise ValueError("`prior` must be left out where `align` is given; give it to that.")
+    if method == "source" and given.get("teacher") is not None:
+        raise ValueError("`teacher` must be left out of method='source', which has none; take method='pseudo-label'.")
+    missing = {"source": ("mix", "teacher", "align"), "pseudo-label": ("mix", "align"), "alignment": ()}
+    for part in missing.get(method, ("align",)):
+        if options[part]:
+            name = next(iter(options[part]))
+            raise ValueError(f"`{name}` must be left out of method={method!r}, where nothing takes it.")

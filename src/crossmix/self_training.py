@@ -235,6 +235,9 @@ class SelfTraining(nn.Module):
             scaled to that of the images. The teacher is bad at what the camera sees of the sky and of its own car. Like
             pixels of which `target_weights` is 0 they still count in lambda, as in the authors' code (DAFormer).
         ignore_bottom: As `ignore_top`, at the bottom.
+        mean: What each channel of the images is normalised by, (x - mean) / std, where a data loader does that: images
+            are then refused outside of what [0, 1] becomes. By default that of a `StrongAugment` among the parts.
+        std: Given with `mean`.
 
     Attributes:
         num_classes: The number of classes that the networks must return; None, where nothing says it, accepts any.
@@ -283,6 +286,8 @@ class SelfTraining(nn.Module):
         consistency_weight: float = 1.0,
         ignore_top: int = 0,
         ignore_bottom: int = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         check_module("student", student)
@@ -330,6 +335,9 @@ class SelfTraining(nn.Module):
         self.consistency_weight = consistency_weight
         self.ignore_top = ignore_top
         self.ignore_bottom = ignore_bottom
+        normalised = StrongAugment(mean=mean, std=std)  # which looks at both
+        self.mean, self.std = normalised.mean, normalised.std
+        self._check_normalised()
         self._mix_keyword()
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - whatever a module may hold
@@ -507,7 +515,7 @@ class SelfTraining(nn.Module):
             f"weigh={self.weigh!r}, upsample={self.upsample}, align_corners={self.align_corners}, "
             f"num_classes={self.num_classes}, ignore_index={self.ignore_index}, "
             f"consistency_weight={self.consistency_weight}, ignore_top={self.ignore_top}, "
-            f"ignore_bottom={self.ignore_bottom}"
+            f"ignore_bottom={self.ignore_bottom}, mean={self.mean}, std={self.std}"
         )
 
     def _source_loss(self, batch: _Batch) -> Tensor:
@@ -645,7 +653,8 @@ class SelfTraining(nn.Module):
                 "and weights stay where they are, so change colours alone, and crop or flip before the step."
             )
         check_same_device(images=images, **{f"{name}(images)": changed})
-        check_range(f"{name}(images)", changed)
+        mean, std = self._normalised()
+        check_range(f"{name}(images)", changed, mean=mean, std=std)
         return changed.to(images.dtype)
 
     def _check_draw(self, draw: SelfTrainingDraw) -> None:
@@ -737,10 +746,24 @@ class SelfTraining(nn.Module):
             n, _, height, width = target_images.shape
             check_weights("target_weights", target_weights, (n, height, width))
         check_same_device(**batch._asdict())
-        augments = [part for part in (self.augment, self.consistency_augment) if _is_ours(part)]
-        mean, std = (augments[0].mean, augments[0].std) if augments else (None, None)
+        mean, std = self._normalised()
         check_range("source_images", source_images, mean=mean, std=std)
         check_range("target_images", target_images, mean=mean, std=std)
+
+    def _check_normalised(self) -> None:
+        """Refuse a `StrongAugment` for images that are normalised otherwise."""
+        for name in ("augment", "consistency_augment"):
+            part = getattr(self, name)
+            if self.mean is not None and _is_ours(part) and (part.mean, part.std) != (self.mean, self.std):
+                raise ValueError(
+                    f"`{name}` must have the mean={self.mean} and std={self.std} of SelfTraining, got {part.mean} and "
+                    f"{part.std}; make both for the same images."
+                )
+
+    def _normalised(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        """What images are normalised by."""
+        augments = [part for part in (self.augment, self.consistency_augment) if _is_ours(part)]
+        return (augments[0].mean, augments[0].std) if augments else (self.mean, self.std)
 
 
 _KEYWORDS = ("scores", "generator", "")

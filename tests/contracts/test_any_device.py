@@ -47,6 +47,10 @@ CALLS: dict[str, Callable[[], object]] = {
     "pseudo_label": lambda: F.pseudo_label(LOGITS),
     "confidence_weight": lambda: F.confidence_weight(CONFIDENCE, 0.5),
     "ConfidenceWeightedCE": lambda: ConfidenceWeightedCE()(LOGITS, LABELS, CONFIDENCE),
+    "soft labels": lambda: F.weighted_cross_entropy(LOGITS, LOGITS.softmax(1), CONFIDENCE, normalizer="weights"),
+    "class weights of a loss": lambda: ConfidenceWeightedCE(class_weights=range(C), label_smoothing=0.1)(
+        LOGITS, LABELS
+    ),
     "upsampled_cross_entropy": lambda: F.upsampled_cross_entropy(LOGITS[..., :3, :4], LABELS, CONFIDENCE),
     "MeanTeacher.update": lambda: MeanTeacher(nn.Conv2d(3, C, 1)).update(nn.Conv2d(3, C, 1)),
     "ConfusionMatrix.update": lambda: ConfusionMatrix(C).update(LABELS.flip(0), LABELS),

@@ -57,10 +57,11 @@ SIGNATURES = {
     "crossmix.functional.pseudo_label_from_probs": "probs",
     "crossmix.functional.confidence_weight": "confidence threshold=0.968 * scope='image'",
     "crossmix.functional.weighted_cross_entropy":
-        "logits labels weights=None * ignore_index=255 normalizer='all' label_smoothing=0.0 reduction='mean'",
+        "logits labels weights=None * ignore_index=255 normalizer='all' label_smoothing=0.0 "
+        "class_weights=None reduction='mean'",
     "crossmix.functional.upsampled_cross_entropy":
         "logits labels weights=None * align_corners=True ignore_index=255 normalizer='all' label_smoothing=0.0 "
-        "reduction='mean'",
+        "class_weights=None reduction='mean'",
     "crossmix.functional.align_distribution": "probs prior running * eps=1e-06",
     "crossmix.functional.ema_update_": "averaged current decay",
     "crossmix.ClassMix":
@@ -87,12 +88,13 @@ SIGNATURES = {
         "flavor='torchvision' same_on_batch=False mean=None std=None",
     "crossmix.MeanTeacher": "student * decay=0.99 warmup=True buffers='copy' mode='train' network=None start=0",
     "crossmix.ConfidenceWeightedCE":
-        "threshold=0.968 * scope='image' ignore_index=255 normalizer='all' label_smoothing=0.0 sync=False",
+        "threshold=0.968 * scope='image' ignore_index=255 normalizer='all' label_smoothing=0.0 class_weights=None "
+        "sync=False",
     "crossmix.DistributionAlignment": "num_classes * prior=None momentum=0.999 sync=False",
     "crossmix.SelfTraining":
         "student teacher * mix num_classes=None augment=None criterion=None source_criterion=None align=None "
         "weigh='target' upsample=False align_corners=True logits=None consistency=None consistency_augment=None "
-        "consistency_weight=1.0 ignore_top=0 ignore_bottom=0",
+        "consistency_weight=1.0 ignore_top=0 ignore_bottom=0 mean=None std=None",
     "crossmix.SelfTraining.forward":
         "self source_images source_labels target_images * target_weights=None generator=None draw=None",
     "crossmix.SelfTraining.terms":

@@ -18,6 +18,7 @@ LEAVES = {"mixing", "augment", "masking", "teacher", "losses", "alignment"}
 ALLOWED: dict[str, set[str]] = {
     "_checks": set(),
     "_class_codes": set(),  # the forms of a label map in `mixing`, and of no other room
+    "_class_weights": {"_checks"},  # of `mixing` and `losses`
     "_color": set(),  # the pixel operations of `augment`, and of no other room
     "_compiled_mix": set(),  # of `mixing`, as the class codes
     "_distributed": set(),
@@ -28,11 +29,12 @@ ALLOWED: dict[str, set[str]] = {
     "_tensors": set(),
     "_wrappers": set(),
     "_cross_entropy": {"_tensors"},
+    "_soft_labels": {"_cross_entropy", "_tensors"},
     **{leaf: {"_checks", "_distributed", "_tensors"} for leaf in LEAVES},
     "augment": {"_checks", "_color", "_distributed", "_tensors"},
     "masking": {"_checks", "_tensors"},
-    "mixing": {"_checks", "_class_codes", "_compiled_mix", "_tensors"},
-    "losses": {"_checks", "_distributed", "_tensors", "_cross_entropy"},
+    "mixing": {"_checks", "_class_codes", "_class_weights", "_compiled_mix", "_tensors"},
+    "losses": {"_checks", "_class_weights", "_cross_entropy", "_distributed", "_soft_labels", "_tensors"},
     "teacher": {"_checks", "_distributed", "_tensors", "_wrappers"},
     "metrics": {"_checks", "_distributed", "_tensors"},
     "self_training": {"_checks", "_tensors", *LEAVES},

@@ -1,5 +1,6 @@
 """Nothing in a training step makes the host wait for the device."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -178,6 +179,7 @@ def test_functional(num_classes: int) -> None:
     labels = torch.randint(0, num_classes, (2, 9, 9))
     logits, images = torch.randn(2, num_classes, 9, 9), torch.rand(2, 3, 9, 9)
     prior = torch.full((num_classes,), 1 / num_classes)
+    soft = logits.softmax(1)
     averaged, current = [torch.rand(3), torch.tensor(1)], [torch.rand(3), torch.tensor(2)]
     box, blocks = torch.rand(2, 4), torch.rand(2, 3, 3)
     with NoSync():
@@ -194,6 +196,10 @@ def test_functional(num_classes: int) -> None:
             for normalizer in ("all", "valid", "weights"):
                 F.weighted_cross_entropy(logits, pseudo.labels, weights, normalizer=normalizer)
                 F.upsampled_cross_entropy(logits[..., :3, :3], labels, weights, normalizer=normalizer)
+                for truth, smoothing in itertools.product((labels, soft), (0.0, 0.1)):
+                    options = {"normalizer": normalizer, "class_weights": prior, "label_smoothing": smoothing}
+                    F.weighted_cross_entropy(logits, truth, weights, **options)
+                    F.upsampled_cross_entropy(logits[..., :3, :3], truth, weights, **options)
         F.ema_update_(averaged, current, 0.9)
         F.box_mask(box, (9, 9))
         F.block_mask(blocks, (9, 9), 4)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from crossmix.datasets import GTA5, DataError, Sample, SegmentationFolder, StreetScenes, class_counts, statistics
 from crossmix.datasets.__main__ import main
@@ -199,6 +200,23 @@ def test_class_counts__processes_share_a_file(gta5: Path, tmp_path: Path) -> Non
     for process in running:
         assert process.communicate(timeout=300)[0].strip() == want
     assert str(class_counts(GTA5(gta5), cache=cache).tolist()) == want
+
+
+class Left(Dataset[Sample]):
+    """Labels that say which of two signals the process leaves to its parent."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> Sample:
+        left = signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGINT}
+        return Sample(torch.zeros(3, 1, 1, dtype=torch.uint8), torch.full((1, 1), len(left), dtype=torch.uint8), str(i))
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="a process cannot know here who sent a signal")
+def test_class_counts__workers_leave_signals_to_their_parent() -> None:
+    assert class_counts(Left())[:, 0].tolist() == [1, 1]
+    assert class_counts(Left(), workers=1)[:, 2].tolist() == [1, 1]
 
 
 def test_class_counts__in_processes_of_any_data_set() -> None:

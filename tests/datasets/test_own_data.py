@@ -1,6 +1,7 @@
 """`SegmentationFolder` on the folders that people have, name lists, class files, and what any data set promises."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -128,6 +129,23 @@ def test_num_classes__ids_at_or_beyond_it_are_refused(tmp_path: Path) -> None:
     assert data[1].label.unique().tolist() == [255]
     with pytest.raises(DataError, match=r"holds \[255\]"):
         SegmentationFolder(tmp_path, num_classes=5, ignore_index=5)[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ("num_classes", {"num_classes": 5}),
+        ("mapping", {"mapping": {0: 0}}),
+        ("mapping", {"mapping": {0: 0}, "num_classes": 5}),
+    ],
+)
+def test_num_classes__without_label_maps_is_refused(tmp_path: Path, given: str, options: dict[str, Any]) -> None:
+    pairs(tmp_path)
+    for root in (tmp_path / "images", tmp_path / "images" / "*.png"):
+        said = rf"{re.escape(str(root))}: has no label maps, to which `{given}` applies: .*`images` and `labels`"
+        with pytest.raises(DataError, match=rf"{said}; pass `labels`, or leave `{given}` out"):
+            SegmentationFolder(root, **options)
+        assert not SegmentationFolder(root).labelled
 
 
 @pytest.mark.parametrize("value", range(256))

@@ -5,6 +5,7 @@ import collections
 import copy
 import dataclasses
 import enum
+import errno
 import http.server
 import io
 import json
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import types
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -899,6 +901,42 @@ def test_bad_arguments(tmp_path: Path) -> None:
         save_weights(model, tmp_path / "none" / "x.pth")
 
 
+def attributes_of(content: bytes, part: bytes) -> int:
+    """Where a zip file's directory has the attributes of a part."""
+    name = content.rindex(part)
+    assert content[name - 46 : name - 42] == b"PK\1\2"
+    return name - 8
+
+
+def test_zip__a_part_that_calls_itself_a_folder_is_not_read(tmp_path: Path) -> None:
+    """Of one torch reads nothing, and leaves whatever was in memory."""
+    path, model = tmp_path / "x.pth", nn.Linear(3, 2)
+    torch.save(nn.Linear(3, 2).state_dict(), path)
+    whole = path.read_bytes()
+    for part in (b"/data/0", b"/data/1"):
+        name = whole[whole.rindex(b"PK\1\2", 0, whole.rindex(part)) + 46 : whole.rindex(part)] + part
+        for bit in range(32):
+            flipped = bytearray(whole)
+            flipped[attributes_of(whole, name) + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            before = snapshot(model)
+            with pytest.raises(WeightsError, match=rf"its part {name.decode()} does not match its checksum"):
+                load_weights(model, path)
+            assert_equal(model, before)
+
+
+def test_zip__packed_again_by_another_program_is_read(tmp_path: Path) -> None:
+    """It writes permissions where torch writes nothing."""
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    torch.save(other.state_dict(), tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth") as old, zipfile.ZipFile(tmp_path / "y.pth", "w") as new:
+        new.mkdir("x/")
+        for part in old.infolist():
+            new.writestr(part.filename, old.read(part))
+    load_weights(model, tmp_path / "y.pth")
+    assert_equal(model, other.state_dict())
+
+
 def test_sha256__whole_or_its_beginning(tmp_path: Path) -> None:
     model = tiny(2)
     path = save_weights(model, tmp_path / "x.pth")
@@ -921,6 +959,20 @@ def test_save__is_what_the_released_code_loads(tmp_path: Path) -> None:
     assert str(model.load_state_dict(saved, strict=True)) == "<All keys matched successfully>"
     assert_equal(model, source.state_dict())
     assert all(value.device.type == "cpu" and not value.requires_grad for value in saved.values())
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_save__a_full_disk_is_named_with_the_space_needed(tmp_path: Path, name: str) -> None:
+    path = save_weights(tiny(1), tmp_path / name)
+    whole = path.read_bytes()
+    path.with_name(f"{name}.tmp.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(
+        OSError, match=r"\d+ (k|M)B are needed.*make room, what was there before is untouched"
+    ) as caught:
+        save_weights(tiny(2), path)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # ----------------------------------------------------------------------------------------------------------- download

@@ -361,6 +361,17 @@ def test_as_dict__is_json() -> None:
     assert "recall/1" in empty
 
 
+def test_state__is_linear_in_the_number_of_classes() -> None:
+    monitor = PseudoLabelMonitor(10_000)
+    assert sum(buffer.nbytes for buffer in monitor.buffers()) < 1_000_000
+    labels = torch.tensor([[[9_999, 7, 7, 8]]])
+    monitor.update(labels, torch.ones(1, 1, 4), truth=torch.tensor([[[9_999, 7, 8, 8]]]))
+    quality = monitor.compute()
+    assert quality.precision[[7, 8, 9_999]].tolist() == [0.5, 1, 1]
+    assert quality.recall[[7, 8, 9_999]].tolist() == [1, 0.5, 1]
+    assert quality.never_predicted == 10_000 - 3 - 1  # 255 is ignored
+
+
 def test_state__copies_casts_and_merges_without_ranks() -> None:
     monitor = PseudoLabelMonitor(4, threshold=0.5)
     assert repr(monitor) == "PseudoLabelMonitor(num_classes=4, threshold=0.5, ignore_index=255)"

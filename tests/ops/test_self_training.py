@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import operator
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from crossmix import (
+    BoxMasks,
     ClassMix,
     ConfidenceWeightedCE,
+    CowMasks,
     CrossDomainMix,
     DistributionAlignment,
     MaskedImages,
@@ -1237,3 +1240,167 @@ def test_layout__of_images_is_kept(method: str) -> None:
     source, target = (images.to(memory_format=torch.channels_last) for images in (source, target))
     mixed = build(method)(source, labels, target).mixed
     assert mixed.images.is_contiguous(memory_format=torch.channels_last)
+
+
+class Tint(nn.Module):
+    """An augmentation of somebody else."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images * 0.5
+
+
+OPTIONS: dict[str, tuple[object, str]] = {
+    "ratio": (0.25, "mix.ratio"),
+    "rounding": ("floor", "mix.rounding"),
+    "whole_batch": (True, "mix.whole_batch"),
+    "masks": (BoxMasks(), "mix.masks"),
+    "include_ignored": (False, "mix.include_ignored"),
+    "decay": (0.5, "teacher.decay"),
+    "warmup": (False, "teacher.warmup"),
+    "mode": ("eval", "teacher.mode"),
+    "brightness": (0.5, "augment.brightness"),
+    "contrast": (0.5, "augment.contrast"),
+    "saturation": (0.5, "augment.saturation"),
+    "hue": (0.125, "augment.hue"),
+    "jitter_p": (0.25, "augment.jitter_p"),
+    "blur_p": (0.25, "consistency_augment.blur_p"),
+    "blur_sigma": ((0.5, 2.0), "augment.blur_sigma"),
+    "flavor": ("torchvision", "augment.flavor"),
+    "same_on_batch": (False, "augment.same_on_batch"),
+    "threshold": (0.5, "criterion.threshold"),
+    "scope": ("pixel", "criterion.scope"),
+    "normalizer": ("weights", "criterion.normalizer"),
+    "label_smoothing": (0.1, "source_criterion.label_smoothing"),
+    "source_normalizer": ("all", "source_criterion.normalizer"),
+    "weigh": ("mixed", "weigh"),
+    "ignore_top": (7, "ignore_top"),
+    "ignore_bottom": (8, "ignore_bottom"),
+    "consistency_weight": (0.5, "consistency_weight"),
+    "consistency_ratio": (0.25, "consistency.ratio"),
+    "consistency_block": (2, "consistency.block"),
+    "consistency": (MaskedImages(2), "consistency"),
+    "augment": (Tint(), "consistency_augment"),
+    "consistency_augment": (Tint(), "consistency_augment"),
+    "criterion": (ConfidenceWeightedCE(), "criterion"),
+    "source_criterion": (nn.CrossEntropyLoss(ignore_index=255), "source_criterion"),
+    "mix": (CrossDomainMix(C, masks=CowMasks(sigma=1.0)), "mix"),
+    "align": (DistributionAlignment(C), "align"),
+    "teacher": (MeanTeacher(nn.Conv2d(3, C, 1).double()), "teacher"),
+    "upsample": (True, "upsample"),
+    "align_corners": (False, "align_corners"),
+    "logits": (nn.Identity(), "logits"),
+    "ignore_index": (254, "ignore_index"),
+    "sync": (True, "criterion.sync"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_recipes__every_argument_of_a_part_is_an_option(name: str) -> None:
+    value, place = OPTIONS[name]
+    options: dict[str, object] = {"consistency": True, name: value}
+    training = build("dacs", **options)
+    assert operator.attrgetter(place)(training) == value
+    output = training(*batch(2), generator=seeded(0))
+    output.loss.backward()
+    assert output.loss.isfinite()
+
+
+def test_recipes__options_that_are_compared_otherwise() -> None:
+    training = build("dacs", class_weights=[1, 2, 3, *[1] * (C - 3)])
+    assert torch.equal(training.mix.class_weights[:3], torch.tensor([1.0, 2.0, 3.0]))
+    assert build("classmix", ratio=0.25).mix.ratio == 0.25
+    assert build("alignment", momentum=0.5).align.momentum == 0.5
+    assert build("dacs", augment=None, consistency=True).consistency_augment is None
+    assert "buffers='average'" in repr(build("dacs", buffers="average").teacher)
+    network = confident_network()
+    assert build("dacs", network=network, start=1).teacher.module is network
+    assert build("source", augment=Tint(), label_smoothing=0.1).source_criterion.label_smoothing == 0.1
+
+
+def test_recipes__an_augmentation_of_ones_own_changes_mixed_and_hidden_images() -> None:
+    seen: list[torch.Tensor] = []
+    training = build("dacs", augment=Tint(), consistency=lambda images: seen.append(images) or images)
+    source, labels, target = batch(2)
+    draw = training.sample(2, generator=seeded(1))
+    output = training(source, labels, target, draw=draw)
+    plain = build("dacs", augment=None)(source, labels, target, draw=draw)
+    torch.testing.assert_close(output.mixed.images, 0.5 * plain.mixed.images, rtol=0, atol=0)
+    torch.testing.assert_close(seen[0], 0.5 * target, rtol=0, atol=0)
+
+
+def test_recipes__images_that_are_normalised_have_an_augmentation_of_ones_own() -> None:
+    mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    source, labels, target = batch(2)
+    shift, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    source, target = (source - shift) / scale, (target - shift) / scale
+    for options in ({"augment": None}, {"augment": Tint()}, {"augment": StrongAugment(mean=mean, std=std)}, {}):
+        training = build("dacs", recipe="mic", mean=mean, std=std, **options)
+        assert training.consistency.fill == pytest.approx(
+            [(v - m) / s for v, m, s in zip((0.485, 0.456, 0.406), mean, std, strict=True)]
+        )
+        assert training(source, labels, target, generator=seeded(0)).loss.isfinite()
+        with pytest.raises(ValueError, match="before they are normalised by mean="):
+            training(source * 255, labels, target)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got"):
+        build("dacs", augment=Tint())(source, labels, target)
+
+
+LEFT_OUT: dict[str, tuple[dict[str, object], type[Exception], str]] = {
+    "unknown": (
+        {"lamda": 1},
+        TypeError,
+        r"unknown option 'lamda'; the options are weigh, .*rounding, .*augment, .*std\.$",
+    ),
+    "target_weights": (
+        {"target_weights": torch.ones(2)},
+        TypeError,
+        "given with each batch, when the result is called",
+    ),
+    "given mix": ({"mix": None, "ratio": 0.5}, ValueError, "`ratio` must be left out where `mix` is given"),
+    "given augment": ({"augment": None, "flavor": "additive"}, ValueError, "`flavor` must be left out where `augment`"),
+    "given teacher": (
+        {"teacher": MeanTeacher(nn.Conv2d(3, C, 1)), "decay": 0.9},
+        ValueError,
+        "`decay` must be left out",
+    ),
+    "given loss": ({"source_criterion": nn.MSELoss(), "label_smoothing": 0.1}, ValueError, "`label_smoothing` must be"),
+    "given alignment": (
+        {"method": "alignment", "align": DistributionAlignment(C), "prior": [1 / C] * C},
+        ValueError,
+        "`prior` must be left out where `align` is given",
+    ),
+    "no mix": ({"method": "pseudo-label", "ratio": 0.5}, ValueError, "left out of method='pseudo-label'"),
+    "no teacher": ({"method": "source", "warmup": False}, ValueError, "`warmup` must be left out of method='source'"),
+    "no alignment": ({"momentum": 0.5}, ValueError, "`momentum` must be left out of method='dacs'"),
+    "source's teacher": (
+        {"method": "source", "teacher": MeanTeacher(nn.Conv2d(3, C, 1))},
+        ValueError,
+        "take method='pseudo-label'",
+    ),
+    "mean": ({"mean": (0.5, 0.5, 0.5)}, ValueError, "`mean` and `std` belong together"),
+    "another mean": (
+        {"augment": StrongAugment(), "mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0)},
+        ValueError,
+        "`augment` must have the mean=.* of SelfTraining, got None",
+    ),
+    "both kinds of masks": ({"masks": BoxMasks(), "class_weights": [1.0] * C}, ValueError, "must not both be given"),
+    "value": ({"rounding": "up"}, ValueError, "`rounding` must be one of 'ceil', 'floor', got 'up'"),
+    "part": ({"augment": 0.5}, TypeError, "`augment` must be callable, got float"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_recipes__refuse_what_would_have_no_effect(name: str) -> None:
+    options, error, message = LEFT_OUT[name]
+    with pytest.raises(error, match=message):
+        recipes.self_training(nn.Conv2d(3, C, 1), C, **options)
+
+
+def test_recipes__know_every_argument_of_their_parts() -> None:
+    """So that none is forgotten when a part gets a new one."""
+    elsewhere = {"num_classes", "student"}
+    with pytest.raises(TypeError) as error:
+        build("dacs", unknown=0)
+    known = set(re.findall(r"\w+", str(error.value).partition("options are")[2]))
+    for part in (CrossDomainMix, MeanTeacher, StrongAugment, ConfidenceWeightedCE, DistributionAlignment, SelfTraining):
+        assert set(inspect.signature(part).parameters) <= known | elsewhere, part

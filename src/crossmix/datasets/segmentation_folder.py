@@ -50,7 +50,8 @@ class SegmentationFolder(FolderDataset):
             and `labels`. None reads label maps alone, and `image` is then empty, (3, 0, 0).
         labels: Folder or pattern of label maps; None reads images alone.
         mapping: From the ids in the files (8 or 16 bits), or from (R, G, B) colours, to train ids; `ignore_index` is
-            ignored. None takes 8-bit ids as they are. `read_classes` reads one from a file.
+            ignored. None takes 8-bit ids as they are. `read_classes` reads one from a file. Refused, as `num_classes`
+            is, without label maps.
         unlisted: `"raise"`: an id that `mapping` does not list is an error that names the file. `"ignore"`: it becomes
             `ignore_index`.
         num_classes: C. Ids that are neither 0..C-1 nor `ignore_index` are an error that names the file. None takes the
@@ -69,8 +70,9 @@ class SegmentationFolder(FolderDataset):
         transform: What is done to each sample, or None.
 
     Raises:
-        DataError: If nothing is found, an image has no label map, two images have one name, or `names` lists what is
-            not there; on access, if a file is damaged or holds an id that is no class.
+        DataError: If nothing is found, an image has no label map, there are none but `mapping` or `num_classes` is
+            given, two images have one name, or `names` lists what is not there; on access, if a file is damaged or
+            holds an id that is no class.
         TypeError: If an argument is of another type.
         ValueError: If an argument is out of range.
 
@@ -109,6 +111,12 @@ class SegmentationFolder(FolderDataset):
             raise TypeError(f"`transform` must be callable, got {type(transform).__name__}; it takes a Sample.")
         label_format = custom_format(mapping, unlisted, num_classes, ignore_index)
         of_images, of_labels = found(images, labels)
+        if of_labels is None and (mapping is not None or num_classes is not None):
+            given = "num_classes" if mapping is None else "mapping"
+            raise DataError(
+                f"{images}: has no label maps, to which `{given}` applies: no `labels` are given, and it does not hold "
+                f"`{IMAGES}` and `{LABELS}`; pass `labels`, or leave `{given}` out to read images alone."
+            )
         files = paired(f"images {images}, labels {labels}:", of_images, of_labels, LAYOUT, names=names)
         super().__init__(files, label_format, size, resampling, any_kind=True)
         self.labelled = of_labels is not None

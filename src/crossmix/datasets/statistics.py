@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from crossmix._workers import QuietLoader
 from crossmix.datasets._arguments import check_count
 from crossmix.datasets._folder_dataset import Files, FolderDataset
 from crossmix.datasets._labels import LabelFormat
@@ -92,7 +93,7 @@ def _of_samples(dataset: Dataset[Sample], workers: int) -> Tensor:
     rows: Iterator[Tensor] = iter(counted)
     if workers:
         unseeded = torch.Generator()  # or the loader would draw from the global one
-        rows = iter(DataLoader(counted, batch_size=None, num_workers=workers, generator=unseeded))
+        rows = iter(QuietLoader(counted, batch_size=None, num_workers=workers, generator=unseeded))
     table = torch.zeros(len(counted), 256, dtype=torch.int64)
     for row, counts in zip(table, rows, strict=True):
         row[:] = counts

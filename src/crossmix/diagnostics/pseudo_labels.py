@@ -117,10 +117,10 @@ class PseudoLabelMonitor(nn.Module):
             pixels, is not counted as never predicted, and has no part in a given prior.
 
     State:
-        Buffers of int64, which `update` adds to and `reset` zeroes. `counts`: (C + 1, C, 2), pixels by true class (the
-        last row: no truth given), pseudo-label, and confident or not. `confidence`: its sum in units of 2**-20.
-        `gaps`: (15,), by bin of confidence, the sum of (correct - confidence) in those units. `agreement`: (2,),
-        pixels where the student disagrees and agrees.
+        Buffers of int64, which `update` adds to and `reset` zeroes. `counts`: (C, 2, 4), pixels by class, confident or
+        not, and what they are: a wrong pseudo-label, a right one, one without a true label, a true label.
+        `confidence`: its sum in units of 2**-20. `gaps`: (15,), by bin of confidence, the sum of (correct - confidence)
+        in those units. `agreement`: (2,), pixels where the student disagrees and agrees.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -150,7 +150,7 @@ class PseudoLabelMonitor(nn.Module):
         self.num_classes = num_classes
         self.threshold = threshold
         self.ignore_index = ignore_index
-        self.register_buffer("counts", torch.zeros(num_classes + 1, num_classes, 2, dtype=torch.int64))
+        self.register_buffer("counts", torch.zeros(num_classes, 2, 4, dtype=torch.int64))
         self.register_buffer("confidence", torch.zeros((), dtype=torch.int64))
         self.register_buffer("gaps", torch.zeros(BINS, dtype=torch.int64))
         self.register_buffer("agreement", torch.zeros(2, dtype=torch.int64))
@@ -183,18 +183,22 @@ class PseudoLabelMonitor(nn.Module):
         confidence = at_least_float32(confidence).flatten()
         counted = counted & ~confidence.isnan()
         confidence = confidence.nan_to_num(0).clamp(0, 1)
-        true = torch.full_like(pseudo, self.num_classes)
+        true = None
         if truth is not None:
             true, known = self._ids(truth)
             counted = counted & known
         each = counted.long()
-        confident = (confidence >= self.threshold).long()
-        self.counts.view(-1).scatter_add_(0, (true * self.num_classes + pseudo) * 2 + confident, each)
         units = (confidence * UNIT).round().long()
         self.confidence += (units * each).sum()
-        if truth is not None:
+        counts, confident = self.counts.view(-1), (confidence >= self.threshold).long() * 4
+        if true is None:
+            counts.scatter_add_(0, pseudo * 8 + confident + 2, each)
+        else:
+            correct = (true == pseudo).long()
+            counts.scatter_add_(0, pseudo * 8 + confident + correct, each)
+            counts.scatter_add_(0, true * 8 + confident + 3, each)
             bins = (confidence * BINS).long().clamp(max=BINS - 1)
-            self.gaps.scatter_add_(0, bins, ((true == pseudo).long() * UNIT - units) * each)
+            self.gaps.scatter_add_(0, bins, (correct * UNIT - units) * each)
         if student is not None:
             predicted, known = self._ids(student)
             compared = counted & known
@@ -226,26 +230,26 @@ class PseudoLabelMonitor(nn.Module):
             ValueError: If `prior` is not C numbers that can be scaled.
         """
         state = {name: value.cpu().double() for name, value in (self._merged or dict(self.named_buffers())).items()}
-        counts = state["counts"]
-        known, predicted = counts[:-1], counts.sum((0, 2))
-        precision, recall = _precision_and_recall(known.sum(2))
-        confident_precision, confident_recall = _precision_and_recall(known[..., 1])
-        share = predicted / counts.sum()  # 0 / 0 is NaN here and below: nothing to compute it from
-        expected = known.sum((1, 2)) / known.sum() if prior is None else self._given_prior(prior)
+        wrong, right, alone, true = state["counts"].unbind(2)  # (C, 2) each
+        known = wrong + right
+        both = known + alone
+        pixels = both.sum()
+        share = both.sum(1) / pixels  # 0 / 0 is NaN here and below: nothing to compute it from
+        expected = true.sum(1) / true.sum() if prior is None else self._given_prior(prior)
         return PseudoLabelQuality(
-            precision=precision,
-            recall=recall,
-            confident_precision=confident_precision,
-            confident_recall=confident_recall,
+            precision=right.sum(1) / known.sum(1),
+            recall=right.sum(1) / true.sum(1),
+            confident_precision=right[:, 1] / known[:, 1],
+            confident_recall=right[:, 1] / true[:, 1],
             share=share,
             expected_share=expected,
             divergence=float((share - expected).abs().sum() / 2),
-            confident_share=float(counts[..., 1].sum() / counts.sum()),
-            mean_confidence=float(state["confidence"] / UNIT / counts.sum()),
+            confident_share=float(both[:, 1].sum() / pixels),
+            mean_confidence=float(state["confidence"] / UNIT / pixels),
             agreement=float(state["agreement"][1] / state["agreement"].sum()),
             calibration_error=float(state["gaps"].abs().sum() / UNIT / known.sum()),
-            never_predicted=sum(n == 0 for c, n in enumerate(predicted.tolist()) if c != self.ignore_index),
-            pixels=int(counts.sum()),
+            never_predicted=sum(n == 0 for c, n in enumerate(both.sum(1).tolist()) if c != self.ignore_index),
+            pixels=int(pixels),
         )
 
     @override
@@ -286,12 +290,6 @@ class PseudoLabelMonitor(nn.Module):
                 check_labels(name, other)
                 check_same_shape(name, other.shape, "labels", labels.shape)
         check_same_device(counts=self.counts, labels=labels, confidence=confidence, truth=truth, student=student)
-
-
-def _precision_and_recall(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """TP / (TP + FP) and TP / (TP + FN) from (C, C) counts, rows true classes, columns pseudo-labels."""
-    hits = pairs.diagonal()
-    return hits / pairs.sum(0), hits / pairs.sum(1)
 
 
 def _forget(monitor: PseudoLabelMonitor, _: object) -> None:

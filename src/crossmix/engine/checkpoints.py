@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from crossmix._files import whole_file, write_whole
+from crossmix._files import damaged_part, whole_file, write_whole
 
 __all__ = ["CheckpointError", "CheckpointStore"]
 
@@ -206,10 +206,7 @@ def _problem(path: Path) -> str | None:
 def _damage(path: Path) -> str | None:
     """What the checksums in a file of torch say, or None where all is well."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            # The directory of the parts has no checksum, and torch reads nothing of one that it calls a folder.
-            folders = [part.filename for part in archive.infolist() if part.external_attr]
-            part = folders[0] if folders else archive.testzip()
+        part = damaged_part(path)
         if part is None:
             _read(path)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, struct.error, zlib.error):

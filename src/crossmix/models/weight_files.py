@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
+from crossmix._files import damaged_part
+
 __all__ = ["SOURCES", "WeightSource", "WeightsError", "read_weights", "safetensors_of"]
 
 
@@ -132,8 +134,7 @@ def _read(path: Path, checksum: str) -> Mapping[str, Any]:
 def _read_torch(path: Path) -> object:
     """`torch.load`, which does not check the checksums in the file by itself."""
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        damaged = damaged_part(path)
         if damaged is not None:
             raise ValueError(f"its part {damaged} does not match its checksum")
     return _unpickled(path)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from crossmix._files import whole_file, write_whole
 from crossmix._wrappers import named_parts, plain_name, unwrapped
 from crossmix.models._places import WRAPPERS, Place, core, few, find, fits, is_extra, part_of, tensors
 from crossmix.models.deeplab_v2 import MEAN_BGR, DeepLabV2
@@ -135,22 +136,16 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str |
         raise ValueError(f"`entry` must be None for safetensors, which are flat, got {entry!r}; write a .pth file.")
     library = safetensors_of(path) if flat else None
     state = {name: _whole(tensor) for name, (_, tensor) in _named(model).items()}
-    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    if library is None:
+        with whole_file(path, needed=lambda: sum(tensor.nbytes for tensor in state.values())) as file:
+            torch.save(state if entry is None else {entry: state}, file)
+        return path
     try:
-        with aside.open("wb") as file:
-            if library is not None:
-                file.write(library.save(state, {"format": "pt"}))
-            else:
-                torch.save(state if entry is None else {entry: state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, KeyError):  # how safetensors refuse a dtype
-            name = next((name for name, tensor in state.items() if tensor.dtype == error.args[0]), "it")
-            raise ValueError(f"safetensors have no {error}, which `{name}` is; write a .pth file.") from error
-        raise
+        content = library.save(state, {"format": "pt"})
+    except KeyError as error:  # how safetensors refuse a dtype
+        name = next((name for name, tensor in state.items() if tensor.dtype == error.args[0]), "it")
+        raise ValueError(f"safetensors have no {error}, which `{name}` is; write a .pth file.") from error
+    write_whole(path, content)
     return path
 
 

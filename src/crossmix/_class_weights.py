@@ -1,0 +1,41 @@
+"""The class weights that a module holds: the odds of a mix, the factors of a loss."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from crossmix._checks import check_class_weights
+
+__all__ = ["buffer_of", "kept_in_float32", "shown"]
+
+
+def buffer_of(
+    weights: Tensor | Sequence[float] | None, num_classes: int | None, *, may_be_zero: bool = False
+) -> Tensor | None:
+    """Class weights as a float32 copy. Their values are looked at once, here, where it may wait for a GPU."""
+    if weights is None:
+        return None
+    try:
+        values = torch.as_tensor(weights).detach().to(torch.float32, copy=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`class_weights` must be a sequence of numbers, got {type(weights).__name__} ({error}); "
+            "give one per class."
+        ) from error
+    check_class_weights(values if values.is_meta else values.cpu(), num_classes, may_be_zero=may_be_zero)
+    return values
+
+
+def kept_in_float32(module: nn.Module, before: Tensor | None) -> None:
+    """Undo what `module.half()` or the like did to its `class_weights`, which rounding would change."""
+    after = module.class_weights
+    if before is not None and isinstance(after, Tensor) and after.dtype.itemsize < 4:
+        module.class_weights = before.to(after.device)
+
+
+def shown(weights: Tensor | None) -> object:
+    """Class weights for `repr`."""
+    if weights is None:
+        return None
+    return "on meta" if weights.is_meta else [round(weight, 4) for weight in weights.tolist()]

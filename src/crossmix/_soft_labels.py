@@ -1,0 +1,79 @@
+"""The cross-entropy of labels that are probabilities, and of weights per class with smoothed labels.
+
+Each class of each pixel has a factor of its own here, where `_cross_entropy` knows one label per pixel.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from crossmix._cross_entropy import valid_pixels
+from crossmix._tensors import arithmetic, weight_maps
+
+__all__ = ["class_factors", "dense_losses", "factors"]
+
+
+def class_factors(labels: Tensor, num_classes: int, class_weights: Tensor | None, ignore_index: int) -> Tensor:
+    """The class weight of each pixel's label, (N, H, W): of a soft one the sum over its classes, 0 where ignored."""
+    if labels.is_floating_point():
+        dtype = arithmetic(labels, class_weights)
+        mass = factors(labels, num_classes, class_weights, ignore_index, dtype=dtype).sum(1)
+        return mass.where(mass.isfinite(), 0)  # where it is not, the loss is NaN too, unless the pixel weighs 0
+    index, valid = valid_pixels(labels, num_classes, ignore_index)
+    if class_weights is None:
+        return valid.to(torch.float32)
+    return class_weights.to(arithmetic(class_weights))[index.where(valid, 0)].where(valid, 0)
+
+
+def factors(
+    labels: Tensor,
+    num_classes: int,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    *,
+    dtype: torch.dtype,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """What -log p of each class is multiplied by, (N, C, H, W): the smoothed label, times the class weight.
+
+    Args:
+        labels: (N, H, W) integer, or (N, C, H, W) floating.
+        num_classes: C.
+        class_weights: (C,) floating, or None.
+        ignore_index: The id of ignored pixels in integer labels, which are all 0 before they are smoothed.
+        dtype: Of the result.
+        label_smoothing: Share of the uniform distribution.
+    """
+    if labels.is_floating_point():
+        target = labels.to(dtype)
+    else:
+        index, valid = valid_pixels(labels, num_classes, ignore_index)
+        classes = torch.arange(num_classes, device=labels.device)[:, None, None]
+        target = ((index.unsqueeze(1) == classes) & valid.unsqueeze(1)).to(dtype)
+    if label_smoothing:
+        target = target * (1 - label_smoothing) + label_smoothing / num_classes
+    return target if class_weights is None else target * class_weights.to(dtype)[:, None, None]
+
+
+def dense_losses(logits: Tensor, target: Tensor, weights: Tensor | None, valid: Tensor | None = None) -> Tensor:
+    """Weighted losses (N, H, W) against factors (N, C, H, W), as `pixel_losses` for labels.
+
+    Exactly 0 in loss and gradient where a pixel is not valid or weighs 0, whatever stands there.
+    """
+    dtype = arithmetic(logits, target, weights)
+    logits, target, counted = logits.to(dtype), target.to(dtype), valid
+    if weights is not None:
+        weights = weight_maps(weights, target[:, 0]).to(dtype)
+        # A weight of 0 silences what is not finite. A finite loss stays, as the weight's gradient.
+        most = (logits.detach().amax(1) - logits.detach().amin(1) + logits.shape[1]) * target.detach().abs().sum(1)
+        heard = (weights != 0) | (most < math.inf)
+        counted = heard if valid is None else valid & heard
+        weights = weights.where(counted, 0)
+    if counted is not None:
+        logits, target = (value.where(counted.unsqueeze(1), 0) for value in (logits, target))
+    log_probs = logits.log_softmax(1)
+    # A class that is ruled out and not asked for costs nothing: 0 * inf would be NaN.
+    log_probs = log_probs.masked_fill((log_probs == -math.inf) & (target == 0), 0)
+    losses = -(target * log_probs).sum(1)
+    return losses if weights is None else losses * weights
