@@ -52,7 +52,7 @@ from crossmix.engine import (
     NonFiniteError,
 )
 from crossmix.evaluation import evaluate
-from crossmix.models import DeepLabV2, WeightsError, load_weights
+from crossmix.models import WeightsError, load_weights
 from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
 from domains import (
     SOURCE,
@@ -67,7 +67,7 @@ from domains import (
     target_labels,
     with_rendered_data,
 )
-from networks import NetworkError, is_ours
+from networks import AUTOCAST, NetworkError, is_ours, small_logits
 from options import Config, Request, label_sizes, read_options, size
 from plan import empty_network, has_begun, head_of, plan, problems
 from processes import Ranks, reason, start_ranks
@@ -308,8 +308,8 @@ def set_up_arithmetic(config: Config) -> None:
 
 def autocast(config: Config) -> torch.autocast:
     """Use half precision if requested; softmax, losses and averages stay in float32."""
-    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
-    return torch.autocast(torch.device(config.device).type, dtype, enabled=config.precision in {"bf16", "fp16"})
+    device = torch.device(config.device).type
+    return torch.autocast(device, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST)
 
 
 def build_network(config: Config, ranks: Ranks, *, fresh: bool) -> nn.Module:
@@ -409,17 +409,16 @@ def scores(run: Run, network: nn.Module) -> tuple[dict[str, Any], dict[str, floa
     config, validation = run.config, run.data.validation
     labelled = validation.files[0].label is not None  # your own target may have no labels at all
     unsupervised = UnsupervisedScores(len(run.classes)).to(config.device)
-    forward: Any = network.forward_features if isinstance(network, DeepLabV2) else network
     matrices = evaluate(
         network,
         validation if labelled else Unlabelled(validation, 255),
         num_classes=len(run.classes),
         image_size=size(config.target_size),
         label_sizes=label_sizes(config),
-        forward=watched(run, forward, unsupervised),
+        forward=watched(run, small_logits(network), unsupervised),
         align_corners=is_ours(config.network),
         device=config.device,
-        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision),
+        dtype=AUTOCAST.get(config.precision),
         workers=config.workers,
         sync=True,
     )

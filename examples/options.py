@@ -4,7 +4,7 @@ An option takes its value from the command line, else from the file given by `--
 the default below. Wherever a value comes from, `checked` validates it before anything is read or trained.
 """
 
-# ruff: noqa: RUF009 - the defaults are calls that make fields
+# ruff: noqa: FBT003, RUF009 - the defaults are calls that make fields
 
 import argparse
 import difflib
@@ -23,7 +23,18 @@ import torch
 from crossmix import recipes
 from networks import EXPECTED, is_name, is_ours
 
-__all__ = ["FREE", "Config", "Request", "config_files", "label_sizes", "read_options", "size", "size_name"]
+__all__ = [
+    "FREE",
+    "Config",
+    "Kind",
+    "Request",
+    "config_files",
+    "label_sizes",
+    "read_options",
+    "size",
+    "size_name",
+    "unusable",
+]
 
 LARGEST_COUNT = 10**9
 SMALLEST_CROP = 8  # pixels per side
@@ -123,20 +134,14 @@ class Config:
     """Every option of a run, resolved."""
 
     method: recipes.Method = option("dacs", "a row of the paper's Table 3", choices=recipes.METHODS)
-    recipe: str = option(
-        "released",
-        "the authors' code, the paper's text, or DAFormer's training with masked image consistency",
-        choices=("released", "paper", "mic"),
-    )
-    network: str = option(
-        "resnet101",
-        "DeepLab-v2 on resnet101 or tiny, or MODULE:FUNCTION, which is called with the number of classes",
-        network=True,
-    )
+    recipe: str = option("released", "the authors' code, the paper's text, or DAFormer with masked image consistency",
+                         choices=("released", "paper", "mic"))  # fmt: skip
+    network: str = option("resnet101", "DeepLab-v2 on resnet101 or tiny, or MODULE:FUNCTION, which gets the number of "
+                          "classes", network=True)  # fmt: skip
     aspp_branches: int = option(2, "dilated branches in the head of DeepLab-v2", unit="branches", choices=(2, 4))
     head: str = option("", "comma-separated submodules of MODULE:FUNCTION that train at --head-factor", unit="names")
     weights: str = option("", "initial weights, a file or URL; the head need not match", unit="path")
-    random_init: bool = option(False, "start from random weights instead of --weights")  # noqa: FBT003
+    random_init: bool = option(False, "start from random weights instead of --weights")
     prior: str = option(
         "oracle", "class prior for --method alignment: the target's own, or the source's", choices=("oracle", "source")
     )
@@ -149,56 +154,36 @@ class Config:
     target: str = option("", "folder with your own images/, labelled or not; goes with --source", unit="path")
     classes: str = option("", "JSON file that defines the classes of --source and --target", unit="path")
     source_size: str = option("720x1280", "size to which source images are resized", unit="HxW in pixels", native=True)
-    target_size: str = option(
-        "512x1024",
-        "size to which target images are resized, in training and evaluation",
-        unit="HxW in pixels",
-        native=True,
-    )
+    target_size: str = option("512x1024", "size to which target images are resized", unit="HxW in pixels", native=True)
     crop: str = option("512x512", "size of the random crops", unit="HxW in pixels", native=False)
-    pad: bool = option(False, "pad images smaller than the crop with ignored pixels")  # noqa: FBT003
+    pad: bool = option(False, "pad images smaller than the crop with ignored pixels")
     batch: int = count(2, "source images per process and batch, and as many target images", "images", high=10_000)
     accumulate: int = count(1, "batches over which gradients are averaged before a step", "batches", high=10_000)
-    rare_classes: bool = option(False, "sample source images with rare classes more often")  # noqa: FBT003
-    rare_temperature: float = option(
-        0.01, "temperature of --rare-classes; lower favours rare classes more", unit="number", low=1e-6
-    )
+    rare_classes: bool = option(False, "sample source images with rare classes more often")
+    rare_temperature: float = option(0.01, "temperature of --rare-classes; low favours them", unit="number", low=1e-6)
     rare_pixels: int = count(
-        3000,
-        "pixels of a class that an image needs to be sampled for it; scaled with the area of crops below 512x512",
-        "pixels",
+        3000, "pixels of a class that make an image eligible; fewer for crops below 512x512", "pixels"
     )
 
     steps: int = count(250_000, "length of the training", "optimizer steps")
     optimizer: str = option("sgd", "optimizer", choices=("sgd", "adamw"))
     lr: float = option(2.5e-4, "initial learning rate of the backbone", unit="per step", low=0)
     head_factor: float = option(10.0, "learning rate of the head relative to the backbone's", unit="factor", low=0)
-    warmup: int = count(
-        0, "length of the linear warm-up; a recipe's is at most a tenth of --steps", "optimizer steps", low=0
-    )
+    warmup: int = count(0, "linear warm-up; that of a recipe is at most a tenth of --steps", "optimizer steps", low=0)
     power: float = option(0.9, "exponent of the polynomial decay of the learning rate", unit="exponent", low=0)
     weight_decay: float = option(5e-4, "weight decay: L2 for sgd, decoupled for adamw", unit="per step", low=0)
-    no_decay: str = option(
-        "",
-        "parameters without weight decay, separated by commas",
-        unit="names",
-        choices=("norm", "bias", "position"),
-        several=True,
-    )
+    no_decay: str = option("", "comma-separated kinds of parameters without weight decay", unit="names",
+                           choices=("norm", "bias", "position"), several=True)  # fmt: skip
     momentum: float = option(0.9, "momentum of sgd", unit="share", low=0, high=1)
-    nesterov: bool = option(False, "Nesterov momentum for sgd")  # noqa: FBT003
-    repeated: bool = option(
-        True,  # noqa: FBT003
-        "update each backbone parameter as many times per step as the released code lists it (sgd)",
-    )
+    nesterov: bool = option(False, "Nesterov momentum for sgd")
+    repeated: bool = option(True, "update backbone parameters as often per step as the released code lists them (sgd)")
 
     weigh: str = part("weigh", "pixels that lambda weights: target pixels, or the whole mixed image")
     scope: str = part("scope", "pixels over which lambda, the share of confident pixels, is computed")
     source_normalizer: str = part("source_normalizer", "what the source loss is divided by")
     include_ignored: bool = part("include_ignored", "treat ignored source pixels as a class that can be pasted")
-    threshold: float = part(
-        "threshold", "confidence at which a pixel counts toward lambda", unit="probability", low=0, high=1
-    )
+    threshold: float = part("threshold", "confidence at which a pixel counts toward lambda", unit="probability", low=0,
+                            high=1)  # fmt: skip
     decay: float = part("decay", "share of the teacher kept at each update", unit="share", low=0, high=1)
     mode: str = part("mode", "teacher's BatchNorm statistics: the batch's (train) or the running ones (eval)")
     flavor: str = part("flavor", "colour jitter: as in old kornia (additive), or as in torchvision")
@@ -206,40 +191,30 @@ class Config:
     ignore_top: int = part("ignore_top", "rows at the top whose pseudo-labels get weight 0, at a height of 512",
                            unit="rows", low=0, high=511)  # fmt: skip
     ignore_bottom: int = part("ignore_bottom", "rows at the bottom, likewise", unit="rows", low=0, high=511)
-    consistency: bool = option(
-        bool(recipes.RELEASED.consistency), "add a loss on partly hidden target images (masked image consistency)"
-    )
-    consistency_block: int | None = part(
-        "consistency_block", "side of a hidden block; none: 64, or 32 for crops up to 512",
-        type=int, unit="pixels", low=1, high=LARGEST_COUNT, optional=True,
-    )  # fmt: skip
+    consistency: bool = option(False, "add a loss on partly hidden target images (masked image consistency)")
+    consistency_block: int | None = part("consistency_block", "side of hidden blocks; none: 64, or 32 for crops up to 512",
+                                         type=int, unit="pixels", low=1, high=LARGEST_COUNT, optional=True)  # fmt: skip
     consistency_ratio: float = part("consistency_ratio", "share of blocks that is hidden", unit="share", low=0, high=1)
     consistency_weight: float = part("consistency_weight", "weight of the consistency loss", unit="factor", low=0)
 
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device to train on", unit="torch device")
     precision: str = option("fp32", "precision of the networks", choices=("fp32", "tf32", "bf16", "fp16"))
-    compile: bool = option(False, "compile student and teacher with torch.compile")  # noqa: FBT003
-    channels_last: bool = option(False, "use the channels-last memory layout, faster on GPUs")  # noqa: FBT003
-    deterministic: bool = option(False, "give the same bits in every run on a GPU too, at lower speed")  # noqa: FBT003
+    compile: bool = option(False, "compile student and teacher with torch.compile")
+    channels_last: bool = option(False, "use the channels-last memory layout, faster on GPUs")
+    deterministic: bool = option(False, "give the same bits in every run on a GPU too, at lower speed")
     workers: int = count(min(4, os.cpu_count() or 1), "data-loading processes per domain", "processes", low=0,
                          high=1024)  # fmt: skip
     cache: str = option("", "folder for decoded and resized images, filled on first use", unit="path")
-    resident: bool = option(False, "keep both domains in the device's memory")  # noqa: FBT003
+    resident: bool = option(False, "keep both domains in the device's memory")
 
-    skip_files: int = count(
-        0, "unreadable or too small images to leave out before stopping with an error", "files", low=0
-    )
-    skip_steps: int = count(
-        0, "steps with a non-finite loss or gradient to undo before stopping with an error", "steps", low=0
-    )
+    skip_files: int = count(0, "unreadable or too small images to leave out before it is an error", "files", low=0)
+    skip_steps: int = count(0, "steps with a non-finite loss or gradient to undo before it is an error", "steps", low=0)
     eval_split: str = option("val", "split of the target to evaluate on", unit="name")
-    evaluation: str = option(
-        "512x1024", "label size that decides the best step; all are reported", unit="HxW in pixels", native=True
-    )
+    evaluation: str = option("512x1024", "label size that decides the best step", unit="HxW in pixels", native=True)
     eval_every: int = count(5000, "interval between evaluations", "steps")
     save_every: int = count(5000, "interval between checkpoints", "steps")
     log_every: int = count(100, "interval between log lines", "steps")
-    tensorboard: bool = option(False, "also write TensorBoard event files to OUT/report")  # noqa: FBT003
+    tensorboard: bool = option(False, "also write TensorBoard event files to OUT/report")
 
 
 OPTIONS: dict[str, Field[Any]] = {one.name: one for one in fields(Config)}
@@ -528,7 +503,7 @@ def _refuse_contradictions(config: Config, given: dict[str, Any], *, demo: bool)
     problem = _data_problem(config, given, demo=demo)
     for found in () if problem else (_of_network(config), _of_training(config)):
         problem = problem or next((text for wrong, text in found if wrong), "")
-    if problem := problem or _unusable(config.device):
+    if problem := problem or unusable(config.device):
         raise SystemExit(f"error: {problem}.")
 
 
@@ -579,7 +554,7 @@ def _of_training(config: Config) -> Checks:
     yield large, f"--consistency-block must fit into --crop {config.crop}, got {block}; give a smaller one, or none"
 
 
-def _unusable(device: str) -> str:
+def unusable(device: str) -> str:
     """Say why a device cannot be trained on, if it cannot."""
     try:
         kind = torch.device(device)
