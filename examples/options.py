@@ -192,7 +192,7 @@ class Config:
                            unit="rows", low=0, high=511)  # fmt: skip
     ignore_bottom: int = part("ignore_bottom", "rows at the bottom, likewise", unit="rows", low=0, high=511)
     consistency: bool = option(False, "add a loss on partly hidden target images (masked image consistency)")
-    consistency_block: int | None = part("consistency_block", "side of hidden blocks; none: 64, or 32 for crops up to 512",
+    consistency_block: int | None = part("consistency_block", "side of hidden blocks; none: 64, or 32 up to --crop 512",
                                          type=int, unit="pixels", low=1, high=LARGEST_COUNT, optional=True)  # fmt: skip
     consistency_ratio: float = part("consistency_ratio", "share of blocks that is hidden", unit="share", low=0, high=1)
     consistency_weight: float = part("consistency_weight", "weight of the consistency loss", unit="factor", low=0)
