@@ -58,31 +58,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", required=True, help="a file or URL")
     parser.add_argument("--cityscapes", required=True, help="folder with leftImg8bit/ and gtFine/")
     parser.add_argument("--entry", nargs="+", default=["student"], help="networks in a checkpoint: student, teacher")
     parser.add_argument("--split", default="val")
-    parser.add_argument("--network", type=network_name, help=f"{EXPECTED}; default: the run's, or resnet101")
-    parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
-    parser.add_argument(
-        "--image-size",
-        type=image_size,
-        default=argparse.SUPPRESS,
-        help="size to which images are resized, HxW or native; default: the run's, or 512x1024",
-    )
+    add_network_options(parser, "--image-size")
     rows = [f"{source}/{method}" for source in ("gta5", "synthia") for method in METHODS]
     parser.add_argument(
-        "--paper",
-        default="gta5/dacs",
-        choices=rows,
-        metavar="ROW",
+        "--paper", default="gta5/dacs", choices=rows, metavar="ROW",
         help=f"row of the paper to print alongside: {', '.join(rows)}",
-    )
-    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    )  # fmt: skip
     parser.add_argument("--workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that load images")
     parser.add_argument("--out", help="JSON file for the scores")
     return parser.parse_args(argv)
+
+
+def add_network_options(parser: argparse.ArgumentParser, size_flag: str) -> None:
+    """Add the options that say which network runs, and how. Without a flag, `size` is absent."""
+    parser.add_argument("--weights", required=True, help="a file or URL")
+    parser.add_argument("--network", type=network_name, help=f"{EXPECTED}; default: the run's, or resnet101")
+    parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
+    parser.add_argument(
+        size_flag, dest="size", metavar="HxW", type=image_size, default=argparse.SUPPRESS,
+        help="size to which images are resized, or native; default: the run's, or 512x1024",
+    )  # fmt: skip
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
 
 
 def load_network(
@@ -162,7 +162,7 @@ def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any
     classes = saved_classes(saved_config(args.weights))
     if classes != len(CLASS_NAMES):
         raise WeightsError(f"{args.weights}: has {classes} classes, but Cityscapes {len(CLASS_NAMES)}.")
-    shape = args.image_size if "image_size" in args else trained_size(args.weights)
+    shape = args.size if "size" in args else trained_size(args.weights)
     matrices = evaluate(
         model.to(args.device),
         Cityscapes(args.cityscapes, args.split),

@@ -23,8 +23,8 @@ from crossmix.datasets import DataError, image_files, read_image, write_png
 from crossmix.engine import Progress
 from crossmix.models import DeepLabV2, WeightsError
 from crossmix.visualize import colorize
-from evaluate import image_size, load_network, network_name, trained_size, usable_device
-from networks import AUTOCAST, EXPECTED, NetworkError, small_logits
+from evaluate import add_network_options, load_network, trained_size
+from networks import AUTOCAST, NetworkError, small_logits
 from pictures import CLASS_COLORS
 
 KINDS = ("ids", "color", "overlay")
@@ -55,20 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="PNG or JPEG")
-    parser.add_argument("--weights", required=True, help="a file or URL")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--what", nargs="+", choices=KINDS, default=KINDS, help="kinds of results; default: all")
     parser.add_argument("--entry", default="student", help="network in a checkpoint: student, teacher")
-    parser.add_argument("--network", type=network_name, help=f"{EXPECTED}; default: the run's, or resnet101")
-    parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
-    parser.add_argument(
-        "--size",
-        type=image_size,
-        default=argparse.SUPPRESS,
-        help="size to which images are resized, HxW or native; default: the run's, or 512x1024",
-    )
-    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add_network_options(parser, "--size")
     parser.add_argument("--skip", action="store_true", help="leave out images that cannot be read")
     return parser.parse_args(argv)
 
