@@ -1,12 +1,12 @@
-"""crossmix in somebody else's training loop: CamVid, from drives by day to a drive at dusk.
+"""crossmix in a training loop of its own: CamVid, from drives by day to a drive at dusk.
 
     python examples/camvid_day_to_dusk.py CAMVID
 
-CAMVID holds `day`, `dusk-train` and `dusk-test`, each with `images/` and `labels/`: drives 0006R0 and the two halves of
-0001TP of CamVid in the SegNet version (ids 0..10, 11 is unlabelled). The network, the loading and the loop are this
-file's own; from crossmix come the algorithm, its recipe, the metric and the resize of label maps. It compares training
-on the day alone, with the same colour jitter and blur as DACS has, and DACS, which sees the images of `dusk-train` but
-no label of them. Scores are on `dusk-test`.
+CAMVID contains `day`, `dusk-train` and `dusk-test`, each with `images/` and `labels/`: drive 0006R0 and the two halves
+of 0001TP of CamVid in the SegNet version (ids 0..10; 11 is unlabelled). Network, data loading and training loop are
+part of this file; crossmix provides the algorithm, its recipe, the metric and the resizing of label maps. The script
+compares training on the day alone, with the colour jitter and blur that DACS uses, with DACS, which also sees the
+images of `dusk-train` but not their labels. Both are scored on `dusk-test`.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Network(nn.Module):
         self.head = nn.Conv2d(width, len(CLASSES), 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] to logits of their size."""
+        """Turn images in [0, 1] into logits of their size."""
         x0 = self.stem(images - 0.5)
         x1 = self.down1(x0)
         x2 = self.down2(x1)
@@ -54,7 +54,6 @@ class Network(nn.Module):
 
 
 def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    """Two convolutions."""
     layers: list[nn.Module] = []
     for i in range(2):
         step = stride if i == 0 else 1
@@ -64,7 +63,7 @@ def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 def load(folder: Path) -> tuple[Tensor, Tensor]:
-    """All images (N, 3, H, W) uint8 and labels (N, H, W) uint8 of a folder, in small; 255 where unlabelled."""
+    """Load all images (N, 3, H, W) and labels (N, H, W) of a folder, uint8, resized to SIZE; 255 where unlabelled."""
     names = [path.name for path in image_files(folder / "images").files] if (folder / "images").is_dir() else []
     if not names:
         raise SystemExit(
@@ -81,7 +80,7 @@ def load(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def crops(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random batch of crops, half of them flipped."""
+    """Cut a random batch of crops, half of them flipped."""
     batch = []
     for i in torch.randint(len(images), (BATCH,), generator=generator).tolist():
         top, left, flip = (
@@ -94,7 +93,7 @@ def crops(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[T
 
 
 def train(data: dict[str, tuple[Tensor, Tensor]], method: str, seed: int, steps: int, lr: float) -> nn.Module:
-    """Train one network: this loop is what a user of the library has already."""
+    """Train one network. This stands for the training loop that you already have."""
     torch.manual_seed(seed)
     network = Network()
     training = recipes.self_training(network, len(CLASSES), method=method)  # type: ignore[arg-type]
@@ -106,7 +105,7 @@ def train(data: dict[str, tuple[Tensor, Tensor]], method: str, seed: int, steps:
     for _ in range(steps):
         day, day_labels = crops(*data["day"], generator)
         dusk, _ = crops(*data["dusk-train"], generator)
-        if method == "source":  # the honest baseline sees what DACS sees of colour jitter and blur
+        if method == "source":  # a fair baseline has the same colour jitter and blur as DACS
             day = jitter(day, generator=generator)
         output = training(day, day_labels, dusk, generator=generator)
         optimizer.zero_grad()
@@ -119,7 +118,7 @@ def train(data: dict[str, tuple[Tensor, Tensor]], method: str, seed: int, steps:
 
 @torch.no_grad()
 def score(network: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
-    """IoU per class and their mean, in percent."""
+    """Compute the IoU of each class and their mean, in percent."""
     confusion = ConfusionMatrix(len(CLASSES))
     for image, label in zip(images, labels, strict=True):
         confusion.update(network(image[None].float() / 255).argmax(1), label[None])
@@ -128,7 +127,7 @@ def score(network: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
 
 
 def main() -> None:
-    """Print the table: mean and standard deviation over seeds."""
+    """Train and print a table of means and standard deviations over seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("camvid", type=Path)
     parser.add_argument("--seeds", type=int, default=3)

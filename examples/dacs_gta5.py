@@ -1,18 +1,20 @@
-"""Train DeepLab-v2 from GTA5 or SYNTHIA to Cityscapes by DACS, as the paper does, or by a method it compares with.
+"""Train DeepLab-v2 from GTA5 or SYNTHIA to Cityscapes with DACS or a method that the paper compares it with.
 
     python examples/dacs_gta5.py --demo                                        minutes on a laptop
-    python examples/dacs_gta5.py --gta5 DIR --cityscapes DIR --weights FILE    the paper's main row
+    python examples/dacs_gta5.py --gta5 DIR --cityscapes DIR --weights FILE    the paper's main result
     python examples/dacs_gta5.py --synthia DIR --cityscapes DIR ...            its Table 2
     python examples/dacs_gta5.py --source DIR --target DIR --classes FILE ...  your own images
+    python examples/dacs_gta5.py ... --recipe mic                              today's training, see docs/recipes.md
     torchrun --nproc_per_node 4 examples/dacs_gta5.py ...                      several GPUs
-    python examples/dacs_gta5.py ... --out runs/dacs --resume                  go on where a run stopped
+    python examples/dacs_gta5.py ... --out runs/dacs --resume                  resume a run
 
-The demo renders a small pair of domains (`crossmix.datasets.StreetScenes`), writes it to disk in the folder layouts of
-GTA5 and Cityscapes, trains a small DeepLab-v2 from scratch on the source alone and by DACS, and prints both rows.
+The demo renders two small domains (`crossmix.datasets.StreetScenes`), writes them to disk in the folder layouts of GTA5
+and Cityscapes, trains a small DeepLab-v2 from scratch, once on the source alone and once with DACS, and compares them.
 
-OUT holds config.json (every option as it was), log.jsonl (one object per logged step), metrics.json (every evaluation),
-checkpoints/ and report/. Data and randomness are a pure function of (seed, step), so a resumed run equals one that
-never stopped, bit for bit on a CPU with as many threads. SIGTERM and Ctrl-C finish the step, save, and exit with 0.
+OUT holds config.json (all options), log.jsonl (one object per logged step), metrics.json (all evaluations),
+checkpoints/ and report/. Data and randomness are a pure function of (seed, step), so a resumed run equals an
+uninterrupted one, bit for bit on a CPU with the same number of threads. On SIGTERM or Ctrl-C the trainer finishes the
+step, saves and exits with 0.
 
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 """
@@ -40,6 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crossmix import SelfTraining, SelfTrainingOutput, recipes
 from crossmix.datasets import DataError, class_counts
+from crossmix.diagnostics import UnsupervisedScores
 from crossmix.engine import (
     BusyError,
     CheckpointError,
@@ -47,36 +50,37 @@ from crossmix.engine import (
     FiniteGuard,
     FolderLock,
     NonFiniteError,
-    keyed_generator,
 )
 from crossmix.evaluation import evaluate
-from crossmix.metrics import ConfusionMatrix
-from crossmix.models import DeepLabV2, WeightsError, load_weights
+from crossmix.models import WeightsError, load_weights
 from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
 from domains import (
     SOURCE,
     TARGET,
     Batch,
+    Unlabelled,
     class_names,
     identity,
     open_data,
     prepared,
+    rare_class_sampler,
     target_labels,
     with_rendered_data,
 )
-from networks import NetworkError, is_ours
-from options import Config, Request, label_sizes, read_options, size, size_name
+from networks import AUTOCAST, NetworkError, is_ours, small_logits
+from options import Config, Request, label_sizes, read_options, size
 from plan import empty_network, has_begun, head_of, plan, problems
 from processes import Ranks, reason, start_ranks
-from scores import percent, summary
+from scores import finite, percent, summary
 from training_run import (
-    STEP,
     Record,
     Run,
     conclude,
     crops,
+    draw_whole_batch,
     fewer_workers,
     goes_on,
+    keep_scores,
     miou,
     recorded,
     restore,
@@ -93,7 +97,6 @@ ERRORS = (DataError, WeightsError, NetworkError, NonFiniteError, BusyError, Chec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
     request = read_options(argv, __doc__ or "")
     if request.dry_run:
         print(json.dumps({"options": asdict(request.config), "plan": plan(request)}, indent=2), flush=True)
@@ -111,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Stopped as stopped:
             end_undisturbed()
             begun = out is not None and any(has_begun(folder) for _, folder in trainings(request, out))
-            how = f"the same command with --resume --out {out} goes on" if begun else "nothing was trained yet"
+            how = f"the same command with --resume --out {out} continues" if begun else "nothing was trained yet"
             if ranks.first:
                 print(f"stopped{stopped}; {how}")
         except ERRORS as error:
@@ -120,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def begin(request: Request, ranks: Ranks, stack: ExitStack) -> Path:
-    """Look for all that would stop the run, then take its folder, which is held until the stack is left."""
+    """Check for anything that would stop the run, then lock its folder until the stack is closed."""
     folders = [folder for _, folder in trainings(request, request.out)] if request.out else []
     refuse(problems(request, folders, ranks.world))
     out = request.out or new_folder("demo" if request.demo else request.config.method)
@@ -129,13 +132,13 @@ def begin(request: Request, ranks: Ranks, stack: ExitStack) -> Path:
 
 
 def refuse(found: list[str]) -> None:
-    """End with what would stop the run, if anything."""
+    """Exit with the problems, if any."""
     if found:
         raise SystemExit("\n".join(f"error: {problem}" for problem in found))
 
 
 def new_folder(title: str) -> Path:
-    """A folder that no other job has, not even one that began in the same second."""
+    """Create a folder of its own, even for jobs that start in the same second."""
     name = time.strftime(f"%Y%m%d-%H%M%S-{title}")
     for number in count(1):
         folder = Path("runs", name if number == 1 else f"{name}-{number}")
@@ -146,7 +149,7 @@ def new_folder(title: str) -> Path:
 
 
 def trainings(request: Request, out: Path) -> Iterator[tuple[Config, Path]]:
-    """Every seed and method that was asked for, with its folder."""
+    """List the requested seeds and methods, each with its folder."""
     for seed in range(request.config.seed, request.config.seed + request.runs):
         for method in request.methods:
             folder = out / f"seed-{seed}" if request.runs > 1 else out
@@ -157,7 +160,7 @@ def trainings(request: Request, out: Path) -> Iterator[tuple[Config, Path]]:
 
 
 def run_all(request: Request, out: Path, ranks: Ranks) -> None:
-    """Train everything that was asked for, and set it side by side."""
+    """Train all that was requested and compare the results."""
     results: dict[str, list[dict[str, Any]]] = {}
     folders: dict[str, list[Path]] = {}
     for config, folder in trainings(request, out):
@@ -166,7 +169,7 @@ def run_all(request: Request, out: Path, ranks: Ranks) -> None:
                 f"{config.method}, seed {config.seed}: {config.steps} steps on {config.device}, into {folder}",
                 flush=True,
             )
-        results.setdefault(config.method, []).append(train(config, folder, ranks, resume=request.resume))
+        results.setdefault(config.method, []).append(train(config, folder, out, ranks, resume=request.resume))
         folders.setdefault(config.method, []).append(folder)
     if ranks.first:
         conclude(results, folders, request.config, out / "report")
@@ -175,16 +178,18 @@ def run_all(request: Request, out: Path, ranks: Ranks) -> None:
 # ---------------------------------------------------------------------------------------------------- the algorithm
 
 
-def train(config: Config, folder: Path, ranks: Ranks, *, resume: bool = False) -> dict[str, Any]:
-    """Train one method; return what metrics.json holds."""
+def train(config: Config, folder: Path, out: Path, ranks: Ranks, *, resume: bool = False) -> dict[str, Any]:
+    """Train with one method and seed; return the contents of metrics.json."""
     set_up_arithmetic(config)
-    run = build(config, folder, ranks, resume=resume)
+    run = build(config, folder, out, ranks, resume=resume)
     batches = zip(crops(run, SOURCE, run.done), crops(run, TARGET, run.done), strict=True)
     with run.stop, recorded(run) as record, saved_at_any_end(run):
-        evaluate_if_due(run, record)  # where a run ended before it could
+        evaluate_if_due(run, record)  # in case the last run ended before it could
         while run.done < config.steps:
             for group in run.optimizer.param_groups:
-                group["lr"] = poly_lr(run.done, config.steps, group["initial_lr"], power=config.power)
+                group["lr"] = poly_lr(
+                    run.done, config.steps, group["initial_lr"], power=config.power, warmup=config.warmup
+                )
             parts = fetch(run, batches, record)
             run.whole = False
             output = train_step(run, parts)
@@ -203,14 +208,13 @@ def train(config: Config, folder: Path, ranks: Ranks, *, resume: bool = False) -
 
 
 def train_step(run: Run, parts: list[Batch]) -> SelfTrainingOutput:
-    """One iteration of Algorithm 1, on the rows of the whole batch that are this process's."""
+    """Run one iteration of Algorithm 1 on this process's rows of the whole batch."""
     config, training, scaler = run.config, run.training, run.scaler
     run.optimizer.zero_grad(set_to_none=True)
     losses = []
     for number, batch in enumerate(parts, run.done * config.accumulate):
         (source_images, source_labels), (target_images, target_labels) = batch
-        generator = keyed_generator(config.seed, STEP, number)
-        draw = training.sample(config.batch * run.ranks.world, generator=generator, device=config.device)
+        draw = draw_whole_batch(run, number)
         if training.align is not None and config.prior == "source":
             training.align.update_prior(source_labels)
         with autocast(config):
@@ -228,20 +232,20 @@ def train_step(run: Run, parts: list[Batch]) -> SelfTrainingOutput:
     share_buffers(run.student, run.ranks)
     if scaler.get_scale() >= scale:
         training.update()
-    else:  # the scaler left the step out, as it does until it has found its scale
+    else:  # the scaler skipped the step, as it does until it has found its scale
         run.metrics["overflowed_steps"] = run.metrics.get("overflowed_steps", 0) + 1
     run.guard.restore()
     return output
 
 
 def fetch(run: Run, batches: Iterator[Batch], record: Record) -> list[Batch]:
-    """The batches of the next step. Where a process was asked to stop, or cannot read its own, all save and stop."""
+    """Load the batches of the next step; if a process was asked to stop or cannot load its own, save and stop."""
     parts, failure = [], None
     try:
         with record.progress.waiting():
             parts = [next(batches) for _ in range(run.config.accumulate)]
     except (ValueError, OSError, RuntimeError) as error:
-        failure = None if run.stop.requested else error  # a signal may have ended a worker too
+        failure = None if run.stop.requested else error  # the signal may have ended a worker too
         run.stop.requested = True
     if not run.stop.agreed():
         return parts
@@ -254,17 +258,18 @@ def fetch(run: Run, batches: Iterator[Batch], record: Record) -> list[Batch]:
     elif run.config.skip_files < min(map(len, run.data[:2])):
         remedy = f"Mend it, or leave it out with --skip-files {run.config.skip_files + 1}"
     else:
-        remedy = "Mend them"  # so many are broken that nothing is left
+        remedy = "Mend them"  # without the broken files nothing would be left
     raise DataError(f"{reason(failure)} {remedy}; {goes_on(run)}.") from failure
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def build(config: Config, folder: Path, ranks: Ranks, *, resume: bool) -> Run:
-    """Everything that a run works with, from its options alone, or as its newest checkpoint has it."""
-    torch.manual_seed(config.seed)  # the network's initial weights; all else is keyed
+def build(config: Config, folder: Path, out: Path, ranks: Ranks, *, resume: bool) -> Run:
+    """Build a run from its options, and restore its newest checkpoint when resuming."""
+    torch.manual_seed(config.seed)  # for the initial weights; everything else is keyed
     data, classes = open_data(config), class_names(config)
+    rare = ranks.once(lambda: rare_class_sampler(config, data, out)) if config.rare_classes else None
     saved = CheckpointStore(folder / "checkpoints").load_newest() if resume else None
     student = build_network(config, ranks, fresh=saved is None)
     training = build_training(student, config, ranks, fresh=saved is None)
@@ -272,7 +277,7 @@ def build(config: Config, folder: Path, ranks: Ranks, *, resume: bool) -> Run:
     optimizer = build_optimizer(student, config)
     guard = FiniteGuard(training.children(), optimizer, skip=config.skip_steps)
     run = Run(
-        config, folder, ranks, data, classes, identity(data, classes), student, training, optimizer, scaler, guard
+        config, folder, ranks, data, classes, identity(data, classes), student, training, optimizer, scaler, guard, rare
     )
     if saved is not None:
         restore(run, saved)
@@ -287,28 +292,28 @@ def build(config: Config, folder: Path, ranks: Ranks, *, resume: bool) -> Run:
 
 
 def own_rows(config: Config, ranks: Ranks) -> slice:
-    """Which images of the batch of all processes are this one's."""
+    """Locate this process's images in the batch over all processes."""
     return slice(config.batch * ranks.rank, config.batch * (ranks.rank + 1))
 
 
 def set_up_arithmetic(config: Config) -> None:
-    """How exact float32 products are on a GPU, and whether every run gives the same bits there."""
+    """Set the precision of float32 products on GPUs, and whether results are reproducible there."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products ask for
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires this
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.deterministic = config.deterministic
     torch.backends.cudnn.benchmark = config.device.startswith("cuda") and not config.deterministic
 
 
 def autocast(config: Config) -> torch.autocast:
-    """Half precision where asked; softmax, losses and averages are in float32 all the same."""
-    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
-    return torch.autocast(torch.device(config.device).type, dtype, enabled=config.precision in {"bf16", "fp16"})
+    """Use half precision if requested; softmax, losses and averages stay in float32."""
+    device = torch.device(config.device).type
+    return torch.autocast(device, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST)
 
 
 def build_network(config: Config, ranks: Ranks, *, fresh: bool) -> nn.Module:
-    """DeepLab-v2 or another network; a fresh one from the given weights or from its own."""
+    """Build the student; `fresh` loads the initial weights, which a resumed run does not need."""
     network = empty_network(config)
     if config.weights and fresh:
         report = load_weights(network, config.weights, strict=False)  # COCO and ImageNet files have another head
@@ -322,7 +327,7 @@ def build_network(config: Config, ranks: Ranks, *, fresh: bool) -> nn.Module:
 
 
 def build_training(student: nn.Module, config: Config, ranks: Ranks, *, fresh: bool) -> SelfTraining:
-    """The method in the recipe, with every switch where the configuration has it."""
+    """Build the method, with the recipe's options as the configuration has them."""
     prior = None
     if config.method == "alignment" and config.prior == "oracle" and fresh:
         counts = class_counts(target_labels(config), workers=config.workers)
@@ -331,7 +336,7 @@ def build_training(student: nn.Module, config: Config, ranks: Ranks, *, fresh: b
         student,
         len(class_names(config)),
         method=config.method,
-        **{field.name: getattr(config, field.name) for field in fields(recipes.Recipe) if hasattr(config, field.name)},
+        **{one.name: getattr(config, one.name) for one in fields(recipes.Recipe)},
         prior=prior,
         sync=ranks.world > 1,
         upsample=True,
@@ -351,7 +356,7 @@ def build_training(student: nn.Module, config: Config, ranks: Ranks, *, fresh: b
 
 
 def share_buffers(student: nn.Module, ranks: Ranks) -> None:
-    """BatchNorm's running statistics of the first process for all; on GPUs they are equal already."""
+    """Copy the first process's BatchNorm statistics to all; on GPUs they are equal already."""
     buffers = [buffer for buffer in student.buffers() if buffer.is_floating_point()]
     if ranks.world > 1 and buffers:
         flat = torch.cat([buffer.flatten() for buffer in buffers])
@@ -360,77 +365,87 @@ def share_buffers(student: nn.Module, ranks: Ranks) -> None:
         torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(shared, buffers, strict=True)])
 
 
-def build_optimizer(student: nn.Module, config: Config) -> torch.optim.SGD:
-    """SGD with ten times the learning rate in the head, and the released code's repeated updates where asked."""
-    optimizer = RepeatedSGD if config.repeated else torch.optim.SGD
-    return optimizer(
-        parameter_groups(student, config.lr, head=head_of(config), repeated=config.repeated),
+def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Build the optimizer; SGD repeats updates as the released code does, if requested."""
+    groups = parameter_groups(
+        student,
         config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
+        head=head_of(config),
+        head_factor=config.head_factor,
+        no_decay=tuple(filter(None, config.no_decay.split(","))),  # type: ignore[arg-type]
+        repeated=config.repeated,
     )
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
+    sgd = RepeatedSGD if config.repeated else torch.optim.SGD
+    return sgd(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov)
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate_if_due(run: Run, record: Record) -> None:
-    """Evaluate student and teacher on all of the validation images, and keep last and best apart."""
+    """Evaluate student and teacher on all validation images, unless this step has been evaluated."""
     last = run.metrics["last"]
     if not run.due(run.config.eval_every) or (last is not None and last["step"] == run.done):
         return
+    networks = {"student": run.student}
+    if run.training.teacher is not None:
+        networks["teacher"] = run.training.teacher.module
     try:
-        entry: dict[str, Any] = {"step": run.done, "student": scores(run, run.student)}
-        if run.training.teacher is not None:
-            entry["teacher"] = scores(run, run.training.teacher.module)
+        found = {who: scores(run, network) for who, network in networks.items()}
     except (ValueError, OSError) as error:
         raise DataError(f"{reason(error)} Mend it; {goes_on(run)}.") from error
-    run.metrics["evaluations"].append(entry)
-    run.metrics["last"] = entry
-    now, best = miou(entry, run.config), run.metrics["best"]
-    if better := best is None or (now or 0) > (miou(best, run.config) or 0):
-        run.metrics["best"] = entry
-    save(run, best=better)
+    entry: dict[str, Any] = {"step": run.done, **{who: by_size for who, (by_size, _) in found.items()}}
+    entry["unsupervised"] = {who: without_labels for who, (_, without_labels) in found.items()}
+    save(run, best=keep_scores(run, entry))
+    now = miou(entry, run.config)
     words = "no pixel of the validation images counts" if now is None else f"student mIoU {percent(now)} %"
     record.progress.say(f"step {run.done}: {words}")
 
 
-def scores(run: Run, network: nn.Module) -> dict[str, Any]:
-    """Scores at half and at full resolution, or at the images' own in the demo."""
-    config = run.config
-    if run.data.validation.files[0].label is None:  # as of one's own target, which nobody has labelled
-        nothing = summary(ConfusionMatrix(len(run.classes)), run.classes)
-        return {size_name(one): nothing for one in label_sizes(config)}
-    forward: Any = network.forward_features if isinstance(network, DeepLabV2) else network
+def scores(run: Run, network: nn.Module) -> tuple[dict[str, Any], dict[str, float | None]]:
+    """Score a network by label size, and without labels."""
+    config, validation = run.config, run.data.validation
+    labelled = validation.files[0].label is not None  # your own target may have no labels at all
+    unsupervised = UnsupervisedScores(len(run.classes)).to(config.device)
     matrices = evaluate(
         network,
-        run.data.validation,
+        validation if labelled else Unlabelled(validation, 255),
         num_classes=len(run.classes),
         image_size=size(config.target_size),
         label_sizes=label_sizes(config),
-        forward=interruptible(run, forward),
+        forward=watched(run, small_logits(network), unsupervised),
         align_corners=is_ours(config.network),
         device=config.device,
-        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision),
+        dtype=AUTOCAST.get(config.precision),
         workers=config.workers,
-        sync=run.ranks.world > 1,
+        sync=True,
     )
-    return {key: summary(matrix, run.classes) for key, matrix in matrices.items()}
+    unsupervised.merge()
+    by_size = {key: summary(matrix, run.classes) for key, matrix in matrices.items()}
+    return by_size, {name: finite(value) for name, value in unsupervised.compute()._asdict().items()}
 
 
-def interruptible(run: Run, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The same, but that all processes ask before each image whether to stop; not before one that only some have."""
+def watched(
+    run: Run, forward: Callable[[Tensor], Tensor], unsupervised: UnsupervisedScores
+) -> Callable[[Tensor], Tensor]:
+    """Wrap a forward pass so that its logits are scored without labels and a signal stops it between images.
+
+    All processes ask together before each image whether to stop, except before one that only some of them have.
+    """
     left = len(run.data.validation) // run.ranks.world
 
-    def asked(images: Tensor) -> Tensor:
+    def forward_unless_stopped(images: Tensor) -> Tensor:
         nonlocal left
         if left > 0 and run.stop.agreed():
             raise stopped(run)
         left -= 1
-        return forward(images)
+        logits = forward(images)
+        unsupervised.update(logits)
+        return logits
 
-    return asked
+    return forward_unless_stopped
 
 
 if __name__ == "__main__":

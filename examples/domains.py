@@ -1,6 +1,7 @@
-"""The data of the trainer: source, target and validation images, what they are, and crops of them by draw number."""
+"""The trainer's data: source, target and validation images, their identity, and crops of them by draw number."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,12 @@ from crossmix.datasets import (
     Cityscapes,
     Classes,
     DataError,
+    RareClassSampler,
     Sample,
     SegmentationFolder,
     StreetScenes,
     Synthia,
+    class_counts,
     read_classes,
 )
 from crossmix.datasets.classes import CLASS_NAMES
@@ -27,10 +30,12 @@ from crossmix.engine import KeyedCrops, QuietLoader, resident
 from options import Config, size
 
 __all__ = [
+    "COUNTS",
     "SOURCE",
     "TARGET",
     "Batch",
     "Data",
+    "Unlabelled",
     "class_names",
     "crop_size",
     "differences",
@@ -39,20 +44,23 @@ __all__ = [
     "loader",
     "open_data",
     "prepared",
+    "rare_class_sampler",
     "target_labels",
     "too_small",
     "with_rendered_data",
 ]
 
-SOURCE, TARGET = 0, 1  # streams of randomness, next to the seed
+SOURCE, TARGET = 0, 1  # random streams, keyed next to the seed
 TRAIN = "train"
-LAYOUT = "expected images/ and labels/, in both of them train/ and val/ where there are splits"
+COUNTS = "crossmix-stats.jsonl"
+"""File of class counts, the one that `python -m crossmix.datasets stats` writes."""
+LAYOUT = "expected images/ and labels/, each with train/ and val/ if there are splits"
 Batch = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # source and target, each images and labels
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Data(NamedTuple):
-    """Source, unlabelled target, and labelled validation images at their own size."""
+    """Source, unlabelled target and labelled validation images, whole."""
 
     source: GTA5 | Synthia | SegmentationFolder
     target: Cityscapes | SegmentationFolder
@@ -63,7 +71,7 @@ def open_data(config: Config) -> Data:
     """Open the folders.
 
     Raises:
-        DataError: If one is missing, or is not laid out as it should be.
+        DataError: If one is missing or has another layout.
     """
     source = size(config.source_size)
     if config.source:
@@ -84,23 +92,26 @@ def open_data(config: Config) -> Data:
 
 
 def class_names(config: Config) -> tuple[str, ...]:
-    """The classes, by train id."""
+    """Name the classes, by train id."""
     return read_classes(config.classes).names if config.classes else CLASS_NAMES
 
 
 def target_labels(config: Config) -> Cityscapes | SegmentationFolder:
-    """The labels of the target's training images alone, which only an oracle has."""
+    """Open the labels of the target's training images, which only an oracle has."""
     if not config.source:
         return Cityscapes(config.cityscapes, TRAIN, images=False)
     _, labels = part(config.target, TRAIN)
     if labels is None:
-        raise DataError(f"{config.target}: has no label maps for --prior oracle; take --prior source.")
+        raise DataError(f"{config.target}: has no label maps for --prior oracle; use --prior source.")
     classes = read_classes(config.classes)
     return SegmentationFolder(None, labels, classes.mapping, num_classes=len(classes.names))
 
 
 def part(root: str, split: str) -> tuple[Path, Path | None]:
-    """The folders of images and of label maps, where there are any, of a split; or of all, where there are no splits.
+    """Find the folders of images and label maps of a split, or of everything where there are no splits.
+
+    Returns:
+        Both folders; None in place of label maps if there are none.
 
     Raises:
         DataError: If there are splits, but not this one.
@@ -118,7 +129,6 @@ def part(root: str, split: str) -> tuple[Path, Path | None]:
 def own_folder(
     folders: tuple[Path, Path | None], classes: Classes, *, size: tuple[int, int] | None = None
 ) -> SegmentationFolder:
-    """Read one's own images and label maps, where there are any."""
     images, labels = folders
     if labels is None:
         return SegmentationFolder(images, size=size)
@@ -126,7 +136,7 @@ def own_folder(
 
 
 def with_rendered_data(config: Config, root: Path) -> Config:
-    """Render the demo's two domains into the folder layouts of GTA5 and Cityscapes, once."""
+    """Render the demo's two domains, once, in the folder layouts of GTA5 and Cityscapes."""
     gta5, cityscapes = root / "gta5", root / "cityscapes"
     if not (root / "complete").exists():
         print(f"rendering StreetScenes into {root}", flush=True)
@@ -137,11 +147,31 @@ def with_rendered_data(config: Config, root: Path) -> Config:
     return replace(config, gta5=str(gta5), cityscapes=str(cityscapes))
 
 
-# ------------------------------------------------------------------------------------------------- what the data is
+def rare_class_sampler(config: Config, data: Data, out: Path) -> RareClassSampler:
+    """Count the classes of the source and build the sampler of its images.
+
+    Counts are kept in a file beside the data, or in `out` where that folder cannot be written to.
+
+    Raises:
+        DataError: If a label map cannot be read, or no image has enough pixels of any class.
+    """
+    root = Path(config.source or config.synthia or config.gta5)
+    file = root / COUNTS
+    if not os.access(file if file.exists() else root, os.W_OK):
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / COUNTS
+    counts = class_counts(data.source, cache=file, workers=config.workers)
+    try:
+        return RareClassSampler(counts, temperature=config.rare_temperature, min_pixels=config.rare_pixels)
+    except ValueError as error:
+        raise DataError(f"--rare-pixels {config.rare_pixels}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------ identity of the data
 
 
 def identity(data: Data, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What the data is, wherever it lies: reader, number and hash of names, classes of one's own, sizes of files."""
+    """Identify the data, wherever it is stored, by reader, names, classes and file sizes."""
     found = {}
     for part, samples in data._asdict().items():
         names = "\n".join(one.name for one in samples.files)
@@ -162,12 +192,12 @@ def identity(data: Data, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
 def differences(
     old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], data: Data
 ) -> tuple[list[str], list[str]]:
-    """Compare what a checkpoint says of its data with the identity of what there is now.
+    """Compare the data of a checkpoint with the present data.
 
-    A file that was repaired has another size. So one such file, or a tenth of all, is the same data still.
+    A repaired file has another size, so data in which one such file, or a tenth of all, differs is still the same.
 
     Returns:
-        How the data is another, and the names of samples whose files have changed.
+        Descriptions of the differences, and the names of samples whose files have changed.
     """
     other, changed = [], []
     for part, now in new.items():
@@ -191,35 +221,34 @@ def differences(
 
 
 def too_small(samples: Any, crop: tuple[int, int]) -> list[str]:  # noqa: ANN401 - any reader of files
-    """The images that are smaller than the crop, each with its size; only their first bytes are read."""
+    """List the images smaller than the crop, with their sizes. Only file headers are read."""
     sizes: Iterator[tuple[str, tuple[int, int]]]
     if samples.size is not None:
         sizes = ((str(file.image), tuple(samples.size)) for file in samples.files)
     else:
-        sizes = ((str(file.image), _image_size(samples, i)) for i, file in enumerate(samples.files))
+        sizes = ((str(file.image), _image_size(file.image)) for file in samples.files)
     return [f"{name}: {height}x{width}" for name, (height, width) in sizes if height < crop[0] or width < crop[1]]
 
 
-def _image_size(samples: Any, index: int) -> tuple[int, int]:  # noqa: ANN401 - any reader of files
-    """Height and width, by the header of a PNG file."""
-    with samples.files[index].image.open("rb") as file:
+def _image_size(path: Path) -> tuple[int, int]:
+    """Read height and width from the header of a PNG file."""
+    with path.open("rb") as file:
         head = file.read(24)
     if len(head) == 24 and head.startswith(PNG):
         return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
-    return (2**31, 2**31)  # reading it says what is wrong with it
+    return (2**31, 2**31)  # not a PNG file: reading the image will say what is wrong
 
 
 # ------------------------------------------------------------------------------------------------------------- crops
 
 
 def crop_size(config: Config) -> tuple[int, int]:
-    """Height and width of the crops."""
     height, width = size(config.crop) or (0, 0)
     return height, width
 
 
 def prepared(config: Config, data: Data, *, progress: bool) -> tuple[Any, Any]:
-    """Source and target as they are cropped: as they lie, cached, or in the device's memory."""
+    """Return source and target as the crops are read from: the folders, a cache, or the device's memory."""
     found: list[Any] = []
     for name, reader in (("source", data.source), ("target", data.target)):
         samples: Any = reader
@@ -230,7 +259,7 @@ def prepared(config: Config, data: Data, *, progress: bool) -> tuple[Any, Any]:
 
 
 class Draws:
-    """Numbers of the draws of one process: its rows of each batch, from a step on, to the end."""
+    """The draw numbers of one process, from a step to the end: its rows of each batch."""
 
     def __init__(self, config: Config, start: int, rank: int, world: int) -> None:
         self.batch = config.batch
@@ -248,7 +277,7 @@ class Draws:
 
 
 class Crops(Dataset[tuple[Tensor, Tensor, int]]):
-    """Crops by draw number, each with the index of the sample that was left out for it, or -1."""
+    """Crops by draw number, each with the index of the sample that was left out in its favour, or -1."""
 
     def __init__(self, crops: KeyedCrops) -> None:
         self.crops = crops
@@ -260,17 +289,21 @@ class Crops(Dataset[tuple[Tensor, Tensor, int]]):
 
 
 class Unlabelled(Dataset[Sample]):
-    """Samples with a label of zeros, which tells their pixels from those that padding adds."""
+    """Samples whose labels are replaced by a constant.
 
-    def __init__(self, samples: Any) -> None:  # noqa: ANN401 - any data set
+    With 0 a label tells an image's pixels from those that padding adds; with 255 there is nothing to score.
+    """
+
+    def __init__(self, samples: Any, value: int) -> None:  # noqa: ANN401 - any data set
         self.samples = samples
+        self.value = value
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
         image, _, name = self.samples[index]
-        return Sample(image, image.new_zeros(image.shape[1:]), name)
+        return Sample(image, image.new_full(image.shape[1:], self.value), name)
 
 
 def loader(
@@ -281,24 +314,27 @@ def loader(
     *,
     rank: int,
     world: int,
+    rare: RareClassSampler | None = None,
 ) -> QuietLoader[Any]:
-    """Batches of crops from a step on: images, labels, and for each the index of a sample left out for it, or -1.
+    """Load batches of crops from a step on: images, labels, and for each the index of a sample left out for it, or -1.
 
     Args:
         config: The options.
         samples: What `prepared` returned.
         stream: SOURCE or TARGET.
         start: The first step.
-        rank: Which process this is.
-        world: Of how many.
+        rank: The rank of this process.
+        world: The number of processes.
+        rare: Sampler of the source's images; ignored for the target.
     """
     keyed = KeyedCrops(
-        Unlabelled(samples) if config.pad and stream == TARGET else samples,
+        Unlabelled(samples, 0) if config.pad and stream == TARGET else samples,
         crop_size(config),
         seed=config.seed,
         stream=stream,
         skip=config.skip_files,
         pad=config.pad,
+        rare=rare if stream == SOURCE else None,
     )
     return QuietLoader(
         Crops(keyed),
@@ -306,15 +342,18 @@ def loader(
         sampler=Draws(config, start, rank, world),
         num_workers=0 if config.resident else config.workers,
         pin_memory=config.device.startswith("cuda") and not config.resident,
-        generator=torch.Generator(),  # or each loader would draw from the global one
+        generator=torch.Generator(),  # otherwise the loader would draw from the global one
     )
 
 
-def drawn_names(config: Config, data: Data, step: int, world: int) -> list[str]:
-    """What a step trains on, by all processes."""
+def drawn_names(
+    config: Config, data: Data, step: int, world: int, *, rare: RareClassSampler | None = None
+) -> list[str]:
+    """Name the samples that a step trains on, over all processes."""
     whole = config.batch * config.accumulate * world
     names = []
     for stream, samples in ((SOURCE, data.source), (TARGET, data.target)):
-        keyed = KeyedCrops(samples, (1, 1), seed=config.seed, stream=stream)
+        sampler = rare if stream == SOURCE else None
+        keyed = KeyedCrops(samples, (1, 1), seed=config.seed, stream=stream, rare=sampler)
         names += [samples.files[keyed.index(draw)].name for draw in range(step * whole, (step + 1) * whole)]
     return names

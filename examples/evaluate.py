@@ -1,18 +1,17 @@
 """Score weights on Cityscapes as the published numbers were scored, at both label sizes in one pass.
 
-    python examples/evaluate.py --weights dacs.pth --cityscapes DIR                   a released checkpoint
-    python examples/evaluate.py --weights X.pt --cityscapes DIR                       one of the trainer's
-    torchrun --nproc_per_node 4 examples/evaluate.py ...                              images shared out over GPUs
+    python examples/evaluate.py --weights dacs.pth --cityscapes DIR    a released checkpoint
+    python examples/evaluate.py --weights X.pt --cityscapes DIR        a checkpoint of the trainer
+    torchrun --nproc_per_node 4 examples/evaluate.py ...               images distributed over several GPUs
 
-Images are resized to 512 x 1024, or as a run of the trainer resized them. The released code scores on labels of that
-size; the standard protocol, and the numbers of other papers, on the labels' own 1024 x 2048, with the 1/8 logits
-upsampled straight to it. The means over 19, 16 and 13 classes come from the same counts.
+Images are resized to 512 x 1024, or as in the trainer's run. The released code scores on labels of that size; the
+standard protocol, used by other papers, scores on the original 1024 x 2048, with the 1/8 logits upsampled straight to
+it. The means over 19, 16 and 13 classes come from the same counts.
 """
 
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,12 +27,12 @@ from crossmix.evaluation import evaluate
 from crossmix.models import DeepLabV2, WeightsError, load_weights
 from crossmix.models.weight_files import read_weights
 from crossmix.recipes import METHODS
-from networks import EXPECTED, NetworkError, is_name, is_ours, new_network
+from networks import AUTOCAST, EXPECTED, NetworkError, is_name, is_ours, new_network, small_logits
+from options import Kind, size, unusable
 from scores import TITLES, markdown, paper_row, rows_by_class, summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
     args = parse(argv)
     ranks = "RANK" in os.environ
     if ranks:
@@ -58,38 +57,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", required=True, help="a file or URL")
     parser.add_argument("--cityscapes", required=True, help="folder with leftImg8bit/ and gtFine/")
-    parser.add_argument("--entry", nargs="+", default=["student"], help="parts of a checkpoint: student, teacher")
+    parser.add_argument("--entry", nargs="+", default=["student"], help="networks in a checkpoint: student, teacher")
     parser.add_argument("--split", default="val")
+    add_network_options(parser, "--image-size")
+    rows = [f"{source}/{method}" for source in ("gta5", "synthia") for method in METHODS]
+    parser.add_argument(
+        "--paper", default="gta5/dacs", choices=rows, metavar="ROW",
+        help=f"row of the paper to print alongside: {', '.join(rows)}",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that load images")
+    parser.add_argument("--out", help="JSON file for the scores")
+    return parser.parse_args(argv)
+
+
+def add_network_options(parser: argparse.ArgumentParser, size_flag: str) -> None:
+    """Add the options that say which network runs, and how. Without a flag, `size` is absent."""
+    parser.add_argument("--weights", required=True, help="a file or URL")
     parser.add_argument("--network", type=network_name, help=f"{EXPECTED}; default: the run's, or resnet101")
     parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
     parser.add_argument(
-        "--image-size",
-        type=image_size,
-        default=argparse.SUPPRESS,
-        help="HxW that images are resized to, or native; default: the run's, or 512x1024",
-    )
-    rows = [f"{source}/{method}" for source in ("gta5", "synthia") for method in METHODS]
-    parser.add_argument(
-        "--paper", default="gta5/dacs", choices=rows, metavar="ROW", help=f"row to print beside: {', '.join(rows)}"
-    )
+        size_flag, dest="size", metavar="HxW", type=image_size, default=argparse.SUPPRESS,
+        help="size to which images are resized, or native; default: the run's, or 512x1024",
+    )  # fmt: skip
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that read images")
-    parser.add_argument("--out", help="JSON file for the scores")
-    return parser.parse_args(argv)
 
 
 def load_network(
     weights: str, entry: str, *, network: str | None = None, aspp_branches: int | None = None
 ) -> nn.Module:
-    """The network that a file was saved from, with its weights, on the CPU in eval mode.
+    """Build the network that a file was saved from, with its weights, on the CPU in eval mode.
 
-    A checkpoint of the trainer holds what the run was told; of any other file the arguments say it. A function that
-    only a file names is not called: whoever wrote the file would choose what is run.
+    A checkpoint of the trainer holds the options of its run; for other files the arguments say what to build. A
+    function that only the file names is not called, since the file's author would then choose what code runs.
     """
     config = saved_config(weights)
     name, classes = network or config.get("network", "resnet101"), saved_classes(config)
@@ -113,77 +115,71 @@ def load_network(
 
 
 def saved_config(weights: str) -> Mapping[str, Any]:
-    """What a run of the trainer was told, from inside its checkpoint; nothing for other files."""
+    """Read the options of the trainer from its checkpoint; empty for other files."""
     config = read_weights(weights, None)[1].get("config")
     return config if isinstance(config, Mapping) else {}
 
 
+def trained_size(weights: str) -> tuple[int, int] | None:
+    """Read the size to which a run resized its target images."""
+    return image_size(saved_config(weights).get("target_size", "512x1024"))
+
+
 def saved_classes(config: Mapping[str, Any]) -> int:
-    """How many classes a run had."""
+    """Read the number of classes of a run."""
     count = config.get("num_classes", len(CLASS_NAMES))
     return int(count)
 
 
 def network_name(text: str) -> str:
-    """What names a network."""
     if not is_name(text):
         raise argparse.ArgumentTypeError(f"expected {EXPECTED}, got {text!r}")
     return text
 
 
 def image_size(text: str) -> tuple[int, int] | None:
-    """'512x1024' as (512, 1024), '512' as a square, 'native' as None."""
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if match is None and text != "native":
+    """Parse '512x1024' as (512, 1024), '512' as a square, 'native' as None."""
+    if not Kind(str, native=True).allows(text):
         raise argparse.ArgumentTypeError(f"expected HxW in pixels, such as 512x1024, or native, got {text!r}")
-    return (int(match[1]), int(match[2] or match[1])) if match else None
+    return size(text)
 
 
 def usable_device(text: str) -> str:
-    """A device that torch has."""
-    try:
-        torch.empty(1, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be used: {str(error).splitlines()[0]}; try cpu") from error
+    if problem := unusable(text):
+        raise argparse.ArgumentTypeError(problem)
     return text
 
 
 def count(text: str) -> int:
-    """A number from 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
     return int(text)
 
 
 def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any]:
-    """Scores by label size."""
+    """Score one network of a file; return its scores by label size."""
     model = load_network(args.weights, entry, network=args.network, aspp_branches=args.aspp_branches)
     classes = saved_classes(saved_config(args.weights))
     if classes != len(CLASS_NAMES):
         raise WeightsError(f"{args.weights}: has {classes} classes, but Cityscapes {len(CLASS_NAMES)}.")
-    forward: Any = model.forward_features if isinstance(model, DeepLabV2) else model
-    size = (
-        args.image_size
-        if "image_size" in args
-        else image_size(saved_config(args.weights).get("target_size", "512x1024"))
-    )
+    shape = args.size if "size" in args else trained_size(args.weights)
     matrices = evaluate(
         model.to(args.device),
         Cityscapes(args.cityscapes, args.split),
-        image_size=size,
-        label_sizes=[None] if size is None else [size, (2 * size[0], 2 * size[1])],
-        forward=forward,
+        image_size=shape,
+        label_sizes=[None] if shape is None else [shape, (2 * shape[0], 2 * shape[1])],
+        forward=small_logits(model),
         align_corners=isinstance(model, DeepLabV2),
-        dtype={"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision],
+        dtype=AUTOCAST.get(args.precision),
         workers=args.workers,
         sync=ranks,
     )
-    return {size: summary(matrix) for size, matrix in matrices.items()}
+    return {name: summary(matrix) for name, matrix in matrices.items()}
 
 
 def table(scores: dict[str, dict[str, Any]], paper: str) -> str:
-    """IoU in percent by class, a column for each entry and label size, and the paper's row last."""
-    columns = {f"{entry} {size}": [values] for entry, by_size in scores.items() for size, values in by_size.items()}
+    """Format IoU in percent by class, with a column for each entry and label size and one for the paper."""
+    columns = {f"{entry} {name}": [values] for entry, by_size in scores.items() for name, values in by_size.items()}
     source, _, method = paper.partition("/")
     return markdown(rows_by_class(columns, {f"paper, {paper}": paper_row(source, method)}, TITLES))
 

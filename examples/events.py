@@ -1,4 +1,4 @@
-"""A run's log for TensorBoard, written as the run goes on."""
+"""Write a run's log for TensorBoard while the run is in progress."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -7,14 +7,14 @@ __all__ = ["Events"]
 
 
 class Events:
-    """Event files of one run.
+    """The event files of one run.
 
-    They are begun anew from the log, so that a resumed run holds no step twice, and one that is given `--tensorboard`
-    late holds all of them.
+    They are rewritten from the log at the start, so that a resumed run has no step twice, and one that is resumed with
+    `--tensorboard` has all of them.
 
     Args:
-        folder: Where they are.
-        records: The lines of the log so far.
+        folder: Folder of the event files.
+        records: Lines of the log so far.
     """
 
     def __init__(self, folder: Path, records: Iterable[Mapping[str, float]]) -> None:
@@ -27,12 +27,11 @@ class Events:
             self.write(record)
 
     def write(self, record: Mapping[str, float]) -> None:
-        """Add a line of the log; it can be seen at once."""
+        """Write a line of the log and flush it."""
         for name, value in record.items():
             if name != "step":
                 self._writer.add_scalar(name, value, record["step"])
         self._writer.flush()
 
     def close(self) -> None:
-        """End the file."""
         self._writer.close()

@@ -1,4 +1,4 @@
-"""The networks that can be trained: DeepLab-v2 on two backbones, or whatever a function returns, by its name."""
+"""Networks by name: DeepLab-v2 on two backbones, or what a function of your own returns."""
 
 import importlib
 import inspect
@@ -12,40 +12,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossmix.models import deeplab_v2_resnet101, deeplab_v2_tiny
+from crossmix.models import DeepLabV2, deeplab_v2_resnet101, deeplab_v2_tiny
 
-__all__ = ["EXPECTED", "NETWORKS", "NetworkError", "is_name", "is_ours", "new_network", "tried"]
+__all__ = [
+    "AUTOCAST", "EXPECTED", "NETWORKS", "NetworkError", "is_name", "is_ours", "new_network", "small_logits", "tried",
+]  # fmt: skip
 
 NETWORKS = {"resnet101": deeplab_v2_resnet101, "tiny": deeplab_v2_tiny}
 EXPECTED = f"one of {', '.join(NETWORKS)}, or MODULE:FUNCTION"
-CLASSES = ("num_classes", "classes", "num_labels")
-"""What the argument is called that says how many there are."""
+CLASSES = ("num_classes", "classes", "num_labels")  # names of the argument that takes the number of classes
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types for autocast by precision; with other precisions there is none."""
 
 
 class NetworkError(ValueError):
-    """A network that cannot be trained; the message names it and says why."""
+    """A network that cannot be trained; the message names it and gives the reason."""
 
 
 def is_ours(name: str) -> bool:
-    """Whether it is a DeepLab-v2 of this package."""
+    """Whether this names a DeepLab-v2 of crossmix."""
     return name in NETWORKS
 
 
 def is_name(name: str) -> bool:
-    """Whether a text can name a network."""
+    """Whether the text has the form of a network's name."""
     return is_ours(name) or re.fullmatch(r"[^\W\d]\w*(\.\w+)*:[^\W\d]\w*(\.\w+)*", name) is not None
 
 
 def new_network(name: str, num_classes: int, *, aspp_branches: int = 2, upsample: bool = False) -> nn.Module:
-    """A network that takes (N, 3, H, W) images in [0, 1] and returns logits as a tensor, perhaps smaller ones.
+    """Build a network that takes (N, 3, H, W) images in [0, 1] and returns a tensor of logits, possibly smaller.
 
     Args:
-        name: One of `NETWORKS`, or `"module:function"`. The module is found as Python finds it, or in the current
-            folder. The function gets the number of classes, as `num_classes`, `classes` or `num_labels` where it has
-            such an argument, and returns a module whose output is logits, or holds them as `logits` or `"out"`.
-        num_classes: How many there are.
-        aspp_branches: Of a DeepLab-v2.
-        upsample: Of a DeepLab-v2: whether its logits have the size of the images.
+        name: One of `NETWORKS`, or `"module:function"`, with the module on Python's path or in the current folder. The
+            function is called with the number of classes, as `num_classes`, `classes` or `num_labels` if it has such
+            an argument, and returns a module whose output is logits, or holds them as `logits` or `"out"`.
+        num_classes: The number of classes.
+        aspp_branches: For DeepLab-v2: dilated branches in its head.
+        upsample: For DeepLab-v2: whether its logits have the size of the images.
 
     Raises:
         NetworkError: If there is no such function, it fails, or it returns something else.
@@ -56,7 +59,7 @@ def new_network(name: str, num_classes: int, *, aspp_branches: int = 2, upsample
     keyword = next((one for one in CLASSES if one in _arguments(function)), None)
     try:
         network = function(num_classes) if keyword is None else function(**{keyword: num_classes})
-    except Exception as error:  # whatever it is, it is told
+    except Exception as error:  # anything that somebody else's function may raise
         call = f"{num_classes}" if keyword is None else f"{keyword}={num_classes}"
         raise NetworkError(f"--network {name}: {name.rpartition(':')[2]}({call}) failed: {_told(error)}.") from error
     if not isinstance(network, nn.Module):
@@ -69,17 +72,17 @@ def new_network(name: str, num_classes: int, *, aspp_branches: int = 2, upsample
 
 @torch.no_grad()
 def tried(network: nn.Module, name: str, num_classes: int, shape: tuple[int, int], device: str, *, train: bool) -> None:
-    """See whether a network takes images of a shape, and returns logits of so many classes.
+    """Check that a network takes images of a shape and returns logits of the right shape.
 
     Raises:
-        NetworkError: If not.
+        NetworkError: If it does not.
     """
     images = torch.zeros(2 if train else 1, 3, *shape, device=device)
     try:
         logits = network.to(device).train(train)(images)
     except NetworkError:
         raise
-    except Exception as error:  # whatever it is, it is told
+    except Exception as error:  # anything that somebody else's network may raise
         raise NetworkError(f"--network {name}: fails on images of {shape[0]}x{shape[1]}: {_told(error)}.") from error
     if logits.ndim != 4 or tuple(logits.shape[:2]) != (len(images), num_classes):
         raise NetworkError(
@@ -88,11 +91,15 @@ def tried(network: nn.Module, name: str, num_classes: int, shape: tuple[int, int
         )
 
 
+def small_logits(network: nn.Module) -> Any:  # noqa: ANN401 - a method or a module
+    """Return the forward pass that leaves DeepLab-v2's logits small; for other networks, the network itself."""
+    return network.forward_features if isinstance(network, DeepLabV2) else network
+
+
 def _function(name: str) -> Callable[..., Any]:
-    """What a name names."""
     module, _, path = name.partition(":")
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # last, so that it hides nothing
+        sys.path.append(str(Path.cwd()))  # last, to shadow nothing
     try:
         found: Any = importlib.import_module(module)
     except Exception as error:
@@ -111,12 +118,12 @@ def _function(name: str) -> Callable[..., Any]:
 def _arguments(function: Callable[..., Any]) -> Mapping[str, object]:
     try:
         return inspect.signature(function).parameters
-    except (TypeError, ValueError):  # of some that are written in C
+    except (TypeError, ValueError):  # some functions written in C
         return {}
 
 
 def _logits(out: object, name: str) -> Tensor:
-    """The logits in what a network returned."""
+    """Take the logits out of a network's output."""
     if isinstance(out, Mapping):
         out = next((out[key] for key in ("logits", "out") if key in out), out)
     out = getattr(out, "logits", out)
@@ -130,7 +137,7 @@ def _logits(out: object, name: str) -> Tensor:
 
 
 def _told(error: Exception) -> str:
-    """What an error says, and the last line of code that it came from."""
+    """Format an error with the line of code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
     return f"{type(error).__name__}: {str(error).strip().rstrip('.')}{where}"

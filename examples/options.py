@@ -1,10 +1,10 @@
-"""The trainer's options: what each is, its unit, its default, and what it may be.
+"""The trainer's options: meaning, unit, default and permitted values.
 
-A value is what a flag says, or else a file (`--config`), or else the recipe, or else the default here. Wherever it
-comes from, `checked` looks at it, before anything is read or trained.
+An option takes its value from the command line, else from the file given by `--config`, else from the recipe, else from
+the default below. Wherever a value comes from, `checked` validates it before anything is read or trained.
 """
 
-# ruff: noqa: RUF009 - the defaults are calls that make fields
+# ruff: noqa: FBT003, RUF009 - the defaults are calls that make fields
 
 import argparse
 import difflib
@@ -12,61 +12,88 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 
 from crossmix import recipes
 from networks import EXPECTED, is_name, is_ours
 
-__all__ = ["FREE", "Config", "Request", "config_files", "label_sizes", "read_options", "size", "size_name"]
+__all__ = [
+    "FREE",
+    "Config",
+    "Kind",
+    "Request",
+    "config_files",
+    "label_sizes",
+    "read_options",
+    "size",
+    "size_name",
+    "unusable",
+]
 
-MOST = 10**9  # of any count
-SMALLEST = 8  # side of a crop, in pixels
+LARGEST_COUNT = 10**9
+SMALLEST_CROP = 8  # pixels per side
 
 
 class Kind(NamedTuple):
-    """What a value may be."""
+    """The permitted values of an option."""
 
     type: type
     choices: tuple[Any, ...] = ()
     low: float | None = None
     high: float | None = None
     unit: str = ""
-    native: bool | None = None  # of sizes: whether the images' own will do; None where the value is no size
-    network: bool = False  # whether it names a network
+    native: bool | None = None  # of a size: whether "native", the images' own, is permitted; else None
+    network: bool = False  # names a network
+    several: bool = False  # any number of the choices, separated by commas
+    optional: bool = False  # None is permitted: `none` on the command line, null in a file
 
     def expected(self) -> str:
-        """The words for it."""
+        """Describe the permitted values for an error message."""
+        return self._expected() + (", or none" if self.optional else "")
+
+    def _expected(self) -> str:
         if self.type is bool:
             return "true or false"
         if self.network or self.choices:
-            return EXPECTED if self.network else "one of " + ", ".join(map(str, self.choices))
+            names = ", ".join(map(str, self.choices))
+            return EXPECTED if self.network else f"any of {names}" if self.several else f"one of {names}"
         if self.native is not None:
             return "a size such as 512x1024 or 512, in pixels" + (", or native" if self.native else "")
         if self.type is str:
             return "a text"
         words = "a whole number" if self.type is int else "a number"
-        if self.high is not None and self.high < MOST:
+        if self.high is not None and self.high < LARGEST_COUNT:
             return f"{words} from {self.low:g} to {self.high:g}"
         return words if self.low is None else f"{words} of at least {self.low:g}"
 
     def allows(self, value: object) -> bool:
-        """Whether a value is one."""
+        """Whether the value is permitted."""
+        if value is None:
+            return self.optional
         if self.type is bool or isinstance(value, bool):
             return self.type is bool and isinstance(value, bool)
+        if self.type is str:
+            return isinstance(value, str) and self._allows_text(value)
         if self.choices:
             return type(value) is self.type and value in self.choices
-        if self.network:
-            return isinstance(value, str) and is_name(value)
-        if self.type is str:
-            return isinstance(value, str) and "\0" not in value and (self.native is None or self._is_size(value))
         if not isinstance(value, int if self.type is int else int | float) or not abs(value) <= sys.float_info.max:
             return False
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    def _allows_text(self, text: str) -> bool:
+        if self.several:
+            return not text or set(text.split(",")) <= set(self.choices)
+        if self.choices:
+            return text in self.choices
+        if self.network:
+            return is_name(text)
+        return "\0" not in text and (self.native is None or self._is_size(text))
 
     def _is_size(self, text: str) -> bool:
         sides = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text)
@@ -75,29 +102,30 @@ class Kind(NamedTuple):
         )
 
 
-def option(default: Any, text: str, **kind: Any) -> Any:  # noqa: ANN401 - the type of the field
-    """A field of `Config`; `kind` are fields of `Kind`."""
-    return field(default=default, metadata={"kind": Kind(type(default), **kind), "text": text})
+def option(default: Any, text: str, *, type: type | None = None, **kind: Any) -> Any:  # noqa: A002, ANN401
+    """Make a field of `Config`; the other keywords are fields of `Kind`."""
+    return field(default=default, metadata={"kind": Kind(type or default.__class__, **kind), "text": text})
 
 
-def count(default: int, text: str, unit: str, *, low: int = 1, high: int = MOST) -> Any:  # noqa: ANN401
-    """A field that holds a whole number."""
+def count(default: int, text: str, unit: str, *, low: int = 1, high: int = LARGEST_COUNT) -> Any:  # noqa: ANN401
+    """Make a field that holds a whole number."""
     return option(default, text, unit=unit, low=low, high=high)
 
 
 def part(name: str, text: str, **kind: Any) -> Any:  # noqa: ANN401
-    """A field that is one of the recipe's."""
-    choices = get_args(get_type_hints(recipes.Recipe)[name])
+    """Make the field for an option of `recipes.Recipe`."""
+    hint = get_type_hints(recipes.Recipe)[name]
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
     return option(getattr(recipes.RELEASED, name), text, choices=choices, **kind)
 
 
-GROUPS = {  # by the first option of each
-    "method": "what is trained",
+GROUPS = {  # titles in --help, by the first option of each group
+    "method": "what to train",
     "gta5": "data",
     "steps": "optimization",
-    "weigh": "what the recipe sets",
-    "device": "machine: changes no result but by rounding",
-    "skip_files": "what may go wrong, saving and reporting",
+    "weigh": "algorithm, set by the recipe",
+    "device": "hardware: results change only by rounding",
+    "skip_files": "faults, evaluation, checkpoints and logging",
 }
 
 
@@ -106,79 +134,87 @@ class Config:
     """Every option of a run, resolved."""
 
     method: recipes.Method = option("dacs", "a row of the paper's Table 3", choices=recipes.METHODS)
-    recipe: str = option("released", "what the authors' code does, or the paper's text", choices=("released", "paper"))
-    network: str = option(
-        "resnet101",
-        "DeepLab-v2 on resnet101 or tiny, or MODULE:FUNCTION: whatever that returns for the number of classes",
-        network=True,
-    )
-    head: str = option("", "modules of MODULE:FUNCTION, by commas, that learn ten times as fast", unit="names")
-    weights: str = option("", "initial weights, a file or URL; the head may be another one", unit="path")
-    random_init: bool = option(False, "start from random weights, without --weights")  # noqa: FBT003
+    recipe: str = option("released", "the authors' code, the paper's text, or DAFormer with masked image consistency",
+                         choices=("released", "paper", "mic"))  # fmt: skip
+    network: str = option("resnet101", "DeepLab-v2 on resnet101 or tiny, or MODULE:FUNCTION, which gets the number of "
+                          "classes", network=True)  # fmt: skip
+    aspp_branches: int = option(2, "dilated branches in the head of DeepLab-v2", unit="branches", choices=(2, 4))
+    head: str = option("", "comma-separated submodules of MODULE:FUNCTION that train at --head-factor", unit="names")
+    weights: str = option("", "initial weights, a file or URL; the head need not match", unit="path")
+    random_init: bool = option(False, "start from random weights instead of --weights")
     prior: str = option(
-        "oracle", "class prior of method alignment: the target's own, or the source's", choices=("oracle", "source")
+        "oracle", "class prior for --method alignment: the target's own, or the source's", choices=("oracle", "source")
     )
-    seed: int = option(0, "of all randomness", unit="number", low=0, high=2**63 - 1)
+    seed: int = option(0, "random seed", unit="number", low=0, high=2**63 - 1)
 
     gta5: str = option("", "folder with images/ and labels/", unit="path")
-    synthia: str = option("", "folder with RGB/ and GT/LABELS/, in place of GTA5", unit="path")
+    synthia: str = option("", "folder with RGB/ and GT/LABELS/, instead of GTA5", unit="path")
     cityscapes: str = option("", "folder with leftImg8bit/ and gtFine/", unit="path")
-    source: str = option("", "folder with your own images/ and labels/, in place of all three", unit="path")
-    target: str = option("", "folder with your own images/, unlabelled or not, for --source", unit="path")
-    classes: str = option("", "JSON file with the classes of --source and --target", unit="path")
-    eval_split: str = option("val", "folder of the target that is evaluated on", unit="name")
-    crop: str = option("512x512", "what is cut from each image", unit="HxW in pixels", native=False)
-    pad: bool = option(False, "pad images smaller than the crop with ignored pixels")  # noqa: FBT003
-    target_size: str = option(
-        "512x1024", "target images are resized to this, to train and to evaluate", unit="HxW in pixels", native=True
+    source: str = option("", "folder with your own images/ and labels/, instead of the three above", unit="path")
+    target: str = option("", "folder with your own images/, labelled or not; goes with --source", unit="path")
+    classes: str = option("", "JSON file that defines the classes of --source and --target", unit="path")
+    source_size: str = option("720x1280", "size to which source images are resized", unit="HxW in pixels", native=True)
+    target_size: str = option("512x1024", "size to which target images are resized", unit="HxW in pixels", native=True)
+    crop: str = option("512x512", "size of the random crops", unit="HxW in pixels", native=False)
+    pad: bool = option(False, "pad images smaller than the crop with ignored pixels")
+    batch: int = count(2, "source images per process and batch, and as many target images", "images", high=10_000)
+    accumulate: int = count(1, "batches over which gradients are averaged before a step", "batches", high=10_000)
+    rare_classes: bool = option(False, "sample source images with rare classes more often")
+    rare_temperature: float = option(0.01, "temperature of --rare-classes; low favours them", unit="number", low=1e-6)
+    rare_pixels: int = count(
+        3000, "pixels of a class that make an image eligible; fewer for crops below 512x512", "pixels"
     )
-    batch: int = count(2, "source images, and as many target images, of each process", "images", high=10_000)
-    accumulate: int = count(1, "batches whose gradients are averaged for a step", "batches", high=10_000)
 
     steps: int = count(250_000, "length of the training", "optimizer steps")
-    lr: float = option(2.5e-4, "learning rate of the backbone; the head's is ten times it", unit="per step", low=0)
-    weight_decay: float = option(5e-4, "of SGD", unit="per step", low=0)
-    momentum: float = option(0.9, "of SGD", unit="share", low=0, high=1)
+    optimizer: str = option("sgd", "optimizer", choices=("sgd", "adamw"))
+    lr: float = option(2.5e-4, "initial learning rate of the backbone", unit="per step", low=0)
+    head_factor: float = option(10.0, "learning rate of the head relative to the backbone's", unit="factor", low=0)
+    warmup: int = count(0, "linear warm-up; that of a recipe is at most a tenth of --steps", "optimizer steps", low=0)
     power: float = option(0.9, "exponent of the polynomial decay of the learning rate", unit="exponent", low=0)
+    weight_decay: float = option(5e-4, "weight decay: L2 for sgd, decoupled for adamw", unit="per step", low=0)
+    no_decay: str = option("", "comma-separated kinds of parameters without weight decay", unit="names",
+                           choices=("norm", "bias", "position"), several=True)  # fmt: skip
+    momentum: float = option(0.9, "momentum of sgd", unit="share", low=0, high=1)
+    nesterov: bool = option(False, "Nesterov momentum for sgd")
+    repeated: bool = option(True, "update backbone parameters as often per step as the released code lists them (sgd)")
 
-    weigh: str = part("weigh", "pixels that lambda weighs: the target's, or the whole mixed image's")
-    scope: str = part("scope", "what lambda, the share of confident pixels, is taken over")
+    weigh: str = part("weigh", "pixels that lambda weights: target pixels, or the whole mixed image")
+    scope: str = part("scope", "pixels over which lambda, the share of confident pixels, is computed")
     source_normalizer: str = part("source_normalizer", "what the source loss is divided by")
-    include_ignored: bool = part("include_ignored", "whether ignored source pixels can be drawn as a class")
-    threshold: float = part(
-        "threshold", "confidence from which a pixel counts for lambda", unit="probability", low=0, high=1
-    )
-    decay: float = part("decay", "share of the teacher that a step keeps", unit="share", low=0, high=1)
-    mode: str = part("mode", "statistics of the teacher's BatchNorm: the batch's, or the running ones")
-    flavor: str = part("flavor", "colour jitter")
-    same_on_batch: bool = part("same_on_batch", "jitter and blur by one decision per batch, not per image")
-    aspp_branches: int = option(2, "dilated branches of the head", unit="branches", choices=(2, 4))
-    nesterov: bool = option(False, "Nesterov momentum")  # noqa: FBT003
-    repeated: bool = option(
-        True,  # noqa: FBT003
-        "update each backbone parameter as often per step as the released code lists it",
-    )
-    source_size: str = option("720x1280", "source images are resized to this", unit="HxW in pixels", native=True)
-    evaluation: str = option(
-        "512x1024", "label size that decides the best step; all are reported", unit="HxW in pixels", native=True
-    )
+    include_ignored: bool = part("include_ignored", "treat ignored source pixels as a class that can be pasted")
+    threshold: float = part("threshold", "confidence at which a pixel counts toward lambda", unit="probability", low=0,
+                            high=1)  # fmt: skip
+    decay: float = part("decay", "share of the teacher kept at each update", unit="share", low=0, high=1)
+    mode: str = part("mode", "teacher's BatchNorm statistics: the batch's (train) or the running ones (eval)")
+    flavor: str = part("flavor", "colour jitter: as in old kornia (additive), or as in torchvision")
+    same_on_batch: bool = part("same_on_batch", "decide once per batch, not per image, whether to jitter and to blur")
+    ignore_top: int = part("ignore_top", "rows at the top whose pseudo-labels get weight 0, at a height of 512",
+                           unit="rows", low=0, high=511)  # fmt: skip
+    ignore_bottom: int = part("ignore_bottom", "rows at the bottom, likewise", unit="rows", low=0, high=511)
+    consistency: bool = option(False, "add a loss on partly hidden target images (masked image consistency)")
+    consistency_block: int | None = part("consistency_block", "side of hidden blocks; none: 64, or 32 up to --crop 512",
+                                         type=int, unit="pixels", low=1, high=LARGEST_COUNT, optional=True)  # fmt: skip
+    consistency_ratio: float = part("consistency_ratio", "share of blocks that is hidden", unit="share", low=0, high=1)
+    consistency_weight: float = part("consistency_weight", "weight of the consistency loss", unit="factor", low=0)
 
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to train", unit="torch device")
-    precision: str = option("fp32", "of the networks", choices=("fp32", "tf32", "bf16", "fp16"))
-    compile: bool = option(False, "student and teacher by torch.compile")  # noqa: FBT003
-    channels_last: bool = option(False, "memory layout that convolutions on GPUs like")  # noqa: FBT003
-    deterministic: bool = option(False, "the same bits in every run, on a GPU too, and slower")  # noqa: FBT003
-    workers: int = count(min(4, os.cpu_count() or 1), "readers of each data set", "processes", low=0, high=1024)
-    cache: str = option("", "folder for decoded and resized images, made when first used", unit="path")
-    resident: bool = option(False, "keep both data sets in the device's memory")  # noqa: FBT003
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device to train on", unit="torch device")
+    precision: str = option("fp32", "precision of the networks", choices=("fp32", "tf32", "bf16", "fp16"))
+    compile: bool = option(False, "compile student and teacher with torch.compile")
+    channels_last: bool = option(False, "use the channels-last memory layout, faster on GPUs")
+    deterministic: bool = option(False, "give the same bits in every run on a GPU too, at lower speed")
+    workers: int = count(min(4, os.cpu_count() or 1), "data-loading processes per domain", "processes", low=0,
+                         high=1024)  # fmt: skip
+    cache: str = option("", "folder for decoded and resized images, filled on first use", unit="path")
+    resident: bool = option(False, "keep both domains in the device's memory")
 
-    skip_files: int = count(0, "broken or too small images that are left out before one is an error", "files", low=0)
-    skip_steps: int = count(0, "steps that are undone, for a loss or gradient not finite, before one is an error",
-                            "steps", low=0)  # fmt: skip
-    eval_every: int = count(5000, "between evaluations", "steps")
-    save_every: int = count(5000, "between checkpoints", "steps")
-    log_every: int = count(100, "between lines of the log", "steps")
-    tensorboard: bool = option(False, "write event files too, into OUT/report")  # noqa: FBT003
+    skip_files: int = count(0, "unreadable or too small images to leave out before it is an error", "files", low=0)
+    skip_steps: int = count(0, "steps with a non-finite loss or gradient to undo before it is an error", "steps", low=0)
+    eval_split: str = option("val", "split of the target to evaluate on", unit="name")
+    evaluation: str = option("512x1024", "label size that decides the best step", unit="HxW in pixels", native=True)
+    eval_every: int = count(5000, "interval between evaluations", "steps")
+    save_every: int = count(5000, "interval between checkpoints", "steps")
+    log_every: int = count(100, "interval between log lines", "steps")
+    tensorboard: bool = option(False, "also write TensorBoard event files to OUT/report")
 
 
 OPTIONS: dict[str, Field[Any]] = {one.name: one for one in fields(Config)}
@@ -188,8 +224,8 @@ FREE = {
     "device", "workers", "compile", "channels_last", "deterministic", "skip_files", "skip_steps", "eval_every",
     "save_every", "log_every", "tensorboard", "batch",
 }  # fmt: skip
-"""Options that a resumed run may change: they choose no data and no arithmetic. (What the data is, and the batch of all
-processes together, are compared apart.)"""
+"""Options that may change on resume, since they choose neither data nor arithmetic. The contents of the data and the
+total batch over all processes are compared separately."""
 
 PAPER_DATA, OWN_DATA = ("gta5", "synthia", "cityscapes"), ("source", "target", "classes")
 
@@ -200,20 +236,44 @@ ALTERNATIVES = {
     "weights": ("random_init",),
     "random_init": ("weights",),
 }
-"""A flag takes the place of others that a file holds."""
+"""Options from a file that a flag replaces."""
 
-PAPER_OPTIONS = {
-    **{name: value for name, value in asdict(recipes.PAPER).items() if name in Config.__dataclass_fields__},
-    "aspp_branches": 4,
-    "nesterov": True,
-    "repeated": False,
-    "source_size": "760x1280",
-    "evaluation": "1024x2048",
+
+def _recipe(recipe: recipes.Recipe, **others: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Collect the options that a recipe sets, here and in the library."""
+    named = {one.name: getattr(recipe, one.name) for one in fields(recipe) if one.name in OPTIONS}
+    return {**named, "consistency": bool(recipe.consistency), **others}
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "released": {},  # the defaults
+    "paper": _recipe(
+        recipes.PAPER,
+        aspp_branches=4,
+        source_size="760x1280",
+        nesterov=True,
+        repeated=False,
+        evaluation="1024x2048",
+    ),
+    "mic": _recipe(
+        recipes.MIC,
+        aspp_branches=4,
+        rare_classes=True,
+        steps=40_000,
+        optimizer="adamw",
+        lr=6e-5,
+        warmup=1500,
+        power=1.0,
+        weight_decay=0.01,
+        no_decay="norm",
+        repeated=False,
+        evaluation="1024x2048",
+    ),
 }
 
-# The demo: what the paper does, scaled to a laptop. Sizes are those of the rendered images. A small network from random
-# weights wants a higher learning rate and is less sure of itself (hardly a pixel would reach 0.968), and a teacher that
-# averages over a hundred steps lags behind in a short run.
+# The demo scales the paper's setting down to a laptop. Sizes are those of the rendered images. Starting from random
+# weights, a small network needs a higher learning rate and stays less confident (hardly a pixel would reach 0.968),
+# and in so short a run a teacher that averages over a hundred steps would lag behind.
 DEMO_OPTIONS = {
     "network": "tiny",
     "random_init": True,
@@ -222,8 +282,8 @@ DEMO_OPTIONS = {
     "target_size": "native",
     "evaluation": "native",
     "batch": 4,
+    "rare_pixels": 12,  # 3000, scaled from the area of GTA5's label maps to that of the rendered ones
     "steps": 1700,
-    "lr": 0.002,
     "threshold": 0.5,
     "repeated": False,
     "decay": 0.9,
@@ -233,6 +293,7 @@ DEMO_OPTIONS = {
     "save_every": 850,
     "log_every": 50,
 }
+DEMO_LR = {"sgd": 0.002, "adamw": 0.0005}
 
 
 class Request(NamedTuple):
@@ -248,25 +309,25 @@ class Request(NamedTuple):
 
 
 def read_options(argv: Sequence[str] | None, description: str) -> Request:
-    """Read a command line.
+    """Parse a command line.
 
     Raises:
-        SystemExit: If an option is unknown, a value is none that it may have, or two contradict each other.
+        SystemExit: If an option is unknown, a value is not permitted, or two options contradict each other.
     """
     args = _parser(description).parse_args(argv)
     for name, value in vars(args).items():
         if value == [] or (isinstance(value, str) and "\0" in value):  # argparse makes a list of "--name=--"
             raise SystemExit(f"error: --{name.replace('_', '-')} must be a text, got {value or '--'!r}.")
     given = {
-        name: checked(name, _from_text(OPTIONS[name].metadata["kind"].type, value), "--" + name.replace("_", "-"))
+        name: checked(name, _from_text(OPTIONS[name].metadata["kind"], value), "--" + name.replace("_", "-"))
         for name, value in vars(args).items()
         if name in OPTIONS
     }
-    runs = _from_text(int, args.runs)
+    runs = _from_text(Kind(int), args.runs)
     if not Kind(int, low=1, high=10_000).allows(runs):
         raise SystemExit(f"error: --runs must be a whole number from 1 to 10000, got {runs!r}.")
     if args.resume and args.out is None:
-        raise SystemExit("error: --resume needs --out DIR, the folder of the run that goes on.")
+        raise SystemExit("error: --resume needs --out DIR, the folder of the run to resume.")
     if args.out == "":
         raise SystemExit("error: --out must name a folder, got ''.")
     chosen = {} if args.config is None else _from_file(Path(args.config))
@@ -292,23 +353,23 @@ def read_options(argv: Sequence[str] | None, description: str) -> Request:
 
 
 def checked(name: str, value: object, where: str) -> Any:  # noqa: ANN401 - an option's value
-    """Return a value as it is used, or refuse it; `where` is what messages call it."""
+    """Return a value in its normal form, or refuse it; `where` is what messages call it."""
     kind: Kind = OPTIONS[name].metadata["kind"]
     if not kind.allows(value):
         raise SystemExit(f"error: {where} must be {kind.expected()}, got {value!r}{_meant(value, kind.choices)}")
     if kind.native is not None:
         return size_name(size(str(value)))
-    return kind.type(value)
+    return None if value is None else kind.type(value)
 
 
 def config_files(out: Path) -> list[Path]:
-    """The config.json of a run's folder, or those of the seeds and methods below it."""
+    """List the config.json of a run, or those of the seeds and methods below its folder."""
     patterns = ("config.json", "*/config.json", "*/*/config.json")
     return next((paths for pattern in patterns if (paths := sorted(out.glob(pattern)))), [])
 
 
 def size(text: str) -> tuple[int, int] | None:
-    """'512x1024' as (512, 1024), '512' as a square, 'native' as None."""
+    """Parse '512x1024' as (512, 1024), '512' as a square, 'native' as None."""
     if text == "native":
         return None
     height, _, width = text.partition("x")
@@ -316,12 +377,12 @@ def size(text: str) -> tuple[int, int] | None:
 
 
 def size_name(value: tuple[int, int] | None) -> str:
-    """The reverse: what metrics.json calls it."""
+    """Undo `size`; metrics.json uses these names."""
     return "native" if value is None else f"{value[0]}x{value[1]}"
 
 
 def label_sizes(config: Config) -> list[tuple[int, int] | None]:
-    """The sizes that labels are scored at: that of the images and twice it, or their own."""
+    """List the label sizes to score at: the images' size and twice that, or the labels' own."""
     image_size = size(config.target_size)
     return [None] if image_size is None else [image_size, (2 * image_size[0], 2 * image_size[1])]
 
@@ -332,16 +393,15 @@ def _parser(description: str) -> argparse.ArgumentParser:
         usage="%(prog)s [options]",
     )  # fmt: skip
     parser.add_argument("--demo", action="store_true",
-                        help="render a small pair of domains and train on it (default: off)")  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/<time>-<method>)")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on where the run in --out stopped (default: off)")  # fmt: skip
+                        help="render two small domains and train on them (default: off)")  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", help="output folder (default: runs/<time>-<method>)")
+    parser.add_argument("--resume", action="store_true", help="resume the run in --out (default: off)")
     parser.add_argument("--runs", default="1", metavar="N",
-                        help="train so many seeds, report mean and deviation [seeds] (default: 1)")  # fmt: skip
+                        help="number of seeds, counted from --seed [seeds] (default: 1)")  # fmt: skip
     parser.add_argument("--config", metavar="FILE",
-                        help="options from a JSON file, such as a run's own config.json (default: none)")  # fmt: skip
+                        help="JSON file with options, such as a run's config.json (default: none)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true",
-                        help="print options and plan and what would stop the run (default: off)")  # fmt: skip
+                        help="print options, plan and anything that would stop the run (default: off)")  # fmt: skip
     group: Any = parser
     for name, one in OPTIONS.items():
         group = parser.add_argument_group(GROUPS[name]) if name in GROUPS else group
@@ -356,27 +416,34 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def _help(one: Field[Any]) -> str:
-    """Text, unit and default of an option."""
+    """Compose an option's help from its text, its unit, its default and what the recipes set."""
 
     def shown(value: object) -> str:
-        return ("on" if value else "off") if isinstance(value, bool) else "none" if value == "" else f"{value}"
+        return ("on" if value else "off") if isinstance(value, bool) else "none" if value in {"", None} else f"{value}"
 
     unit = f" [{one.metadata['kind'].unit}]" if one.metadata["kind"].unit else ""
-    paper = PAPER_OPTIONS.get(one.name, one.default)
-    default = shown(one.default) + (f"; {shown(paper)} by --recipe paper" if paper != one.default else "")
+    others: dict[str, list[str]] = {}
+    for recipe, values in RECIPES.items():
+        if (value := values.get(one.name, one.default)) != one.default:
+            others.setdefault(shown(value), []).append(recipe)
+    default = shown(one.default) + "".join(
+        f"; {value} by --recipe {' or '.join(names)}" for value, names in others.items()
+    )
     return f"{one.metadata['text']}{unit} (default: {default})".replace("%", "%%")
 
 
-def _from_text(kind: type, value: Any) -> Any:  # noqa: ANN401 - a flag's value
-    """A number, where the text is one."""
+def _from_text(kind: Kind, value: Any) -> Any:  # noqa: ANN401 - a flag's value
+    """Convert a flag's text to a number or None where it is one."""
+    if kind.optional and value == "none":
+        return None
     try:
-        return kind(value) if kind in {int, float} else value
+        return kind.type(value) if kind.type in {int, float} else value
     except ValueError:
         return value
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    """The options that a file holds."""
+    """Read the options in a file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -390,57 +457,58 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def _meant(value: object, names: Sequence[Any]) -> str:
-    """The end of a message, with what was meant, perhaps."""
+    """End an error message, with a suggestion if a name is close."""
     near = difflib.get_close_matches(str(value), [str(name) for name in names], 1)
     return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _resolved(chosen: dict[str, Any], *, demo: bool) -> Config:
-    """What was chosen over the recipe over the defaults."""
-    options: dict[str, Any] = PAPER_OPTIONS if chosen.get("recipe") == "paper" else {}
+    """Apply what was chosen over the recipe over the defaults."""
+    options = dict(RECIPES[chosen.get("recipe", "released")])
+    optimizer = chosen.get("optimizer", options.get("optimizer", "sgd"))
     if chosen.get("synthia"):
-        options = {**options, "source_size": "760x1280"}  # its own size
+        options |= {"source_size": "760x1280"}  # SYNTHIA's own size
     if chosen.get("source"):
-        size_of_target = chosen.get("target_size", "native")
-        options = {**options, "source_size": "native", "target_size": "native", "evaluation": size_of_target}
+        options |= {"source_size": "native", "target_size": "native"}
+    if optimizer == "adamw":
+        options |= {"repeated": False, "nesterov": False}
     if not is_ours(chosen.get("network", "resnet101")):
-        options = {**options, "repeated": False}
+        options |= {"repeated": False}
     if demo:
-        options = {**options, **DEMO_OPTIONS}
+        options |= {**DEMO_OPTIONS, "lr": DEMO_LR[optimizer]}
         if chosen.get("weights"):
             options["random_init"] = False
-    return Config(**{**options, **chosen})
+    config = Config(**{**options, **chosen})
+    return _fitted(config, chosen.keys() | (DEMO_OPTIONS.keys() if demo else set()))
+
+
+def _fitted(config: Config, fixed: Collection[str]) -> Config:
+    """Fit defaults to the length of the run and to the sizes of crops and images, except those of `fixed` options."""
+    area = prod(size(config.crop) or ()) / 512**2
+    sizes = label_sizes(config)
+    fitted: dict[str, Any] = {
+        "warmup": min(config.warmup, config.steps // 10),
+        "rare_pixels": max(1, round(3000 * min(1, area))) if config.rare_classes else config.rare_pixels,
+        "evaluation": size_name(sizes[0 if config.recipe == "released" else -1]),
+    }
+    return replace(config, **{name: value for name, value in fitted.items() if name not in fixed})
 
 
 def _refuse_contradictions(config: Config, given: dict[str, Any], *, demo: bool) -> None:
-    """Look at options together."""
-    scored = [size_name(one) for one in label_sizes(config)]
+    """Check options against each other.
+
+    Raises:
+        SystemExit: If some contradict each other or one is missing.
+    """
     problem = _data_problem(config, given, demo=demo)
-    if problem:
-        pass
-    elif config.weights and config.random_init:
-        problem = "give --weights FILE or --random-init, not both"
-    elif is_ours(config.network) and not (config.weights or config.random_init):
-        problem = (
-            "give --weights FILE: the paper starts from weights trained on COCO, and ResNet-101 from random ones comes "
-            "nowhere near its numbers; or --random-init, to go on all the same"
-        )
-    elif is_ours(config.network) and config.head:
-        problem = "--head is for --network MODULE:FUNCTION; DeepLab-v2's is known"
-    elif min(size(config.crop) or ()) < SMALLEST:
-        problem = f"--crop must be {SMALLEST}x{SMALLEST} at least, the stride of the network, got {config.crop}"
-    elif config.evaluation not in scored:
-        problem = f"--evaluation must be one of the scored sizes, {' or '.join(scored)}, got {config.evaluation!r}"
-    elif config.nesterov and config.momentum == 0:
-        problem = "--nesterov needs --momentum above 0"
-    else:
-        problem = _unusable(config.device)
-    if problem:
+    for found in () if problem else (_of_network(config), _of_training(config)):
+        problem = problem or next((text for wrong, text in found if wrong), "")
+    if problem := problem or unusable(config.device):
         raise SystemExit(f"error: {problem}.")
 
 
 def _data_problem(config: Config, given: dict[str, Any], *, demo: bool) -> str:
-    """What is contradictory or lacking in the data that was named."""
+    """Say what is contradictory or missing in the choice of data."""
     papers, own = ([name for name in names if getattr(config, name)] for names in (PAPER_DATA, OWN_DATA))
     if demo:
         named = [name for name in PAPER_DATA if given.get(name)] + own + (["synthia"] if config.synthia else [])
@@ -448,19 +516,50 @@ def _data_problem(config: Config, given: dict[str, Any], *, demo: bool) -> str:
     if own and papers:
         return f"--{own[0]} takes the place of --{papers[0]}; give one of them"
     if own:
-        lacking = [f"--{name}" for name in OWN_DATA if name not in own]
-        return f"--{own[0]} needs {' and '.join(lacking)} too" if lacking else ""
+        missing = [f"--{name}" for name in OWN_DATA if name not in own]
+        return f"--{own[0]} needs {' and '.join(missing)} too" if missing else ""
     if bool(config.gta5) == bool(config.synthia):
         return "give --gta5 DIR or --synthia DIR, or --source, --target and --classes, or --demo"
     return "" if config.cityscapes else "--cityscapes DIR is needed, or --demo"
 
 
-def _unusable(device: str) -> str:
-    """Why a device cannot be trained on, if it cannot."""
+Checks = Iterator[tuple[bool, str]]  # whether something is wrong, and what
+
+
+def _of_network(config: Config) -> Checks:
+    ours, initialised = is_ours(config.network), bool(config.weights or config.random_init)
+    needed = (
+        "give --weights FILE: the paper starts from weights trained on COCO, and ResNet-101 from random weights comes "
+        "nowhere near its numbers; or --random-init to train from scratch"
+    )
+    yield bool(config.weights and config.random_init), "give --weights FILE or --random-init, not both"
+    yield ours and not initialised, needed
+    yield ours and bool(config.head), "--head is for --network MODULE:FUNCTION; the head of DeepLab-v2 is known"
+
+
+def _of_training(config: Config) -> Checks:
+    crop, scored = size(config.crop) or (0, 0), [size_name(one) for one in label_sizes(config)]
+    sides = f"{SMALLEST_CROP}x{SMALLEST_CROP} at least, the stride of the network"
+    yield min(crop) < SMALLEST_CROP, f"--crop must be {sides}, got {config.crop}"
+    sizes = f"one of the scored sizes, {' or '.join(scored)}"
+    yield config.evaluation not in scored, f"--evaluation must be {sizes}, got {config.evaluation!r}"
+    yield config.nesterov and config.momentum == 0, "--nesterov needs --momentum above 0"
+    for name in ("nesterov", "repeated"):
+        yield getattr(config, name) and config.optimizer != "sgd", f"--{name} needs --optimizer sgd"
+    warmup, steps = config.warmup, config.steps
+    yield warmup >= steps, f"--warmup must be less than --steps, got {warmup} of {steps}"
+    top, bottom = config.ignore_top, config.ignore_bottom
+    yield top + bottom >= 512, f"--ignore-top {top} and --ignore-bottom {bottom} must leave some of 512 rows"
+    block, large = config.consistency_block, config.consistency and (config.consistency_block or 0) > min(crop)
+    yield large, f"--consistency-block must fit into --crop {config.crop}, got {block}; give a smaller one, or none"
+
+
+def unusable(device: str) -> str:
+    """Say why a device cannot be trained on, if it cannot."""
     try:
         kind = torch.device(device)
         if kind.type == "cuda" and (kind.index or 0) < torch.cuda.device_count():
-            return ""  # looking closer would take memory of that GPU, in every process
+            return ""  # a closer look would take GPU memory in every process
         if kind.type == "meta":
             raise RuntimeError("it holds no numbers")
         torch.empty(1, device=kind)

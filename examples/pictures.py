@@ -1,4 +1,4 @@
-"""The pictures of a report: what was mixed, and what is predicted."""
+"""The pictures of a report: mixed images and predictions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from colorsys import hsv_to_rgb
@@ -17,10 +17,10 @@ from crossmix.visualize import colorize, gallery
 
 __all__ = ["CLASS_COLORS", "mixed_rows", "predicted_rows", "write_pictures"]
 
-PICTURES = 4  # rows of a kind on a page
+PICTURES = 4  # rows per kind
 MADE = (hsv_to_rgb(0.618 * i % 1, 0.5 + i % 3 / 4, 1 - i % 2 / 3) for i in range(255 - len(PALETTE)))
 CLASS_COLORS = PALETTE + tuple((int(255 * red), int(255 * green), int(255 * blue)) for red, green, blue in MADE)
-"""Of train ids: those of Cityscapes, and then others for data with more classes."""
+"""Colours by train id: those of Cityscapes, then more for data with more classes."""
 
 
 @torch.no_grad()
@@ -30,13 +30,13 @@ def mixed_rows(
     images: tuple[Tensor, Tensor, Tensor],
     draw: Any,  # noqa: ANN401
 ) -> list[list[Tensor]]:
-    """Source, target, mixed image and mixed label of a batch (Figure 4 of the paper), without moving any state.
+    """Show source, target, mixed image and mixed label of a batch (Figure 4 of the paper), leaving all state as it is.
 
     Args:
         training: The method.
-        student: Its network, without a wrapper.
+        student: Its network, not wrapped.
         images: Source images, source labels, target images.
-        draw: What `training.sample` returned.
+        draw: Result of `training.sample`.
     """
     source_images, source_labels, target_images = images
     modes = {module: module.training for module in training.modules()}
@@ -62,13 +62,13 @@ def mixed_rows(
 def predicted_rows(
     student: nn.Module, samples: Iterable[Sample], shape: tuple[int, int], device: str
 ) -> list[list[Tensor]]:
-    """Image, prediction and ground truth (Figure 6 of the paper), all of one shape.
+    """Show images, predictions and ground truth (Figure 6 of the paper), all in one shape.
 
     Args:
-        student: The network, without a wrapper.
-        samples: Labelled images.
-        shape: Height and width that images are resized to.
-        device: Where the network is.
+        student: The network, not wrapped.
+        samples: Images, labelled or not.
+        shape: Height and width to which images are resized.
+        device: Device of the network.
     """
     rows = []
     mode = student.training
@@ -84,7 +84,7 @@ def predicted_rows(
 
 
 def write_pictures(folder: Path, kinds: Mapping[str, Sequence[Sequence[Tensor]]]) -> None:
-    """The first rows of each kind, a file for every picture: KIND-ROW-COLUMN.png."""
+    """Write the first rows of each kind, one file per picture: KIND-ROW-COLUMN.png."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()

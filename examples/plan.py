@@ -1,4 +1,4 @@
-"""What a run of the trainer would do, read and need, and what would stop it: found without training anything."""
+"""Plan a run of the trainer without training: what it needs, and what would stop it."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from crossmix.datasets import DataError
 from crossmix.models import WeightsError, load_weights
 from crossmix.optim import parameter_groups
-from domains import Data, class_names, crop_size, open_data, target_labels, too_small
+from domains import COUNTS, Data, class_names, crop_size, open_data, target_labels, too_small
 from networks import is_ours, new_network, tried
 from options import Config, Request, config_files, size
 
@@ -22,7 +22,7 @@ __all__ = ["empty_network", "has_begun", "head_of", "plan", "problems"]
 
 
 def plan(request: Request) -> dict[str, Any]:
-    """Counts, evaluations, disk and memory, computed."""
+    """Compute the number of images and evaluations, and the disk space and memory needed."""
     config = request.config
     images: Any = "rendered by the demo"
     if not request.demo:
@@ -38,20 +38,21 @@ def plan(request: Request) -> dict[str, Any]:
 
 
 def costs(config: Config) -> dict[str, Any]:
-    """Disk and memory, computed from shapes alone."""
+    """Compute disk space and memory from shapes alone."""
     network = empty_network(config, meta=True).train()
     saved: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage  # each once, however often it is saved
+        saved[storage._cdata] = storage  # once, however often autograd saves it
         return tensor
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             network(torch.empty(config.batch, 3, *crop_size(config), device="meta"))
-        memory: Any = (copies(config) + 3) * size_of(network) + 2 * sum(storage.nbytes() for storage in saved.values())
-    except Exception:  # not everybody's network can do without numbers
+        graphs = 1 if config.method == "source" else 3 if config.consistency else 2
+        memory: Any = (copies(config) + 3) * size_of(network) + graphs * sum(one.nbytes() for one in saved.values())
+    except Exception:  # some networks cannot run without data
         if is_ours(config.network):
             raise
         memory = None
@@ -62,41 +63,41 @@ def costs(config: Config) -> dict[str, Any]:
 
 
 def size_of(network: nn.Module) -> int:
-    """Bytes of its weights and buffers."""
+    """Count the bytes of weights and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
 
 
 def copies(config: Config) -> int:
-    """How often a run holds the weights: student, momentum, teacher."""
-    return 2 if config.method == "source" else 3
+    """Count the tensors per weight: student, state of the optimizer, teacher."""
+    return 1 + {"sgd": 1, "adamw": 2}[config.optimizer] + (config.method != "source")
 
 
 def checkpoints(config: Config, network: nn.Module) -> int:
-    """Bytes of the checkpoints of one training: the last two and the best."""
+    """Count the bytes of one training's checkpoints: the last two and the best."""
     return 3 * copies(config) * size_of(network)
 
 
 def empty_network(config: Config, *, meta: bool = False) -> nn.Module:
-    """The student as it is built, whose small logits the loss upsamples, in blocks; without numbers if on `meta`."""
+    """Build the student, whose logits are small: the loss upsamples them. On `meta` it holds no data."""
     with torch.device("meta") if meta and is_ours(config.network) else nullcontext():
         network = new_network(config.network, len(class_names(config)), aspp_branches=config.aspp_branches)
     return network.to("meta") if meta else network
 
 
 def head_of(config: Config) -> str | list[str] | None:
-    """What learns ten times as fast."""
+    """Name the head, whose learning rate is multiplied by `head_factor`."""
     return "layer5" if is_ours(config.network) else config.head.split(",") if config.head else None
 
 
 def problems(request: Request, folders: list[Path], world: int = 1) -> list[str]:
-    """What would stop a run.
+    """List what would stop a run.
 
     Args:
-        request: What was asked for.
-        folders: Those of its trainings; none where they are still to be chosen.
-        world: How many processes there are.
+        request: The request.
+        folders: Folders of its trainings; empty if they are not chosen yet.
+        world: The number of processes.
     """
-    fresh = not (request.resume and all(map(has_begun, folders)))  # otherwise all comes from the checkpoints
+    fresh = not (request.resume and all(map(has_begun, folders)))  # otherwise everything is in the checkpoints
     looks: list[Callable[[], Iterator[str]]] = [
         lambda: _of_packages(request),
         lambda: _of_folders(request, folders),
@@ -117,7 +118,7 @@ def problems(request: Request, folders: list[Path], world: int = 1) -> list[str]
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a training has left something that would be lost, or gone on from."""
+    """Whether a training has left results that could be lost or resumed."""
     return any(folder.glob("checkpoints/*.pt")) or (folder / "metrics.json").exists()
 
 
@@ -152,7 +153,7 @@ def _of_folders(request: Request, folders: list[Path]) -> Iterator[str]:
     network = empty_network(request.config, meta=True)
     needed = request.runs * len(request.methods) * checkpoints(request.config, network) / 1e6
     room = shutil.disk_usage(existing(out or Path("runs")))
-    if room.free / 1e6 < needed and room.total:  # some file systems do not say
+    if room.free / 1e6 < needed and room.total:  # 0 on file systems that do not say
         yield (
             f"--out {out or 'runs'}: checkpoints will need {needed:.0f} MB, and only {room.free / 1e6:.0f} MB are "
             "free; make room, or give another --out."
@@ -160,12 +161,12 @@ def _of_folders(request: Request, folders: list[Path]) -> Iterator[str]:
 
 
 def existing(path: Path) -> Path:
-    """A path, or the first above it that there is."""
+    """Return the path or its nearest existing parent."""
     return next(one for one in (path, *path.absolute().parents) if one.exists())
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why nothing can be written to a folder that is there or will be made."""
+    """Say why nothing can be written to a folder, existing or not."""
     place = existing(folder)
     if not place.is_dir():
         return f"{place} is no folder"
@@ -173,8 +174,8 @@ def unwritable(folder: Path) -> str | None:
 
 
 def _visible(out: Path) -> Iterator[Path]:
-    """What is in a folder, but for what a run makes before it begins."""
-    return (path for path in out.iterdir() if not path.name.startswith(".") and path.name != "data")
+    """List the contents of a folder, except what a run creates before its config.json."""
+    return (path for path in out.iterdir() if not path.name.startswith(".") and path.name not in {"data", COUNTS})
 
 
 def _of_weights(config: Config) -> Iterator[str]:
@@ -183,7 +184,7 @@ def _of_weights(config: Config) -> Iterator[str]:
 
 
 def _of_network(request: Request) -> Iterator[str]:
-    """Whether somebody's network trains on crops, and sees what it will be evaluated on."""
+    """Try your own network on crops and on images as they will be evaluated."""
     config = request.config
     network, classes = empty_network(config), len(class_names(config))
     parameter_groups(network, config.lr, head=head_of(config))
@@ -214,7 +215,7 @@ def _of_data(config: Config, world: int, *, fresh: bool) -> Iterator[str]:
         target_labels(config)
     for name, samples in zip(Data._fields, data, strict=True):
         try:
-            samples[0]  # what is wrong with all of them is wrong with the first
+            samples[0]  # finds what is wrong with all of them
         except ValueError as error:
             if name == "validation":
                 raise

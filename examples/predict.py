@@ -1,20 +1,19 @@
-"""Segment any images: train ids, colour maps and overlays.
+"""Segment images into train ids, colour maps and overlays.
 
-    python examples/predict.py --weights dacs.pth photo.jpg --out predicted                   a released checkpoint
-    python examples/predict.py --weights X.pt --entry teacher FOLDER --out predicted          one of the trainer's
+    python examples/predict.py --weights dacs.pth photo.jpg --out predicted             a released checkpoint
+    python examples/predict.py --weights X.pt --entry teacher FOLDER --out predicted    a checkpoint of the trainer
 
-For each image, of a folder's in its subfolders too, OUT gets NAME_trainIds.png (a byte per pixel, the train id),
-NAME_color.png (in the colours of Cityscapes) and NAME_overlay.png (half image, half colour), of the image's own size.
-A photograph is turned as its EXIF orientation says; what is neither PNG nor JPEG is left out and named. Images are
-resized to the size that the published network was trained at, 512 x 1024, or a run of the trainer; the logits are then
-upsampled.
+For each image, including those in subfolders, OUT receives NAME_trainIds.png (one byte per pixel, the train id),
+NAME_color.png (in the colours of Cityscapes) and NAME_overlay.png (half image, half colour), all in the image's own
+size. Photographs are rotated according to their EXIF orientation; files that are neither PNG nor JPEG are left out and
+listed. For the network, images are resized to the size used in training, 512 x 1024 for the published one; the logits
+are then upsampled.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,8 @@ from crossmix.datasets import DataError, image_files, read_image, write_png
 from crossmix.engine import Progress
 from crossmix.models import DeepLabV2, WeightsError
 from crossmix.visualize import colorize
-from evaluate import image_size, load_network, network_name, saved_config, usable_device
-from networks import EXPECTED, NetworkError
+from evaluate import add_network_options, load_network, trained_size
+from networks import AUTOCAST, NetworkError, small_logits
 from pictures import CLASS_COLORS
 
 KINDS = ("ids", "color", "overlay")
@@ -33,13 +32,12 @@ SUFFIXES = {"ids": "_trainIds.png", "color": "_color.png", "overlay": "_overlay.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
     args = parse(argv)
     try:
         targets = planned(args.images, args.out, args.what)
         model = load_network(args.weights, args.entry, network=args.network, aspp_branches=args.aspp_branches)
         if "size" not in args:
-            args.size = image_size(saved_config(args.weights).get("target_size", "512x1024"))
+            args.size = trained_size(args.weights)
         predict_all(model.to(args.device), targets, args)
     except (
         DataError,
@@ -55,29 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="PNG or JPEG")
-    parser.add_argument("--weights", required=True, help="a file or URL")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
-    parser.add_argument("--what", nargs="+", choices=KINDS, default=KINDS, help="default: all of them")
-    parser.add_argument("--entry", default="student", help="part of a checkpoint: student, teacher")
-    parser.add_argument("--network", type=network_name, help=f"{EXPECTED}; default: the run's, or resnet101")
-    parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
-    parser.add_argument(
-        "--size",
-        type=image_size,
-        default=argparse.SUPPRESS,
-        help="HxW that images are resized to, or native; default: the run's, or 512x1024",
-    )
-    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--skip", action="store_true", help="go on after an image that cannot be read")
+    parser.add_argument("--what", nargs="+", choices=KINDS, default=KINDS, help="kinds of results; default: all")
+    parser.add_argument("--entry", default="student", help="network in a checkpoint: student, teacher")
+    add_network_options(parser, "--size")
+    parser.add_argument("--skip", action="store_true", help="leave out images that cannot be read")
     return parser.parse_args(argv)
 
 
 def planned(given: Sequence[Path], out: Path, what: Sequence[str]) -> dict[Path, Path]:
-    """Where each image's results go, without an ending: all that can be refused before the first image is read."""
+    """Choose the path of each image's results, without ending; refuse bad input before any image is read."""
     targets: dict[Path, Path] = {}
     for path in given:
         if path.is_dir():
@@ -100,12 +87,16 @@ def planned(given: Sequence[Path], out: Path, what: Sequence[str]) -> dict[Path,
 
 
 def without_ending(path: Path) -> Path:
-    """`a/b.jpg` as `a/b`; the number of `frame.0001` is no ending."""
+    """Turn `a/b.jpg` into `a/b`, but keep the number of `frame.0001`."""
     return path if path.suffix[1:].isdecimal() else path.with_suffix("")
 
 
 def refuse_clashes(targets: dict[Path, Path], what: Sequence[str]) -> None:
-    """No result is written over another one, or over an image."""
+    """Refuse to write a result over another one or over an image.
+
+    Raises:
+        DataError: If that would happen.
+    """
     inputs = {image.resolve() for image in targets}
     taken: dict[Path, Path] = {}
     for image, target in targets.items():
@@ -118,7 +109,6 @@ def refuse_clashes(targets: dict[Path, Path], what: Sequence[str]) -> None:
 
 
 def predict_all(model: nn.Module, targets: dict[Path, Path], args: argparse.Namespace) -> None:
-    """Segment one image after the other."""
     progress = Progress(len(targets), title="predict")
     every = 1 if sys.stderr.isatty() else -(-len(targets) // 20)
     skipped = 0
@@ -143,12 +133,12 @@ def predict_all(model: nn.Module, targets: dict[Path, Path], args: argparse.Name
 
 @torch.no_grad()
 def predicted(model: nn.Module, image: Tensor, size: tuple[int, int] | None, precision: str = "fp32") -> Tensor:
-    """Train ids of an image.
+    """Predict the train ids of an image.
 
     Args:
         model: The network, in eval mode.
         image: (3, H, W) uint8.
-        size: Height and width that it is resized to for the network, bilinear and antialiased; None leaves it.
+        size: Height and width to which the image is resized, bilinear and antialiased; None leaves it as it is.
         precision: `"fp32"`, or `"bf16"` or `"fp16"` for autocast.
 
     Returns:
@@ -156,16 +146,14 @@ def predicted(model: nn.Module, image: Tensor, size: tuple[int, int] | None, pre
     """
     device = next(model.parameters()).device
     small = image[None] if size is None else tf.interpolate(image[None], size=size, mode="bilinear", antialias=True)
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        forward: Any = model.forward_features if isinstance(model, DeepLabV2) else model
-        logits = forward(small.to(device).float() / 255)
+    with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+        logits = small_logits(model)(small.to(device).float() / 255)
     size_of_image = image.shape[1], image.shape[2]
     return argmax_at(logits.float(), size_of_image, align_corners=isinstance(model, DeepLabV2)).cpu()
 
 
 def argmax_at(logits: Tensor, size: tuple[int, int], *, align_corners: bool = True) -> Tensor:
-    """The best class of (1, C, h, w) logits at another size, class by class: a photograph's would take gigabytes."""
+    """Upsample (1, C, h, w) logits and take the best class, one class at a time, as all would take gigabytes."""
     ids = torch.zeros(size, dtype=torch.uint8, device=logits.device)
     best = torch.full(size, -torch.inf, device=logits.device)
     for k in range(logits.shape[1]):
@@ -176,7 +164,6 @@ def argmax_at(logits: Tensor, size: tuple[int, int], *, align_corners: bool = Tr
 
 
 def write_results(target: Path, image: Tensor, ids: Tensor, what: Sequence[str]) -> None:
-    """Write what was asked for."""
     target.parent.mkdir(parents=True, exist_ok=True)
     color = colorize(ids, colors=CLASS_COLORS)
     pictures = {"ids": ids, "color": color, "overlay": ((image.int() + color.int() + 1) // 2).to(torch.uint8)}
@@ -185,7 +172,6 @@ def write_results(target: Path, image: Tensor, ids: Tensor, what: Sequence[str])
 
 
 def with_suffix(target: Path, kind: str) -> Path:
-    """The file of a kind of result."""
     return target.with_name(target.name + SUFFIXES[kind])
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: who does what only one may do."""
+"""The processes of a distributed run."""
 
 import os
 from collections.abc import Callable
@@ -14,42 +14,42 @@ Result = TypeVar("Result")
 
 
 class Ranks(NamedTuple):
-    """The processes of a run."""
+    """This process among the processes of a run."""
 
     rank: int = 0
     world: int = 1
-    control: dist.ProcessGroup | None = None  # for what is decided on the host
+    control: dist.ProcessGroup | None = None  # communicates between hosts, not GPUs
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def once(self, work: Callable[[], Result]) -> Result:
-        """Have the first process do something, while the others wait for what it returns.
+        """Do some work in the first process only, and return its result in all.
 
         Raises:
-            SystemExit: On the others, if it failed.
+            SystemExit: In the other processes, if the work failed.
         """
         if self.world == 1:
             return work()
-        said: list[Any] = [None, False]  # what came of it, and whether nothing did
+        said: list[Any] = [None, False]  # the result, and whether the work failed
         if self.first:
             try:
                 said[0] = work()
             except BaseException:
-                with suppress(RuntimeError):  # the others may have ended already, by the same signal
+                with suppress(RuntimeError):  # the same signal may have ended the others
                     dist.broadcast_object_list([None, True], 0, group=self.control)
                 raise
         dist.broadcast_object_list(said, 0, group=self.control)
         if said[1]:
-            raise SystemExit(1)  # the first process says why
+            raise SystemExit(1)  # the first process gives the reason
         result: Result = said[0]
         return result
 
 
 def start_ranks(device: str, stack: ExitStack) -> Ranks:
-    """Join the other processes, where torchrun has started this one; they part when the stack is left."""
+    """Join the process group if torchrun started this process, until the stack is closed."""
     if "RANK" not in os.environ:
         return Ranks()
     on_gpu = device.startswith("cuda")
@@ -65,6 +65,6 @@ def start_ranks(device: str, stack: ExitStack) -> Ranks:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says; of one that a loader's worker raised, without the worker's traceback."""
+    """Return an error's message, without the traceback that a data-loading worker adds to it."""
     text = str(error).strip()
     return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text

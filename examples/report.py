@@ -1,11 +1,11 @@
-"""Runs of the trainer as HTML pages: one run, or several side by side. The trainer writes both when it ends.
+"""Make HTML pages of the trainer's runs: one run, or several side by side. The trainer makes both when it ends.
 
-    python examples/report.py RUN                                         RUN/report/index.html, of a stopped run too
+    python examples/report.py RUN                                         RUN/report/index.html, also of a stopped run
     python examples/report.py runs/gta5-source runs/gta5-dacs --out DIR   DIR/index.html, which compares them
 
-A folder with the runs of several seeds or methods stands for all of them; scores are then mean and standard deviation
-over the seeds. Only the files of the runs are read: config.json, log.jsonl, metrics.json and report/pictures. A page
-is one file, report.html.j2 filled in, without scripts and without a network.
+A folder that contains the runs of several seeds or methods stands for all of them; scores are then mean and standard
+deviation over the seeds. Only the runs' files are read: config.json, log.jsonl, metrics.json and report/pictures. A
+page is a single file made from report.html.j2, without scripts or network access.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -25,8 +25,9 @@ from xml.etree import ElementTree as ET
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES_16
 from crossmix.engine import RunLog
 from crossmix.recipes import METHODS
+from options import config_files
 from pictures import CLASS_COLORS
-from scores import TITLES, paper_tables, plain, spread
+from scores import CHOSEN, TITLES, deciding_miou, density, paper_tables, plain, shortfall, spread
 
 try:
     import matplotlib as mpl
@@ -39,12 +40,12 @@ except ImportError as error:
 
 __all__ = ["comparison_page", "run_page"]
 
-Curve = tuple[Sequence[float], Sequence[float]]  # steps and values; NaN is a gap
-Charts = dict[str, dict[str, Curve]]  # by title, then by the name of a line
-Gallery = tuple[str, Sequence[str], Sequence[Sequence[Path]]]  # title, titles of the columns, rows
+Curve = tuple[Sequence[float], Sequence[float]]  # steps and values; NaN makes a gap
+Charts = dict[str, dict[str, Curve]]  # by title, then by name of the line
+Gallery = tuple[str, Sequence[str], Sequence[Sequence[Path]]]  # title, column titles, rows
 
 CHARTS = {
-    "loss": {"loss": "loss", "source": "source_loss", "mixed": "mixed_loss"},
+    "loss": {"loss": "loss", "source": "source_loss", "mixed": "mixed_loss", "consistency": "consistency_loss"},
     "confidence on target pixels": {"share over the threshold": "confident", "lambda": "lambda"},
     "learning rate": {"backbone": "lr"},
     "steps per second": {"it/s": "it_per_s"},
@@ -60,15 +61,16 @@ PICTURES = {
     "predicted": ("image", "prediction", "ground truth"),
 }
 PREDICTED = "Predictions on validation images"
+SHORT = "step chosen without labels: mIoU short of the best step"
 MIXED_SOURCE = ("source", "target, not used", "what the student saw", "its label")
 PAPER = "The paper's rows are means of three runs after the last step, on labels of 512 x 1024."
 
-POINTS = 300  # more on a line could not be told apart, and would make a page of megabytes
-MARKED = 40  # up to so many points are marked, and say their numbers
-LARGEST = 1e300  # above, a difference could overflow
-COLORS = 8  # of lines, which the page names
+POINTS = 300  # per line; more could not be told apart and would make the page megabytes large
+MARKED = 40  # lines of at most this many points have markers that show their values
+LARGEST = 1e300  # differences between larger values could overflow
+COLORS = 8  # line colours that the page defines
 DASHES = ("-", "--", ":")
-INK = "#010203"  # stands for the colour of the text around a chart
+INK = "#010203"  # placeholder for the colour of the surrounding text
 STYLE: Any = {
     **{f"{part}.color": INK for part in ("text", "xtick", "ytick", "grid")},
     "axes.edgecolor": INK,
@@ -87,7 +89,7 @@ STYLE: Any = {
 
 
 class Run(NamedTuple):
-    """What the folder of a run holds."""
+    """The contents of a run's folder."""
 
     folder: Path
     config: dict[str, Any]
@@ -96,25 +98,34 @@ class Run(NamedTuple):
 
     @property
     def synthia(self) -> bool:
-        """Whether its source labels 16 of the classes."""
+        """Whether the source is SYNTHIA, which labels 16 of the classes."""
         return bool(self.config["synthia"])
 
     @property
     def benchmark(self) -> str:
-        """Its two domains."""
+        """The two domains."""
         if self.config.get("source"):
             return " to ".join(Path(self.config[name]).resolve().name for name in ("source", "target"))
         return f"{'SYNTHIA' if self.synthia else 'GTA5'} to Cityscapes"
 
     @property
     def classes(self) -> list[str]:
-        """What its classes are called."""
+        """The names of the classes."""
         if (last := self.metrics["last"]) is not None:
             return list(last["student"][self.config["evaluation"]]["per_class"])
         return [] if self.config.get("source") else list(CLASS_NAMES)
 
+    def miou(self, entry: Mapping[str, Any], who: str = "student") -> float | None:
+        """The mean IoU that decides, from an evaluation."""
+        return deciding_miou(entry, evaluation=self.config["evaluation"], synthia=self.synthia, who=who)
+
+    def chosen(self) -> dict[str, dict[str, Any]]:
+        """The evaluations that are singled out, by title."""
+        titles = {"last": "last step", **CHOSEN}
+        return {words: self.metrics[title] for title, words in titles.items() if self.metrics.get(title)}
+
     def pictures(self, kind: str) -> list[list[Path]]:
-        """Its whole rows of pictures of a kind."""
+        """The complete rows of pictures of a kind."""
         folder = self.folder / "report" / "pictures"
         starts = [path.name.removesuffix("-0.png") for path in sorted(folder.glob(f"{kind}-*-0.png"))]
         rows = [sorted(folder.glob(f"{start}-*.png")) for start in starts]
@@ -122,10 +133,9 @@ class Run(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of several")
-    parser.add_argument("--out", type=Path, help="folder of the page that compares them")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of one run or of several")
+    parser.add_argument("--out", type=Path, help="folder for the page that compares them")
     args = parser.parse_args(argv)
     found: dict[tuple[str, str], list[Path]] = {}
     for given in args.runs:
@@ -143,16 +153,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder itself, or the runs of seeds and methods below it."""
-    patterns = ("config.json", "*/config.json", "*/*/config.json")
-    found = next((paths for pattern in patterns if (paths := sorted(folder.glob(pattern)))), None)
-    if found is None:
-        raise SystemExit(f"error: {folder}: holds no config.json of a run; pass what --out was for the trainer.")
+    """List the run in a folder, or those of the seeds and methods below it."""
+    found = config_files(folder)
+    if not found:
+        raise SystemExit(f"error: {folder}: holds no config.json of a run; pass the --out of the trainer.")
     return [path.parent for path in found]
 
 
 def read_run(folder: Path) -> Run:
-    """Read what a run has written so far."""
+    """Read the files that a run has written so far."""
     metrics: dict[str, Any] = {"evaluations": [], "last": None, "best": None}  # before the first evaluation
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -169,10 +178,7 @@ def read_run(folder: Path) -> Run:
 def run_page(folder: Path) -> Path:
     """Write report/index.html of a run: scores, curves, pictures, configuration."""
     run = read_run(folder)
-    last = run.metrics["last"] is not None
-    entries = {
-        f"{title} step, {run.metrics[title]['step']}": [run.metrics[title]] for title in ("last", "best") if last
-    }
+    entries = {f"{words}, {entry['step']}": [entry] for words, entry in run.chosen().items()}
     titles = {"mixed": "The last step's images", "predicted": PREDICTED}
     headers = {**PICTURES, "mixed": MIXED_SOURCE} if run.config["method"] == "source" else PICTURES
     return write(
@@ -180,7 +186,7 @@ def run_page(folder: Path) -> Path:
         classes=run.classes,
         title=f"{run.config['method']}, {run.benchmark}, seed {run.config['seed']}",
         figures={"steps done": f"{run.log[-1]['step'] if run.log else 0} of {run.config['steps']}", **key_figures(run)},
-        scores=score_tables(entries, run.config) if last else [],
+        scores=score_tables(entries, run.config) if entries else [],
         charts={"Curves": charts(run)},
         galleries=[(title, headers[kind], run.pictures(kind)) for kind, title in titles.items()],
         facts={"Configuration": options(run)},
@@ -188,7 +194,7 @@ def run_page(folder: Path) -> Path:
 
 
 def comparison_page(groups: Mapping[str, Sequence[Path]], out: Path) -> Path:
-    """Write a page that sets groups of runs side by side; a group is one method under several seeds."""
+    """Write a page that compares groups of runs; a group is one method under several seeds."""
     runs = {name: [read_run(folder) for folder in folders] for name, folders in groups.items()}
     every = [run for group in runs.values() for run in group]
     first = every[0]
@@ -200,8 +206,9 @@ def comparison_page(groups: Mapping[str, Sequence[Path]], out: Path) -> Path:
             raise SystemExit(
                 f"error: {run.folder}: has another source or label size, or other classes, than {first.folder}."
             )
-    entries = {f"{name}, {title} step": [run.metrics[title] for run in group]
-               for title in ("last", "best") for name, group in runs.items()}  # fmt: skip
+    entries = {f"{name}, {words}": [run.chosen()[words] for run in group] for words in first.chosen()
+               for name, group in runs.items() if all(words in run.chosen() for run in group)}  # fmt: skip
+    short = {name: [shortfall(run.metrics, run.miou) for run in group] for name, group in runs.items()}
     configs = [options(group[0]) for group in runs.values()]
     names = dict.fromkeys(name for config in configs for name in config)
     differing = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
@@ -209,7 +216,12 @@ def comparison_page(groups: Mapping[str, Sequence[Path]], out: Path) -> Path:
         out,
         classes=first.classes,
         title=f"{', '.join(runs)}: {first.benchmark}",
-        note="Mean and standard deviation over the runs of each row, where there are several.",
+        note="Rows of several runs show mean and standard deviation.",
+        figures={
+            f"{name}, {SHORT}": f"{spread(values)} points"
+            for name, values in short.items()
+            if any(value is not None for value in values)
+        },
         scores=score_tables(entries, first.config),
         charts={"Curves, means over runs": compared({name: list(map(charts, group)) for name, group in runs.items()})},
         galleries=[compared_predictions({name: group[0] for name, group in runs.items()})],
@@ -226,7 +238,7 @@ def write(
     galleries: Iterable[Gallery],
     **content: object,
 ) -> Path:
-    """Fill in the template, with charts drawn and pictures embedded; a reader never sees half a page."""
+    """Fill in the template, draw the charts and embed the pictures; the file is replaced atomically."""
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -252,7 +264,7 @@ def write(
 
 
 def options(run: Run) -> dict[str, object]:
-    """A run's configuration, then the versions it ran with."""
+    """List a run's options, then the versions that it ran with."""
     versions: dict[str, object] = run.config.get("versions", {})
     return {name: value for name, value in run.config.items() if name != "versions"} | versions
 
@@ -261,24 +273,25 @@ def options(run: Run) -> dict[str, object]:
 
 
 def key_figures(run: Run) -> dict[str, str]:
-    """Last and best mIoU, by the label size and the classes that decide."""
-    key = "miou_16" if run.synthia else "miou"
-    figures = {}
-    for title in ("last", "best"):
-        entry = run.metrics[title] or {}
-        for who in ("student", "teacher"):
-            if who in entry:
-                scores = entry[who][run.config["evaluation"]]
-                figures[f"{who}, {title} ({entry['step']}): {TITLES[key]}"] = f"{spread([scores[key]])} %"
+    """Format the mean IoU of the steps that are singled out, and the price of choosing one without labels."""
+    title = TITLES["miou_16" if run.synthia else "miou"]
+    figures = {
+        f"{who}, {words} ({entry['step']}): {title}": f"{spread([run.miou(entry, who)])} %"
+        for words, entry in run.chosen().items()
+        for who in ("student", "teacher")
+        if who in entry
+    }
+    if (lost := shortfall(run.metrics, run.miou)) is not None:
+        figures[f"student, {SHORT}"] = f"{spread([lost])} points"
     return figures
 
 
 def score_tables(entries: Mapping[str, Sequence[dict[str, Any]]], config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A table for each label size, the deciding one first: IoU in percent of student and teacher, by class.
+    """Make a table for each label size, the deciding one first: IoU in percent of student and teacher, by class.
 
     Args:
-        entries: Evaluations by title, of each of the runs that are averaged.
-        config: The options of the runs.
+        entries: Evaluations by title, one for each run that is averaged.
+        config: Options of the runs.
     """
     synthia, deciding = bool(config["synthia"]), config["evaluation"]
     last = next(iter(entries.values()))[0]["student"][deciding]
@@ -318,8 +331,13 @@ def score_tables(entries: Mapping[str, Sequence[dict[str, Any]]], config: Mappin
 
 
 def charts(run: Run) -> Charts:
-    """What the log and the evaluations hold, over steps."""
-    found: Charts = {"mIoU in percent": {who: evaluated(run, who) for who in ("student", "teacher")}}
+    """Collect the curves of log and evaluations, over steps."""
+    found: Charts = {
+        "mIoU in percent": evaluated(run, lambda entry, who: 100 * number(run.miou(entry, who))),
+        "neighbourhood density": evaluated(run, lambda entry, who: number(density(entry, who))),
+    }
+    if not any("unsupervised" in entry for entry in run.metrics["evaluations"]):
+        del found["neighbourhood density"]
     steps = [record["step"] for record in run.log]
     for title, lines in CHARTS.items():
         found[title] = {
@@ -331,16 +349,17 @@ def charts(run: Run) -> Charts:
     return {title: lines for title, lines in kept.items() if lines}
 
 
-def evaluated(run: Run, who: str) -> Curve:
-    """The mean IoU over steps, in percent."""
-    key = "miou_16" if run.synthia else "miou"
-    entries = [entry for entry in run.metrics["evaluations"] if who in entry]
-    values = [100 * number(entry[who][run.config["evaluation"]][key]) for entry in entries]
-    return [entry["step"] for entry in entries], values
+def evaluated(run: Run, value: Callable[[Mapping[str, Any], str], float]) -> dict[str, Curve]:
+    """Read a value of student and teacher from every evaluation that has it."""
+    found = {}
+    for who in ("student", "teacher"):
+        entries = [entry for entry in run.metrics["evaluations"] if who in entry]
+        found[who] = [entry["step"] for entry in entries], [value(entry, who) for entry in entries]
+    return found
 
 
 def compared(groups: Mapping[str, Sequence[Charts]]) -> Charts:
-    """One line of some of the charts, a mean for each group; every group is listed, so that each keeps its colour."""
+    """Average one line of some charts over each group. Every group is listed, so that each keeps its colour."""
     found: Charts = {}
     for title, (chart, line) in COMPARED.items():
         lines = {
@@ -352,19 +371,19 @@ def compared(groups: Mapping[str, Sequence[Charts]]) -> Charts:
 
 
 def mean_curve(lines: Sequence[Curve]) -> Curve:
-    """The mean at the steps that all lines have; a gap where one has a gap."""
+    """Average lines at the steps that all of them have; a gap in one is a gap in the mean."""
     by_step = [dict(zip(*line, strict=True)) for line in lines]
     steps = [step for step in lines[0][0] if all(step in line for line in by_step)]
     return steps, [fmean(line[step] for line in by_step) for step in steps]
 
 
 def number(value: object) -> float:
-    """A value as it can be drawn: NaN for whatever is no finite number."""
+    """Convert a value for drawing: NaN for anything but a finite number."""
     return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else math.nan
 
 
 def thinned(steps: Sequence[float], values: Sequence[float]) -> Curve:
-    """A line of few enough points: of many, the means of equally many neighbours, without their gaps."""
+    """Reduce a long line to means over groups of neighbouring points, leaving out gaps."""
     size = -(-len(steps) // POINTS) or 1
     places, means = [], []
     for i in range(0, len(steps), size):
@@ -376,14 +395,14 @@ def thinned(steps: Sequence[float], values: Sequence[float]) -> Curve:
 
 
 def end(values: Sequence[float]) -> str:
-    """Where a line ends."""
+    """Format the last value of a line."""
     return next((f"{value:.4g}" for value in reversed(values) if not math.isnan(value)), "")
 
 
 def drawn(title: str, lines: Mapping[str, Curve]) -> Markup:
-    """A line chart as an SVG element; the colours of text and lines are the page's."""
+    """Draw a line chart as an SVG element that takes its colours from the page."""
     shown = {name: thinned(*line) for name, line in lines.items()}
-    with mpl.rc_context({**STYLE, "svg.hashsalt": title}):  # ids that no other chart of the page has
+    with mpl.rc_context({**STYLE, "svg.hashsalt": title}):  # unique ids on the page
         figure = Figure(figsize=(4.6, 2.5), layout="constrained")
         axes = figure.subplots()
         for i, (steps, values) in enumerate(shown.values()):
@@ -400,14 +419,14 @@ def drawn(title: str, lines: Mapping[str, Curve]) -> Markup:
 
 
 def marked(values: Sequence[float]) -> list[int]:
-    """Which points get a mark: of a short line all, of a long one those that stand alone between gaps."""
+    """Choose the points to mark: all of a short line, otherwise those that stand alone between gaps."""
     gaps = [math.isnan(value) for value in (math.nan, *values, math.nan)]
     short = gaps.count(False) <= MARKED
     return [i for i in range(len(values)) if not gaps[i + 1] and (short or (gaps[i] and gaps[i + 2]))]
 
 
 def inline(svg: str, title: str, lines: Mapping[str, Curve]) -> Markup:
-    """Matplotlib's SVG file as an element of the page: without namespaces and style, in its colours, with tips."""
+    """Turn Matplotlib's SVG file into an element of the page, with the page's colours and with tooltips."""
     svg = re.sub(r"#0000c(\d)", r"var(--c\1)", svg.replace(INK, "currentColor"))
     root = ET.fromstring(svg)  # noqa: S314 - our own
     for i, (name, (steps, values)) in enumerate(lines.items()):
@@ -423,14 +442,14 @@ def inline(svg: str, title: str, lines: Mapping[str, Curve]) -> Markup:
         for style in element.findall("{*}style"):
             element.remove(style)
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
-    return Markup(ET.tostring(root, encoding="unicode"))  # noqa: S704 - which escapes
+    return Markup(ET.tostring(root, encoding="unicode"))  # noqa: S704 - ElementTree escapes
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
 def compared_predictions(runs: Mapping[str, Run]) -> Gallery:
-    """Image, what each method's first run predicts, and ground truth, where they predicted the same images."""
+    """Show images, each method's predictions and ground truth, for images that all methods predicted."""
     columns = {name: run.pictures("predicted") for name, run in runs.items()}
     same = [
         row for row in zip(*columns.values(), strict=False) if len({image.read_bytes() for image, _, _ in row}) == 1
@@ -440,7 +459,7 @@ def compared_predictions(runs: Mapping[str, Run]) -> Gallery:
 
 
 def embedded(path: Path) -> str:
-    """A picture as a URL that holds it."""
+    """Encode a picture as a data URL."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 

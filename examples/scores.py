@@ -1,47 +1,75 @@
-"""Scores: as metrics.json holds them, in percent for people, and beside the tables of the paper."""
+"""Scores as in metrics.json, in percent for display, and from the tables of the paper."""
 
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES_13, CLASSES_16
 from crossmix.metrics import ConfusionMatrix
 
-__all__ = ["TITLES", "markdown", "paper_row", "paper_tables", "percent", "plain", "rows_by_class", "spread", "summary"]
+__all__ = [
+    "CHOSEN", "TITLES", "deciding_miou", "density", "finite", "markdown", "paper_row", "paper_tables", "percent",
+    "plain", "rows_by_class", "shortfall", "spread", "summary",
+]  # fmt: skip
 
 TITLES = {"miou": "mIoU", "miou_16": "mIoU of 16", "miou_13": "mIoU of 13"}
+CHOSEN = {"best": "best step", "best_unsupervised": "step chosen without labels"}
+"""Evaluations that metrics.json singles out, apart from the last."""
 ROWS = {
     "source": "Source",
     "pseudo-label": "Pseudo-labelling",
     "classmix": "Naive ClassMix",
     "alignment": "Distribution alignment",
     "dacs": "DACS",
-}  # methods of `crossmix.recipes`, as the paper calls them
+}  # the paper's names for the methods of `crossmix.recipes`
 
 
 def summary(matrix: ConfusionMatrix, names: Sequence[str] = CLASS_NAMES) -> dict[str, Any]:
-    """IoU as fractions; None for a class that is in neither labels nor predictions."""
+    """Summarise IoU as fractions, with None for classes that are in neither labels nor predictions."""
     iou = matrix.compute()
     subsets = {"miou_16": CLASSES_16, "miou_13": CLASSES_13} if tuple(names) == CLASS_NAMES else {}
     return {
-        "miou": _number(iou.mean),
-        **{key: _number(matrix.compute(classes).mean) for key, classes in subsets.items()},
-        "pixel_accuracy": _number(iou.pixel_accuracy),
-        "per_class": {name: _number(value) for name, value in zip(names, iou.per_class.tolist(), strict=True)},
+        "miou": finite(iou.mean),
+        **{key: finite(matrix.compute(classes).mean) for key, classes in subsets.items()},
+        "pixel_accuracy": finite(iou.pixel_accuracy),
+        "per_class": {name: finite(value) for name, value in zip(names, iou.per_class.tolist(), strict=True)},
     }
+
+
+def finite(value: float) -> float | None:
+    """Replace NaN by None, for JSON."""
+    return None if math.isnan(value) else float(value)
+
+
+def deciding_miou(entry: Mapping[str, Any], *, evaluation: str, synthia: bool, who: str = "student") -> float | None:
+    """Read a network's mean IoU at the label size that decides, over the classes that the source has."""
+    value: float | None = entry[who][evaluation]["miou_16" if synthia else "miou"]
+    return value
+
+
+def density(entry: Mapping[str, Any], who: str = "student") -> float | None:
+    """Read the soft neighbourhood density, by which a step is chosen without labels."""
+    value: float | None = entry.get("unsupervised", {}).get(who, {}).get("neighborhood_density")
+    return value
+
+
+def shortfall(metrics: Mapping[str, Any], miou: Callable[[Mapping[str, Any]], float | None]) -> float | None:
+    """Compute how far the step chosen without labels falls short of the best one, as a fraction of IoU."""
+    chosen, best = (miou(metrics[title]) if metrics.get(title) else None for title in ("best_unsupervised", "best"))
+    return None if chosen is None or best is None else best - chosen
 
 
 def rows_by_class(
     columns: Mapping[str, Sequence[Mapping[str, Any]]], paper: Mapping[str, Mapping[str, Any]], means: Iterable[str]
 ) -> list[list[str]]:
-    """A header and rows of IoU in percent: the classes, then the means.
+    """Make a header and rows of IoU in percent: the classes, then the means.
 
     Args:
-        columns: By title, what `summary` returned for one run, or for each of several.
-        paper: Rows of the paper by title, which follow.
+        columns: Results of `summary` by title, one for each run.
+        paper: Rows of the paper by title, shown as further columns.
         means: Keys of `TITLES`.
     """
     rows = [["class", *columns, *paper]]
@@ -55,13 +83,13 @@ def rows_by_class(
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A header and rows as a Markdown table."""
+    """Format a header and rows as a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]]) + "\n"
 
 
 def spread(values: Iterable[float | None]) -> str:
-    """A fraction in percent; of several runs mean and standard deviation."""
+    """Format a fraction in percent; of several runs, mean and standard deviation."""
     present = [value for value in values if value is not None]
     if len(present) < 2:
         return percent(present[0] if present else None)
@@ -69,23 +97,23 @@ def spread(values: Iterable[float | None]) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A fraction in percent."""
+    """Format a fraction in percent."""
     return "-" if value is None else f"{100 * value:.2f}"
 
 
 def plain(value: float | None) -> str:
-    """A number that is in percent already."""
+    """Format a number that is in percent already."""
     return "-" if value is None else f"{value:.2f}"
 
 
 def paper_tables() -> dict[str, Any]:
-    """Tables 1 to 3 of the paper, IoU in percent: `{"table 1": {"title", "rows"}, ...}`."""
+    """Load Tables 1 to 3 of the paper, IoU in percent: `{"table 1": {"title", "rows"}, ...}`."""
     tables: dict[str, Any] = json.loads(Path(__file__).with_name("paper_tables.json").read_text(encoding="utf-8"))
     return tables
 
 
 def paper_row(source: str, method: str) -> dict[str, Any]:
-    """The paper's own row of a method; without a number where it has none.
+    """Find the paper's row for a method, without numbers if it has none.
 
     Args:
         source: `"gta5"` or `"synthia"`.
@@ -93,8 +121,3 @@ def paper_row(source: str, method: str) -> dict[str, Any]:
     """
     table = paper_tables()["table 2" if source == "synthia" else "table 3"]
     return next((row for row in table["rows"] if row["method"] == ROWS[method]), {"per_class": {}})
-
-
-def _number(value: float) -> float | None:
-    """A float as JSON can hold it."""
-    return None if math.isnan(value) else float(value)

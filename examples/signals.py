@@ -1,6 +1,6 @@
-"""How signals end the trainer: with 0, from its first moment to its last, and once.
+"""Let SIGTERM and Ctrl-C end the trainer with exit code 0 at any moment, however often they are sent.
 
-Nothing heavy is imported here: the trainer imports this first, for its other imports take seconds.
+The trainer imports this module first, since its other imports take seconds; nothing heavy may be imported here.
 """
 
 import os
@@ -15,39 +15,39 @@ __all__ = ["Stopped", "end_early", "end_undisturbed", "ended_by_signals"]
 BOTH = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):  # noqa: N818 - it is none
+class Stopped(Exception):  # noqa: N818 - not an error
     """A signal ended the run."""
 
 
 def end_early() -> None:
-    """Have a signal end this process at once, as long as it has only begun to import what it needs."""
+    """Let a signal end this process at once, while it is still importing."""
     for number in BOTH:
         signal.signal(number, _leave)
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Have SIGTERM and Ctrl-C end what is done in a `with` block wherever it is, by `Stopped`.
+    """Let SIGTERM and Ctrl-C raise `Stopped` anywhere in a `with` block.
 
-    For what leaves nothing half done: opening, rendering and caching data, building a network, writing a report.
+    For work that may end at any point: opening, rendering and caching data, building a network, writing a report.
     """
     before: dict[signal.Signals, Any] = {}
-    with suppress(ValueError):  # not the main thread: there are no handlers
+    with suppress(ValueError):  # outside the main thread there are no handlers
         for number in BOTH:
             before[number] = signal.signal(number, _end)
     try:
         yield
     finally:
         for number, handler in before.items():
-            if handler is _leave:  # this process is the trainer's alone, and over
+            if handler is _leave:  # a process of the trainer alone, which ends here
                 end_undisturbed()
             else:
                 signal.signal(number, handler)
 
 
 def end_undisturbed() -> None:
-    """Ignore SIGTERM from here on, as launchers repeat it, and the first Ctrl-C; the next ends the process at once."""
-    with suppress(ValueError):  # not the main thread
+    """Ignore further SIGTERMs, which launchers repeat, and the first Ctrl-C; a second one ends the process at once."""
+    with suppress(ValueError):  # outside the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, _insist)
 

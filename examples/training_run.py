@@ -1,4 +1,4 @@
-"""One training of the trainer and its folder: how far it is, its checkpoints, its log, its report."""
+"""The state of one training and the files in its folder: checkpoints, log, metrics and report."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import crossmix
 from crossmix import SelfTraining, SelfTrainingOutput
-from crossmix.datasets import DataError, write_png
+from crossmix.datasets import DataError, RareClassSampler, write_png
 from crossmix.engine import (
     CheckpointStore,
     FiniteGuard,
@@ -22,46 +22,52 @@ from crossmix.engine import (
     StopRequest,
     keyed_generator,
 )
+from crossmix.self_training import SelfTrainingDraw
 from crossmix.visualize import gallery
 from domains import SOURCE, TARGET, Data, crop_size, differences, drawn_names, loader
 from events import Events
 from options import FREE, Config
 from pictures import mixed_rows, predicted_rows, write_pictures
 from processes import Ranks, reason
-from scores import TITLES, markdown, paper_row, rows_by_class, spread
+from scores import CHOSEN, TITLES, deciding_miou, density, markdown, paper_row, rows_by_class, shortfall, spread
 from signals import Stopped
 
 __all__ = [
-    "STEP", "Record", "Run", "conclude", "crops", "fewer_workers", "goes_on", "miou", "recorded", "restore", "save",
-    "saved_at_any_end", "stopped", "versions", "what_was_skipped", "write_json", "write_report",
+    "Record", "Run", "conclude", "crops", "draw_whole_batch", "fewer_workers", "goes_on", "keep_scores", "miou",
+    "recorded", "restore", "save", "saved_at_any_end", "stopped", "versions", "what_was_skipped", "write_json",
+    "write_report",
 ]  # fmt: skip
 
-STEP = 2  # stream of randomness, next to those of SOURCE and TARGET
+STEP = 2  # random stream of the steps, beside SOURCE and TARGET
 
 
 @dataclass
 class Run:
-    """All that one training works with, and how far it is."""
+    """One training: its parts and its progress."""
 
     config: Config
     folder: Path
     ranks: Ranks
     data: Data
-    classes: tuple[str, ...]  # what they are called
-    identity: dict[str, dict[str, Any]]  # what the data is
+    classes: tuple[str, ...]  # names
+    identity: dict[str, dict[str, Any]]  # of the data
     student: nn.Module
     training: SelfTraining
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     guard: FiniteGuard
-    samples: tuple[Any, Any] = ((), ())  # source and target as they are cropped
+    rare: RareClassSampler | None  # samples the source's images, if requested
+    samples: tuple[Any, Any] = ((), ())  # source and target as the crops are read from
     done: int = 0  # finished steps
-    whole: bool = True  # whether everything is as the last of them left it
-    saved: int = 0  # the step of the newest checkpoint
-    skipped: int = 0  # steps that were undone before this process began
+    whole: bool = True  # False while a step is under way
+    saved: int = 0  # step of the newest checkpoint
+    skipped: int = 0  # steps undone before this process started
     metrics: dict[str, Any] = field(
-        default_factory=lambda: {"evaluations": [], "last": None, "best": None, "skipped_steps": 0, "skipped_files": []}
-    )
+        default_factory=lambda: {
+            "evaluations": [], "last": None, "best": None, "best_unsupervised": None,
+            "skipped_steps": 0, "skipped_files": [],
+        }
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         self.stop = StopRequest(self.ranks.control)
@@ -69,17 +75,17 @@ class Run:
         self.log = RunLog(self.folder / "log.jsonl")
 
     def due(self, every: int) -> bool:
-        """Whether this step is one of those; the last one always is."""
+        """Whether something done at this interval, and at the last step, is due now."""
         return self.done > 0 and (self.done % every == 0 or self.done == self.config.steps)
 
 
 def crops(run: Run, stream: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of crops on the device, images in [0, 1], from a step on."""
+    """Load batches of crops onto the device, images in [0, 1], from a step on."""
     config, ranks = run.config, run.ranks
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     files = run.data[stream].files
     for images, labels, absent in loader(
-        config, run.samples[stream], stream, start, rank=ranks.rank, world=ranks.world
+        config, run.samples[stream], stream, start, rank=ranks.rank, world=ranks.world, rare=run.rare
     ):
         left_out = {files[i].name for i in absent.tolist() if i >= 0}
         run.metrics["skipped_files"] = sorted(left_out | set(run.metrics["skipped_files"]))
@@ -87,11 +93,20 @@ def crops(run: Run, stream: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield on_device.contiguous(memory_format=layout), labels.to(config.device, non_blocking=True)
 
 
+def draw_whole_batch(run: Run, number: int) -> SelfTrainingDraw:
+    """Make the random draws of a batch, by its number, for all processes."""
+    config = run.config
+    generator = keyed_generator(config.seed, STEP, number)
+    return run.training.sample(
+        config.batch * run.ranks.world, crop_size(config), generator=generator, device=config.device
+    )
+
+
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def state(run: Run) -> dict[str, Any]:
-    """All that a run is, as plain tensors, numbers and strings."""
+    """Collect the state of a run as plain tensors, numbers and strings."""
     teacher, align = run.training.teacher, run.training.align
     return {
         "step": run.done,
@@ -110,7 +125,7 @@ def state(run: Run) -> dict[str, Any]:
 
 def save(run: Run, *, best: bool = False) -> None:
     """Write a checkpoint and the metrics."""
-    run.guard.settle()  # the guard may not have heard yet of a step that it undid
+    run.guard.settle()  # the device may have undone a step without the host knowing yet
     count_skipped(run)
     if run.ranks.first:
         run.store.save(run.done, state(run), best=best)
@@ -120,13 +135,13 @@ def save(run: Run, *, best: bool = False) -> None:
 
 @contextmanager
 def saved_at_any_end(run: Run) -> Iterator[None]:
-    """Whatever ends the `with` block: what is good is saved, where the disk lets it."""
+    """Save the last finished step however the `with` block ends, if the disk permits."""
     try:
         yield
-    except NonFiniteError as error:  # the guard has put everything back
+    except NonFiniteError as error:  # the guard has restored the state before the step
         run.whole = True
-        run.skipped -= error.step == run.done  # it is not finished
-        names = ", ".join(drawn_names(run.config, run.data, error.step, run.ranks.world))
+        run.skipped -= error.step == run.done  # that step is not finished
+        names = ", ".join(drawn_names(run.config, run.data, error.step, run.ranks.world, rare=run.rare))
         raise NonFiniteError(
             error.step, f"{error} --skip-steps {run.config.skip_steps + 1} undoes one more. Its samples: {names}."
         ) from error
@@ -142,24 +157,24 @@ def saved_at_any_end(run: Run) -> Iterator[None]:
 
 
 def fewer_workers(run: Run) -> str:
-    """What helps where a worker was killed, mostly for want of memory."""
+    """Suggest a remedy for a killed worker, which mostly ran out of memory."""
     return f"--workers 0 reads in this process, fewer than {run.config.workers} need less memory"
 
 
 def goes_on(run: Run) -> str:
-    """What is left to do after an error."""
+    """Say how to continue after an error."""
     if run.done == 0:
         return "nothing was trained yet"
-    return f"step {run.saved} is saved, the same command with --resume and this --out goes on"
+    return f"step {run.saved} is saved, the same command with --resume and this --out continues"
 
 
 def stopped(run: Run) -> Stopped:
-    """The end that a signal asked for."""
+    """Make the exception for a stop requested by a signal."""
     return Stopped(f" after step {run.done}, which is saved" if run.done else "")
 
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
-    """Go on from a checkpoint, which holds all that the run needs but its data."""
+    """Load a checkpoint, which holds everything a run needs except its data."""
     refuse_another_run(run, saved)
     run.student.load_state_dict(saved["student"])
     for name, module in (("teacher", run.training.teacher), ("align", run.training.align)):
@@ -177,7 +192,11 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
 
 
 def refuse_another_run(run: Run, saved: dict[str, Any]) -> None:
-    """A resumed run is the same run, on the same data, wherever that lies."""
+    """Refuse to resume with other options or on other data, wherever the data is stored.
+
+    Raises:
+        SystemExit: If something differs that would change the result.
+    """
     old, new = {**asdict(Config()), **saved["config"]}, asdict(run.config)
     changed = [f"{name} {old[name]!r} is now {new[name]!r}" for name in sorted(new.keys() - FREE)
                if new[name] != old[name]]  # fmt: skip
@@ -194,18 +213,18 @@ def refuse_another_run(run: Run, saved: dict[str, Any]) -> None:
         print(f"files of another size than before: {', '.join(mended)}", flush=True)
     if (undone := saved["metrics"].get("skipped_steps", 0)) > run.config.skip_steps:
         raise SystemExit(
-            f"error: {undone} steps were undone so far, for a loss or gradient not finite; --skip-steps {undone} "
-            "allows so many."
+            f"error: {undone} steps were undone so far, for a loss or gradient that was not finite; --skip-steps "
+            f"{undone} allows that many."
         )
 
 
 def whole_batch(run: Run) -> int:
-    """Source images of one step."""
+    """Count the source images of one step."""
     return run.config.batch * run.config.accumulate * run.ranks.world
 
 
 def count_skipped(run: Run) -> None:
-    """Note how many of the finished steps were undone, as far as the host knows."""
+    """Record how many of the finished steps were undone, as far as the host knows."""
     run.metrics["skipped_steps"] = run.skipped + run.guard.skipped
 
 
@@ -213,7 +232,7 @@ def count_skipped(run: Run) -> None:
 
 
 class Record:
-    """The log of a run, as a file, for people, and for TensorBoard."""
+    """Logs to a file, the console and TensorBoard."""
 
     def __init__(self, run: Run) -> None:
         config, first = run.config, run.ranks.first
@@ -221,7 +240,7 @@ class Record:
         self.events = Events(run.folder / "report", run.log.read()) if config.tensorboard and first else None
 
     def step(self, run: Run, output: SelfTrainingOutput) -> None:
-        """One object for log.jsonl, and a line for people: this is where the host waits for the device."""
+        """Log a step. Reading the losses waits for the device."""
         line = {
             "step": run.done,
             "loss": output.loss.item(),
@@ -229,6 +248,8 @@ class Record:
             "mixed_loss": output.mixed_loss.item(),
             "lr": run.optimizer.param_groups[0]["lr"],
         }
+        if run.training.consistency is not None:
+            line["consistency_loss"] = output.consistency_loss.item()
         if output.confidence is not None and output.mixed is not None:
             line["confident"] = float((output.confidence >= run.config.threshold).float().mean())
             target = torch.logical_not(output.mixed.mask)
@@ -245,7 +266,7 @@ class Record:
 
 @contextmanager
 def recorded(run: Run) -> Iterator[Record]:
-    """The record, closed at the end."""
+    """Open the logs and close them at the end."""
     record = Record(run)
     try:
         yield record
@@ -259,34 +280,42 @@ def recorded(run: Run) -> Iterator[Record]:
 
 
 def miou(entry: dict[str, Any], config: Config) -> float | None:
-    """The student's mean IoU at the size that decides, over the classes that the source has."""
-    value: float | None = entry["student"][config.evaluation]["miou_16" if config.synthia else "miou"]
-    return value
+    """Read the student's mean IoU, at the label size and over the classes that decide."""
+    return deciding_miou(entry, evaluation=config.evaluation, synthia=bool(config.synthia))
+
+
+def keep_scores(run: Run, entry: dict[str, Any]) -> bool:
+    """Add an evaluation to the metrics; return whether it is the best so far by the labels."""
+    ways = {"best": lambda one: miou(one, run.config), "best_unsupervised": density}
+    run.metrics["evaluations"].append(entry)
+    run.metrics["last"] = entry
+    for title, score in ways.items():
+        best = run.metrics[title]
+        if best is None or (score(entry) or 0) > (score(best) or 0):
+            run.metrics[title] = entry
+    return run.metrics["best"] is entry
 
 
 def what_was_skipped(run: Run) -> str:
-    """What was left out or undone on the way, for people."""
+    """Describe the steps that were undone and the files that were left out."""
     steps, files = run.metrics["skipped_steps"], run.metrics["skipped_files"]
     undone = f"{steps} of {run.done} steps were undone: the loss or a gradient was not finite\n" if steps else ""
     return undone + (f"{len(files)} files were left out: {', '.join(files)}\n" if files else "")
 
 
 def write_report(run: Run) -> None:
-    """A page, and its parts: the table, and source, target, mixed image, mixed label, then image, prediction, truth."""
-    from report import run_page  # noqa: PLC0415 - takes an extra, which `problems` looked for
+    """Write the report: its page, table and pictures, the last step's mixed images among them."""
+    from report import run_page  # noqa: PLC0415 - needs an extra, which `problems` checked for
 
     config, folder = run.config, run.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(run.folder / "metrics.json", run.metrics)  # a run that died after its last step has it saved elsewhere
+    write_json(run.folder / "metrics.json", run.metrics)  # a run killed after its last step has them in its checkpoint
     (folder / "table.md").write_text(shown({config.method: [run.metrics]}, config), encoding="utf-8")
-    quiet = replace(config, workers=0, resident=False)
-    last = replace(run, config=quiet, ranks=Ranks(), samples=run.data[:2])
+    last = replace(run, config=replace(config, workers=0, resident=False), samples=run.data[:2])
     (source_images, source_labels), (target_images, _) = (
         next(crops(last, stream, config.steps - 1)) for stream in (SOURCE, TARGET)
     )
-    draw = run.training.sample(
-        config.batch, generator=keyed_generator(config.seed, STEP, config.steps - 1), device=config.device
-    )
+    draw = draw_whole_batch(run, (config.steps - 1) * config.accumulate).rows(slice(config.batch))
     mixed = mixed_rows(run.training, run.student, (source_images, source_labels, target_images), draw)
     validation = run.data.validation
     samples = (validation[i] for i in range(min(config.batch, len(validation))))
@@ -299,8 +328,8 @@ def write_report(run: Run) -> None:
 def conclude(
     results: dict[str, list[dict[str, Any]]], folders: dict[str, list[Path]], config: Config, report: Path
 ) -> None:
-    """Print the table of all trainings; of several, write it and a page that compares them."""
-    from report import comparison_page  # noqa: PLC0415 - takes an extra, which `problems` looked for
+    """Print the table of all trainings; if there are several, write it and a page that compares them."""
+    from report import comparison_page  # noqa: PLC0415 - needs an extra, which `problems` checked for
 
     print("\n" + shown(results, config))
     if sum(map(len, folders.values())) > 1:
@@ -310,24 +339,28 @@ def conclude(
 
 
 def shown(results: dict[str, list[dict[str, Any]]], config: Config) -> str:
-    """The table that people see: each method's last scores, its best mean, and the paper's rows where they compare."""
+    """Format a table of each method's last scores, of its best step, and of the paper's rows if they compare."""
     source = "synthia" if config.synthia else "gta5"
     means = ("miou_16", "miou_13") if config.synthia else ("miou",)
     columns = {method: [run["last"]["student"][config.evaluation] for run in runs] for method, runs in results.items()}
     compared = results if config.network == "resnet101" and not config.source else ()
     rows = rows_by_class(columns, {f"{method} in the paper": paper_row(source, method) for method in compared}, means)
-    best = [spread(miou(run["best"], config) for run in runs) for runs in results.values()]
-    return markdown([*rows, [f"{TITLES[means[0]]}, best step", *best, *("-" for _ in compared)]])
+    for title, words in CHOSEN.items():
+        values = [[run[title] and miou(run[title], config) for run in runs] for runs in results.values()]
+        rows.append([f"{TITLES[means[0]]}, {words}", *map(spread, values), *("-" for _ in compared)])
+    lost = [[shortfall(run, lambda entry: miou(entry, config)) for run in runs] for runs in results.values()]
+    rows.append(["points below the best step", *map(spread, lost), *("-" for _ in compared)])
+    return markdown(rows)
 
 
 def versions() -> dict[str, str]:
-    """What a number depends on."""
+    """List the versions that results depend on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {"crossmix": crossmix.__version__, "torch": str(torch.__version__), "gpu": gpu}
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write aside, then rename: a reader never sees half a file."""
+    """Write a file atomically: readers never see half of it."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     aside.replace(path)

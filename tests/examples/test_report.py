@@ -110,18 +110,21 @@ def test_run_page__has_the_numbers_of_the_metrics_and_the_log(real: Path) -> Non
     page = Page(real / "report" / "index.html")
     metrics, config = content(real / "metrics.json"), content(real / "config.json")
     assert page.rows["IoU in percent"] == ["mIoU", *CLASS_NAMES]
-    for title in ("last", "best"):
+    chosen = {"last": "last step", "best": "best step", "best_unsupervised": "step chosen without labels"}
+    for title, words in chosen.items():
         for who in ("student", "teacher"):
             scores = metrics[title][who]["32x64"]
             want = [percent(value) for value in (scores["miou"], *scores["per_class"].values())]
-            assert page.rows[f"{title} step, {metrics[title]['step']}: {who}"] == want
-    assert len(page.rows) == 1 + 4  # the paper's network is another one
+            assert page.rows[f"{words}, {metrics[title]['step']}: {who}"] == want
+    assert len(page.rows) == 1 + 6  # the paper's network is another one
     assert page.of("h2")[:2] == ["Scores on labels of 32x64", "Scores on labels of 64x128"]
     log = [json.loads(line) for line in (real / "log.jsonl").read_text("utf-8").splitlines()]
     names = {"loss": "loss", "source": "source_loss", "mixed": "mixed_loss", "share over the threshold": "confident",
              "lambda": "lambda", "backbone": "lr", "it/s": "it_per_s", "waiting": "data_wait"}  # fmt: skip
     want = [f"{who}, {entry['step']}: {100 * entry[who]['32x64']['miou']:.4g}"
             for who in ("student", "teacher") for entry in metrics["evaluations"]]  # fmt: skip
+    want += [f"{who}, {entry['step']}: {entry['unsupervised'][who]['neighborhood_density']:.4g}"
+             for who in ("student", "teacher") for entry in metrics["evaluations"]]  # fmt: skip
     want += [f"{name}, {record['step']}: {record[key]:.4g}" for name, key in names.items() for record in log]
     assert page.of("title") == [page.of("h1")[0], *want]
     for name, key in names.items():
@@ -144,7 +147,7 @@ def test_pages__escape_every_text(changed: Callable[..., Path], tmp_path: Path) 
     other = changed("other", lr=NASTY)
     page = Page(report.comparison_page({NASTY: [run], "b": [other]}, tmp_path / "page"))
     assert page.of("h1") == [f"{SHOWN}, b: GTA5 to Cityscapes"]
-    for tag, count in {"th": 2 * (2 + 2) + 1, "span": 1, "li": 3, "dt": 1, "td": 3}.items():
+    for tag, count in {"th": 2 * (2 + 2 + 2) + 1, "span": 1, "li": 3, "dt": 2, "td": 3}.items():
         assert len([text for text in page.of(tag) if SHOWN in text]) == count, tag
     assert page.values("img", "alt")[1] == f"{SHOWN}, 2"
     assert f"{SHOWN}, 4: 25" in page.of("title")
@@ -159,9 +162,13 @@ def test_curves__what_is_no_number_is_a_gap(gap: object, changed: Callable[..., 
         "loss, 1: 1", "loss, 2: 2", "loss, 4: 1.5",
     ]  # fmt: skip
     assert "loss 1.5" in page.of("li")
-    assert not [text for text in page.of("title") if text.startswith("student")]
+    density = content(run / "metrics.json")["evaluations"][0]["unsupervised"]["student"]["neighborhood_density"]
+    student = [text for text in page.of("title") if text.startswith("student")]
+    assert len(student) == 2  # of the density alone: both evaluations have no mIoU
+    assert student[0] == f"student, 2: {density:.4g}"
     assert "student " in page.of("li")
-    assert page.values("svg", "aria-label") == ["mIoU in percent", "loss"]  # no chart of what was never logged
+    charts = page.values("svg", "aria-label")
+    assert charts == ["mIoU in percent", "neighbourhood density", "loss"]  # no chart of what was never logged
 
 
 @pytest.mark.parametrize("value", [3.0, 0.0, -2.0, 5e-324, 9e299, math.nan])
@@ -201,7 +208,7 @@ def test_run_page__sets_the_papers_rows_beside_the_published_network(changed: Ca
     assert page.rows["DACS"][:2] == ["52.14", "89.90"]
     assert page.rows["Distribution alignment"][0] == "48.04"
     assert page.rows["R-MRNet"][0] == "50.30"
-    assert len(page.rows) == 1 + 4 + (1 + 5) + (1 + 20) - 3  # Source, Naive ClassMix and DACS are in both tables
+    assert len(page.rows) == 1 + 6 + (1 + 5) + (1 + 20) - 3  # Source, Naive ClassMix and DACS are in both tables
     assert page.values("tbody", "class") == ["own"]  # beside the paper's only
     assert "what the student saw" in page.of("th")  # a source-only run mixes nothing
     page = Page(report.run_page(changed("synthia", network="resnet101", method="source", synthia="some")))
@@ -234,9 +241,36 @@ def test_comparison__mean_and_deviation_over_runs(
     assert f"source, {runs[0]}, last step: student" in rows  # one method twice is told apart by the folder
 
 
+def test_pages__say_how_far_the_label_free_choice_falls_short(changed: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [changed(f"many/seed-{i}", seed=i) for i in range(3)]
+    lost = []
+    for i, run in enumerate(runs):
+        metrics = content(run / "metrics.json")
+        chosen = {**metrics["evaluations"][0], "step": 2}
+        chosen["student"]["32x64"]["miou"] = 0.25 - 0.01 * i
+        metrics["best_unsupervised"] = chosen
+        lost.append(float(i))
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    key = "step chosen without labels: mIoU short of the best step"
+    page = Page(report.run_page(runs[2]))
+    assert dict(zip(page.of("dt"), page.of("dd"), strict=False))[f"student, {key}"] == "2.00 points"
+    assert page.rows["step chosen without labels, 2: student"][0] == "23.00"
+    page = Page(report.comparison_page({"dacs": runs}, tmp_path / "page"))
+    want = f"{statistics.mean(lost):.2f} +- {statistics.stdev(lost):.2f} points"
+    assert dict(zip(page.of("dt"), page.of("dd"), strict=False))[f"dacs, {key}"] == want
+    old = content(runs[0] / "metrics.json")  # of a run without such scores
+    for entry in (*old["evaluations"], old["last"], old["best"], old.pop("best_unsupervised")):
+        entry.pop("unsupervised")
+    (runs[0] / "metrics.json").write_text(json.dumps(old))
+    page = Page(report.run_page(runs[0]))
+    assert len(page.rows) == 1 + 4
+    assert "neighbourhood density" not in page.values("svg", "aria-label")
+    assert "dacs, last step: student" in Page(report.comparison_page({"dacs": runs}, tmp_path / "page")).rows
+
+
 def test_report__says_what_is_wrong(changed: Callable[..., Path], tmp_path: Path) -> None:
     one, two = changed("a"), changed("b", evaluation="64x128")
-    with pytest.raises(SystemExit, match=r"holds no config\.json of a run; pass what --out was"):
+    with pytest.raises(SystemExit, match=r"holds no config\.json of a run; pass the --out of the trainer"):
         report.main([str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="another source or label size"):
         report.main([str(one), str(two), "--out", str(tmp_path / "page")])

@@ -37,6 +37,17 @@ BAD = {
     "aspp_branches": ["3", "2.0"],
     "device": ["foo", "cuda:99", "meta", ""],
     "evaluation": ["1x1"],
+    "optimizer": ["adam", "SGD", ""],
+    "warmup": ["-1", "1.5", "4"],
+    "head_factor": ["-1", "inf"],
+    "no_decay": ["norms", "norm bias", "norm,", "٣"],
+    "ignore_top": ["-1", "512", "1.5"],
+    "ignore_bottom": ["600"],
+    "consistency_block": ["0", "-1", "1.5", "big", ""],
+    "consistency_ratio": ["-0.1", "1.1", "nan"],
+    "consistency_weight": ["-1", "inf", "nan"],
+    "rare_temperature": ["0", "-1", "nan"],
+    "rare_pixels": ["0", "1.5", "none"],
     "log_every": ["0"],
     "skip_files": ["-1"],
     "weights": ["a\0b"],
@@ -83,7 +94,8 @@ def test_bad_value__is_one_line_from_flag_and_file(
         ("lr", {}), ("seed", None), ("method", 1), ("method", None), ("method", ["dacs"]), ("compile", 1),
         ("compile", "true"), ("compile", None), ("crop", 64), ("crop", [64, 64]), ("gta5", None), ("gta5", 3),
         ("aspp_branches", "2"), ("aspp_branches", True), ("include_ignored", 0), ("device", None), ("lr", 10**400),
-        ("steps", 10**400),
+        ("steps", 10**400), ("consistency_block", "none"), ("consistency_block", True), ("consistency", None),
+        ("consistency", "on"), ("no_decay", None), ("no_decay", ["norm"]), ("optimizer", None), ("rare_pixels", None),
     ],
 )  # fmt: skip
 def test_file__refuses_other_types(
@@ -159,7 +171,11 @@ def test_help__tells_text_unit_and_default_of_every_flag(trainer: ModuleType) ->
         assert len(text.partition(" (default")[0]) >= 5, one.dest
         numeric = one.dest in options.OPTIONS and type(options.OPTIONS[one.dest].default) in {int, float}
         assert "[" in text or not numeric, f"{one.dest} has no unit"
-    assert "(default: batch; image by --recipe paper)" in next(one.help for one in actions if one.dest == "scope")
+    helps = {one.dest: one.help or "" for one in actions}
+    assert "(default: batch; image by --recipe paper)" in helps["scope"]
+    assert "(default: 0.99; 0.0 by --recipe paper; 0.999 by --recipe mic)" in helps["decay"]
+    assert "(default: 2; 4 by --recipe paper or mic)" in helps["aspp_branches"]
+    assert "(default: none)" in helps["consistency_block"]
 
 
 def test_dry_run__finds_what_a_run_would(

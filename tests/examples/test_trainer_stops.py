@@ -436,7 +436,7 @@ def test_skip_steps__are_counted_and_the_count_goes_on(
     forget(out, 10)
     with pytest.raises(SystemExit, match=r"error: step 6: .* --skip-steps 6 undoes one more"):
         run(*flags, "--skip-steps", "5", "--resume")  # four before, one now
-    with pytest.raises(SystemExit, match=r"error: 5 steps were undone so far.* --skip-steps 5 allows so many"):
+    with pytest.raises(SystemExit, match=r"error: 5 steps were undone so far.* --skip-steps 5 allows that many"):
         run(*flags, "--skip-steps", "4", "--resume")
     assert steps_saved(out)[-1] == 6  # what was good is saved, and the remedy works
     run(*flags, "--skip-steps", "9", "--resume")
