@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_report import Page
+from test_trainer import assert_same, final, resolved, tensors
+from test_trainer_robust import TORCHRUN, one_thread, start
 from torch import nn
 
 from crossmix import recipes
@@ -19,9 +22,6 @@ from crossmix.datasets._png import read_png
 from crossmix.diagnostics import UnsupervisedScores
 from crossmix.engine import KeyedCrops, keyed_generator
 from crossmix.models import deeplab_v2_tiny, load_weights
-from test_report import Page
-from test_trainer import assert_same, final, resolved, tensors
-from test_trainer_robust import TORCHRUN, one_thread, start
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -325,9 +325,10 @@ def test_rare_classes__the_source_alone_is_drawn_by_them(
 def test_rare_classes__a_bad_step_names_what_was_drawn(
     trainer: ModuleType, own_copy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from test_trainer_stops import poison
+
     import domains
     from options import read_options
-    from test_trainer_stops import poison
 
     flags = [*own_copy, "--rare-classes"]
     config = read_options(flags, "").config
