@@ -92,6 +92,15 @@ def changed(flags: list[str], **values: str) -> list[str]:
     return flags
 
 
+def resolved(trainer: ModuleType, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    """The options of a dry run, whose data set GTA5 is in no folder."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="a: has no images"):  # nor are there such folders
+        trainer.main(["--dry-run", *flags])
+    config: dict[str, Any] = json.loads(capsys.readouterr().out)["options"]
+    return config
+
+
 def poison(trainer: ModuleType, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Images of the source without a finite pixel in these steps."""
     real = trainer.crops

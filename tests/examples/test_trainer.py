@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from crossmix import recipes
 from crossmix.datasets._png import read_png
 from crossmix.models import deeplab_v2_tiny, save_weights
 from crossmix.optim import RepeatedSGD
-from runs import assert_finite, assert_same, final, forget, log_of, metrics_of
+from runs import assert_finite, assert_same, final, forget, log_of, metrics_of, resolved
 
 
 @pytest.mark.parametrize("recipe", ["released", "paper"])
@@ -130,14 +129,6 @@ def test_repeated__both_values(trainer: ModuleType, *, choice: bool, optimizer: 
 
 def test_bf16__runs(run: Callable[..., Path]) -> None:
     assert_finite(final(run("--precision", "bf16")))
-
-
-def resolved(trainer: ModuleType, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="a: has no images"):  # nor are there such folders
-        trainer.main(["--dry-run", *flags])
-    config: dict[str, Any] = json.loads(capsys.readouterr().out)["options"]
-    return config
 
 
 def test_options__flags_over_file_over_recipe(

@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_report import Page
-from test_trainer import assert_same, final, resolved, tensors
-from test_trainer_robust import TORCHRUN, one_thread, start
 from torch import nn
 
 from crossmix import recipes
@@ -22,20 +19,13 @@ from crossmix.datasets._png import read_png
 from crossmix.diagnostics import UnsupervisedScores
 from crossmix.engine import KeyedCrops, keyed_generator
 from crossmix.models import deeplab_v2_tiny, load_weights
+from pages import Page
+from runs import TORCHRUN, assert_same, final, log_of, metrics_of, resolved, start, tensors
 
-__all__ = ["one_thread"]  # a fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MIC = ("--recipe", "mic")
 BASE = ("--gta5", "a", "--cityscapes", "b", "--random-init")
-
-
-def log_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def metrics_of(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
-    return found
 
 
 def as_flag(name: str, value: object) -> list[str]:
