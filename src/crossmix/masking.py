@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from crossmix._checks import (
     check_fraction,
@@ -81,8 +80,9 @@ def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Ten
     """Mark blobs: where smoothed noise exceeds the quantile of a normal distribution (CowMix).
 
     smooth > mean + std * sqrt(2) * erfinv(1 - 2 * ratio), with mean and std of each image, so that about a share
-    `ratio` is True. The Gaussian is as wide as the image allows; the noise is mirrored at the border. `sigma` is never
-    looked at, so a tensor of them may be on a GPU. `CowMasks`, which draws its own noise, is many times cheaper.
+    `ratio` is True. The Gaussian is as wide as the image allows; the noise is mirrored at the border. A tensor of
+    `sigma` is never looked at, so it may be on a GPU; a number takes less time, the less the larger it is. `CowMasks`,
+    which draws its own noise, is many times cheaper.
 
     Args:
         noise: (N, H, W) floating, standard normal.
@@ -107,11 +107,18 @@ def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Ten
     check_fraction("ratio", ratio)
     widths = _check_sigma(sigma, noise)
     noise = at_least_float32(noise)
+    known = None if isinstance(sigma, Tensor) else float(sigma)
     with no_autocast(noise.device):  # products in half precision would move the blobs' edges
-        down, across = (_smoothing(widths.to(noise.dtype), length) for length in noise.shape[1:])
+        (down, then_down), (across, then_across) = (
+            _smoothing(widths.to(noise.dtype), length, known) for length in noise.shape[1:]
+        )
         smooth = down @ noise @ across.mT
-    centred = smooth - smooth.mean((1, 2), keepdim=True)
-    return _above_quantile(centred, centred.square().mean((1, 2), keepdim=True).sqrt(), ratio)
+        smooth = smooth if then_down is None else then_down @ smooth
+        smooth = smooth if then_across is None else smooth @ then_across.mT
+    height, width = noise.shape[1:]
+    smooth -= smooth.mean((1, 2), keepdim=True)
+    std = torch.linalg.vector_norm(smooth, dim=(1, 2), keepdim=True) / math.sqrt(height * width)
+    return smooth > _quantile(std, ratio)
 
 
 def block_mask(scores: Tensor, size: Sequence[int], block: int, *, ratio: float = 0.7) -> Tensor:
@@ -310,11 +317,18 @@ class CowMasks(nn.Module):
         # Uniform numbers as normal ones; what would be infinite is the largest there is.
         heights = (2 * scores[:, 1:] - 1).clamp(-ALMOST_ONE, ALMOST_ONE).erfinv().reshape(-1, rows, columns)
         heights = heights * damping
-        with torch.autocast(scores.device.type, enabled=False):  # half precision would move the blobs' edges
-            smooth = down @ heights @ across.mT
         # The waves are orthonormal, so their squares sum up to those of the pixels.
         std = (heights.square().sum((1, 2), keepdim=True) / (height * width)).sqrt()
-        return _above_quantile(smooth, std, self.ratio)
+        level = _quantile(std, self.ratio) * math.sqrt(height * width)
+        heights = torch.where(frequency > 0, heights, -level)  # the level takes the place of a threshold: 0
+        # Waves number 0, 2, 4, ... are the same in the lower half, upside down, and 1, 3, 5, ... the negative of it:
+        # half of the products, and half of the memory. On one CPU thread 3.1 ms for 8 x 512 x 512 in place of 4.1.
+        half = (height + 1) // 2
+        with no_autocast(scores.device):  # half precision would move the blobs' edges
+            lines = heights @ across.mT
+            even, odd = (down[:half, parity::2].contiguous() @ lines[:, parity::2] for parity in (0, 1))
+        lower = (even > odd)[:, : height // 2].flip(1)
+        return torch.cat([even > odd.neg_(), lower], 1)
 
     def _waves(self, length: int) -> int:
         """How many waves count on a side of an image, the level among them: the others are damped below a hundredth."""
@@ -325,10 +339,10 @@ class CowMasks(nn.Module):
         return f"sigma={self.sigma}, ratio={self.ratio}"
 
 
-def _above_quantile(smooth: Tensor, std: Tensor, ratio: float) -> Tensor:
-    """Where normal numbers of mean 0 are among the share `ratio` of the largest."""
+def _quantile(std: Tensor, ratio: float) -> Tensor:
+    """What a share `ratio` of normal numbers of mean 0 is above."""
     std = std.clamp(min=torch.finfo(std.dtype).tiny)  # no 0 * inf
-    return smooth > std * (math.sqrt(2) * std.new_full((), 1 - 2 * ratio).erfinv())
+    return std * (math.sqrt(2) * std.new_full((), 1 - 2 * ratio).erfinv())
 
 
 def _cosines(length: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,20 +369,36 @@ def _inside(length: Tensor, place: Tensor, size: int) -> Tensor:
     return (pixel >= start) & (pixel < start + length)
 
 
-def _smoothing(sigma: Tensor, size: int) -> Tensor:
-    """Rows that smooth `size` pixels by a Gaussian, (N, size, size): a product costs the same for every sigma.
+def _smoothing(sigma: Tensor, size: int, known: float | None) -> tuple[Tensor, Tensor | None]:
+    """One matrix, or two to be applied in turn, that smooth `size` pixels by a Gaussian, (n or 1, ..., ...).
 
-    Entry (i, j) is how much pixel j counts at pixel i. Taps beyond the border are mirrored, without the edge itself.
+    Taps reach as far as the image, and are mirrored beyond the border, without the edge itself. That damps each wave of
+    a cosine transform by a factor. Where sigma is known only the waves are taken of which something is left in the
+    arithmetic: at 16 pixels, 512 x 512 on one CPU thread take a sixth of the time of a matrix of all pixels.
+
+    Args:
+        sigma: (n,) or (1,), in pixels.
+        size: The number of pixels.
+        known: The one value of sigma, or None where it is not looked at.
     """
-    from kornia.filters import get_gaussian_kernel1d  # noqa: PLC0415 - takes longer to import than all of crossmix
-
-    kernel: Tensor = get_gaussian_kernel1d(2 * size - 1, sigma[:, None])
-    reach = size - 1
-    # Row i of the taps, laid over pixels -reach..size-1+reach, begins reach - i columns into the padded kernel.
-    taps = functional.pad(kernel, (reach, reach)).unfold(1, size + 2 * reach, 1).flip(1)
-    before, after = taps[..., :reach].flip(2), taps[..., size + reach :].flip(2)
-    folded: Tensor = taps[..., reach : size + reach] + functional.pad(before, (1, 0)) + functional.pad(after, (0, 1))
-    return folded
+    reach, count = max(size - 1, 1), size
+    cut = math.sqrt(-2 * math.log(torch.finfo(sigma.dtype).eps))  # a Gaussian is less than eps there
+    if known is not None and known * cut < reach:  # else the taps end too early for waves to vanish
+        count = min(size, math.ceil(cut * reach / (math.pi * known)) + 1)
+    pixel = torch.arange(size, device=sigma.device)
+    is_end = (pixel == 0) | (pixel == size - 1)
+    taps = (-0.5 * (pixel / sigma[:, None]).square()).exp()
+    taps = taps / (2 * taps.sum(1, keepdim=True) - 1)  # on both sides of the first
+    if 2 * count > size:  # one product is then cheaper than two
+        taps = torch.where(pixel == reach, 2 * taps, taps)  # which one pixel gets from both sides
+        direct = torch.cat([taps.flip(1), taps[:, 1:]], 1).unfold(1, size, 1).flip(1)  # by j - i
+        mirrored = torch.cat([taps, taps.flip(1)[:, 1:]], 1).unfold(1, size, 1)  # by j + i
+        return (direct + mirrored) * torch.where(is_end, 0.5, 1.0), None
+    waves = ((pixel[:, None] * pixel[:count] % (2 * reach)).to(sigma.dtype) * (math.pi / reach)).cos()
+    damping = 2 * taps @ waves - taps[:, :1]
+    weight = torch.where(is_end, 1, 2)
+    inverse = (waves * (weight[:, None] * weight[:count])).mT / (2 * reach)
+    return damping[:, :, None] * inverse, waves
 
 
 def _check_sigma(sigma: float | Tensor, noise: Tensor) -> Tensor:

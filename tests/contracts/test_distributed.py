@@ -70,6 +70,13 @@ SCRIPT = """
         criterion = ConfidenceWeightedCE(normalizer=normalizer, sync=True)
         criterion.upsampled(mine, labels[rows], weights[rows]).backward()
         torch.testing.assert_close(mine.grad / 2, everything.grad[rows], rtol=1e-10, atol=1e-14)
+        soft = torch.rand(4, 3, 6, 8, generator=g, dtype=torch.float64).softmax(1)
+        options = {"normalizer": normalizer, "class_weights": [1.0, 0.0, 3.0], "label_smoothing": 0.1}
+        for truth in (labels, soft):
+            everything, mine = small.clone().requires_grad_(), small[rows].clone().requires_grad_()
+            ConfidenceWeightedCE(**options).upsampled(everything, truth, weights).backward()
+            ConfidenceWeightedCE(**options, sync=True).upsampled(mine, truth[rows], weights[rows]).backward()
+            torch.testing.assert_close(mine.grad / 2, everything.grad[rows], rtol=1e-10, atol=1e-14)
 
     probs = torch.rand(4, 3, 6, 8, generator=g).softmax(1)
     whole, part = DistributionAlignment(3), DistributionAlignment(3, sync=True)

@@ -163,6 +163,22 @@ def test_cow_mask__equals_the_loop(ratio: float, size: tuple[int, int]) -> None:
         assert torch.equal(F.cow_mask(noise[i : i + 1], sigma=sigma, ratio=ratio)[0], got[i])
 
 
+@pytest.mark.parametrize("size", [(64, 90), (150, 20), (20, 150)])
+@pytest.mark.parametrize("sigma", [1.0, 6.0, 15.0])
+def test_cow_mask__of_few_waves_or_all_pixels_equals_the_loop(size: tuple[int, int], sigma: float) -> None:
+    """By waves along a long side of the image, by all pixels along a short one; both in either dtype."""
+    noise = torch.randn(2, *size, generator=seeded(4), dtype=torch.float64)
+    for dtype, slack in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        got = F.cow_mask(noise.to(dtype), sigma=sigma, ratio=0.3)
+        for i in range(2):
+            smooth = smooth_by_loop(noise[i].numpy(), sigma)
+            smooth = (smooth - smooth.mean()) / smooth.std()
+            limit = math.sqrt(2) * float(torch.erfinv(torch.tensor(0.4).double()))
+            clear = np.abs(smooth - limit) > slack
+            assert clear.mean() > 0.999
+            assert np.array_equal(got[i].numpy()[clear], (smooth > limit)[clear])
+
+
 def test_cow_mask__marks_the_share_it_is_asked_for() -> None:
     noise = torch.randn(8, 128, 160, generator=seeded(0))
     for ratio in (0.0, 0.05, 0.3, 0.5, 0.9, 1.0):
@@ -230,6 +246,26 @@ def test_cow_masks__are_white_noise_after_a_gaussian(size: tuple[int, int], sigm
         clear = np.abs(smooth - limit) > 0.03  # without the short waves: 0.6 % of the standard deviation, 5 sigma of it
         assert clear.mean() > 0.95
         assert np.array_equal(got[i].numpy()[clear], (smooth > limit)[clear])
+
+
+@pytest.mark.parametrize("size", [(48, 61), (33, 40), (1, 9), (2, 3), (7, 1), (1, 1)])
+def test_cow_masks__are_the_sum_of_their_waves(size: tuple[int, int]) -> None:
+    """All waves at all pixels in double precision, where the module makes one half of the image from the other."""
+    height, width = size
+    masks = CowMasks(sigma=(2.0, 3.0), ratio=0.4)
+    scores = masks.sample(4, size, generator=seeded(6))
+    kept = [min(n, max(2, math.ceil(math.sqrt(2 * math.log(100)) * n / (math.pi * 2.0)))) for n in size]
+    normal = math.sqrt(2) * torch.erfinv(2 * scores[:, 1:].double() - 1).reshape(4, *kept)
+    down, across = (math.pi * torch.arange(count).double() / n for count, n in zip(kept, size, strict=True))
+    square = down[:, None].square() + across.square()
+    sigma = (math.log(2) + math.log(1.5) * scores[:, 0].double()).exp()[:, None, None]
+    damping = (-0.5 * sigma.square() * (square - (math.pi / max(size)) ** 2).clamp(min=0)).exp() * (square > 0)
+    smooth = cosines(height)[:, : kept[0]] @ (normal * damping) @ cosines(width)[:, : kept[1]].T
+    limit = smooth.square().mean((1, 2), keepdim=True).sqrt() * math.sqrt(2) * torch.erfinv(torch.tensor(0.2).double())
+    clear = (smooth - limit).abs() > 1e-5
+    got = masks(scores, size)
+    assert torch.equal(got[clear], (smooth > limit)[clear])
+    assert clear.double().mean() > 0.99 or size == (1, 1)
 
 
 def test_cow_masks__mark_the_share_they_are_asked_for() -> None:
