@@ -351,7 +351,7 @@ def charts(run: Run) -> Charts:
 
 def evaluated(run: Run, value: Callable[[Mapping[str, Any], str], float]) -> dict[str, Curve]:
     """Read a value of student and teacher from every evaluation that has it."""
-    found = {}
+    found: dict[str, Curve] = {}
     for who in ("student", "teacher"):
         entries = [entry for entry in run.metrics["evaluations"] if who in entry]
         found[who] = [entry["step"] for entry in entries], [value(entry, who) for entry in entries]

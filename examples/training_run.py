@@ -1,7 +1,7 @@
 """The state of one training and the files in its folder: checkpoints, log, metrics and report."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -279,20 +279,23 @@ def recorded(run: Run) -> Iterator[Record]:
 # ------------------------------------------------------------------------------------------------------------ report
 
 
-def miou(entry: dict[str, Any], config: Config) -> float | None:
+def miou(entry: Mapping[str, Any], config: Config) -> float | None:
     """Read the student's mean IoU, at the label size and over the classes that decide."""
     return deciding_miou(entry, evaluation=config.evaluation, synthia=bool(config.synthia))
 
 
 def keep_scores(run: Run, entry: dict[str, Any]) -> bool:
     """Add an evaluation to the metrics; return whether it is the best so far by the labels."""
-    ways = {"best": lambda one: miou(one, run.config), "best_unsupervised": density}
     run.metrics["evaluations"].append(entry)
     run.metrics["last"] = entry
-    for title, score in ways.items():
+
+    def keep_if_better(title: str, score: Callable[[Mapping[str, Any]], float | None]) -> None:
         best = run.metrics[title]
         if best is None or (score(entry) or 0) > (score(best) or 0):
             run.metrics[title] = entry
+
+    keep_if_better("best", lambda one: miou(one, run.config))
+    keep_if_better("best_unsupervised", density)
     return run.metrics["best"] is entry
 
 

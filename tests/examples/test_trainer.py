@@ -34,12 +34,15 @@ def test_methods_and_outputs(run: Callable[..., Path], method: str, recipe: str)
     assert metrics["last"]["step"] == 4
     best = max(entry["student"]["32x64"]["miou"] for entry in metrics["evaluations"])
     assert metrics["best"]["student"]["32x64"]["miou"] == best
-    for scores in (entry[who] for entry in metrics["evaluations"] for who in entry if who != "step"):
+    networks = {"student"} if method == "source" else {"student", "teacher"}
+    assert metrics["best_unsupervised"] in metrics["evaluations"]
+    assert all(entry.keys() == {"step", "unsupervised"} | networks for entry in metrics["evaluations"])
+    assert all(entry["unsupervised"].keys() == networks for entry in metrics["evaluations"])
+    for scores in (entry[who] for entry in metrics["evaluations"] for who in networks):
         assert set(scores) == {"32x64", "64x128"}  # both sizes, always
         for score in scores.values():
             assert 0 <= score["miou"] <= 1
             assert len(score["per_class"]) == 19
-    assert ("teacher" in metrics["last"]) == (method != "source")
     config = json.loads((out / "config.json").read_text())
     assert config["method"] == method
     assert config["scope"] == ("batch" if recipe == "released" else "image")
