@@ -39,7 +39,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -249,7 +248,7 @@ def measure_kernels(device: str, rounds: int, *, quick: bool) -> dict[str, objec
         for _ in range(rounds):
             step(work.sample())
         torch.cuda.synchronize()
-    events = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    events = [event for event in profiled.events() if event.device_type.name == "CUDA"]
     kinds = by_kind([(event.name, event.device_time / 1e3) for event in events], rounds)
     for kind, row in sorted(kinds.items(), key=lambda item: -item[1]["ms"]):
         print(f"  {kind:26}  {row['ms']:9.3f} ms  {row['launches']:7.0f} launches")

@@ -116,7 +116,7 @@ def sum_by_blocks(
     with no_autocast(logits.device):
         wide = across.widen(small)
         marks = [~(logits.amax(1).abs() < math.inf), logits.amin(1) == -math.inf]
-        broken, ruled_out = _reached(torch.stack(marks, 1), down, across, logits.dtype).split(1, 2)
+        broken, ruled_out = _reached(torch.stack(marks, 1), down, across, logits.dtype).chunk(2, 2)
         scale = scale.masked_fill(broken & ~silent, math.nan)
         ceiling = torch.full_like(scale, math.inf).masked_fill(ruled_out, limit)
         slope = torch.zeros_like(wide) if with_gradient else None
