@@ -381,14 +381,15 @@ def _smoothing(sigma: Tensor, size: int, known: float | None) -> tuple[Tensor, T
         size: The number of pixels.
         known: The one value of sigma, or None where it is not looked at.
     """
+    from kornia.filters import get_gaussian_kernel1d  # noqa: PLC0415 - takes longer to import than all of crossmix
+
     reach, count = max(size - 1, 1), size
     cut = math.sqrt(-2 * math.log(torch.finfo(sigma.dtype).eps))  # a Gaussian is less than eps there
     if known is not None and known * cut < reach:  # else the taps end too early for waves to vanish
         count = min(size, math.ceil(cut * reach / (math.pi * known)) + 1)
     pixel = torch.arange(size, device=sigma.device)
     is_end = (pixel == 0) | (pixel == size - 1)
-    taps = (-0.5 * (pixel / sigma[:, None]).square()).exp()
-    taps = taps / (2 * taps.sum(1, keepdim=True) - 1)  # on both sides of the first
+    taps: Tensor = get_gaussian_kernel1d(2 * size - 1, sigma[:, None])[:, size - 1 :]  # of one side
     if 2 * count > size:  # one product is then cheaper than two
         taps = torch.where(pixel == reach, 2 * taps, taps)  # which one pixel gets from both sides
         direct = torch.cat([taps.flip(1), taps[:, 1:]], 1).unfold(1, size, 1).flip(1)  # by j - i
