@@ -61,7 +61,10 @@ PICTURES = {
     "predicted": ("image", "prediction", "ground truth"),
 }
 PREDICTED = "Predictions on validation images"
-SHORT = "step chosen without labels: mIoU short of the best step"
+SHORT = "label-free step below the best"
+LABEL_FREE = (
+    "The label-free step is the one whose predictions have the highest neighbourhood density; no label chose it."
+)
 MIXED_SOURCE = ("source", "target, not used", "what the student saw", "its label")
 PAPER = "The paper's rows are means of three runs after the last step, on labels of 512 x 1024."
 
@@ -186,6 +189,7 @@ def run_page(folder: Path) -> Path:
         classes=run.classes,
         title=f"{run.config['method']}, {run.benchmark}, seed {run.config['seed']}",
         figures={"steps done": f"{run.log[-1]['step'] if run.log else 0} of {run.config['steps']}", **key_figures(run)},
+        note=LABEL_FREE if run.metrics.get("best_unsupervised") else "",
         scores=score_tables(entries, run.config) if entries else [],
         charts={"Curves": charts(run)},
         galleries=[(title, headers[kind], run.pictures(kind)) for kind, title in titles.items()],
@@ -208,7 +212,10 @@ def comparison_page(groups: Mapping[str, Sequence[Path]], out: Path) -> Path:
             )
     entries = {f"{name}, {words}": [run.chosen()[words] for run in group] for words in first.chosen()
                for name, group in runs.items() if all(words in run.chosen() for run in group)}  # fmt: skip
-    short = {name: [shortfall(run.metrics, run.miou) for run in group] for name, group in runs.items()}
+    short = {
+        f"{name}, {SHORT}": [lost for run in group if (lost := shortfall(run.metrics, run.miou)) is not None]
+        for name, group in runs.items()
+    }
     configs = [options(group[0]) for group in runs.values()]
     names = dict.fromkeys(name for config in configs for name in config)
     differing = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
@@ -216,12 +223,8 @@ def comparison_page(groups: Mapping[str, Sequence[Path]], out: Path) -> Path:
         out,
         classes=first.classes,
         title=f"{', '.join(runs)}: {first.benchmark}",
-        note="Rows of several runs show mean and standard deviation.",
-        figures={
-            f"{name}, {SHORT}": f"{spread(values)} points"
-            for name, values in short.items()
-            if any(value is not None for value in values)
-        },
+        note=f"Rows of several runs show mean and standard deviation. {LABEL_FREE if any(short.values()) else ''}",
+        figures={title: f"{spread(values)} points" for title, values in short.items() if values},
         scores=score_tables(entries, first.config),
         charts={"Curves, means over runs": compared({name: list(map(charts, group)) for name, group in runs.items()})},
         galleries=[compared_predictions({name: group[0] for name, group in runs.items()})],

@@ -16,7 +16,7 @@ __all__ = [
 ]  # fmt: skip
 
 TITLES = {"miou": "mIoU", "miou_16": "mIoU of 16", "miou_13": "mIoU of 13"}
-CHOSEN = {"best": "best step", "best_unsupervised": "step chosen without labels"}
+CHOSEN = {"best": "best step", "best_unsupervised": "label-free step"}
 """Evaluations that metrics.json singles out, apart from the last."""
 ROWS = {
     "source": "Source",

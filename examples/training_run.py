@@ -22,7 +22,6 @@ from crossmix.engine import (
     StopRequest,
     keyed_generator,
 )
-from crossmix.self_training import SelfTrainingDraw
 from crossmix.visualize import gallery
 from domains import SOURCE, TARGET, Data, crop_size, differences, drawn_names, loader
 from events import Events
@@ -93,7 +92,7 @@ def crops(run: Run, stream: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield on_device.contiguous(memory_format=layout), labels.to(config.device, non_blocking=True)
 
 
-def draw_whole_batch(run: Run, number: int) -> SelfTrainingDraw:
+def draw_whole_batch(run: Run, number: int) -> Any:  # noqa: ANN401 - what `SelfTraining.sample` returns
     """Make the random draws of a batch, by its number, for all processes."""
     config = run.config
     generator = keyed_generator(config.seed, STEP, number)

@@ -63,7 +63,7 @@ def test_run_page__has_the_numbers_of_the_metrics_and_the_log(real: Path) -> Non
     page = Page(real / "report" / "index.html")
     metrics, config = content(real / "metrics.json"), content(real / "config.json")
     assert page.rows["IoU in percent"] == ["mIoU", *CLASS_NAMES]
-    chosen = {"last": "last step", "best": "best step", "best_unsupervised": "step chosen without labels"}
+    chosen = {"last": "last step", "best": "best step", "best_unsupervised": "label-free step"}
     for title, words in chosen.items():
         for who in ("student", "teacher"):
             scores = metrics[title][who]["32x64"]
@@ -204,10 +204,10 @@ def test_pages__say_how_far_the_label_free_choice_falls_short(changed: Callable[
         metrics["best_unsupervised"] = chosen
         lost.append(float(i))
         (run / "metrics.json").write_text(json.dumps(metrics))
-    key = "step chosen without labels: mIoU short of the best step"
+    key = "label-free step below the best"
     page = Page(report.run_page(runs[2]))
     assert dict(zip(page.of("dt"), page.of("dd"), strict=False))[f"student, {key}"] == "2.00 points"
-    assert page.rows["step chosen without labels, 2: student"][0] == "23.00"
+    assert page.rows["label-free step, 2: student"][0] == "23.00"
     page = Page(report.comparison_page({"dacs": runs}, tmp_path / "page"))
     want = f"{statistics.mean(lost):.2f} +- {statistics.stdev(lost):.2f} points"
     assert dict(zip(page.of("dt"), page.of("dd"), strict=False))[f"dacs, {key}"] == want

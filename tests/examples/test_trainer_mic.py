@@ -1,4 +1,4 @@
-"""The trainer with the mic recipe: its options, masked consistency, rare classes, and a step chosen without labels."""
+"""The trainer with the mic recipe: its options, masked consistency, rare classes, and a label-free step."""
 
 import itertools
 import json
@@ -391,12 +391,12 @@ def test_unsupervised__scores_are_the_librarys_and_choose_a_step(run: Callable[.
         assert entries[-1]["unsupervised"][who] == pytest.approx(direct.compute()._asdict(), rel=1e-5)
     best, by_density = (metrics[name]["student"]["32x64"]["miou"] for name in ("best", "best_unsupervised"))
     table = (out / "report" / "table.md").read_text()
-    assert f"| mIoU, step chosen without labels | {100 * by_density:.2f} |" in table
+    assert f"| mIoU, label-free step | {100 * by_density:.2f} |" in table
     assert f"| points below the best step | {100 * (best - by_density):.2f} |" in table
     page = Page(out / "report" / "index.html")
-    assert page.rows[f"step chosen without labels, {chosen['step']}: student"][0] == f"{100 * by_density:.2f}"
+    assert page.rows[f"label-free step, {chosen['step']}: student"][0] == f"{100 * by_density:.2f}"
     figures = dict(zip(page.of("dt"), page.of("dd"), strict=False))
-    short = figures["student, step chosen without labels: mIoU short of the best step"]
+    short = figures["student, label-free step below the best"]
     assert short == f"{100 * (best - by_density):.2f} points"
     assert f"student, 4: {densities[-1]:.4g}" in page.of("title")
 
