@@ -21,7 +21,8 @@ from crossmix.engine import KeyedCrops, keyed_generator
 from crossmix.models import deeplab_v2_tiny, load_weights
 from test_report import Page
 from test_trainer import assert_same, final, resolved, tensors
-from test_trainer_robust import TORCHRUN, one_thread, start
+from test_trainer_robust import TORCHRUN, one_thread, start, wait_for_step
+from test_trainer_stops import metrics_of, poison
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -31,11 +32,6 @@ BASE = ("--gta5", "a", "--cityscapes", "b", "--random-init")
 
 def log_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def metrics_of(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
-    return found
 
 
 def as_flag(name: str, value: object) -> list[str]:
@@ -234,12 +230,22 @@ def test_mic__resumed_equals_a_run_that_never_stopped(run: Callable[..., Path], 
     assert metrics_of(whole) == metrics_of(out)
 
 
+def test_mic__a_bad_step_changes_nothing(
+    trainer: ModuleType, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(trainer, monkeypatch, {2})
+    out = run(*MIC, "--lr", "0.001", "--save-every", "1", "--skip-steps", "1", "--eval-every", "4", "--steps", "3")
+    before, after = final(out, 2), final(out, 3)
+    for name in ("student", "teacher"):
+        assert_same(before[name], after[name])
+    assert_same(before["optimizer"]["state"], after["optimizer"]["state"])  # both averages, and the counts of steps
+    assert metrics_of(out)["skipped_steps"] == 1
+
+
 @pytest.mark.slow
 def test_mic__killed_anywhere_resumes_to_the_same_end(
     run: Callable[..., Path], folders: list[str], tmp_path: Path
 ) -> None:
-    from test_trainer_robust import wait_for_step
-
     flags = [*MIC, "--steps", "40", "--threshold", "0.05", "--save-every", "3", "--eval-every", "20"]
     whole, out = run(*flags, out="whole"), tmp_path / "killed"
     for attempt, step in enumerate((2, 9, 17, 26)):
@@ -327,7 +333,6 @@ def test_rare_classes__a_bad_step_names_what_was_drawn(
 ) -> None:
     import domains
     from options import read_options
-    from test_trainer_stops import poison
 
     flags = [*own_copy, "--rare-classes"]
     config = read_options(flags, "").config
