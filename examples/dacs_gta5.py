@@ -256,9 +256,9 @@ def fetch(run: Run, batches: Iterator[Batch], record: Record) -> list[Batch]:
     if isinstance(failure, RuntimeError):
         remedy = fewer_workers(run)
     elif run.config.skip_files < min(map(len, run.data[:2])):
-        remedy = f"Mend it, or leave it out with --skip-files {run.config.skip_files + 1}"
+        remedy = f"Repair it, or leave it out with --skip-files {run.config.skip_files + 1}"
     else:
-        remedy = "Mend them"  # without the broken files nothing would be left
+        remedy = "Repair them"  # without the broken files nothing would be left
     raise DataError(f"{reason(failure)} {remedy}; {goes_on(run)}.") from failure
 
 
@@ -395,7 +395,7 @@ def evaluate_if_due(run: Run, record: Record) -> None:
     try:
         found = {who: scores(run, network) for who, network in networks.items()}
     except (ValueError, OSError) as error:
-        raise DataError(f"{reason(error)} Mend it; {goes_on(run)}.") from error
+        raise DataError(f"{reason(error)} Repair it; {goes_on(run)}.") from error
     entry: dict[str, Any] = {"step": run.done, **{who: by_size for who, (by_size, _) in found.items()}}
     entry["unsupervised"] = {who: without_labels for who, (_, without_labels) in found.items()}
     save(run, best=keep_scores(run, entry))

@@ -117,7 +117,7 @@ def part(root: str, split: str) -> tuple[Path, Path | None]:
         DataError: If there are splits, but not this one.
     """
     if not Path(root).is_dir():
-        raise DataError(f"{root}: is no folder; {LAYOUT}.")
+        raise DataError(f"{root}: is not a folder; {LAYOUT}.")
     images, labels = Path(root, "images"), Path(root, "labels")
     by_kind, by_split = (images / split, labels / split), (Path(root, split, "images"), Path(root, split, "labels"))
     found = next((pair for pair in (by_kind, by_split, (images, labels)) if pair[0].is_dir()), (Path(root), None))

@@ -110,7 +110,7 @@ def _function(name: str) -> Callable[..., Any]:
             raise NetworkError(f"--network {name}: {where} has no {path}; name a function that is there.")
         found = getattr(found, part)
     if not callable(found):
-        raise NetworkError(f"--network {name}: {path} is a {type(found).__name__}, and no function.")
+        raise NetworkError(f"--network {name}: {path} must be a function, got {type(found).__name__}.")
     function: Callable[..., Any] = found
     return function
 

@@ -66,7 +66,7 @@ class Kind(NamedTuple):
         if self.native is not None:
             return "a size such as 512x1024 or 512, in pixels" + (", or native" if self.native else "")
         if self.type is str:
-            return "a text"
+            return "text"
         words = "a whole number" if self.type is int else "a number"
         if self.high is not None and self.high < LARGEST_COUNT:
             return f"{words} from {self.low:g} to {self.high:g}"
@@ -317,7 +317,7 @@ def read_options(argv: Sequence[str] | None, description: str) -> Request:
     args = _parser(description).parse_args(argv)
     for name, value in vars(args).items():
         if value == [] or (isinstance(value, str) and "\0" in value):  # argparse makes a list of "--name=--"
-            raise SystemExit(f"error: --{name.replace('_', '-')} must be a text, got {value or '--'!r}.")
+            raise SystemExit(f"error: --{name.replace('_', '-')} must be text, got {value or '--'!r}.")
     given = {
         name: checked(name, _from_text(OPTIONS[name].metadata["kind"], value), "--" + name.replace("_", "-"))
         for name, value in vars(args).items()
@@ -447,9 +447,9 @@ def _from_file(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SystemExit(f"error: {path}: is no JSON object of options ({error}).") from error
+        raise SystemExit(f"error: {path}: is not a JSON object of options ({error}).") from error
     if not isinstance(found, dict):
-        raise SystemExit(f"error: {path}: is no JSON object of options, but holds a {type(found).__name__}.")
+        raise SystemExit(f"error: {path}: is not a JSON object of options, but holds a {type(found).__name__}.")
     found.pop("versions", None)
     for name in found.keys() - OPTIONS.keys():
         raise SystemExit(f"error: {path}: unknown option {name!r}{_meant(name, tuple(OPTIONS))}")

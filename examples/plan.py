@@ -141,15 +141,15 @@ def _of_folders(request: Request, folders: list[Path]) -> Iterator[str]:
         return
     if request.resume and out is not None:
         if not out.is_dir():
-            yield f"--resume: there is no folder {out} to go on in; check --out, or leave --resume out to begin there."
+            yield f"--resume: there is no folder {out} to resume; check --out, or leave out --resume to start there."
         elif not config_files(out) and any(_visible(out)):
             yield (
-                f"--resume: {out} is no folder of a run, it holds no config.json; check --out, or leave --resume out "
-                "to begin there."
+                f"--resume: {out} is not the folder of a run, it holds no config.json; check --out, or leave out "
+                "--resume to start there."
             )
         return
     for folder in filter(has_begun, folders):
-        yield f"{folder} holds a run already; go on with --resume, or give another --out."
+        yield f"{folder} holds a run already; resume it with --resume, or give another --out."
     network = empty_network(request.config, meta=True)
     needed = request.runs * len(request.methods) * checkpoints(request.config, network) / 1e6
     room = shutil.disk_usage(existing(out or Path("runs")))
@@ -169,7 +169,7 @@ def unwritable(folder: Path) -> str | None:
     """Say why nothing can be written to a folder, existing or not."""
     place = existing(folder)
     if not place.is_dir():
-        return f"{place} is no folder"
+        return f"{place} is not a folder"
     return None if os.access(place, os.W_OK | os.X_OK) else f"{place} cannot be written to"
 
 
@@ -220,6 +220,6 @@ def _of_data(config: Config, world: int, *, fresh: bool) -> Iterator[str]:
             if name == "validation":
                 raise
             if not config.skip_files:
-                yield f"{error} Mend it, or leave it out with --skip-files 1."
+                yield f"{error} Repair it, or leave it out with --skip-files 1."
     if config.cache and not Path(config.cache).is_dir() and (problem := unwritable(Path(config.cache))) is not None:
         yield f"--cache {config.cache}: {problem}; give one that is new, or a cache."

@@ -204,7 +204,7 @@ def comparison_page(groups: Mapping[str, Sequence[Path]], out: Path) -> Path:
     first = every[0]
     for run in every:
         if run.metrics["last"] is None:
-            raise SystemExit(f"error: {run.folder}: has no evaluation yet; let it go on with --resume.")
+            raise SystemExit(f"error: {run.folder}: has no evaluation yet; continue it with --resume.")
         same = (run.synthia, run.classes, run.config["evaluation"])
         if same != (first.synthia, first.classes, first.config["evaluation"]):
             raise SystemExit(

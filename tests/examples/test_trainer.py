@@ -92,7 +92,7 @@ def test_resume__refuses_changed_options_and_damaged_checkpoints(run: Callable[.
 def test_run__never_overwrites_another(run: Callable[..., Path]) -> None:
     out = run()
     before = (out / "log.jsonl").read_bytes()
-    with pytest.raises(SystemExit, match="holds a run already; go on with --resume, or give another --out"):
+    with pytest.raises(SystemExit, match="holds a run already; resume it with --resume, or give another --out"):
         run()
     assert (out / "log.jsonl").read_bytes() == before
 

@@ -20,7 +20,18 @@ from crossmix.diagnostics import UnsupervisedScores
 from crossmix.engine import KeyedCrops, keyed_generator
 from crossmix.models import deeplab_v2_tiny, load_weights
 from pages import Page
-from runs import TORCHRUN, assert_same, final, log_of, metrics_of, resolved, start, tensors
+from runs import (
+    TORCHRUN,
+    assert_same,
+    final,
+    log_of,
+    metrics_of,
+    poison,
+    resolved,
+    start,
+    tensors,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -224,12 +235,22 @@ def test_mic__resumed_equals_a_run_that_never_stopped(run: Callable[..., Path], 
     assert metrics_of(whole) == metrics_of(out)
 
 
+def test_mic__a_bad_step_changes_nothing(
+    trainer: ModuleType, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(trainer, monkeypatch, {2})
+    out = run(*MIC, "--lr", "0.001", "--save-every", "1", "--skip-steps", "1", "--eval-every", "4", "--steps", "3")
+    before, after = final(out, 2), final(out, 3)
+    for name in ("student", "teacher"):
+        assert_same(before[name], after[name])
+    assert_same(before["optimizer"]["state"], after["optimizer"]["state"])  # both averages, and the counts of steps
+    assert metrics_of(out)["skipped_steps"] == 1
+
+
 @pytest.mark.slow
 def test_mic__killed_anywhere_resumes_to_the_same_end(
     run: Callable[..., Path], folders: list[str], tmp_path: Path
 ) -> None:
-    from test_trainer_robust import wait_for_step
-
     flags = [*MIC, "--steps", "40", "--threshold", "0.05", "--save-every", "3", "--eval-every", "20"]
     whole, out = run(*flags, out="whole"), tmp_path / "killed"
     for attempt, step in enumerate((2, 9, 17, 26)):

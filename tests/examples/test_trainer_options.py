@@ -116,7 +116,7 @@ def test_file__that_is_none_is_one_line(trainer: ModuleType, folders: list[str],
     with pytest.raises(SystemExit, match=r"error: .*options\.json: "):
         trainer.main([*folders, "--config", str(file)])
     file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SystemExit, match=r"error: .*options\.json: is no JSON object of options"):
+    with pytest.raises(SystemExit, match=r"error: .*options\.json: is not a JSON object of options"):
         trainer.main([*folders, "--config", str(file)])
 
 
@@ -141,7 +141,7 @@ def test_file__a_flag_takes_the_place_of_its_alternative(
     "flag", ["--seed=--", "--lr=--", "--gta5=--", "--out=--", "--config=--", "--out=a\0b", "--runs=--"]
 )
 def test_flag__that_is_no_text_is_one_line(trainer: ModuleType, folders: list[str], flag: str) -> None:
-    with pytest.raises(SystemExit, match=f"error: {flag.partition('=')[0]} must be a text, got "):
+    with pytest.raises(SystemExit, match=f"error: {flag.partition('=')[0]} must be text, got "):
         trainer.main([*folders, flag])
 
 
@@ -195,10 +195,10 @@ def test_dry_run__finds_what_a_run_would(
         ([*weighted, "--weights", str(tmp_path / "bad.pth")], r"bad\.pth"),
         ([*weighted, "--weights", str(tmp_path / "gone.pth")], r"gone\.pth"),
         ([*own_data, "--device", "foo"], "--device foo cannot be used"),
-        ([*own_data, "--cache", str(tmp_path / "file")], "--cache .*file is no folder"),
-        ([*own_data, "--cache", str(tmp_path / "file" / "below")], "--cache .*file is no folder"),
-        ([*own_data, "--out", str(tmp_path / "file")], "--out .*file is no folder"),
-        ([*own_data, "--out", str(tmp_path / "file" / "below" / "run")], "--out .*file is no folder"),
+        ([*own_data, "--cache", str(tmp_path / "file")], "--cache .*file is not a folder"),
+        ([*own_data, "--cache", str(tmp_path / "file" / "below")], "--cache .*file is not a folder"),
+        ([*own_data, "--out", str(tmp_path / "file")], "--out .*file is not a folder"),
+        ([*own_data, "--out", str(tmp_path / "file" / "below" / "run")], "--out .*file is not a folder"),
         (changed(own_data, gta5="x" * 5000), "File name too long"),
         ([*own_data, "--eval-split", "x" * 5000], "File name too long"),
         ([*own_data, "--out", str(done)], "done holds a run already"),

@@ -160,7 +160,7 @@ def test_own_network__small_logits_are_upsampled_as_its_kind_does(trainer: Modul
     [
         ("my_networks:none", r"my_networks\.py has no none; name a function"),
         ("my_networks:nested.none", r"has no nested\.none"),
-        ("my_networks:number", "number is a int, and no function"),
+        ("my_networks:number", "number must be a function, got int"),
         ("no_such_module:f", "no_such_module cannot be imported: ModuleNotFoundError"),
         ("my_networks:fails", r"fails\(4\) failed: KeyError: 'no such encoder' \(.*my_networks\.py, line \d+\)"),
         ("my_networks:nothing", r"must return a torch\.nn\.Module, got NoneType"),
@@ -212,7 +212,7 @@ def test_own_data__without_labels_trains_and_says_that_it_scores_nothing(
 
 def test_own_data__what_is_wrong_is_found_first(trainer: ModuleType, place: Path) -> None:
     for flag in ("--source", "--target"):
-        assert "nowhere: is no folder; expected images/" in refused(trainer, *OURS, flag, "nowhere")
+        assert "nowhere: is not a folder; expected images/" in refused(trainer, *OURS, flag, "nowhere")
     shutil.copytree(place / "game" / "images", place / "bare" / "images")
     assert "bare: has no label maps; expected images/ and labels/" in refused(trainer, *OURS, "--source", "bare")
     assert "street: has a split train but no test" in refused(trainer, *OURS, "--eval-split", "test")

@@ -328,7 +328,7 @@ def test_bad_input__is_said_in_one_line_and_nothing_is_written(
         (["--eval-split", "test"], "split 'test' has no images"),
         (["--steps", "0"], "--steps must be a whole number of at least 1, got 0"),
         (["--evaluation", "1x1"], "--evaluation must be one of the scored sizes, 32x64 or 64x128, got '1x1'"),
-        (["--config", str(tmp_path / "none.json")], r"none\.json: is no JSON object of options"),
+        (["--config", str(tmp_path / "none.json")], r"none\.json: is not a JSON object of options"),
     ):
         with pytest.raises(SystemExit, match=message):
             trainer.main([*folders, "--out", str(out), *flags])
@@ -338,7 +338,7 @@ def test_bad_input__is_said_in_one_line_and_nothing_is_written(
     with pytest.raises(SystemExit, match=r"unknown option 'tresh'; did you mean 'threshold'\?"):
         trainer.main(["--config", str(file)])
     file.write_text("[1]")
-    with pytest.raises(SystemExit, match="is no JSON object"):
+    with pytest.raises(SystemExit, match="is not a JSON object"):
         trainer.main(["--config", str(file)])
     for flags, message in (
         (["--gta5", gta5, "--synthia", gta5, "--cityscapes", cityscapes], "give --gta5 DIR or --synthia DIR"),

@@ -353,13 +353,13 @@ def test_broken_files__advice_is_given_where_it_can_work(
 ) -> None:
     labels = sorted((tmp_path / "data" / "gta5" / "labels").glob("*.png"))
     labels[0].write_bytes(labels[0].read_bytes()[:60])  # what is looked at before a run begins
-    with pytest.raises(SystemExit, match=r"error: .*00001\.png: .* Mend it, or leave it out with --skip-files 1\."):
+    with pytest.raises(SystemExit, match=r"error: .*00001\.png: .* Repair it, or leave it out with --skip-files 1\."):
         trainer.main([*own_data, "--out", str(tmp_path / "run")])
     for label in labels:
         label.write_bytes(label.read_bytes()[:60])
     with pytest.raises(SystemExit) as ended:
         trainer.main([*own_data, "--out", str(tmp_path / "run"), "--skip-files", "6"])
-    assert str(ended.value).endswith(" Mend them; nothing was trained yet.")
+    assert str(ended.value).endswith(" Repair them; nothing was trained yet.")
 
 
 def test_death_in_the_first_step__does_not_block_the_same_command(
@@ -406,7 +406,7 @@ def test_resume__of_nothing_is_refused(
         trainer.main([*folders, "--resume", "--out", "runs/mistyped"])
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
-    with pytest.raises(SystemExit, match="error: --resume: thesis is no folder of a run"):
+    with pytest.raises(SystemExit, match="error: --resume: thesis is not the folder of a run"):
         trainer.main([*folders, "--resume", "--out", "thesis"])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["chapter.tex", "thesis"]
 
