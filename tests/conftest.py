@@ -100,6 +100,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without charts, which take most of a short run's time and have tests of their own."""
+    import report
+
+    monkeypatch.setattr(report, "drawn", lambda *_: "")
+
+
+@pytest.fixture
 def own_data(folders: list[str], tmp_path: Path) -> list[str]:
     """The flags, on data that a test may break."""
     for name, folder in (("gta5", folders[1]), ("cs", folders[3])):

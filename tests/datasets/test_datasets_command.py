@@ -33,7 +33,7 @@ def cityscapes(tmp_path: Path) -> Path:
     return tmp_path / "c"
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_check__good_folders(gta5: Path, cityscapes: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
     assert main(["check", str(gta5), "--workers", workers]) == 0
     assert (
@@ -195,7 +195,7 @@ print(class_counts(GTA5(sys.argv[1]), cache=sys.argv[2]).tolist())
 def test_class_counts__processes_share_a_file(gta5: Path, tmp_path: Path) -> None:
     cache = tmp_path / "counts.jsonl"
     command = [sys.executable, "-c", COUNT, str(gta5), str(cache)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     want = str(counted(GTA5(gta5)).tolist())
     for process in running:
         assert process.communicate(timeout=300)[0].strip() == want

@@ -78,7 +78,7 @@ def mirrored(sample: Sample, *, named: str) -> Sample:
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_transform__takes_each_sample_in_the_workers(tmp_path: Path, labelled: bool, context: str) -> None:
     pairs(tmp_path)
     folders = (tmp_path / "images", tmp_path / "labels" if labelled else None)

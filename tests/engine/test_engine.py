@@ -2,11 +2,10 @@
 
 import errno
 import hashlib
+import multiprocessing
+import os
 import pickle
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -354,30 +353,33 @@ def test_checkpoints__a_full_disk_is_named_with_the_file_and_the_space(small_dis
     assert (newest["step"], best["step"]) == (2, 1)
 
 
-@pytest.mark.parametrize("number", range(1, 9))
-def test_checkpoints__a_kill_at_any_moment_leaves_whole_ones(tmp_path: Path, number: int) -> None:
-    code = """
-        import os, sys
-        from pathlib import Path
-        import torch
-        from crossmix.engine import CheckpointStore
-        store, moment = CheckpointStore(sys.argv[1]), int(sys.argv[2])
-        store.save(1, {"step": 1}, best=True)
-        store.save(2, {"step": 2})
-        real, count = Path.replace, 0
-        def replace(path, target):
-            global count
-            count += 1
-            if count == (moment + 1) // 2 and moment % 2:
-                os._exit(9)  # before this rename
-            real(path, target)
-            if count == moment // 2 and not moment % 2:
-                os._exit(9)  # after it
-        Path.replace = replace
-        store.save(2, {"step": 2, "again": True}, best=True)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path, str(number)], check=False)
-    assert done.returncode == 9
+def save_and_die(folder: Path, moment: int) -> None:
+    """Before the first rename, after it, before the second one, and so on."""
+    store = CheckpointStore(folder)
+    store.save(1, {"step": 1}, best=True)
+    store.save(2, {"step": 2})
+    real, count = Path.replace, 0
+
+    def replace(path: Path, target: Path) -> Path:
+        nonlocal count
+        count += 1
+        if count == (moment + 1) // 2 and moment % 2:
+            os._exit(9)
+        moved = real(path, target)
+        if count == moment // 2 and not moment % 2:
+            os._exit(9)
+        return moved
+
+    Path.replace = replace  # type: ignore[method-assign]
+    store.save(2, {"step": 2, "again": True}, best=True)
+
+
+@pytest.mark.parametrize("moment", range(1, 9))
+def test_checkpoints__a_kill_at_any_moment_leaves_whole_ones(tmp_path: Path, moment: int) -> None:
+    process = multiprocessing.get_context("fork").Process(target=save_and_die, args=(tmp_path, moment))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
     store = CheckpointStore(tmp_path)
     newest, best = store.load_newest(), store.load_best()  # without a warning
     assert newest is not None

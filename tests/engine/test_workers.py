@@ -15,7 +15,7 @@ import pytest
 from runs import wait_for
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs process groups")
-METHODS = ["fork", "spawn", "forkserver"]
+METHODS = ["fork", *(pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver"))]
 
 # A data set in a file of its own, so that spawned workers can import it: that takes a while, as it does in earnest.
 DATA = """
@@ -232,6 +232,7 @@ def test_loader__signals_reach_this_process_when_the_workers_have_been_started()
     assert done.stdout.split() == ["True"]
 
 
+@pytest.mark.slow
 def test_each__workers_of_a_pool_leave_signals_to_their_parent(tmp_path: Path) -> None:
     code = """
 import signal, sys, time
@@ -281,7 +282,7 @@ ENDING = """
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", METHODS[:2])
 def test_workers__a_lost_signal_from_their_parent_is_repeated(
     start: Callable[..., subprocess.Popen[str]], method: str
 ) -> None:
@@ -310,7 +311,7 @@ BEREFT = """
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", METHODS[:2])
 def test_workers__a_dead_one_is_told_by_the_next_batch(
     start: Callable[..., subprocess.Popen[str]], method: str
 ) -> None:

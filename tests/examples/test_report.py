@@ -1,12 +1,11 @@
 """The pages of runs: well-formed, escaped, whole in one file, with the numbers of the files beside them."""
 
 import base64
+import importlib
 import json
 import math
-import re
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,6 @@ import pytest
 import report
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES_16
 from pages import Page
-from runs import EXAMPLES, TRAINER
 
 NASTY = """<script>alert("1")</script>&'"</style>$x$ \udcff"""
 SHOWN = NASTY.replace("\udcff", "?")  # UTF-8 cannot hold it
@@ -247,19 +245,16 @@ def test_report__says_what_is_wrong(changed: Callable[..., Path], tmp_path: Path
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
-def test_missing_package__is_named_before_anything_is_trained(package: str, folders: list[str], tmp_path: Path) -> None:
-    def said(script: str, *arguments: str) -> str:
-        code = f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
-        call = f"import sys; sys.argv = {[script, *arguments]}; sys.path.insert(0, {str(EXAMPLES)!r}); {code}"
-        done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False)
-        assert done.returncode == 1
-        return done.stderr
-
-    told = said(str(TRAINER), *folders, "--out", str(tmp_path / "run"))
-    assert f"error: the package {package} is needed to" in told
+def test_missing_package__is_named_before_anything_is_trained(
+    package: str, trainer: ModuleType, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    with pytest.raises(SystemExit, match=f"error: the package {package} is needed to"):
+        trainer.main([*folders, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
-    told = said(report.__file__, str(tmp_path))
-    assert re.fullmatch(f"error: .*{package}.*pip install jinja2 matplotlib.\n", told)
+    monkeypatch.delitem(sys.modules, "report")
+    with pytest.raises(SystemExit, match=rf"^error: .*{package}.*pip install jinja2 matplotlib\.$"):
+        importlib.import_module("report")
 
 
 def test_trainer__compares_its_runs_and_mends_metrics_of_a_killed_one(run: Callable[..., Path]) -> None:

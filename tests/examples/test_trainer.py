@@ -15,6 +15,8 @@ from crossmix.models import deeplab_v2_tiny, save_weights
 from crossmix.optim import RepeatedSGD
 from runs import assert_finite, assert_same, final, forget, log_of, metrics_of, resolved
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 
 @pytest.mark.parametrize("recipe", ["released", "paper"])
 @pytest.mark.parametrize("method", recipes.METHODS)
@@ -137,7 +139,7 @@ def test_bf16__runs(run: Callable[..., Path]) -> None:
 def test_options__flags_over_file_over_recipe(
     trainer: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    base = ("--gta5", "a", "--cityscapes", "b", "--random-init")
+    base = ("--gta5", "a", "--cityscapes", "b", "--random-init", "--network", "tiny")
     released, paper = resolved(trainer, capsys, *base), resolved(trainer, capsys, *base, "--recipe", "paper")
     switches = {name for name in released if released[name] != paper[name]}
     assert switches == {

@@ -16,6 +16,8 @@ import torch
 from crossmix.datasets import StreetScenes
 from runs import assert_same, changed, final, forget, poison
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 # An option, what it must not be on a command line or in a file, and what it must not be in a file alone.
 BAD = {
     "method": ["", "DACS", "mine"],

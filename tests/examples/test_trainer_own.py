@@ -14,6 +14,7 @@ import torch
 from crossmix.datasets import StreetScenes, write_png
 from runs import assert_same, final, forget, log_of, metrics_of
 
+pytestmark = pytest.mark.usefixtures("no_charts")
 NAMES = ["ground", "things", "sky", "living"]
 MODULE = """
 import collections, types

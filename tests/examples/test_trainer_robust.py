@@ -34,7 +34,7 @@ from runs import (
     wait_for_step,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 
 
 @pytest.mark.slow

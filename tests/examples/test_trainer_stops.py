@@ -37,7 +37,7 @@ from runs import (
     wait_until,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 
 # Starts the trainer with workers of another kind.
 STARTER = """
@@ -75,14 +75,14 @@ def wholes(trainer: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return whole
 
 
-FAST = {("2", "fork", "group", "evaluation"), ("2", "spawn", "group", "training")}
 WAYS = [
-    pytest.param(workers, method, to, phase, marks=() if (workers, method, to, phase) in FAST else pytest.mark.slow)
+    (workers, method, to, phase)
     for workers, method in (("0", "fork"), ("2", "fork"), ("2", "spawn"), ("2", "forkserver"))
     for to, phase in itertools.product(("process", "group"), ("training", "evaluation"))
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "method", "to", "phase"), WAYS)
 def test_signal__saves_exits_with_0_and_goes_on_to_the_same_end(
     trainer: ModuleType, long_validation: list[str], wholes: Callable[..., Path], tmp_path: Path,
@@ -193,7 +193,7 @@ def test_signal__amid_the_imports_ends_with_0(tmp_path: Path, package: str) -> N
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("begun", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_runs__resumed_in_the_first_training_begins_the_second(run: Callable[..., Path], *, begun: bool) -> None:
     whole = run("--runs", "2", out="whole")
     out = run("--runs", "2")
