@@ -35,14 +35,14 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 def confidence_weight(confidence: Tensor, threshold: float = 0.968, *, scope: Scope = "image") -> Tensor:
-    """Weigh pixels by the share of confident ones: the lambda of section 3.4.
+    """Weight pixels by the share of confident ones: the lambda of section 3.4.
 
     lambda = (number of pixels with confidence >= threshold) / (number of pixels)
 
     Args:
         confidence: (N, H, W) floating in [0, 1], the maximum over classes of the teacher's probabilities.
         threshold: Confidence in [0, 1]; 0.968 in the released code, not stated in the paper.
-        scope: What the share is taken over: `"image"` (the paper), `"batch"` (the released code), `"pixel"` (1 where
+        scope: What the share is computed over: `"image"` (the paper), `"batch"` (the released code), `"pixel"` (1 if
             the pixel itself is confident, else 0) or `"none"` (1 everywhere).
 
     Returns:
@@ -78,18 +78,18 @@ def weighted_cross_entropy(
 
     loss = sum_p w_p * CE(logits_p, label_p) / divisor, over the pixels p that are not ignored
 
-    Finite and differentiable in every degenerate batch: where nothing is left to learn from, the loss and its gradient
-    are 0, never NaN. A pixel that is ignored or weighs 0 adds exactly 0 to the loss and to the gradient of the logits,
-    whatever its logits are, NaN or infinity included; so does an ignored one whatever its weight is.
+    Finite and differentiable for every degenerate batch: if no pixel counts, the loss and its gradient are 0, never
+    NaN. A pixel that is ignored or has weight 0 adds exactly 0 to the loss and to the gradient of the logits, even if
+    its logits are NaN or infinite; an ignored one does so whatever its weight.
 
     Args:
         logits: (N, C, H, W) floating; computed in float32, or in float64 where an input is float64.
         labels: (N, H, W) uint8, int16, int32 or int64. Ids outside 0..C-1 count as ignored.
-        weights: (N, H, W) or (N,) floating, >= 0; ones when not given. A weight per class, torch's `weight=`, is
+        weights: (N, H, W) or (N,) floating, >= 0; ones if not given. For a weight per class, torch's `weight=`, pass
             `class_weights[labels.long().clamp(0, C - 1)]` with `normalizer="weights"`.
         ignore_index: The id of ignored pixels.
-        normalizer: What the mean divides by: `"all"` pixels, ignored ones included (the paper, and the mixed loss of
-            the released code), the `"valid"` ones (the released source loss; torch's own), or the sum of the
+        normalizer: The divisor of the mean: the number of `"all"` pixels including ignored ones (the paper, and the
+            released mixed loss), of the `"valid"` ones (the released source loss, and torch), or the sum of the
             `"weights"` of the valid ones.
         label_smoothing: Share of the uniform distribution in the label, in [0, 1].
         reduction: `"mean"` as described, `"sum"`, or `"none"` for the (N, H, W) weighted losses.
@@ -132,21 +132,20 @@ def upsampled_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Take `weighted_cross_entropy` of smaller logits, upsampled to the labels' size.
+    """Compute `weighted_cross_entropy` of smaller logits, upsampled to the size of the labels.
 
-    The upsampling is bilinear, in float32 (float64 where an input is). It goes by blocks of rows, and the gradient of
-    the small logits is made in the same pass, so that the full-size logits never exist: a fraction of the time and
-    memory of doing one after the other. The plain way is taken where it has to be: for `reduction="none"`, for the
-    gradient of weights, for a second derivative, for forward-mode derivatives, under the transforms of `torch.func`,
-    and for a DTensor. On a GPU the interpolation is a matrix product, so it is in TF32 where
-    `torch.backends.cuda.matmul.allow_tf32` says so.
+    Upsampling is bilinear, in float32 (float64 if an input is). It works on blocks of rows and computes the gradient of
+    the small logits in the same pass, so the full-size logits never exist; this takes a fraction of the time and memory
+    of upsampling first. The plain form is used where that is impossible: for `reduction="none"`, the gradient of
+    weights, second derivatives, forward-mode derivatives, the transforms of `torch.func`, and DTensors. On a GPU the
+    interpolation is a matrix product, in TF32 if `torch.backends.cuda.matmul.allow_tf32` is set.
 
     Args:
         logits: (N, C, h, w) floating, of any size.
         labels: (N, H, W) integer.
-        weights: (N, H, W) or (N,) floating; ones when not given.
-        align_corners: Where the small pixels lie: True as in DeepLab-v2 and the released code, False as in
-            transformers, mmsegmentation and DAFormer.
+        weights: (N, H, W) or (N,) floating; ones if not given.
+        align_corners: Interpolation convention: True as in DeepLab-v2 and the released code, False as in transformers,
+            mmsegmentation and DAFormer.
         ignore_index: The id of ignored pixels.
         normalizer: As in `weighted_cross_entropy`.
         label_smoothing: As in `weighted_cross_entropy`.
@@ -157,7 +156,7 @@ def upsampled_cross_entropy(
 
     Raises:
         TypeError: If a dtype is wrong.
-        ValueError: If batch sizes or devices disagree, the logits have no pixel, or an option is unknown.
+        ValueError: If batch sizes or devices disagree, the logits have no pixels, or an option is unknown.
 
     Example:
         >>> logits = torch.tensor([[[[0.0, 2.0]], [[2.0, 0.0]]]])
@@ -186,7 +185,7 @@ def upsampled_cross_entropy(
 
 
 class ConfidenceWeightedCE(nn.Module):
-    """The loss on mixed images: confidence weights for target pixels, and the cross-entropy that uses them.
+    """Loss on mixed images: confidence weights for target pixels, and the cross-entropy that uses them.
 
     Args:
         threshold: A pixel counts as confident at `confidence >= threshold`; in [0, 1].
@@ -195,9 +194,9 @@ class ConfidenceWeightedCE(nn.Module):
         ignore_index: The id of ignored pixels.
         normalizer: `"all"`, `"valid"` or `"weights"`; see `crossmix.functional.weighted_cross_entropy`.
         label_smoothing: Share of the uniform distribution in the label, in [0, 1].
-        sync: Whether divisors and the batch-scope lambda are those of the batch over all ranks. The loss of a rank is
-            then scaled by the number of ranks, so that the average that DistributedDataParallel takes of the gradients
-            is the gradient of the whole batch's loss. Without an initialised process group it changes nothing.
+        sync: Whether divisors and the batch-scope lambda are computed over the batch of all ranks. Each rank's loss is
+            then scaled by the number of ranks, so that DistributedDataParallel's average of the gradients is the
+            gradient of the loss of the whole batch. No effect without an initialised process group.
 
     Raises:
         ValueError: If an option is out of range or unknown.
@@ -231,7 +230,7 @@ class ConfidenceWeightedCE(nn.Module):
         self.sync = sync
 
     def weights(self, confidence: Tensor) -> Tensor:
-        """Weigh target pixels by confidence.
+        """Compute the weights of target pixels from the teacher's confidence.
 
         Args:
             confidence: (N, H, W) floating in [0, 1].
@@ -252,7 +251,7 @@ class ConfidenceWeightedCE(nn.Module):
         Args:
             logits: (N, C, H, W) floating.
             labels: (N, H, W) integer.
-            weights: (N, H, W) or (N,) floating; ones when not given.
+            weights: (N, H, W) or (N,) floating; ones if not given.
 
         Returns:
             Scalar float32, or float64 where an input is float64.
@@ -274,7 +273,7 @@ class ConfidenceWeightedCE(nn.Module):
         Args:
             logits: (N, C, h, w) floating.
             labels: (N, H, W) integer.
-            weights: (N, H, W) or (N,) floating; ones when not given.
+            weights: (N, H, W) or (N,) floating; ones if not given.
             align_corners: As in `crossmix.functional.upsampled_cross_entropy`.
 
         Returns:
@@ -282,10 +281,10 @@ class ConfidenceWeightedCE(nn.Module):
 
         Raises:
             TypeError: If a dtype is wrong.
-            ValueError: If batch sizes or devices disagree, or the logits have no pixel.
+            ValueError: If batch sizes or devices disagree, or the logits have no pixels.
         """
         _check_small_logits(logits, labels, weights)
-        if type(self).forward is not ConfidenceWeightedCE.forward:  # a subclass with a loss of its own
+        if type(self).forward is not ConfidenceWeightedCE.forward:  # a subclass with its own loss
             loss: Tensor = self(upsample_for(logits, labels, weights, align_corners=align_corners), labels, weights)
             return loss
         total = upsampled_sum(
@@ -339,7 +338,7 @@ def _divisor(
     ignore_index: int,
     normalizer: Normalizer,
 ) -> Tensor:
-    """What the mean of a total divides by."""
+    """The divisor of the mean."""
     if normalizer == "all":
         return torch.full((), labels.numel(), dtype=total.dtype, device=total.device)
     _, valid = valid_pixels(labels, num_classes, ignore_index)
@@ -349,7 +348,7 @@ def _divisor(
 
 
 def _positive(divisor: Tensor) -> Tensor:
-    """The divisor, or 1 where it is 0: then the sum above it is 0 too."""
+    """The divisor, or 1 if it is 0, in which case the numerator is 0 too."""
     return torch.where(divisor > 0, divisor, 1.0)
 
 
@@ -381,7 +380,7 @@ def _check_small_logits(logits: Tensor, labels: Tensor, weights: Tensor | None) 
     if 0 in logits.shape[2:] and labels.numel() > 0:
         raise ValueError(
             f"`logits` must have pixels to be upsampled to {tuple(labels.shape[1:])}, got {tuple(logits.shape)}; "
-            "pass images that the network does not shrink to nothing."
+            "pass larger images."
         )
 
 

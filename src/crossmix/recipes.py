@@ -1,6 +1,6 @@
-"""Configurations of `SelfTraining` by name: the released code's, the paper's, and that of masked image consistency.
+"""Named configurations of `SelfTraining`: the released code, the paper, and masked image consistency (MIC).
 
-Every difference between them that concerns the algorithm is one field of `Recipe`, here and nowhere else.
+Every difference between them that concerns the algorithm is one field of `Recipe`.
 
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 DAFormer: Hoyer et al., CVPR 2022, https://arxiv.org/abs/2111.14887
@@ -39,27 +39,27 @@ METHODS: tuple[Method, ...] = ("source", "pseudo-label", "classmix", "alignment"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The choices in which the recipes differ, by the names of the constructor arguments.
+    """The options in which the recipes differ, named as the constructor arguments that they set.
 
     Attributes:
         weigh: Of `SelfTraining`: lambda on `"target"` pixels and 1 on source pixels, or on the whole `"mixed"` image.
-        scope: Of `ConfidenceWeightedCE`, for mixed images: what lambda, the share of confident pixels, is taken over:
-            `"batch"`, `"image"`, or, in neither, `"pixel"` or `"none"`.
+        scope: Of `ConfidenceWeightedCE`, for mixed images: what lambda, the share of confident pixels, is computed
+            over: `"batch"` (released code) or `"image"` (paper); `"pixel"` and `"none"` are in no recipe.
         source_normalizer: `normalizer` of the source loss: the mean over `"valid"` pixels, `"all"` pixels, or by
             `"weights"`.
         include_ignored: Of `CrossDomainMix`: whether ignored source pixels can be drawn as a class.
-        decay: Of `MeanTeacher`: share of the teacher that an update keeps; 0 makes it the network itself, as in
+        decay: Of `MeanTeacher`: share of the teacher that an update keeps; 0 makes it equal to the student, as in
             Algorithm 1.
-        mode: Of `MeanTeacher`: `"train"` for batch statistics, in all, or `"eval"`.
+        mode: Of `MeanTeacher`: `"train"` for batch statistics (all recipes), or `"eval"`.
         flavor: Of `StrongAugment`: `"additive"` jitter, as in old kornia, or `"torchvision"`.
-        same_on_batch: Of `StrongAugment`: one decision per batch to jitter or blur, or one per image.
-        threshold: Of `ConfidenceWeightedCE`: the confidence from which a pixel counts for lambda; the same in all, and
-            not stated in the paper.
-        ignore_top: Of `SelfTraining`: rows of pseudo-labels that get weight 0, at a height of 512.
-        ignore_bottom: Of `SelfTraining`.
-        consistency: Of `SelfTraining`: a `MaskedImages` or None; or True for one of `consistency_block` and
-            `consistency_ratio`, and False for none. Its images are augmented as the mixed ones are.
-        consistency_block: `block` of that `MaskedImages`; None is 64, or 32 for crops up to 512.
+        same_on_batch: Of `StrongAugment`: one decision to jitter or blur per batch, or one per image.
+        threshold: Of `ConfidenceWeightedCE`: the confidence from which a pixel counts in lambda; the same in all
+            recipes, and not stated in the paper.
+        ignore_top: Of `SelfTraining`: rows of pseudo-labels that get weight 0, for a height of 512.
+        ignore_bottom: Of `SelfTraining`, likewise.
+        consistency: Of `SelfTraining`: a `MaskedImages` or None; True builds one from `consistency_block` and
+            `consistency_ratio`, False means None. Its images are augmented like the mixed ones.
+        consistency_block: `block` of that `MaskedImages`; None means 64, or 32 for crops up to 512.
         consistency_ratio: `ratio` of that `MaskedImages`.
         consistency_weight: Of `SelfTraining`.
 
@@ -85,7 +85,7 @@ class Recipe:
     consistency_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse unknown values."""
+        """Check the values."""
         check_choice("weigh", self.weigh, ("target", "mixed"))
         check_choice("scope", self.scope, ("batch", "image", "pixel", "none"))
         check_choice("source_normalizer", self.source_normalizer, ("valid", "all", "weights"))
@@ -114,7 +114,7 @@ RELEASED = Recipe(
     flavor="additive",
     same_on_batch=True,
 )
-"""What the code behind the published 52.14 does."""
+"""The behaviour of the code behind the published 52.14."""
 
 PAPER = Recipe(
     weigh="mixed",
@@ -125,7 +125,7 @@ PAPER = Recipe(
     flavor="torchvision",
     same_on_batch=False,
 )
-"""What the paper's text says."""
+"""The paper's text."""
 
 MIC = Recipe(
     weigh="target",
@@ -139,9 +139,9 @@ MIC = Recipe(
     ignore_bottom=120,
     consistency=True,
 )
-"""What the field builds on today, DAFormer's training with masked image consistency, for any network.
+"""DAFormer's training with masked image consistency, the common baseline today, for any network.
 
-Its sampler and its optimizer belong to the training loop: see docs/recipes.md.
+Its sampler and optimizer belong to the training loop: see docs/recipes.md.
 """
 
 
@@ -161,9 +161,9 @@ def self_training(
     std: Sequence[float] | None = None,
     **overrides: str | float | bool | MaskedImages | None,
 ) -> SelfTraining:
-    """Build a method of the paper's Table 3 in one of the recipes.
+    """Build one of the methods of the paper's Table 3, configured by a recipe.
 
-    - `"source"`: source images alone, no augmentation (32.85 in the paper, GTA5 to Cityscapes).
+    - `"source"`: source images only, no augmentation (32.85 in the paper, GTA5 to Cityscapes).
     - `"pseudo-label"`: pseudo-labelled target images, augmented, nothing pasted (22.97).
     - `"classmix"`: naive ClassMix, target images mixed with each other (35.08).
     - `"alignment"`: naive ClassMix with distribution alignment (48.04).
@@ -174,26 +174,25 @@ def self_training(
         num_classes: The number of classes C.
         method: One of `METHODS`.
         recipe: `"released"`, `"paper"`, `"mic"`, or a `Recipe`.
-        prior: (C,) class distribution for `"alignment"`. None leaves it uniform until
-            `.align.update_prior(source_labels)` is called in the training loop; the paper's row takes the target's own
-            distribution, an oracle.
-        sync: Whether divisors, lambda and alignment averages are those of the batch over all ranks.
+        prior: (C,) class distribution for `"alignment"`. None starts uniform; call `.align.update_prior(source_labels)`
+            in the training loop to estimate it. The paper uses the target's true distribution, an oracle.
+        sync: Whether divisors, lambda and alignment averages are computed over the batch of all ranks.
         ignore_index: The id of ignored pixels, in all parts.
         upsample: Whether the student may return logits smaller than the images; see `SelfTraining`.
-        align_corners: Of that upsampling; see `SelfTraining`.
-        logits: Takes the logits out of what the student returns; see `SelfTraining`.
-        mean: Of `StrongAugment`, with `std`: what images are normalised by, where the data loader does it. Blocks that
-            the recipe hides are then filled with the normalised mean colour.
+        align_corners: Convention of that upsampling; see `SelfTraining`.
+        logits: Extracts the logits from the student's output; see `SelfTraining`.
+        mean: Of `StrongAugment`, with `std`: the statistics by which the data loader normalises images, if it does.
+            Hidden blocks are then filled with the normalised mean colour.
         std: Of `StrongAugment`.
-        **overrides: Fields of `Recipe` by name, e.g. `scope="image"`, or `consistency=None` to leave that term out.
+        **overrides: Fields of `Recipe` by name, e.g. `scope="image"`, or `consistency=None` to drop that term.
 
     Returns:
         A `SelfTraining`; its student is `student` itself, not a copy.
 
     Raises:
-        TypeError: If an override is no field of `Recipe`, or a value is of another type.
-        ValueError: If a method, a recipe or a value is unknown, `prior` is given to a method without alignment, or a
-            `MaskedImages` to the method without a teacher.
+        TypeError: If an override is not a field of `Recipe`, or a value has the wrong type.
+        ValueError: If a method, a recipe or a value is unknown, `prior` is given for a method without alignment, or a
+            `MaskedImages` for the method without a teacher.
 
     Example:
         >>> training = self_training(nn.Conv2d(3, 19, 1), 19, recipe="paper", scope="batch")
@@ -217,7 +216,7 @@ def self_training(
         return StrongAugment(flavor=choice.flavor, same_on_batch=choice.same_on_batch, mean=mean, std=std)
 
     consistency = choice.consistency
-    if isinstance(consistency, bool):  # the baseline without a teacher has none in any recipe
+    if isinstance(consistency, bool):  # the source-only baseline has no consistency term in any recipe
         consistency = _masked_images(choice, mean, std) if consistency and method != "source" else None
     return SelfTraining(
         student,
@@ -245,7 +244,7 @@ def self_training(
 
 
 def _masked_images(choice: Recipe, mean: Sequence[float] | None, std: Sequence[float] | None) -> MaskedImages:
-    """With the mean colour as the images have it."""
+    """`MaskedImages` whose fill is normalised like the images."""
     masked = MaskedImages(choice.consistency_block, choice.consistency_ratio)
     if mean is None or std is None:
         return masked
