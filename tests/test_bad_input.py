@@ -155,7 +155,7 @@ CASES: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         ValueError,
         r"`base` must have shape \(N, ..., H, W\) or \(N,\)",
     ),
-    ("mix channels", lambda: F.mix(IMAGES, IMAGES[:, :1], MASK), ValueError, "must have one shape"),
+    ("mix channels", lambda: F.mix(IMAGES, IMAGES[:, :1], MASK), ValueError, "must have the same shape"),
     ("mix vector", lambda: F.mix(torch.rand(3), MAP, MASK), ValueError, "`pasted` must have shape"),
     ("confidence dtype", lambda: F.confidence_weight(LABELS), TypeError, "`confidence` must be floating"),
     (
@@ -391,7 +391,7 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "mix without classes",
         lambda: train(mix=lambda x, y, w, *, scores: (x, y, w, w > scores[0, 0])),
         ValueError,
-        "nothing says how many classes there are; pass `num_classes=` to SelfTraining",
+        "the number of classes is unknown; pass `num_classes=` to SelfTraining",
     ),
     ("align", lambda: train(align=1), TypeError, "`align` must be callable, got int; build a module such as Distrib"),
     (

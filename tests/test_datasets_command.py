@@ -81,7 +81,7 @@ def test_check__synthia_saved_from_high_bytes(tmp_path: Path, capsys: pytest.Cap
     assert main(["check", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "SYNTHIA: 2 images (the whole data set has 9400)" in out
-    assert out.count("as files do that were saved from the high bytes") == 2
+    assert out.count("like files saved from the high bytes") == 2
 
 
 def test_check__your_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

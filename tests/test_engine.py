@@ -242,7 +242,7 @@ def test_checkpoints__a_damaged_one_is_never_loaded(tmp_path: Path, how: str) ->
     with pytest.raises(CheckpointError, match="No checkpoint can be read"):
         store.load_newest()
     damage(store.best, how)
-    with pytest.raises(CheckpointError, match=r"best\.pt: its .*; the next best one replaces it"):
+    with pytest.raises(CheckpointError, match=r"best\.pt: its .*; the next best checkpoint replaces it"):
         store.load_best()
     store.save(3, state(3), best=True)
     best = store.load_best()

@@ -422,7 +422,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("nothing", {"data": []}, ValueError, "`data` must not be empty"),
     ("no sizes", {"label_sizes": []}, ValueError, "`label_sizes` must not be empty"),
     ("stride alone", {"stride": 3}, ValueError, "`stride` belongs to a `window`"),
-    ("wide stride", {"window": 3, "stride": (3, 4)}, ValueError, "pixels between windows would have no prediction"),
+    ("wide stride", {"window": 3, "stride": (3, 4)}, ValueError, "pixels between windows would get no prediction"),
     ("no stride", {"window": 3, "stride": 0}, ValueError, r"`stride` must be positive, got \(0, 0\)"),
     ("no window", {"window": (0, 3)}, ValueError, "`window` must be positive"),
     ("one window side", {"window": (3,)}, TypeError, r"`window` must be \(height, width\), .* got \(3,\); pass both"),
@@ -465,9 +465,9 @@ def test_colorize_and_gallery() -> None:
     assert torch.equal(sheet[:, 4:6, 5:8], colors)
     assert sheet[:, 4:6, 1:4].unique().tolist() == [128]
     assert sheet[:, 0].unique().tolist() == [255]
-    with pytest.raises(ValueError, match="equally many pictures of one size"):
+    with pytest.raises(ValueError, match="equal lengths and pictures of one size"):
         gallery([[colors], [colors, colors]])
-    with pytest.raises(ValueError, match="equally many pictures of one size"):
+    with pytest.raises(ValueError, match="equal lengths and pictures of one size"):
         gallery([])
     with pytest.raises(ValueError, match=r"shape \(H, W\)"):
         colorize(colors)

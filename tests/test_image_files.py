@@ -398,7 +398,7 @@ def test_images__that_may_be_label_maps_are_refused_by_official_readers(tmp_path
 def test_images__odd_ones_without_pillow_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "Image", None)
     ODD["palette"]().save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"a\.png: .*by `pip install crossmix\[pictures\]`"):
+    with pytest.raises(DataError, match=r"a\.png: .*with `pip install crossmix\[pictures\]`"):
         SegmentationFolder(tmp_path)[0]
     data = encoded(picture(), "jpeg")  # these need none
     assert read_image(put(tmp_path / "b.jpg", data)).shape == (3, 12, 20)
@@ -415,7 +415,7 @@ def test_labels__in_jpeg_are_refused(tmp_path: Path, name: str) -> None:
     png(tmp_path / "images" / "a.png")
     put(tmp_path / "labels" / name, encoded(labels("gta5"), "jpeg"))
     for data in (GTA5(tmp_path), SegmentationFolder(tmp_path)):
-        with pytest.raises(DataError, match=r"is a JPEG file, which changes ids a little everywhere; save .* as PNG"):
+        with pytest.raises(DataError, match=r"is a JPEG file, whose lossy compression changes ids; save .* as PNG"):
             data[0]
 
 

@@ -321,7 +321,7 @@ def test_update__follows_a_network_compiled_in_place() -> None:
 
 def test_update__refuses_another_network() -> None:
     teacher = MeanTeacher(student())
-    with pytest.raises(ValueError, match=r"names differ, first .*; pass the network that the teacher was made from"):
+    with pytest.raises(ValueError, match=r"names differ, starting with .*; pass the network that the teacher was"):
         teacher.update(nn.Conv2d(3, 2, 1))
     other = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 2, 1))
     with pytest.raises(

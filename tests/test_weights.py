@@ -487,9 +487,9 @@ def test_load__where_it_cannot_tell_the_advice_works(tmp_path: Path) -> None:
         ),
         "more beside it": (
             {**prefixed("net.", first), "loss.weight": torch.ones(1)}, None,
-            r"1 unexpected \(loss.weight\).* in its part 'net'.*; pass `entry='net'` to leave out", first,
+            r"1 unexpected \(loss.weight\).* in its part 'net'.*; pass `entry='net'` to ignore", first,
         ),
-        "more in it": ({**first, "loss.weight": torch.ones(1)}, None, "pass `strict=False` to leave out what", first),
+        "more in it": ({**first, "loss.weight": torch.ones(1)}, None, "pass `strict=False` to ignore", first),
         "another head": (
             {**first, "layer5.conv2d_list.1.bias": torch.ones(21)}, None, "pass `strict=False` to leave out the head",
             without(first, "layer5.conv2d_list.1.bias"),
@@ -510,7 +510,7 @@ def test_load__where_it_cannot_tell_the_advice_works(tmp_path: Path) -> None:
     for contents, entry, message in (
         ({"net": nn.Linear(1, 1).state_dict()}, "teacher", r"no entry 'teacher', but \(net\), and none matches"),
         ({"net": {"step": 3}, "step": 3}, None, r"expected tensors, got \(net, step\)"),
-        (without(first, "layer3"), None, "build the network that it was saved from"),
+        (without(first, "layer3"), None, "build the network that the weights were saved from"),
         ({"conv1.weight": torch.ones(1), "module.conv1.weight": torch.ones(1)}, None,
          "'conv1.weight' and 'module.conv1.weight' are the same name"),
     ):  # fmt: skip
@@ -709,7 +709,7 @@ HEADERS = {
 def test_safetensors__damaged_headers(case: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(HEADERS[case]).to_bytes(8, "little") + HEADERS[case] + bytes(8))
-    with pytest.raises(WeightsError, match=r"x\.safetensors: it is truncated, damaged or no file of weights"):
+    with pytest.raises(WeightsError, match=r"x\.safetensors: it is truncated, damaged or not a file of weights"):
         load_weights(tiny(2), path)
 
 
@@ -751,11 +751,11 @@ BAD: dict[str, tuple[Callable[[State], bytes], str]] = {
     "empty": (lambda _: b"", "got an empty file"),
     "a page": (lambda _: b"\n<!DOCTYPE html><html>quota exceeded</html>", "got an HTML page"),
     "a pointer": (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "got a Git LFS pointer"),
-    "text": (lambda _: b"hello world, no weights here", "it is truncated, damaged or no file of weights"),
-    "zeros": (lambda _: bytes(4096), "it is truncated, damaged or no file of weights"),
-    "truncated": (lambda s: written(s)[:-5000], "it is truncated, damaged or no file of weights"),
-    "truncated early": (lambda s: written(s)[:100], "it is truncated, damaged or no file of weights"),
-    "truncated, legacy": (lambda s: written(s, legacy=True)[:-5000], "it is truncated, damaged or no file of weights"),
+    "text": (lambda _: b"hello world, no weights here", "it is truncated, damaged or not a file of weights"),
+    "zeros": (lambda _: bytes(4096), "it is truncated, damaged or not a file of weights"),
+    "truncated": (lambda s: written(s)[:-5000], "it is truncated, damaged or not a file of weights"),
+    "truncated early": (lambda s: written(s)[:100], "it is truncated, damaged or not a file of weights"),
+    "truncated, legacy": (lambda s: written(s, legacy=True)[:-5000], "it is truncated, damaged or not a file"),
     "corrupted": (lambda s: flipped(written(s)), "does not match its checksum"),
     "a list": (lambda s: written(list(s.values())), "expected a dict of tensors, got list"),
     "a tensor": (lambda _: written(torch.ones(3)), "expected a dict of tensors, got Tensor"),
@@ -833,7 +833,7 @@ def test_objects__beside_the_weights_are_named_with_the_way_to_allow_them(
     message = str(caught.value)
     assert str(path) in message
     assert names in message
-    assert "get the file again" not in message
+    assert "download the file again" not in message
     assert "weights_only" not in message
     assert_equal(model, before)
     assert set(torch.serialization.get_safe_globals()) == allowed  # nothing more, on the way
@@ -924,7 +924,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         nowhere = deeplab_v2_tiny(5)
     with pytest.raises(ValueError, match="`model` must have memory"):
         load_weights(nowhere, path)
-    with pytest.raises(ValueError, match=r"without a shape; .* run it once first"):
+    with pytest.raises(ValueError, match=r"got meta or uninitialised tensors; .* run a batch"):
         load_weights(nn.LazyLinear(2), path)
     torch.save({"student": model.state_dict(), "teacher": None}, tmp_path / "source.pt")
     with pytest.raises(
@@ -941,7 +941,7 @@ def test_sha256__whole_or_its_beginning(tmp_path: Path) -> None:
     digest = sha256(path.read_bytes()).hexdigest()
     for given in (digest, digest[:8], digest.upper()):
         load_weights(model, path, sha256=given)
-    with pytest.raises(WeightsError, match=rf"x\.pth: expected the sha256 0{{8}}, got {digest}; get the file again"):
+    with pytest.raises(WeightsError, match=rf"x\.pth: expected the sha256 0{{8}}, got {digest}; download the file"):
         load_weights(model, path, sha256="0" * 8)
 
 
