@@ -259,7 +259,7 @@ CASES: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "matrix prediction",
         lambda: ConfusionMatrix(3).update(LABELS + 3, LABELS),
         ValueError,
-        r"must lie in 0..2 where there is a label",
+        r"must lie in 0..2 at labelled pixels",
     ),
     ("matrix classes", lambda: ConfusionMatrix(3).compute([3]), ValueError, r"ids in 0..2, got \[3\]"),
     (
@@ -278,12 +278,12 @@ CASES: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "criterion ignore",
         lambda: ConfidenceWeightedCE(ignore_index="255"),
         TypeError,
-        "`ignore_index` .* got str; where",
+        "`ignore_index` .* got str; to ignore",
     ),
     ("matrix ignore", lambda: ConfusionMatrix(3, ignore_index=None), TypeError, "`ignore_index` must be an int"),
     ("monitor ignore", lambda: PseudoLabelMonitor(3, ignore_index=True), TypeError, "`ignore_index` must be an int"),
     ("recipe", lambda: recipes.self_training(nn.ReLU(), 3, recipe=None), TypeError, "a name or a Recipe, got NoneType"),
-    ("matrix no classes", lambda: ConfusionMatrix(3).compute([]), ValueError, r"got \[\]; name some"),
+    ("matrix no classes", lambda: ConfusionMatrix(3).compute([]), ValueError, r"got \[\]; pass at least one"),
 ]
 
 
@@ -412,7 +412,7 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "augment's size",
         lambda: train(augment=lambda x: x[..., :4])(IMAGES, LABELS, IMAGES),
         ValueError,
-        r"`augment` must keep the shape of images, \(2, 3, 4, 5\), got \(2, 3, 4, 4\); labels and weights stay",
+        r"`augment` must keep the shape of images, \(2, 3, 4, 5\), got \(2, 3, 4, 4\); labels and weights are",
     ),
     (
         "augment's layout",
@@ -491,7 +491,7 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "integer logits",
         lambda: train(Returns(Tensor.long))(IMAGES, LABELS, IMAGES),
         TypeError,
-        "`student` must return floating logits, got torch.int64; take no argmax",
+        "`student` must return floating logits, got torch.int64; return them before argmax",
     ),
     (
         "source_criterion's type",
@@ -507,13 +507,13 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "num_classes of SelfTraining",
         lambda: train(num_classes=4),
         ValueError,
-        "`SelfTraining` has num_classes=4 but `mix` 3; make both with one number",
+        "`SelfTraining` has num_classes=4 but `mix` 3; use the same for both",
     ),
     (
         "ignored id of the mix",
         lambda: train(mix=CrossDomainMix(3, ignore_index=0), criterion=ConfidenceWeightedCE()),
         ValueError,
-        "`mix` has ignore_index=0 but `criterion` 255; make both with one number",
+        "`mix` has ignore_index=0 but `criterion` 255; use the same for both",
     ),
     (
         "ignored id of the source criterion",
@@ -552,7 +552,7 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "classes of pseudo-labelling",
         lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 19, method="pseudo-label")(IMAGES, LABELS, IMAGES),
         ValueError,
-        "returned 3 classes but .* num_classes=19; make both with one number",
+        "returned 3 classes but .* num_classes=19; use the same number for both",
     ),
     ("num_classes", lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 0), ValueError, "must be at least 1, got 0"),
     (
@@ -664,7 +664,7 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "block",
         lambda: train(consistency=MaskedImages(16))(IMAGES, LABELS, IMAGES),
         ValueError,
-        "`block` must fit into the images, got 16 pixels for images of 4 x 5; take a smaller one, or None",
+        "`block` must fit into the images, got 16 pixels for images of 4 x 5; use a smaller one, or None",
     ),
     (
         "shape of masked images",
@@ -720,7 +720,7 @@ PARTS: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "recipe's block",
         lambda: recipes.self_training(nn.Conv2d(3, 3, 1), 3, recipe="mic", consistency_block=0),
         ValueError,
-        "`consistency_block` must be at least 1 pixel, got 0",
+        "`consistency_block` must be at least 1, got 0; it is in pixels",
     ),
     (
         "recipe's ratio",

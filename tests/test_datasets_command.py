@@ -221,7 +221,7 @@ def test_class_counts__refuses(gta5: Path, tmp_path: Path) -> None:
         class_counts(GTA5(gta5, labels=False))
     for content in (b"{}\n", b"[\n", b"my notes", b"\xff"):  # somebody's file is not added to
         cache.write_bytes(content)
-        with pytest.raises(DataError, match=r"counts\.jsonl: is no file of counts; pass another file"):
+        with pytest.raises(DataError, match=r"counts\.jsonl: is not a file of counts; pass another file"):
             class_counts(data, cache=cache)
         assert cache.read_bytes() == content
     with pytest.raises(DataError, match="cannot be read"):

@@ -145,8 +145,8 @@ def test_keyed_crops__broken_samples_are_errors_or_left_out_up_to_a_cap(caplog: 
         assert int(image[0, 0, 0]) not in samples.bad
     assert set(crops.skipped) == {1, 4}
     assert sorted(record.message for record in caplog.records) == [
-        "left out: file1.png: is cut off.",
-        "left out: file4.png: is cut off.",
+        "skipped: file1.png: is cut off.",
+        "skipped: file4.png: is cut off.",
     ]
     again = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=2)
     for draw in reversed(range(60)):  # what was met before changes nothing
@@ -234,7 +234,7 @@ def test_checkpoints__a_damaged_one_is_never_loaded(tmp_path: Path, how: str) ->
     store = CheckpointStore(tmp_path)
     store.save(1, state(1), best=True)
     damage(store.save(2, state(2)), how)
-    with pytest.warns(UserWarning, match=r"step-0000002\.pt: its .*; taking step-0000001\.pt instead"):
+    with pytest.warns(UserWarning, match=r"step-0000002\.pt: its .*; loading step-0000001\.pt instead"):
         loaded = store.load_newest()
     assert loaded is not None
     assert loaded["step"] == 1
@@ -270,7 +270,7 @@ def test_checkpoints__a_damaged_one_takes_nobody_s_place(tmp_path: Path, how: st
     store.save(keep + 1, state(keep + 1))
     damage(tmp_path / f"step-{keep + 1:07d}.pt", how)
     for last in range(keep - 1, 0, -1):  # every whole one is still there
-        with pytest.warns(UserWarning, match=f"taking step-{last:07d}.pt instead"):
+        with pytest.warns(UserWarning, match=f"loading step-{last:07d}.pt instead"):
             loaded = store.load_newest()
         assert loaded is not None
         assert loaded["step"] == last

@@ -362,7 +362,7 @@ def test_evaluate__one_label_size_twice_is_scored_once() -> None:
 def test_evaluate__nothing_is_labelled(caplog: pytest.LogCaptureFixture) -> None:
     data = [Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.full((4, 4), 255), "a")]
     iou = evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5)["native"].compute()
-    assert "not one pixel of the 1 images has a label" in caplog.text
+    assert "no pixel of the 1 images has a label" in caplog.text
     assert math.isnan(iou.mean)
     assert math.isnan(iou.pixel_accuracy)
     assert iou.per_class.isnan().all()
@@ -379,7 +379,7 @@ WRAPS: dict[str, Callable[[SegmentationFolder], Any]] = {
 def test_evaluate__a_folder_without_labels_is_refused(wrap: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_png(tmp_path / f"{name}.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="no label maps to score against, got a SegmentationFolder of images alone"):
+    with pytest.raises(ValueError, match="no label maps to score against, got a SegmentationFolder of images only"):
         evaluate(nn.Conv2d(3, 5, 1), WRAPS[wrap](SegmentationFolder(tmp_path)), num_classes=5)
 
 
@@ -409,7 +409,7 @@ IMAGE, LABEL = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=
 CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("no label", {"data": [Sample(IMAGE, None, "a")]}, ValueError, "a: has no label to score against"),
     ("no label in a dict", {"data": [{"image": IMAGE}]}, ValueError, "item 0: has no label to score against"),
-    ("other keys", {"data": [{"x": IMAGE, "y": LABEL}]}, TypeError, "got a dict with keys 'x', 'y'; return one"),
+    ("other keys", {"data": [{"x": IMAGE, "y": LABEL}]}, TypeError, "got a dict with keys 'x', 'y'; convert"),
     ("a tensor", {"data": [IMAGE]}, TypeError, "`data` must hold items with `image` and `label`.* got Tensor"),
     ("numpy", {"data": [(IMAGE.numpy(), LABEL)]}, TypeError, "`image` must be a torch.Tensor, got ndarray"),
     ("numpy label", {"data": [(IMAGE, LABEL.numpy())]}, TypeError, "`label` must be a torch.Tensor, got ndarray"),

@@ -244,7 +244,7 @@ def test_check__names_images_of_other_types_and_counts_the_rest(
     assert main(["check", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "GTA5: 3 images (the whole data set has 24966), 3 label maps of label ids, 3 pairs" in out
-    assert "(other files, left out: 1 .txt)" in out
+    assert "(other files, ignored: 1 .txt)" in out
     tif, empty = put(tmp_path / "images" / "4.TIF", encoded(picture(), "tiff")), put(tmp_path / "images" / "5.jpg", b"")
     png(tmp_path / "labels" / "5.png", ids)
     assert main(["check", str(tmp_path), "--workers", "2"]) == 1
@@ -391,7 +391,7 @@ def test_images__grey_jpeg(tmp_path: Path) -> None:
 def test_images__that_may_be_label_maps_are_refused_by_official_readers(tmp_path: Path, kind: str) -> None:
     (tmp_path / "images").mkdir()
     ODD[kind]().save(tmp_path / "images" / "a.png")
-    with pytest.raises(DataError, match=r"images/a\.png: (expected an RGB image|has grey with transparency)"):
+    with pytest.raises(DataError, match=r"images/a\.png: (expected an RGB image|is grey with transparency)"):
         GTA5(tmp_path, labels=False)[0]
 
 

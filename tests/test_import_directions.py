@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "_checks": set(),
     "_class_codes": set(),  # the forms of a label map in `mixing`, and of no other room
     "_color": set(),  # the pixel operations of `augment`, and of no other room
-    "_compiled_mix": set(),  # of `mixing`, as the class codes
+    "_compiled": set(),  # forms of `mixing` and `augment` for the compiler
     "_distributed": set(),
     "_files": set(),
     "_workers": set(),
@@ -29,9 +29,9 @@ ALLOWED: dict[str, set[str]] = {
     "_wrappers": set(),
     "_cross_entropy": {"_tensors"},
     **{leaf: {"_checks", "_distributed", "_tensors"} for leaf in LEAVES},
-    "augment": {"_checks", "_color", "_distributed", "_tensors"},
+    "augment": {"_checks", "_color", "_compiled", "_distributed", "_tensors"},
     "masking": {"_checks", "_tensors"},
-    "mixing": {"_checks", "_class_codes", "_compiled_mix", "_tensors"},
+    "mixing": {"_checks", "_class_codes", "_compiled", "_tensors"},
     "losses": {"_checks", "_distributed", "_tensors", "_cross_entropy"},
     "teacher": {"_checks", "_distributed", "_tensors", "_wrappers"},
     "metrics": {"_checks", "_distributed", "_tensors"},

@@ -830,7 +830,7 @@ def test_network__is_refused_unless_it_is_a_second_one() -> None:
         with pytest.raises(error, match=message):
             MeanTeacher(network, network=second)
     assert all(p.requires_grad for p in network.parameters())
-    with pytest.raises(ValueError, match=r"`student` has no shape yet for '0.weight'; run a batch through it first"):
+    with pytest.raises(ValueError, match=r"`student` has an uninitialised parameter '0.weight'; run a batch"):
         MeanTeacher(nn.Sequential(nn.LazyConv2d(2, 1)))
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "check_ignore_index",
     "check_ignored_rows",
     "check_images",
+    "check_int",
     "check_labels",
     "check_logits",
     "check_module",
@@ -125,23 +126,22 @@ def check_same_device(**tensors: Tensor | None) -> None:
             )
 
 
+def check_int(name: str, value: int, *, least: int | None = None, hint: str = "") -> None:
+    """Refuse anything but an int of at least `least`. A bool is not an int here."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}{hint}.")
+    if least is not None and value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}{hint}.")
+
+
 def check_num_classes(num_classes: int) -> None:
     """Refuse anything but a positive int."""
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-        raise TypeError(f"`num_classes` must be an int, got {type(num_classes).__name__}.")
-    if num_classes < 1:
-        raise ValueError(
-            f"`num_classes` must be at least 1, got {num_classes}; count the classes without the ignored one."
-        )
+    check_int("num_classes", num_classes, least=1, hint="; count the classes without the ignored one")
 
 
 def check_ignore_index(ignore_index: int) -> None:
     """Refuse anything but an int, which would silently ignore nothing."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(
-            f"`ignore_index` must be an int, got {type(ignore_index).__name__}; to ignore no pixel, pass an id that no "
-            "label has, such as -100."
-        )
+    check_int("ignore_index", ignore_index, hint="; to ignore no pixel, pass an id that no label has, such as -100")
 
 
 def check_fraction(name: str, value: float) -> None:
@@ -162,19 +162,13 @@ def check_nonnegative(name: str, value: float) -> None:
 
 def check_pixels(name: str, value: int) -> None:
     """Refuse anything but a length in pixels, a positive int."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1 pixel, got {value}.")
+    check_int(name, value, least=1, hint="; it is in pixels")
 
 
 def check_ignored_rows(top: int, bottom: int) -> None:
     """Refuse numbers of ignored rows (of 512) that are not ints, are negative, or leave no row."""
     for name, rows in (("ignore_top", top), ("ignore_bottom", bottom)):
-        if isinstance(rows, bool) or not isinstance(rows, int):
-            raise TypeError(f"`{name}` must be an int, got {type(rows).__name__}; count rows of an image of 512 rows.")
-        if rows < 0:
-            raise ValueError(f"`{name}` must be at least 0, got {rows}.")
+        check_int(name, rows, least=0, hint="; count rows of an image of 512 rows")
     if top + bottom >= 512:
         raise ValueError(
             f"`ignore_top` and `ignore_bottom` must leave some of 512 rows, got {top} and {bottom}; they are scaled "

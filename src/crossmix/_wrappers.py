@@ -26,10 +26,7 @@ _ELSEWHERE = (
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The network inside any nesting of wrappers; a module without wrappers is returned as is."""
-    attributes = _attributes()
-    while (attribute := _attribute(module, attributes)) is not None:
-        module = module._modules[attribute]  # type: ignore[assignment]  # never None in a wrapper
-    return module
+    return _inside(module, _attributes())
 
 
 def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -45,24 +42,15 @@ def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     attributes = _attributes()
     found = []
-    bare: set[type] = set()  # types known to be no wrappers: halves the time, and the teacher does this every step
 
-    def walk(part: nn.Module, prefix: str, key: str) -> None:
-        while type(part) not in bare:
-            attribute = _attribute(part, attributes)
-            if attribute is None:
-                bare.add(type(part))
-            else:
-                part = part._modules[attribute]  # type: ignore[assignment]  # as in `unwrapped`
-        name = prefix + key
+    def walk(part: nn.Module, name: str) -> None:
+        part = _inside(part, attributes)
         found.append((name, part))
-        if part._modules:
-            prefix = f"{name}." if name else ""
-            for attribute, child in part._modules.items():
-                if child is not None:
-                    walk(child, prefix, attribute)
+        for key, child in part._modules.items():
+            if child is not None:
+                walk(child, f"{name}.{key}" if name else key)
 
-    walk(module, "", "")
+    walk(module, "")
     return found
 
 
@@ -100,6 +88,13 @@ def _attributes() -> dict[type[nn.Module], str]:
         if loaded is not None:
             found[loaded] = attribute
     return found
+
+
+def _inside(module: nn.Module, attributes: dict[type[nn.Module], str]) -> nn.Module:
+    """The network inside any nesting of wrappers."""
+    while (attribute := _attribute(module, attributes)) is not None:
+        module = module._modules[attribute]  # type: ignore[assignment]  # never None in a wrapper
+    return module
 
 
 def _attribute(module: nn.Module, attributes: dict[type[nn.Module], str]) -> str | None:

@@ -21,11 +21,12 @@ from crossmix._checks import (
     check_tensor,
 )
 from crossmix._color import Channels, additive_jitter, torchvision_jitter
+from crossmix._compiled import convolve
 from crossmix._tensors import at_least_float32, no_autocast, uniform
 
 __all__ = ["AugmentDraw", "StrongAugment"]
 
-MOST_UNROLLED = 63  # taps; compiled, the unrolled form is one fused pass in a third of the convolution's time
+MOST_UNROLLED = 63  # taps of a compiled blur that is a sum over taps; more would take long to compile
 
 
 class AugmentDraw(NamedTuple):
@@ -241,14 +242,8 @@ def _extend(x: Tensor, radius: int, axis: int) -> Tensor:
 def _convolve(x: Tensor, kernels: Tensor, axis: int) -> Tensor:
     """Convolve each image (N, C, H, W) along an axis with its own symmetric kernel, (N, taps), without padding."""
     n, channels, height, width = x.shape
-    taps = kernels.shape[1]
-    if torch.compiler.is_compiling() and taps <= MOST_UNROLLED:
-        length = x.shape[axis] - taps + 1
-        out = x.narrow(axis, taps // 2, length) * _per_image(kernels[:, taps // 2])
-        for i in range(taps // 2):
-            pair = x.narrow(axis, i, length) + x.narrow(axis, taps - 1 - i, length)
-            out = out + pair * _per_image(kernels[:, i])
-        return out
+    if torch.compiler.is_compiling() and kernels.shape[1] <= MOST_UNROLLED:
+        return convolve(x, kernels, axis)
     kernels = kernels.repeat_interleave(channels, 0)[:, None, None]
     kernels = kernels if axis == 3 else kernels.mT
     x = functional.conv2d(x.reshape(1, n * channels, height, width), kernels, groups=n * channels)

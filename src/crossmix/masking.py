@@ -73,8 +73,7 @@ def box_mask(
     ratio = (math.log(aspect[0]) + (math.log(aspect[1]) - math.log(aspect[0])) * shape).exp()
     rows = _inside((pixels / ratio).sqrt(), down, height)
     columns = _inside((pixels * ratio).sqrt(), across, width)
-    # On a CPU the AND of bytes takes a tenth of the time of an AND of bools.
-    return (rows[:, :, None].to(torch.uint8) & columns[:, None, :].to(torch.uint8)).view(torch.bool)
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Tensor:
@@ -145,10 +144,8 @@ def block_mask(scores: Tensor, size: Sequence[int], block: int, *, ratio: float 
             f"`scores` must have shape (N, ceil(H / block), ceil(W / block)) = (N, {rows}, {columns}), "
             f"got {tuple(scores.shape)}; draw one number per block."
         )
-    # Repeat along columns first, (N, rows, 1, columns * block), so that the second repetition copies whole rows.
-    hidden = (scores < ratio)[..., None].expand(-1, -1, -1, block).reshape(-1, rows, 1, columns * block)
-    hidden = hidden[..., :width].expand(-1, -1, block, -1)
-    return hidden.reshape(-1, rows * block, width)[:, :height].contiguous()
+    hidden = (scores < ratio).repeat_interleave(block, 1).repeat_interleave(block, 2)
+    return hidden[:, :height, :width].contiguous()
 
 
 class BoxMasks(nn.Module):
@@ -266,7 +263,7 @@ class CowMasks(nn.Module):
             device: Device of the result; by default the generator's device, or torch's default one.
 
         Returns:
-            (n, 1 + waves) uniform numbers: the first gives sigma, the others the amplitudes of the waves.
+            (n, 1 + waves) uniform numbers, of which the first gives sigma and the others the amplitudes of the waves.
 
         Raises:
             TypeError: If `size` is not two ints.
@@ -453,7 +450,7 @@ class MaskedImages(nn.Module):
         self.block = block
         self.ratio = ratio
         if isinstance(fill, int | float):
-            raise TypeError(f"`fill` must hold a number per channel, got one {type(fill).__name__}; repeat it.")
+            raise TypeError(f"`fill` must hold a number per channel, got {type(fill).__name__}; repeat it.")
         self.fill = tuple(float(value) for value in fill)
         if not self.fill or not all(map(math.isfinite, self.fill)):
             raise ValueError(f"`fill` must hold a finite number per channel, got {self.fill}.")

@@ -24,7 +24,7 @@ from crossmix._checks import (
     check_weights,
 )
 from crossmix._class_codes import Indices, Words, class_codes
-from crossmix._compiled_mix import stored, where
+from crossmix._compiled import stored, where
 from crossmix._tensors import arithmetic, at_least_float32, uniform
 
 __all__ = ["ClassMix", "CrossDomainMix", "MaskSource", "Mixed", "class_mask", "mix", "sample_classes"]
@@ -416,8 +416,8 @@ class ClassMix(_Mix):
         check_same_device(images=images, labels=labels, weights=weights)
         mask = self._mask(labels, classes, scores, mask, generator)
         return Mixed(
-            labels=mix(labels, labels.roll(-1, 0), mask),  # first, while labels and mask are still in the CPU cache
             images=mix(images, images.roll(-1, 0), mask),
+            labels=mix(labels, labels.roll(-1, 0), mask),
             weights=mix(weights, weights.roll(-1, 0), mask),
             mask=stored(mask),
         )
@@ -521,8 +521,8 @@ class CrossDomainMix(_Mix):
         )
         mask = self._mask(source_labels, classes, scores, mask, generator)
         return Mixed(
-            labels=mix(source_labels, target_labels, mask),  # first, while labels and mask are still in the CPU cache
             images=mix(source_images, target_images, mask),
+            labels=mix(source_labels, target_labels, mask),
             weights=mix(weights.new_ones(len(weights)), weights, mask),
             mask=stored(mask),
         )

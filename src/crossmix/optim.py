@@ -47,7 +47,7 @@ def parameter_groups(
         repeated: Whether to list the backbone's parameters as often as the released code does.
 
     Returns:
-        Groups for a torch optimizer: backbone and head, then the parts of both without weight decay, if any. Each has
+        Groups for a torch optimizer, first backbone and head, then their parts without weight decay, if any. Each has
         `lr` and, with the same value, `initial_lr` for a schedule. Each parameter is in exactly one group; parameters
         shared by head and backbone are in the head's. Parameters without `requires_grad`, such as the frozen affine
         parameters of BatchNorm, are left out.

@@ -244,7 +244,7 @@ def test_page__shows_a_suite_and_names_a_missing_one(monkeypatch: pytest.MonkeyP
     assert "Pseudo-labelling was lucky." in text
     assert "| pole | 10.0 | - / 0.0 (0.0) |" in text
     for missing in ("ablation-camvid", "sensitivity-streetscenes", "causes-streetscenes"):
-        assert f"there is no `benchmarks/results/{missing}.json`" in text
+        assert f"`benchmarks/results/{missing}.json` does not exist" in text
     assert all(f"](results/{name})" in text for name in page.figures())
 
     monkeypatch.setattr(command, "load", lambda *_: None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from crossmix._checks import check_logits, check_num_classes, check_same_device
+from crossmix._checks import check_int, check_logits, check_num_classes, check_same_device
 from crossmix._distributed import all_reduce_sum
 from crossmix._tensors import at_least_float32
 
@@ -75,10 +75,7 @@ class UnsupervisedScores(nn.Module):
     def __init__(self, num_classes: int, *, pixels: int = 1000, temperature: float = 0.05) -> None:
         super().__init__()
         check_num_classes(num_classes)
-        if isinstance(pixels, bool) or not isinstance(pixels, int):
-            raise TypeError(f"`pixels` must be an int, got {type(pixels).__name__}.")
-        if pixels < 2:
-            raise ValueError(f"`pixels` must be at least 2, got {pixels}; each is compared with all others.")
+        check_int("pixels", pixels, least=2, hint="; each is compared with all others")
         if isinstance(temperature, bool) or not isinstance(temperature, int | float):
             raise TypeError(f"`temperature` must be a float, got {type(temperature).__name__}.")
         if not temperature > 0:
