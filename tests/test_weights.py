@@ -469,7 +469,7 @@ def test_load__where_it_cannot_tell_the_advice_works(tmp_path: Path) -> None:
     model = tiny(2)
     first, second = snapshot(tiny(1)), snapshot(tiny(3))
     cases: dict[str, tuple[object, str | None, str, State]] = {
-        "two alike": ({"a": first, "b": second}, None, "2 parts of it match the model .* pass `entry='a'`", first),
+        "two alike": ({"a": first, "b": second}, None, "2 parts of it match the model", first),
         "two prefixes": (
             {**prefixed("x.a.", first), **prefixed("x.b.", second)}, None,
             "pass `entry='x.a'` or `entry='x.b'`", first,

@@ -184,7 +184,7 @@ def test_run_all__skips_what_is_finished_and_refuses_other_options(
     assert {path.name for path in tmp_path.glob("*.json*")} == {f"source-jitter--seed-{i}.json" for i in range(3)}
     assert "2 of 3 runs are finished" in capsys.readouterr().out
     longer = Job("streetscenes", "source + jitter", Variant("source"), 0, 6)
-    with pytest.raises(SystemExit, match=r"source-jitter--seed-0\.json: is a run with other options; give another"):
+    with pytest.raises(SystemExit, match=r"source-jitter--seed-0\.json: is a run with other options; pass another"):
         trials.run_all([longer], tmp_path, workers=1)
 
 

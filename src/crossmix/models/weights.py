@@ -168,7 +168,7 @@ def _load(
         )
     place = find(contents, own, entry, path)
     if clash := next((names for names in place.matches.values() if len(names) > 1), None):
-        raise WeightsError(f"{path}: {clash[0]!r} and {clash[1]!r} are equal without {sorted(WRAPPERS)}.")
+        raise WeightsError(f"{path}: {clash[0]!r} and {clash[1]!r} are the same name without {sorted(WRAPPERS)}.")
     names = _with_shared(own, {name: theirs for name, (theirs,) in place.matches.items()}, place.state, path)
     values = {name: place.state[theirs] for name, theirs in names.items()}
     inside = [name for name in place.state if str(name).startswith(place.scope)]
