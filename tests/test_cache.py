@@ -591,7 +591,7 @@ def test_read_only__a_complete_cache_serves_and_another_is_refused(
     (folder / FILES[0]).unlink()
     folder.chmod(0o555)
     with pytest.raises(
-        DataError, match=r"cache/\.lock: cannot be written: Permission denied\. The cache is not complete"
+        DataError, match=r"cache/\.lock: cannot be written: Permission denied\. The cache is incomplete"
     ):
         build(samples, folder)
     folder.chmod(0o755)

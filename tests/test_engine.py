@@ -152,7 +152,7 @@ def test_keyed_crops__broken_samples_are_errors_or_left_out_up_to_a_cap(caplog: 
     for draw in reversed(range(60)):  # what was met before changes nothing
         assert torch.equal(again[draw][0], crops[draw][0])
     one = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=1)
-    with pytest.raises(ValueError, match=r"is cut off\. It is one more than the 1 broken samples that `skip` allows"):
+    with pytest.raises(ValueError, match=r"is cut off\. This is one more than the 1 broken samples that `skip` allows"):
         [one[draw] for draw in range(6)]
     samples.bad = tuple(range(6))
     every = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=100)
