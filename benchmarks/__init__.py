@@ -1,1 +1,1 @@
-"""What crossmix costs and what it scores: speed/, study/, and publish.py, which writes the figures into the docs."""
+"""Benchmarks of speed (speed/) and accuracy (study/), and publish.py, which writes the results into the docs."""

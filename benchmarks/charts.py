@@ -1,4 +1,4 @@
-"""The figures of the docs: bars of means with a dot per seed, curves over training, and the growth of cost."""
+"""Figures of the docs: bars of means with a dot per seed, curves over training, and scaling of cost."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ COLORS = {
     "augment": "#0072b2",
     "loss": "#009e73",
     "pseudo-labels": "#e69f00",
-}  # Okabe and Ito's, which colour-blind readers can tell apart
+}  # the Okabe-Ito palette, distinguishable for colour-blind readers
 PLAIN = "#7a9cc6"
 STYLE: Any = {
     "font.size": 9,
@@ -33,31 +33,31 @@ STYLE: Any = {
     "axes.grid": True,
     "grid.color": "#dddddd",
     "axes.axisbelow": True,
-    "svg.hashsalt": "crossmix",  # the same file each time
-    "svg.fonttype": "none",  # words stay words
+    "svg.hashsalt": "crossmix",  # reproducible files
+    "svg.fonttype": "none",  # keep text as text
     "font.family": "sans-serif",
     "figure.facecolor": "white",
 }
 
 
 class Panel(NamedTuple):
-    """One small plot: named series, each of one or several lines (seeds), whose mean is drawn thick."""
+    """One small plot of named series. Each series has one or several lines (seeds), whose mean is drawn thick."""
 
     title: str
     series: Mapping[str, Sequence[Sequence[float | None]]]
-    limit: float | None = 1  # the top of the plot, where what is above lies too; None fits the curves
-    level: float | None = None  # a dashed line: what the curves should reach
+    limit: float | None = 1  # upper limit of the axis, to which values are clipped; None fits the curves
+    level: float | None = None  # a dashed reference line
 
 
 def bars(title: str, rows: Mapping[str, Sequence[float]], *, unit: str = "%") -> str:
-    """Horizontal bars of the means, a dot for every seed, the mean in figures."""
+    """Horizontal bars of the means, labelled with the mean, and a dot per seed."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 0.9 + 0.3 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for i, (name, values) in enumerate(rows.items()):
             mean = sum(values) / len(values)
             axes.barh(i, mean, height=0.7, color=COLORS.get(name, PLAIN), alpha=0.55)
-            spread = [i + 0.12 * (k - (len(values) - 1) / 2) for k in range(len(values))]  # so that equal ones are seen
+            spread = [i + 0.12 * (k - (len(values) - 1) / 2) for k in range(len(values))]  # equal values stay visible
             axes.plot(values, spread, "o", color="#222222", markersize=3)
             axes.annotate(
                 f"{mean:.1f} {unit}", (max(*values, mean), i), (6, 0), textcoords="offset points", va="center"
@@ -71,7 +71,7 @@ def bars(title: str, rows: Mapping[str, Sequence[float]], *, unit: str = "%") ->
 
 
 def curves(title: str, steps: Sequence[int], panels: Sequence[Panel], *, columns: int) -> str:
-    """Panels in rows, all over the steps, with one legend."""
+    """A grid of panels with the steps as x axis and one legend."""
     count = -(-len(panels) // columns)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.4 * columns, 0.9 + 1.6 * count), layout="constrained")
@@ -98,7 +98,7 @@ def curves(title: str, steps: Sequence[int], panels: Sequence[Panel], *, columns
 
 
 def growth(title: str, unit: str, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> str:
-    """Panels side by side with one legend, both axes logarithmic, the vertical one shared."""
+    """A row of log-log panels with a shared y axis and one legend."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
         grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
@@ -114,7 +114,7 @@ def growth(title: str, unit: str, panels: Mapping[str, Mapping[str, Sequence[tup
 
 
 def fingerprint(data: object) -> str:
-    """What a figure shows, as a hash: figures differ between versions of Matplotlib, this does not."""
+    """A hash of a figure's data. Unlike the SVG, it does not depend on the version of Matplotlib."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
@@ -131,7 +131,7 @@ def _svg(figure: Figure, title: str, data: object) -> str:
 
 
 def _mean(runs: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """The mean line, where all runs have a number."""
+    """The mean over runs, or None where a run has no value."""
     columns = zip(*runs, strict=True)
     return [
         None if any(v is None for v in column) else sum(v for v in column if v is not None) / len(column)
@@ -140,5 +140,5 @@ def _mean(runs: Sequence[Sequence[float | None]]) -> list[float | None]:
 
 
 def _gaps(values: Sequence[float | None], limit: float | None) -> list[float]:
-    """Missing values as gaps; what is above the top of the plot lies on it."""
+    """Replace missing values by NaN, which leaves gaps, and clip values to the limit."""
     return [math.nan if value is None else min(value, limit or math.inf) for value in values]

@@ -1,9 +1,9 @@
-"""Make the figures of README.md, docs/performance.md and docs/results.md from the result files.
+"""Generate the tables and figures of README.md, docs/performance.md and docs/results.md from the result files.
 
     python -m benchmarks.publish            print them
-    python -m benchmarks.publish --write    write them into the pages, with the pictures
+    python -m benchmarks.publish --write    write the pages and the figures
 
-Of a GPU there are tables for the result files that are there.
+GPU tables are generated for the result files that exist.
 """
 
 import argparse
@@ -22,18 +22,16 @@ BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 
 
 def read(name: str) -> dict[str, Any]:
-    """A result file."""
     content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return content
 
 
 def demo() -> list[str]:
-    """Both rows of the demo by seed."""
     document = read("demo")
     machine = f"{document['machine']['threads']} threads of {document['machine']['processor']}"
     lines = [
-        f"The demo on {document['date']}, {machine} (`python -m benchmarks.study demo --save`), mIoU in percent on",
-        "held-out target scenes:",
+        f"mIoU in percent of the demo on held-out target scenes ({document['date']}, {machine};",
+        "`python -m benchmarks.study demo --save`):",
         "",
         "| seed | source-only | DACS | difference | seconds |",
         "|---:|---:|---:|---:|---:|",
@@ -45,27 +43,26 @@ def demo() -> list[str]:
 
 
 def shift() -> list[str]:
-    """What the two looks are apart."""
     rows = read("shift")["rows"]
     means = {name: 100 * statistics.mean(run["miou"] for run in runs) for name, runs in rows.items()}
     count = len(rows["source on target"])
     return [
-        "StreetScenes' two looks are far apart. The same small network, with the same budget, scores",
-        f"{means['target on target']:.1f} % on the target when trained on labelled target scenes and",
-        f"{means['source on target']:.1f} % when trained on source scenes, which gets",
-        f"{means['source on source']:.1f} % on the source; means of {count} seeds",
+        "The two domains of StreetScenes are far apart. The same small network with the same budget scores",
+        f"{means['target on target']:.1f} % on the target when trained on labelled target scenes, and",
+        f"{means['source on target']:.1f} % when trained on source scenes, where it scores",
+        f"{means['source on source']:.1f} % on the source itself; means over {count} seeds",
         "(`python -m benchmarks.study shift --save`).",
     ]
 
 
 def evidence() -> list[str]:
-    """The methods on both pairs of domains."""
     pairs = {"StreetScenes": read("ablation-streetscenes"), "CamVid, day to dusk": read("ablation-camvid")}
     seeds = min(len(entry["runs"]) for document in pairs.values() for entry in document["rows"].values())
     lines = [
-        f"The paper's ablation, source-only with the colour jitter of DACS, and an oracle, {seeds} seeds each, mIoU in",
-        "percent. [Results](docs/results.md) has every seed, what was expected and missed, what the pseudo-labels did,",
-        "and what matters to DACS (`python -m benchmarks.study ablation --save`, with `--pair camvid` too):",
+        "mIoU in percent for the paper's ablation, source-only training with the colour jitter of DACS, and an oracle,",
+        f"{seeds} seeds each. [Results](docs/results.md) lists every seed, expected and missed findings, statistics of",
+        "the pseudo-labels, and the options that matter (`python -m benchmarks.study ablation --save`, and with",
+        "`--pair camvid`):",
         "",
         f"| pair | {' | '.join(pairs['StreetScenes']['rows'])} |",
         "|---" + "|---:" * len(pairs["StreetScenes"]["rows"]) + "|",
@@ -78,14 +75,13 @@ def evidence() -> list[str]:
     return [
         *lines,
         "",
-        "Both pairs have the hyper-parameters of StreetScenes. On CamVid the threshold of 0.5 costs DACS its lead:",
-        f"with the 0.968 of the paper's code it has {strict}, {len(runs)} seeds",
+        "Both pairs use the hyperparameters of StreetScenes. On CamVid the threshold of 0.5 costs DACS its lead:",
+        f"with the 0.968 of the paper's code it scores {strict}, {len(runs)} seeds",
         "(`python -m benchmarks.study causes --pair camvid --save`).",
     ]
 
 
 def mixing() -> list[str]:
-    """Class masks and the mix against the loop and the floor."""
     document = read("mixing--cpu")
     columns = {
         "crossmix compiled": "compiled",
@@ -96,8 +92,8 @@ def mixing() -> list[str]:
     }
     columns = {name: title for name, title in columns.items() if name in document["results"][0]["rows"]}
     lines = [
-        "Class masks and the mix of 8 x 3 x 512 x 512 images, labels and weights on one CPU thread, and what others",
-        "take as multiples of it (`python -m benchmarks.speed mixing --save`):",
+        "Time of the class masks and the mix of 8 x 3 x 512 x 512 images, labels and weights on one CPU thread, and of",
+        "alternatives as multiples of it (`python -m benchmarks.speed mixing --save`):",
         "",
         f"| labels | crossmix | {' | '.join(columns.values())} |",
         "|---|---:" + "|---:" * len(columns) + "|",
@@ -110,7 +106,7 @@ def mixing() -> list[str]:
 
 
 def against(name: str, rows: dict[str, Any], baseline: str) -> list[str]:
-    """A suite's rows as multiples of one of them."""
+    """A table of a suite's rows with their ratios to the baseline."""
     lines = [f"| {name} | median | spread (IQR) | times {baseline} |", "|---|---:|---:|---:|"]
     for candidate, row in rows.items():
         ratio = row["median_ms"] / rows[baseline]["median_ms"]
@@ -119,7 +115,6 @@ def against(name: str, rows: dict[str, Any], baseline: str) -> list[str]:
 
 
 def crops(result: dict[str, Any]) -> list[str]:
-    """Crops per second by workers."""
     height, width = result["size"]
     rates = result["crops_per_second_by_workers"]
     lines = [
@@ -133,7 +128,6 @@ def crops(result: dict[str, Any]) -> list[str]:
 
 
 def step(document: dict[str, Any]) -> list[str]:
-    """The forms of a training step and the parts of some."""
     result = document["results"]
     rows, (height, width) = result["rows"], result["crop"]
     baseline = next(iter(rows))
@@ -159,7 +153,6 @@ def step(document: dict[str, Any]) -> list[str]:
 
 
 def parts(found: dict[str, dict[str, float]]) -> list[str]:
-    """The parts of a step, with their shares."""
     lines = [f"| parts of a step | {' | '.join(found)} |", "|---" + "|---:" * len(found) + "|"]
     for part in next(iter(found.values())):
         cells = [f"{times[part]:.2f} ms ({100 * times[part] / sum(times.values()):.1f} %)" for times in found.values()]
@@ -168,7 +161,6 @@ def parts(found: dict[str, dict[str, float]]) -> list[str]:
 
 
 def memory(document: dict[str, Any]) -> list[str]:
-    """What a step takes."""
     result = document["results"]
     height, width = result["crop"]
     what = f"{result['network']}, {result['batch']} + {result['batch']} crops of {height} x {width}"
@@ -177,7 +169,6 @@ def memory(document: dict[str, Any]) -> list[str]:
 
 
 def scaling(document: dict[str, Any]) -> list[str]:
-    """The exponents."""
     lines = [
         "| cost grows with the power | batch | pixels | classes |",
         "|---|---:|---:|---:|",
@@ -191,7 +182,6 @@ def scaling(document: dict[str, Any]) -> list[str]:
 
 
 def scaling_figure() -> str:
-    """Cost per pixel of all operations."""
     document = read("scaling--cpu")
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for one in document["results"]:
@@ -212,7 +202,6 @@ def mixing_on_gpu(document: dict[str, Any]) -> list[str]:
 
 
 def teacher_on_gpu(document: dict[str, Any]) -> list[str]:
-    """Times and launches."""
     rows = document["results"]
     launched = ", ".join(f"{name} {row['launches']}" for name, row in rows.items() if "launches" in row)
     said = [f"Launches of one update: {launched}.", ""] if launched else []
@@ -220,7 +209,6 @@ def teacher_on_gpu(document: dict[str, Any]) -> list[str]:
 
 
 def augment_on_gpu(document: dict[str, Any]) -> list[str]:
-    """The whole and its parts."""
     return [
         text
         for result in document["results"]
@@ -255,7 +243,6 @@ GPU_TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 
 
 def gpu() -> list[str]:
-    """What was measured on a GPU, suite by suite."""
     lines: list[str] = []
     for suite, table in GPU_TABLES.items():
         if (RESULTS / f"{suite}--cuda.json").exists():
@@ -267,7 +254,6 @@ def gpu() -> list[str]:
 
 
 def performance() -> str:
-    """The tables of docs/performance.md."""
     lines = []
     for result in read("mixing--cpu")["results"]:
         lines += against(f"masks and mix, {result['labels']} labels", result["rows"], "floor")
@@ -290,7 +276,6 @@ def performance() -> str:
 
 
 def figures() -> str:
-    """The README's, as Markdown."""
     return "\n".join([*demo(), "", *shift(), "", *evidence(), "", *mixing(), ""])
 
 
@@ -298,17 +283,16 @@ PAGES = {ROOT / "README.md": figures, ROOT / "docs" / "performance.md": performa
 
 
 def pictures() -> dict[Path, str]:
-    """Every figure as SVG, by file."""
+    """All figures as SVG, by path."""
     made = {ROOT / "docs" / "results" / name: content for name, content in page.figures().items()}
     return {ROOT / "docs" / "scaling.svg": scaling_figure(), **made}
 
 
 def main() -> None:
-    """Print or write."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="write the pages and the pictures")
+    parser.add_argument("--write", action="store_true", help="write the pages and the figures")
     if not parser.parse_args().write:
         print("\n".join([*(made() for made in PAGES.values()), page.page()]))
         return

@@ -1,1 +1,1 @@
-"""Speed and memory beside what others do: `python -m benchmarks.speed`."""
+"""Speed and memory compared with alternatives: `python -m benchmarks.speed`."""

@@ -1,11 +1,11 @@
-"""Run the suites one after the other, each beside its baselines, and print a table of what is reached.
+"""Run the speed suites with their baselines and print a table of results and targets.
 
-    python -m benchmarks.speed --quick               few rounds, in minutes, without the slowest candidates
-    python -m benchmarks.speed --save                everything, into benchmarks/results
+    python -m benchmarks.speed --quick               few rounds, without the slowest candidates (minutes)
+    python -m benchmarks.speed --save                everything, saved to benchmarks/results
     python -m benchmarks.speed mixing augment        only these suites
     python -m benchmarks.speed --device cuda --save  on a GPU
 
-A suite that fails is named at the end and the exit code is 1; the others run all the same. A missed target is no
+If a suite fails, the others still run; it is named at the end, and the exit code is 1. A missed target is not a
 failure.
 """
 
@@ -30,7 +30,6 @@ CUDA_SUITES = ("mixing", "augment", "loss", "teacher", "optimizer", *STEPS_ON_CU
 
 
 def main() -> int:
-    """Run, print the table, and return the exit code."""
     args = arguments()
     begin = time.perf_counter()
     lines: list[Line] = []
@@ -44,7 +43,7 @@ def main() -> int:
             if args.save:
                 save(suite, args.device, results, args.out, rounds=args.rounds)
             lines += LINES[suite](results, cuda=args.device.startswith("cuda"))
-        except Exception:  # noqa: BLE001 - whatever it is, the other suites are to run
+        except Exception:  # noqa: BLE001 - the other suites should still run
             traceback.print_exc()
             failed.append(suite)
     print(f"\n{table(lines)}\n\n{time.perf_counter() - begin:.0f} seconds")
@@ -54,18 +53,18 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    """Read the command line, and start again with an allocator that keeps its memory."""
+    """Parse the command line; restart the process with an allocator that keeps freed memory."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = tuple(dict.fromkeys((*SUITES, *CUDA_SUITES)))
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(known)} (default: all of the device)")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(known)} (default: all for the device)")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    parser.add_argument("--rounds", type=int, help="timed rounds of each candidate (default: 21, with --quick 5)")
+    parser.add_argument("--rounds", type=int, help="timed rounds per candidate (default: 21, or 5 with --quick)")
     parser.add_argument("--quick", action="store_true", help="few rounds, without the slowest candidates")
     parser.add_argument("--save", action="store_true", help="write OUT/<suite>--<device>.json")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of --save (default: benchmarks/results)")
-    parser.add_argument("--default-malloc", action="store_true", help="leave glibc's allocator as it is")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for --save (default: benchmarks/results)")
+    parser.add_argument("--default-malloc", action="store_true", help="do not change glibc's allocator settings")
     args = parser.parse_args()
     if unknown := [suite for suite in args.suites if suite not in known]:
         parser.error(f"unknown suite {unknown[0]!r}; the suites are {', '.join(known)}")
@@ -74,11 +73,11 @@ def arguments() -> argparse.Namespace:
     if args.rounds is None:
         args.rounds = 5 if args.quick else 21
     if args.rounds < 2:
-        parser.error(f"--rounds must be at least 2, so that there is a spread, got {args.rounds}")
+        parser.error(f"--rounds must be at least 2 to compute a spread, got {args.rounds}")
     if args.save and args.quick and args.out == RESULTS:
-        parser.error("--save with --quick needs an --out: the committed results are those of full runs")
+        parser.error("--save with --quick needs --out: the committed results are from full runs")
     if not args.default_malloc and os.environ.get("MALLOC_TRIM_THRESHOLD_") != BIG:
-        os.environ.update(MALLOC_MMAP_THRESHOLD_=BIG, MALLOC_TRIM_THRESHOLD_=BIG)  # read when a process starts
+        os.environ.update(MALLOC_MMAP_THRESHOLD_=BIG, MALLOC_TRIM_THRESHOLD_=BIG)  # read at process start
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.speed", *sys.argv[1:]])  # noqa: S606
     torch.set_num_threads(1)
     return args

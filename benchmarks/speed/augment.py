@@ -1,13 +1,13 @@
-"""Colour jitter and Gaussian blur of every image, against kornia's modules.
+"""Colour jitter and Gaussian blur of every image, compared with kornia's modules.
 
-- `kornia`: `ColorJiggle`, the old semantics, which draws one order of the operations for the whole batch, and
-  `RandomGaussianBlur` with the 51 taps per axis of the released code.
-- `crossmix eager`, `crossmix compiled`: `StrongAugment` as a user calls it, checks and random draw included, with an
-  order per image. The compiled one gets its draw from outside, since generators cannot be traced.
-- `copy`: `clone` of the images, the least that any augmentation does.
+- `kornia`: `ColorJiggle` (the old semantics), which draws one order of operations for the whole batch, and
+  `RandomGaussianBlur` with 51 taps per axis, as in the released code.
+- `crossmix eager`, `crossmix compiled`: `StrongAugment` as a user calls it, including checks and the random draw, with
+  an order per image. The compiled one gets its draw from outside, since generators cannot be traced.
+- `copy`: `clone` of the images, the minimum for any augmentation.
 
-Before it is timed, each crossmix candidate is compared with kornia's functional operations, one image and one
-operation at a time in the drawn order.
+Before timing, each crossmix candidate is compared with kornia's functional operations, applied to one image at a time
+in the drawn order.
 """
 
 import math
@@ -50,7 +50,7 @@ def one_by_one(images: Tensor, draw: tuple[Tensor, ...]) -> Tensor:
 def table(
     images: Tensor, *, jitter: bool, blur: bool, rounds: int, device: str
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """One table, and how far each candidate is from the slow statement: all candidates on the same batch."""
+    """Times of all candidates on the same batch, and their errors against `one_by_one`."""
     n = len(images)
     augment = StrongAugment(flavor="additive", jitter_p=float(jitter), blur_p=float(blur))
     jiggle = kornia.augmentation.ColorJiggle(STRENGTH, STRENGTH, STRENGTH, STRENGTH, p=float(jitter))
@@ -78,7 +78,6 @@ def table(
 
 
 def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]:
-    """The whole, and with more time its two halves apart."""
     torch.manual_seed(0)
     images = torch.rand(8, 3, 512, 512).to(device)
     results: list[dict[str, object]] = []

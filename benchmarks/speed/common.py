@@ -1,4 +1,4 @@
-"""What the suites share: interleaved timing, peak memory in a fresh process, and the machine's description."""
+"""Shared by all suites: interleaved timing, peak memory in a fresh process, and a description of the machine."""
 
 import json
 import os
@@ -20,7 +20,7 @@ Rows = dict[str, dict[str, float]]
 
 
 def interleave(candidates: Mapping[str, Callable[[], object]], *, rounds: int, device: str, warmup: int = 3) -> Rows:
-    """Time each candidate once per round; return median and interquartile range in milliseconds."""
+    """Time every candidate once per round; return median and interquartile range in milliseconds."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(warmup + rounds):
         for name, run in candidates.items():
@@ -35,7 +35,7 @@ def interleave(candidates: Mapping[str, Callable[[], object]], *, rounds: int, d
 
 
 def _time(run: Callable[[], object], device: str) -> float:
-    """Milliseconds of CPU time of this thread, or of GPU time between events."""
+    """Time one call in milliseconds: CPU time of this thread, or GPU time between events."""
     if torch.device(device).type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
@@ -50,7 +50,6 @@ def _time(run: Callable[[], object], device: str) -> float:
 
 
 def show(title: str, rows: Mapping[str, Mapping[str, float]], baseline: str) -> None:
-    """Print rows with their ratio to a baseline."""
     print(f"\n{title}")
     width = max(map(len, rows))
     for name, row in rows.items():
@@ -59,7 +58,7 @@ def show(title: str, rows: Mapping[str, Mapping[str, float]], baseline: str) -> 
 
 
 def held_bytes(device: str) -> int:
-    """What this process holds now: of a CPU's memory, or of a GPU's as the allocator counts it."""
+    """Memory in use by this process: resident memory, or memory allocated on the GPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated(device)
@@ -67,14 +66,14 @@ def held_bytes(device: str) -> int:
 
 
 def peak_mb(run: Callable[[], object], device: str, *, since: int) -> dict[str, float]:
-    """The peak of the memory in one call, beyond `since` bytes; on a GPU also what was asked of the driver, in MB."""
+    """Peak memory of one call beyond `since` bytes, in MB; on a GPU also the memory reserved from the driver."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
         run()
         peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return {"peak_mb": (peak - since) / 1e6, "reserved_mb": reserved / 1e6}
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset VmHWM
     run()
     return {"peak_mb": (_resident("VmHWM") - since) / 1e6}
 
@@ -85,7 +84,7 @@ def _resident(field: str) -> int:
 
 
 def in_fresh_process(module: str, expression: str) -> dict[str, float]:
-    """Evaluate an expression of a suite's module in a process that gives large blocks back to the system."""
+    """Evaluate an expression of a suite's module in a new process that returns freed large blocks to the system."""
     code = f"import json; from benchmarks.speed import {module}; print(json.dumps({module}.{expression}))"
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(  # noqa: S603 - this project's own module
@@ -96,7 +95,7 @@ def in_fresh_process(module: str, expression: str) -> dict[str, float]:
 
 
 def commit() -> str | None:
-    """The commit that was measured, with a + where the code has changed since."""
+    """The measured commit, with a + if there are uncommitted changes."""
     head = _git("rev-parse", "HEAD").stdout.strip()
     changed = _git("diff", "--quiet", "HEAD", "--", "src", ":(glob)benchmarks/**/*.py").returncode != 0
     return f"{head}{'+' if changed else ''}" if head else None
@@ -107,7 +106,6 @@ def _git(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def machine(device: str) -> dict[str, object]:
-    """The machine and the versions."""
     cuda = torch.device(device).type == "cuda"
     return {
         "processor": _processor(),

@@ -1,8 +1,8 @@
-"""Counting a confusion matrix: whole maps at once, against a loop over pixels as the released evaluation has it.
+"""Counting a confusion matrix: whole maps at once, compared with a loop over pixels as in the released evaluation.
 
 - `ConfusionMatrix`: this library, a 1024 x 2048 prediction against its label.
-- `masked bincount`: the usual few lines of numpy.
-- `pixel loop`: one Python step per pixel, our own restatement, on a 64 x 128 cut, scaled up by the number of pixels.
+- `masked bincount`: the usual few lines of NumPy.
+- `pixel loop`: our reimplementation with one Python step per pixel, on a 64 x 128 cut, scaled by the number of pixels.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,6 @@ SMALL = 64, 128
 
 
 def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, object]]:  # noqa: ARG001 - quick enough
-    """All candidates on one map."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, CLASSES, (1, HEIGHT // 32, WIDTH // 32), generator=generator)
     labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2).to(torch.uint8)
@@ -47,7 +46,7 @@ def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, obj
 
 
 def masked_bincount(predictions: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]", labels: object) -> object:
-    """The vectorised form that many code bases share."""
+    """The vectorised form used in many code bases."""
     truth = np.asarray(labels)
     valid = truth < CLASSES
     index = CLASSES * truth[valid].astype(np.int64) + predictions[valid]
@@ -55,7 +54,6 @@ def masked_bincount(predictions: "np.ndarray[tuple[int, ...], np.dtype[np.int64]
 
 
 def pixel_loop(labels: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]", predictions: object) -> object:
-    """A step of Python for each pixel."""
     counts = np.zeros((CLASSES, CLASSES))
     for truth, predicted in zip(labels.flatten(), np.asarray(predictions).flatten(), strict=True):
         if truth < CLASSES:

@@ -1,14 +1,14 @@
-"""Crops per second from PNG files and from the cache, against Pillow.
+"""Crops per second from PNG files and from the cache, compared with Pillow.
 
-Images of GTA5's and Cityscapes' size are resized as the released code does it (720 x 1280 bicubic, 512 x 1024 bilinear;
-labels nearest), their label ids mapped, and crops of 512 x 512 cut by the same `KeyedCrops`:
+Images of the sizes of GTA5 and Cityscapes are resized as in the released code (720 x 1280 bicubic, 512 x 1024 bilinear;
+labels nearest), label ids are mapped, and the same `KeyedCrops` cuts crops of 512 x 512:
 
-- `Pillow`: decoding and resizing by Pillow, the ids through a table.
+- `Pillow`: decoding and resizing with Pillow, mapping ids with a table.
 - `PNG`: the readers of crossmix.
-- `cache`: `CachedSamples`, after each sample was read once; `first read` is with the check of its bytes.
+- `cache`: `CachedSamples`, after every sample was read once; `first read` includes verifying the bytes.
 
-All files are in the page cache. The images are real ones where the environment's CROSSMIX_TEST_DATA names them, else
-rendered scenes with noise, which compress as photographs do; the result file says which.
+All files are in the page cache. Images are real if the environment variable CROSSMIX_TEST_DATA is set, else rendered
+scenes with noise, which compress like photographs; the result file says which.
 """
 
 import copy
@@ -33,7 +33,7 @@ from crossmix.datasets import GTA5, CachedSamples, Cityscapes, Sample, StreetSce
 from crossmix.datasets.classes import label_ids, train_ids
 from crossmix.engine import KeyedCrops
 
-COUNT = 64  # images of a data set, and 8 with --quick
+COUNT = 64  # images per data set; 8 with --quick
 CROP = (512, 512)
 BATCH = 2
 TRAIN_IDS = train_ids().numpy()
@@ -41,8 +41,6 @@ Reader = GTA5 | Cityscapes
 
 
 class PillowSamples(Dataset[Sample]):
-    """What a reader gives, by Pillow."""
-
     def __init__(self, reader: Reader, size: tuple[int, int], resampling: Image.Resampling) -> None:
         self.files = reader.files
         self.size = size[::-1]
@@ -60,7 +58,7 @@ class PillowSamples(Dataset[Sample]):
 
 
 class Onwards(Sampler[int]):
-    """The next `count` draws, each time it is run through."""
+    """Yields the next `count` draws on each iteration."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -75,7 +73,7 @@ class Onwards(Sampler[int]):
 
 
 def real(data: Path, root: Path, count: int) -> str:
-    """Real images and label maps under the names of the data sets, as often as it takes."""
+    """Copy real images and label maps into the data sets' layouts, repeated to reach `count`."""
     maps = [np.asarray(Image.open(path)) for path in sorted((data / "gta5" / "labels_trainids").glob("*.png"))]
     frame = data / "gta5" / "images" / "frame.png"
     for i in range(count):
@@ -98,7 +96,7 @@ def real(data: Path, root: Path, count: int) -> str:
 
 
 def rendered(root: Path, count: int) -> str:
-    """A few scenes rendered at half the size, enlarged, with noise; under as many names as it takes."""
+    """Write a few scenes, rendered at half size, enlarged and with noise, repeated to reach `count`."""
     few = 4
     generator = torch.Generator().manual_seed(0)
     for name, (height, width) in (("gta5", (1052, 1914)), ("cityscapes", (1024, 2048))):
@@ -119,13 +117,13 @@ def rendered(root: Path, count: int) -> str:
 
 
 def loader(samples: Dataset[Sample], workers: int, count: int) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Batches of crops, `count` crops each time."""
+    """A loader of batches of crops, with `count` crops per epoch."""
     crops = KeyedCrops(samples, CROP, seed=0, stream=0)  # type: ignore[arg-type]
     return DataLoader(crops, BATCH, sampler=Onwards(count), num_workers=workers, persistent_workers=workers > 0)
 
 
 def throughput(sources: dict[str, Dataset[Sample]], workers: int, rounds: int) -> dict[str, float]:
-    """Median crops per second of wall-clock time, the sources taking turns."""
+    """Median crops per second of wall-clock time, with the sources interleaved."""
     counts = {name: 800 if name == "cache" else 16 for name in sources}
     loaders = {name: loader(samples, workers, counts[name]) for name, samples in sources.items()}
     rates: dict[str, list[float]] = {name: [] for name in sources}
@@ -133,26 +131,25 @@ def throughput(sources: dict[str, Dataset[Sample]], workers: int, rounds: int) -
         for name, batches in loaders.items():
             begin = time.perf_counter()
             seen = sum(len(images) for images, _ in batches)
-            if i:  # the first round starts the workers, which check what they read
+            if i:  # the first round starts the workers, which verify the samples
                 rates[name].append(seen / (time.perf_counter() - begin))
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def crop_by_crop(samples: Dataset[Sample]) -> Callable[[], object]:
-    """Cut the next crop."""
     crops = KeyedCrops(samples, CROP, seed=0, stream=0)  # type: ignore[arg-type]
     draws = itertools.count()
     return lambda: crops[next(draws)]
 
 
 def first_read(cached: CachedSamples) -> Callable[[], object]:
-    """Cut the next crop from a copy of the cache, which has checked nothing yet."""
+    """Cut the next crop from a copy of the cache, which has not verified any sample yet."""
     draws = itertools.count()
     return lambda: KeyedCrops(copy.copy(cached), CROP, seed=0, stream=0)[next(draws)]
 
 
 def check_same_work(cached: Sample, read: Sample, pillow: Sample) -> None:
-    """Cache and reader agree in every byte, Pillow and they in all labels and to a rounding of each of two passes."""
+    """Check that cache and reader agree exactly, and with Pillow in all labels and within rounding of two passes."""
     if cached.label is None or read.label is None or pillow.label is None:
         raise RuntimeError(f"{read.name}: a label is missing")
     same = torch.equal(cached.image, read.image) and torch.equal(cached.label, read.label)
@@ -164,7 +161,6 @@ def check_same_work(cached: Sample, read: Sample, pillow: Sample) -> None:
 def data_set(
     reader: Reader, size: tuple[int, int], resampling: Image.Resampling, folder: Path, rounds: int, *, quick: bool
 ) -> dict[str, object]:
-    """All figures of one data set."""
     begin = time.perf_counter()
     cached = CachedSamples(reader, folder, workers=2)
     build = len(reader) / (time.perf_counter() - begin)
@@ -191,7 +187,7 @@ def data_set(
 
 
 def measure(device: str, rounds: int, *, quick: bool) -> dict[str, object]:  # noqa: ARG001 - none is used
-    """Both data sets; with little time of fewer images."""
+    """Measure both data sets; `quick` uses fewer images."""
     count = 8 if quick else COUNT
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

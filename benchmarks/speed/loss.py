@@ -1,13 +1,13 @@
 """Weighted cross-entropy from 1/8 logits, forward and backward: N = 2, 19 classes, 65 x 65 to 512 x 512.
 
 - `plain`: bilinear upsampling, then the weighted cross-entropy of the full-size logits.
-- `crossmix`: `upsampled_cross_entropy`, which does it by blocks of rows.
+- `crossmix`: `upsampled_cross_entropy`, which works on blocks of rows.
 - `compiled plain`: the first under `torch.compile`.
 
-All return the loss and the gradient of the small logits, whose error is taken against the plain form in float64,
-relative to its largest entry. `peak_mb` is what one call takes at most on top of what was there before. On a CPU each
-candidate is measured in a fresh process after two calls: the resident memory's high-water mark (VmHWM of Linux, set
-back before the call) minus the resident memory before, with every large block given back when it is freed. On a GPU it
+All compute the loss and the gradient of the small logits. The error of the gradient is measured against the plain form
+in float64, relative to its largest entry. `peak_mb` is the peak memory of one call beyond what was in use before. On a
+CPU it is measured in a fresh process after two calls: the high-water mark of the resident memory (Linux's VmHWM, reset
+before the call) minus the resident memory before the call, with freed large blocks returned to the system. On a GPU it
 is the allocator's maximum.
 """
 
@@ -25,18 +25,16 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def plain(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Upsample, then compare."""
     full = functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=True)
     return weighted_cross_entropy(full, labels, weights)
 
 
 def candidates() -> dict[str, Loss]:
-    """What is compared."""
     return {"plain": plain, "crossmix": upsampled_cross_entropy, "compiled plain": torch.compile(plain)}
 
 
 def inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits that are sure of themselves in places, labels with an ignored border, and weights."""
+    """Logits with some confident pixels, labels with an ignored border, and weights."""
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(N, CLASSES, SMALL, SMALL, generator=generator)
     labels = torch.randint(0, CLASSES, (N, FULL, FULL), generator=generator)
@@ -46,13 +44,13 @@ def inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def step(loss: Loss, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Forward and backward; the gradient of the logits."""
+    """Run forward and backward; return the gradient of the logits."""
     (gradient,) = torch.autograd.grad(loss(*batch), batch[0])
     return gradient
 
 
 def peak(name: str, device: str) -> dict[str, float]:
-    """What one call takes on top of its inputs, in this process."""
+    """Peak memory of one call beyond its inputs, in this process."""
     torch.set_num_threads(1)
     loss, batch = candidates()[name], inputs(device)
     for _ in range(2):
@@ -61,7 +59,7 @@ def peak(name: str, device: str) -> dict[str, float]:
 
 
 def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, float]]:
-    """Time, memory and error of each candidate; with little time without the compiled one."""
+    """Time, memory and error of each candidate; `quick` leaves out the compiled one."""
     losses, batch = candidates(), inputs(device)
     if quick:
         del losses["compiled plain"]

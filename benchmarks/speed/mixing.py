@@ -1,18 +1,17 @@
-"""Class masks and the mix of images, labels and weights, against what the field does.
+"""Class masks and the mix of images, labels and weights, compared with common implementations.
 
-- `crossmix`: `CrossDomainMix` as a user calls it, checks and random draw included.
-- `crossmix compiled`: the same under `torch.compile`, its `scores` drawn outside, since generators cannot be traced.
-- `crossmix boxes`, `crossmix blobs`: the same with `masks=BoxMasks()` and `masks=CowMasks()` in place of classes.
-- `released loop`: our own statement of what the released DACS code does image by image: `unique`, a random choice on
-  the host, one comparison per drawn class, and three blends M * source + (1 - M) * target.
-- `whole-batch unique`: the variant of its best-known descendants, which look for the classes in the whole batch, once
-  per image.
-- `kornia transplant`: `RandomTransplantation`, the nearest operation in kornia: it pastes one class of the neighbouring
-  image, into images and labels alone, so it does less.
+- `crossmix`: `CrossDomainMix` as a user calls it, including checks and the random draw.
+- `crossmix compiled`: the same under `torch.compile`, with `scores` drawn outside, since generators cannot be traced.
+- `crossmix boxes`, `crossmix blobs`: the same with `masks=BoxMasks()` and `masks=CowMasks()` instead of classes.
+- `released loop`: our reimplementation of the released DACS code's loop over images: `unique`, a random choice on the
+  host, one comparison per drawn class, and three blends M * source + (1 - M) * target.
+- `whole-batch unique`: the variant of its best-known descendants, which search the whole batch for classes, once per
+  image.
+- `kornia transplant`: `RandomTransplantation`, the closest operation in kornia. It pastes one class of the neighbouring
+  image into images and labels only, so it does less.
 - `floor`, `floor compiled`: one `torch.where` each over images, labels and weights with a ready mask.
-- `copy`: `clone` of images, labels and weights, so the reading and writing of one batch. It gives the bandwidth of the
-  memory, and `share_of_copy` the share of it that a candidate reaches, counting each tensor that goes in or comes out
-  once.
+- `copy`: `clone` of images, labels and weights, which reads and writes one batch and so gives the memory bandwidth.
+  `share_of_copy` is the share of that bandwidth that a candidate reaches, counting each input and output once.
 """
 
 from collections.abc import Callable
@@ -46,12 +45,11 @@ def street_like(n: int, size: tuple[int, int], dtype: torch.dtype, device: str, 
 
 
 def blend(mask: Tensor, pasted: Tensor, base: Tensor) -> Tensor:
-    """M * A + (1 - M) * B, for one image."""
     return mask * pasted + (1 - mask) * base
 
 
 def host_choice(classes: Tensor, _: int) -> Tensor:
-    """Half of the classes, rounded up, chosen on the host."""
+    """Choose half of the classes, rounded up, on the host."""
     count = len(classes)
     chosen = np.random.choice(count, (count + 1) // 2, replace=False)  # noqa: NPY002 - as the released code does
     return classes[torch.as_tensor(chosen, device=classes.device)]
@@ -60,10 +58,7 @@ def host_choice(classes: Tensor, _: int) -> Tensor:
 def per_image_loop(
     batch: Batch, *, whole_batch: bool = False, choose: Callable[[Tensor, int], Tensor] = host_choice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The released loop, or its variant that looks for the classes in the whole batch.
-
-    `choose` takes the classes and the number of the image.
-    """
+    """The released loop, or its variant that searches the whole batch; `choose` takes classes and image index."""
     images, labels, target_images, target_labels, weights = batch
     mixed: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for i in range(len(images)):
@@ -76,7 +71,6 @@ def per_image_loop(
 
 
 def table(n: int, size: int, dtype: torch.dtype, rounds: int, device: str) -> Rows:
-    """All candidates on the same batch."""
     batch = street_like(n, (size, size), dtype, device)
     images, labels, target_images, target_labels, weights = batch
     mixer = CrossDomainMix(CLASSES, include_ignored=True)
@@ -93,7 +87,7 @@ def table(n: int, size: int, dtype: torch.dtype, rounds: int, device: str) -> Ro
             torch.where(mask, 1.0, weights),
         )
 
-    torch.compiler.reset()  # or a second size would be compiled for any size
+    torch.compiler.reset()  # otherwise a second size would be compiled with dynamic shapes
     fast, fast_floor = torch.compile(mixer, fullgraph=True), torch.compile(floor, fullgraph=True)
     candidates: dict[str, Callable[[], object]] = {
         "copy": lambda: (images.clone(), labels.clone(), weights.clone()),
@@ -116,7 +110,6 @@ def table(n: int, size: int, dtype: torch.dtype, rounds: int, device: str) -> Ro
 
 
 def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]:  # noqa: ARG001 - quick enough
-    """Both label types, on a GPU with larger batches too."""
     results: list[dict[str, object]] = []
     for n in (8, 32) if torch.device(device).type == "cuda" else (8,):
         for dtype in (torch.int64, torch.uint8):

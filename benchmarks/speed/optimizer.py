@@ -1,8 +1,8 @@
-"""One step of SGD on ResNet-101 as the released code took it: three or four updates of most of the backbone.
+"""One step of SGD on ResNet-101 as in the released code: three or four updates of most of the backbone.
 
-- `RepeatedSGD`: the repetitions, as the library runs them.
-- `plain foreach`, `plain fused`, `plain loop`: `torch.optim.SGD` on each parameter once, so a third of the arithmetic.
-- `repeated foreach`: the plain foreach step once per repetition.
+- `RepeatedSGD`: the library's implementation of the repetitions.
+- `plain foreach`, `plain fused`, `plain loop`: `torch.optim.SGD` on each parameter once, a third of the arithmetic.
+- `repeated foreach`: one plain foreach step per repetition.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,6 @@ from crossmix.optim import RepeatedSGD, parameter_groups
 
 
 def network(device: str) -> nn.Module:
-    """The published network with some gradient."""
     model = deeplab_v2_resnet101(19).to(device)
     for parameter in model.parameters():
         parameter.grad = 1e-3 * torch.randn_like(parameter)
@@ -25,12 +24,10 @@ def network(device: str) -> nn.Module:
 
 
 def plain(params: Iterable[Any], *, foreach: bool = False, fused: bool = False) -> torch.optim.SGD:
-    """Each parameter once."""
     return torch.optim.SGD(params, 1e-4, 0.9, weight_decay=5e-4, foreach=foreach, fused=fused)
 
 
 def repeated(model: nn.Module) -> RepeatedSGD:
-    """Each parameter as often as the released code lists it."""
     return RepeatedSGD(parameter_groups(model, 1e-4, repeated=True), momentum=0.9, weight_decay=5e-4)
 
 
@@ -49,7 +46,6 @@ def stepwise(model: nn.Module) -> Callable[[], None]:
 
 
 def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, float]]:  # noqa: ARG001 - quick enough
-    """Those that step once on one network, those that repeat on another."""
     torch.manual_seed(0)
     one, two = network(device), network(device)
     candidates: dict[str, Callable[[], object]] = {

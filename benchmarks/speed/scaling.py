@@ -1,14 +1,15 @@
-"""How the cost of the operations grows with the batch, with the size of the images and with the number of classes.
+"""Scaling of the operations with batch size, image size and number of classes.
 
-- `mix`: `CrossDomainMix`, class masks and random draw included.
+- `mix`: `CrossDomainMix`, including class masks and the random draw.
 - `augment`: `StrongAugment`.
 - `loss`: `upsampled_cross_entropy` from 1/8 logits, forward and backward.
 - `pseudo-labels`: softmax, maximum and confidence weights of full-size logits.
 
-Each series has one thing grow. `exponent` is the slope of log(time) over log(that thing) by least squares: 1 is linear,
-0 is no growth; `exponent_last` is that of the last three points, where the fixed cost of a call has faded. A batch and
-a size should cost in proportion. So should the classes in loss and pseudo-labels, which read a number for each of them;
-the mix reads one label per pixel whatever their number, by bits for up to 31 classes and through a table beyond.
+Each series varies one quantity. `exponent` is the least-squares slope of log(time) over log(quantity): 1 is linear, 0
+is constant. `exponent_last` is the slope of the last three points, where the fixed cost of a call is negligible. Batch
+and image size should scale linearly, and so should the classes in loss and pseudo-labels, which read one number per
+class. The mix reads one label per pixel for any number of classes, with bit operations up to 31 classes and a table
+beyond.
 """
 
 import math
@@ -24,15 +25,12 @@ from crossmix import functional as F
 
 
 class Shape(NamedTuple):
-    """A batch."""
-
     batch: int
     size: tuple[int, int]
     classes: int = 19
 
     @property
     def pixels(self) -> int:
-        """Of all images."""
         return self.batch * self.size[0] * self.size[1]
 
 
@@ -40,21 +38,18 @@ Call = Callable[[], object]
 
 
 def mix(shape: Shape, device: str) -> Call:
-    """Masks and mix."""
     batch = street_like(shape.batch, shape.size, torch.uint8, device, num_classes=shape.classes)
     mixer = CrossDomainMix(shape.classes, include_ignored=True)
     return lambda: mixer(*batch)
 
 
 def augment(shape: Shape, device: str) -> Call:
-    """Jitter and blur."""
     images = torch.rand(shape.batch, 3, *shape.size, device=device)
     strong = StrongAugment(flavor="additive")
     return lambda: strong(images)
 
 
 def loss(shape: Shape, device: str) -> Call:
-    """Forward and backward."""
     _, labels, _, _, weights = street_like(shape.batch, shape.size, torch.uint8, device, num_classes=shape.classes)
     small = [side // 8 + 1 for side in shape.size]
     logits = torch.randn(shape.batch, shape.classes, *small, device=device, requires_grad=True)
@@ -62,7 +57,6 @@ def loss(shape: Shape, device: str) -> Call:
 
 
 def pseudo_labels(shape: Shape, device: str) -> Call:
-    """Labels and weights from logits."""
     logits = torch.randn(shape.batch, shape.classes, *shape.size, device=device)
     return lambda: F.confidence_weight(F.pseudo_label(logits).confidence)
 
@@ -73,7 +67,7 @@ MOST = {"mix": 64, "augment": 16, "loss": 16, "pseudo-labels": 16}  # images of 
 
 
 def series(device: str, *, quick: bool) -> dict[tuple[str, str], list[Shape]]:
-    """What grows in which operation; on a CPU on smaller images, with little time by fewer and smaller steps."""
+    """The shapes of every series; smaller images on a CPU, and fewer, smaller steps with `quick`."""
     size = (512, 512) if torch.device(device).type == "cuda" else (64, 128) if quick else (128, 256)
     heights = [32, 64, 128] if quick else [64, 128, 256, 512, 1024]
     found = {}
@@ -87,12 +81,11 @@ def series(device: str, *, quick: bool) -> dict[tuple[str, str], list[Shape]]:
 
 
 def grown(axis: str, shape: Shape) -> int:
-    """How much there is of what grows."""
     return {"batch": shape.batch, "pixels": shape.size[0] * shape.size[1], "classes": shape.classes}[axis]
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Of log(y) over log(x), by least squares."""
+    """Least-squares slope of log(y) over log(x)."""
     logs = [(math.log(x), math.log(y)) for x, y in zip(xs, ys, strict=True)]
     mean_x, mean_y = (math.fsum(column) / len(logs) for column in zip(*logs, strict=True))
     across = math.fsum((x - mean_x) * (y - mean_y) for x, y in logs)
@@ -100,7 +93,6 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]:
-    """All series, the points of each interleaved."""
     torch.manual_seed(0)
     results: list[dict[str, object]] = []
     for (name, axis), shapes in series(device, quick=quick).items():

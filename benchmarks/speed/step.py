@@ -1,33 +1,30 @@
-"""A whole training step of DACS in the released recipe, from the batch on the device to the moved teacher.
+"""A whole training step of DACS in the released recipe, from the batch on the device to the updated teacher.
 
-The forms add one thing at a time; all see the same batch and the same draws:
+Each form adds one change to the previous one; all use the same batch and the same draws. The confidence threshold is
+such that half of the small network's pixels reach it with random weights, so that pseudo-labels count.
 
-The threshold of confidence is one that half of the pixels of the small network reach at random, so that pseudo-labels
-count.
-
-- `released style`: our own statement of the released step: the mix of `mixing.py` image by image, kornia's functional
-  jitter and 51-tap blur image by image, full-size logits, lambda as a number on the host, every listed parameter
-  updated by itself, the teacher's average as `data[:] =`, and no guard.
-- `plain`: `SelfTraining` on networks that return full-size logits, a guard, and the parameters updated one by one.
-- `small logits`: the networks return 1/8 logits, the loss upsamples them.
+- `released style`: our reimplementation of the released step: the loop of `mixing.py`, kornia's functional jitter and
+  51-tap blur image by image, full-size logits, lambda on the host, every listed parameter updated separately, the
+  teacher's average as `data[:] =`, and no guard.
+- `plain`: `SelfTraining` on networks that return full-size logits, with a guard and parameters updated one by one.
+- `small logits`: the networks return 1/8 logits, and the loss upsamples them.
 - `channels last`: networks and images in that layout.
-- `RepeatedSGD`: fused updates: what the trainer does in fp32 with `--channels-last`.
-- `mic`: as the former in the recipe `mic`: a third pass of the student, on target images that are hidden in part, and
-  other options, so its loss is another. `bf16, mic`: as `bf16`, on a GPU alone.
+- `RepeatedSGD`: fused updates; this is what the trainer does in fp32 with `--channels-last`.
+- `mic`: as the previous one, in the recipe `mic`: a third pass of the student on partly hidden target images, and other
+  options, so its loss differs. `bf16, mic`: as `bf16`, GPU only.
 - `updated once`: as `RepeatedSGD`, but `torch.optim.SGD(fused=True)` once per parameter, so it does less.
-- `tf32`: as `RepeatedSGD`, on a GPU alone. `bf16`: under autocast.
-- `networks compiled`, `step compiled`: student and teacher as `--compile` does it, and the whole `SelfTraining` in one
-  graph with its draw handed in; in bf16 on a GPU, in fp32 on a CPU.
+- `tf32`: as `RepeatedSGD`, GPU only. `bf16`: under autocast.
+- `networks compiled`, `step compiled`: student and teacher compiled as by `--compile`, or the whole `SelfTraining` in
+  one graph with a given draw; in bf16 on a GPU, in fp32 on a CPU.
 - `graph`, `graph, networks compiled`: everything up to the gradients as one CUDA graph; guard, optimizer and average,
   whose decay and learning rate change, stay outside.
 
-`loss` is that of the first step, equal in all forms of one recipe but for rounding. `peak_mb` is all that a form takes,
-weights and optimizer included, in a fresh process, in its second step: on a CPU the resident memory's high-water mark
-minus what was there before the networks (with the compiler, where a form needs it), on a GPU the allocator's maximum,
-and `reserved_mb` what it asked the driver for. `parts` are the parts of one step in order, each with all that it
-launches. `tflop` is the arithmetic of the convolutions by torch's own counter: two forward and backward passes (`mic`:
-three) and the teacher's. `matmul_tflop_per_s` is what a product of two large matrices reaches on the device, the rate
-that a step of nothing but arithmetic would have.
+`loss` is the loss of the first step, equal up to rounding in all forms of one recipe. `peak_mb` is the total memory of
+a form's second step in a fresh process, including weights and optimizer: on a CPU the high-water mark of the resident
+memory minus the resident memory before the networks were built (including the compiler, if used), on a GPU the
+allocator's maximum; `reserved_mb` is the memory reserved from the driver. `parts` are the consecutive parts of a step.
+`tflop` is the arithmetic of the convolutions by torch's counter: two forward and backward passes (`mic`: three) and the
+teacher's forward pass. `matmul_tflop_per_s` is the rate of a large matrix product, an upper bound for a step.
 """
 
 import math
@@ -80,7 +77,7 @@ def parts_of(form: Form, size: Size, rounds: int) -> dict[str, float]:
 
 
 def marked_step(work: Training, draw: Draw, size: Size) -> tuple[Tensor, dict[str, float]]:
-    """One step, part by part by the public names, with the time of each."""
+    """Run one step part by part, using public names; return the loss and the time of each part."""
     training, (source_images, source_labels, target_images) = work.training, work.batch
     student, teacher, mix, augment = training.student, training.teacher, training.mix, training.augment
     clock = Clock(size.device)
@@ -116,19 +113,17 @@ def marked_step(work: Training, draw: Draw, size: Size) -> tuple[Tensor, dict[st
 
 
 def loss_of(criterion: Any, logits: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:  # noqa: ANN401 - either loss
-    """The loss of logits of any size."""
     form = criterion if logits.shape[-2:] == labels.shape[-2:] else criterion.upsampled
     loss: Tensor = form(logits, labels, *weights)
     return loss
 
 
 def full_size(logits: Tensor, images: Tensor) -> Tensor:
-    """Logits at the images' size."""
     return functional.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=True)
 
 
 class Clock:
-    """The time between marks, of this thread, or on a GPU between events."""
+    """Measures time between marks: CPU time of this thread, or GPU time between events."""
 
     def __init__(self, device: str) -> None:
         self.cuda = torch.device(device).type == "cuda"
@@ -136,7 +131,6 @@ class Clock:
         self.moments = [self.now()]
 
     def now(self) -> Any:  # noqa: ANN401 - an event or seconds
-        """This moment."""
         if not self.cuda:
             return time.thread_time()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -144,12 +138,10 @@ class Clock:
         return event
 
     def mark(self, name: str) -> None:
-        """End a part."""
         self.names.append(name)
         self.moments.append(self.now())
 
     def parts(self) -> dict[str, float]:
-        """Milliseconds of each part."""
         pairs = zip(self.moments, self.moments[1:], strict=False)
         if self.cuda:
             torch.cuda.synchronize()
@@ -160,7 +152,7 @@ class Clock:
 
 
 def tflop(size: Size, passes: int = 2) -> float:
-    """The arithmetic of one step, in 10^12 floating-point operations, without doing it."""
+    """The arithmetic of one step in 10^12 floating-point operations, counted on the meta device."""
     with torch.device("meta"):
         network: DeepLabV2 = NETWORKS[size.network](CLASSES, aspp_branches=2, upsample=False)
         images = torch.empty(size.batch, 3, *size.crop)
@@ -173,7 +165,6 @@ def tflop(size: Size, passes: int = 2) -> float:
 
 
 def matmul_rates(device: str, rounds: int) -> dict[str, float]:
-    """TFLOP/s of a large matrix product by precision."""
     cuda = torch.device(device).type == "cuda"
     side = 8192 if cuda else 1024
     rates = {}
@@ -186,9 +177,9 @@ def matmul_rates(device: str, rounds: int) -> dict[str, float]:
 
 
 def peak(name: str, size: Size) -> dict[str, float]:
-    """What the second step of a form takes at most, networks and optimizer included, in this process, a fresh one."""
+    """Peak memory of a form's second step, including networks and optimizer, in this (fresh) process."""
     torch.set_num_threads(1)
-    torch.optim.SGD([torch.zeros(1)], 0.1)  # torch imports its compiler for the first optimizer
+    torch.optim.SGD([torch.zeros(1)], 0.1)  # the first optimizer imports torch's compiler
     before = held_bytes(size.device)
     work, step = stepper(forms(size.device)[name], size)
     step(work.sample())
@@ -196,12 +187,12 @@ def peak(name: str, size: Size) -> dict[str, float]:
 
 
 def fresh_peaks(names: Sequence[str], size: Size) -> dict[str, dict[str, float]]:
-    """The same of several forms, in a process each."""
+    """Peak memory of several forms, each in its own process."""
     return {name: in_fresh_process("step", f"peak({name!r}, step.Size(**{asdict(size)!r}))") for name in names}
 
 
 def measure(device: str, rounds: int, *, quick: bool) -> dict[str, object]:
-    """Every form, the parts of some, and memory; with little time, and on a GPU, none that is compiled for long."""
+    """All forms, the parts of some, and memory; without slow compilation with `quick` and on a GPU."""
     known = forms(device)
     cuda = torch.device(device).type == "cuda"
     names = [name for name, form in known.items() if not (form.compiled and (quick or cuda))]
@@ -213,14 +204,14 @@ def measure(device: str, rounds: int, *, quick: bool) -> dict[str, object]:
 
 
 def measure_compiled(device: str, rounds: int, *, quick: bool) -> dict[str, object]:  # noqa: ARG001 - all are slow
-    """The compiled forms beside what they start from."""
+    """The compiled forms and the form that they are based on."""
     known = forms(device)
     base = "bf16" if torch.device(device).type == "cuda" else "RepeatedSGD"
     return measured(default_size(device), rounds, [base, *(name for name in known if known[name].compiled)], ())
 
 
 def measure_memory(device: str, rounds: int, *, quick: bool) -> dict[str, object]:  # noqa: ARG001 - no time is taken
-    """The memory of the paper's step, whatever the device."""
+    """The memory of the paper's step, on any device."""
     size = Size(network="resnet101", crop=(512, 512), batch=2, device=device)
     rows = fresh_peaks(["released style", "RepeatedSGD"] if quick else ["released style", "plain", "RepeatedSGD"], size)
     for name, row in rows.items():
@@ -266,7 +257,7 @@ def by_kind(kernels: Sequence[tuple[str, float]], steps: int) -> dict[str, dict[
 
 
 def measured(size: Size, rounds: int, names: Sequence[str], memory: Sequence[str]) -> dict[str, object]:
-    """Time the named forms side by side, the first is 1.0; the parts of some, and the memory of some."""
+    """Time the named forms side by side, with the first as baseline; measure parts and memory of some."""
     device, known = size.device, forms(size.device)
     print(f"{tflop(size):.4g} TFLOP a step")
     made = {name: stepper(known[name], size) for name in names}
@@ -278,7 +269,7 @@ def measured(size: Size, rounds: int, names: Sequence[str], memory: Sequence[str
     )
     made.clear()
     if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()  # for the processes that measure memory
+        torch.cuda.empty_cache()  # leave memory to the processes that measure it
     height, width = size.crop
     title = f"one step of {size.network}, {size.batch} + {size.batch} crops of {height} x {width}, {device}"
     show(title, rows, names[0])
@@ -297,7 +288,6 @@ def measured(size: Size, rounds: int, names: Sequence[str], memory: Sequence[str
 
 
 def show_parts(name: str, times: dict[str, float]) -> None:
-    """Print the parts of a step with their shares."""
     whole = math.fsum(times.values())
     print(f"\nthe parts of `{name}`, {whole:.2f} ms")
     for part, value in times.items():
@@ -305,7 +295,7 @@ def show_parts(name: str, times: dict[str, float]) -> None:
 
 
 def default_size(device: str) -> Size:
-    """The paper's on a GPU, the demo's on a CPU."""
+    """The paper's size on a GPU, the demo's on a CPU."""
     if torch.device(device).type == "cuda":
         return Size(network="resnet101", crop=(512, 512), batch=2, device=device)
     return Size(device=device)

@@ -1,4 +1,4 @@
-"""The forms in which `step.py` runs a training step of DACS: networks, batch, and the step itself."""
+"""The forms of a DACS training step that `step.py` measures: networks, batch, and the step itself."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from crossmix.models import deeplab_v2_resnet101, deeplab_v2_tiny
 from crossmix.optim import RepeatedSGD, parameter_groups
 
 LR, MOMENTUM, DECAY = 2.5e-4, 0.9, 5e-4  # of the optimizer; the head learns ten times as fast
-THRESHOLD = 0.13  # not the recipe's 0.968, of which random weights are nowhere sure: no pseudo-label would count
+THRESHOLD = 0.13  # random weights never reach the recipe's 0.968, so no pseudo-label would count
 NETWORKS = {"resnet101": deeplab_v2_resnet101, "tiny": deeplab_v2_tiny}
 
 Draw = Any  # what `SelfTraining.sample` returns
@@ -27,8 +27,6 @@ Draw = Any  # what `SelfTraining.sample` returns
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is trained on what."""
-
     network: str = "tiny"
     crop: tuple[int, int] = (64, 128)
     batch: int = 4
@@ -37,8 +35,6 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How a step is run."""
-
     released: bool = False
     small_logits: bool = False
     channels_last: bool = False
@@ -50,12 +46,11 @@ class Form:
 
     @property
     def passes(self) -> int:
-        """How often the student goes forward and backward."""
         return 3 if self.recipe == "mic" else 2
 
 
 def forms(device: str) -> dict[str, Form]:
-    """Each adds to the one before, or to the one that the module's docstring says."""
+    """All forms by name; see the docstring of `step.py`."""
     plain = Form()
     small = replace(plain, small_logits=True)
     last = replace(small, channels_last=True)
@@ -84,8 +79,6 @@ def forms(device: str) -> dict[str, Form]:
 
 
 class Batch(NamedTuple):
-    """What a step sees."""
-
     source_images: Tensor
     source_labels: Tensor
     target_images: Tensor
@@ -93,7 +86,7 @@ class Batch(NamedTuple):
 
 @dataclass
 class Training:
-    """Everything that one form works with."""
+    """The state of one form."""
 
     form: Form
     batch: Batch
@@ -105,13 +98,12 @@ class Training:
     momentum: dict[Tensor, Tensor] = field(default_factory=dict)  # of the released style's loop
 
     def sample(self) -> Draw:
-        """Everything random in a step."""
         images = self.batch.target_images
         return self.training.sample(len(images), (images.shape[2], images.shape[3]), device=images.device)
 
 
 def build(form: Form, size: Size) -> Training:
-    """Networks from random weights, the same in every form."""
+    """Build networks with random weights, the same in every form, and everything else that a step needs."""
     torch.manual_seed(0)
     torch.backends.cudnn.deterministic = torch.are_deterministic_algorithms_enabled()  # as the trainer has it
     torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
@@ -140,7 +132,6 @@ def build(form: Form, size: Size) -> Training:
 
 @contextmanager
 def precision(form: Form, device: str) -> Iterator[None]:
-    """How exact products are."""
     tf32 = form.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=form.precision == "bf16"):
@@ -151,7 +142,7 @@ Step = Callable[[Draw], Tensor]
 
 
 def stepper(form: Form, size: Size) -> tuple[Training, Step]:
-    """A form's step: from a draw to the loss, which has been backpropagated and stepped on."""
+    """A form's training step, which takes a draw and returns the loss."""
     work = build(form, size)
     if form.released:
         return work, lambda draw: released_step(work, draw)
@@ -170,7 +161,6 @@ def stepper(form: Form, size: Size) -> tuple[Training, Step]:
 
 
 def forward_backward(work: Training, draw: Draw, size: Size) -> Tensor:
-    """Everything up to the gradients."""
     work.optimizer.zero_grad(set_to_none=True)
     with precision(work.form, size.device):
         loss: Tensor = work.forward(*work.batch, draw=draw).loss
@@ -179,7 +169,6 @@ def forward_backward(work: Training, draw: Draw, size: Size) -> Tensor:
 
 
 def move(work: Training) -> None:
-    """The optimizer's step."""
     if work.form.optimizer == "loop":
         one_by_one_sgd(work)
     else:
@@ -188,7 +177,7 @@ def move(work: Training) -> None:
 
 @torch.no_grad()
 def one_by_one_sgd(work: Training) -> None:
-    """One entry of the released code's list after the other, as torch's optimizer of its time did."""
+    """Update the entries of the released code's list one by one, as torch's optimizer did at the time."""
     for group in work.optimizer.param_groups:
         repeats = group.get("repeats", [1] * len(group["params"]))
         for parameter, count in zip(group["params"], repeats, strict=True):
@@ -202,7 +191,7 @@ def one_by_one_sgd(work: Training) -> None:
 
 
 def captured(work: Training, size: Size) -> Step:
-    """Everything up to the gradients as a CUDA graph, replayed on a draw that is copied in."""
+    """Capture everything up to the gradients as a CUDA graph; a draw is copied in before each replay."""
     still = work.sample()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
@@ -210,7 +199,7 @@ def captured(work: Training, size: Size) -> Step:
         for _ in range(3):
             forward_backward(work, still, size)
     torch.cuda.current_stream().wait_stream(stream)
-    work.optimizer.zero_grad(set_to_none=True)  # the graph makes gradients of its own, and fills them at each replay
+    work.optimizer.zero_grad(set_to_none=True)  # the graph allocates its own gradients and fills them on each replay
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = forward_backward(work, still, size)
@@ -226,7 +215,7 @@ def captured(work: Training, size: Size) -> Step:
 
 
 def released_step(work: Training, draw: Draw) -> Tensor:
-    """What the released code does, on the draw that the other forms get."""
+    """The released code's step, with the same draw as the other forms."""
     training, (source_images, source_labels, target_images) = work.training, work.batch
     teacher, scores, augment = training.teacher, draw.scores, draw.augment
     if teacher is None or scores is None or augment is None:
@@ -253,7 +242,7 @@ def released_step(work: Training, draw: Draw) -> Tensor:
 
 
 def chosen_by(scores: Tensor) -> Callable[[Tensor, int], Tensor]:
-    """The half with the lowest scores, rounded up, in place of a random choice on the host."""
+    """Choose the half of the classes with the lowest scores, rounded up, instead of a random choice on the host."""
 
     def choose(classes: Tensor, image: int) -> Tensor:
         order = scores[image, classes.clamp(max=CLASSES)].argsort()
@@ -263,7 +252,7 @@ def chosen_by(scores: Tensor) -> Callable[[Tensor, int], Tensor]:
 
 
 def losses(form: Form, size: Size, steps: int) -> list[float]:
-    """The losses of the first steps, on draws that depend on the step alone."""
+    """The losses of the first steps, with draws that depend only on the step."""
     work, step = stepper(form, size)
     found = []
     for number in range(steps):

@@ -1,24 +1,21 @@
-"""What results say about the numbers that the project wants to reach: a line per claim."""
+"""Compare results with the project's targets: one line per claim."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 
 class Line(NamedTuple):
-    """One claim."""
-
     what: str
     unit: str
     ours: float
     baseline: float
-    against: str  # what the baseline is
+    against: str  # name of the baseline
     ratio: float
-    target: float | None = None  # of the ratio
-    at_least: bool = False  # whether the ratio is to be at least or at most that
+    target: float | None = None  # target of the ratio
+    at_least: bool = False  # whether the target is a lower rather than an upper bound
 
     @property
     def verdict(self) -> str:
-        """Whether the target is reached."""
         if self.target is None:
             return ""
         reached = self.ratio >= self.target if self.at_least else self.ratio <= self.target
@@ -26,22 +23,21 @@ class Line(NamedTuple):
 
 
 def faster(what: str, ours: float, baseline: float, against: str, target: float) -> Line:
-    """Milliseconds: so many times as fast."""
+    """A speedup over the baseline, in milliseconds each, of at least `target`."""
     return Line(what, "ms", ours, baseline, against, baseline / ours, target, at_least=True)
 
 
 def share(what: str, ours: float, baseline: float, against: str, target: float, *, unit: str = "ms") -> Line:
-    """So large a part of the baseline."""
+    """A ratio to the baseline of at most `target`."""
     return Line(what, unit, ours, baseline, against, ours / baseline, target)
 
 
 def rate(what: str, ours: float, wanted: float, unit: str) -> Line:
-    """At least so many a second."""
+    """A rate of at least `wanted`."""
     return Line(what, unit, ours, wanted, "target", ours / wanted, 1, at_least=True)
 
 
 def mixing(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON has it
-    """The loop, the whole-batch variant, the floor, and the bandwidth."""
     lines = []
     for result in results:
         rows, labels, n = result["rows"], result["labels"], result["batch"]
@@ -65,7 +61,6 @@ def mixing(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON
 
 
 def augment(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
-    """Time and error against kornia."""
     result = results[0]
     time = {name: row["median_ms"] for name, row in result["rows"].items()}
     lines = []
@@ -77,7 +72,6 @@ def augment(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 
 
 
 def loss(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
-    """Time, memory and error against the plain form."""
     ours, plain = results["crossmix"], results["plain"]
     return [
         share("loss, time", ours["median_ms"], plain["median_ms"], "plain", 0.35),
@@ -87,7 +81,6 @@ def loss(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - t
 
 
 def teacher(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON has it
-    """Against the loop in place; on a GPU the launches too."""
     time = {name: row["median_ms"] for name, row in results.items()}
     names = ("MeanTeacher.update", "ema_update_")
     lines = [share(f"EMA, {name}", time[name], time["loop mul_/add_"], "loop mul_/add_", 0.85) for name in names]
@@ -96,19 +89,16 @@ def teacher(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSO
 
 
 def optimizer(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
-    """The repetitions fused against foreach; no target."""
     ours, other = results["RepeatedSGD"]["median_ms"], results["repeated foreach"]["median_ms"]
     return [Line("optimizer, RepeatedSGD", "ms", ours, other, "repeated foreach", ours / other)]
 
 
 def evaluation(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - no GPU in it
-    """Against numpy's few lines; no target."""
     ours, other = (results["rows"][name]["median_ms"] for name in ("ConfusionMatrix", "masked bincount"))
     return [Line("confusion matrix", "ms", ours, other, "masked bincount", ours / other)]
 
 
 def crops(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - no GPU in it
-    """Crops per second of two processes, and from the cache of one."""
     lines = []
     for result in results["data_sets"]:
         rates, what = result["crops_per_second_by_workers"]["2"], f"input, {result['images']}"
@@ -122,9 +112,9 @@ def crops(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - 
 
 
 def step(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON has it
-    """The best form, against the released style where that was measured, and on a GPU against the rate to reach."""
+    """The best form against the released style (if measured) and, on a GPU, against the target rate."""
     rows = results["rows"]
-    whole = [name for name in rows if name not in {"updated once", "mic", "bf16, mic"}]  # other steps than the paper's
+    whole = [name for name in rows if name not in {"updated once", "mic", "bf16, mic"}]  # those differ from the paper
     best = min(whole, key=lambda name: rows[name]["median_ms"])
     ours, lines = rows[best]["median_ms"], []
     if "released style" in rows:
@@ -137,7 +127,7 @@ def step(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON h
 
 
 def memory(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
-    """Of the paper's step in fp32, on the paper's card."""
+    """Memory of the paper's fp32 step against that of the paper's GPU."""
     if results["network"] != "resnet101" or "RepeatedSGD" not in results["rows"]:
         return []
     row = results["rows"]["RepeatedSGD"]
@@ -152,7 +142,7 @@ def kernels(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 
 
 
 def scaling(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
-    """Batch and pixels cost in proportion at most."""
+    """Cost grows at most linearly with batch and pixels."""
     return [
         share(f"{one['operation']} by {one['axis']}", one["exponent_last"], 1, "linear", 1.1, unit="exponent")
         for one in results
@@ -178,7 +168,6 @@ LINES: dict[str, Callable[..., list[Line]]] = {
 
 
 def table(lines: Sequence[Line]) -> str:
-    """For the terminal."""
     rows = [("what", "ours", "baseline", "", "ratio", "target")]
     rows += [
         (

@@ -1,12 +1,12 @@
-"""The teacher's average over ResNet-101: one update of 43.9 million parameters.
+"""EMA update of the teacher: 43.9 million parameters of ResNet-101.
 
-- `MeanTeacher.update`: as a user calls it: names and shapes matched, buffers copied.
-- `ema_update_`: the function under it, on the parameters alone.
+- `MeanTeacher.update`: as a user calls it, with matching of names and shapes and copying of buffers.
+- `ema_update_`: the function it uses, on the parameters only.
 - `loop mul_/add_`: `average.mul_(decay).add_(current, alpha=1 - decay)`, parameter by parameter.
-- `loop data[:] =`: our own statement of what the released DACS code does: a new tensor per parameter, copied in.
-- `AveragedModel`: torch's own, with `get_ema_multi_avg_fn`, on the parameters alone.
+- `loop data[:] =`: our reimplementation of the released DACS code: a new tensor per parameter, copied in.
+- `AveragedModel`: torch's implementation, with `get_ema_multi_avg_fn`, on the parameters only.
 
-On a GPU the kernels and copies that one update launches are counted too.
+On a GPU, the kernels and copies launched by one update are counted as well.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,20 +26,18 @@ DECAY = 0.99
 
 @torch.no_grad()
 def mul_add(averaged: Sequence[Tensor], current: Sequence[Tensor]) -> None:
-    """In place, two passes per parameter."""
     for old, new in zip(averaged, current, strict=True):
         old.mul_(DECAY).add_(new, alpha=1 - DECAY)
 
 
 @torch.no_grad()
 def released(averaged: Sequence[Tensor], current: Sequence[Tensor], decay: float = DECAY) -> None:
-    """A new tensor per parameter."""
     for old, new in zip(averaged, current, strict=True):
         old.data[:] = decay * old.data[:] + (1 - decay) * new.data[:]
 
 
 def launches(run: Callable[[], object]) -> int:
-    """How many kernels and copies one call sends to the GPU."""
+    """Count the kernels and copies that one call launches on the GPU."""
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
@@ -48,7 +46,6 @@ def launches(run: Callable[[], object]) -> int:
 
 
 def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, float]]:  # noqa: ARG001 - quick enough
-    """All candidates on the published network."""
     torch.manual_seed(0)
     student = deeplab_v2_resnet101(19).to(device)
     teacher = MeanTeacher(student, decay=DECAY, warmup=False)
@@ -67,7 +64,7 @@ def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, flo
     show(f"one update, {millions:.1f} million parameters, {device}", rows, "loop mul_/add_")
     if torch.device(device).type == "cuda":
         for name, run in candidates.items():
-            if count := launches(run):  # none, where the profiler may not look
+            if count := launches(run):  # 0 if profiling is not permitted
                 rows[name]["launches"] = count
                 print(f"  {name}: {count} launches")
     return rows

@@ -1,1 +1,1 @@
-"""What the methods score on data that anybody can get: `python -m benchmarks.study`."""
+"""Scores of the methods on freely available data: `python -m benchmarks.study`."""

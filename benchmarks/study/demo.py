@@ -1,4 +1,4 @@
-"""The trainer's demo for several seeds: source-only and DACS on StreetScenes, and how long it takes."""
+"""The trainer's demo with several seeds: scores of source-only training and DACS on StreetScenes, and run times."""
 
 import json
 import subprocess
@@ -14,7 +14,6 @@ from benchmarks.speed.common import ROOT, machine
 
 
 def run(seeds: int) -> dict[str, Any]:
-    """Run the demo, print and return the scores at the last step."""
     runs = []
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What the paper leads one to expect of an ablation, held against what was found."""
+"""Expectations from the paper about the ablation, compared with the results."""
 
 import statistics
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class Check(NamedTuple):
 
 
 def checks(rows: Rows, classes: list[str], pair: str) -> list[Check]:
-    """Every expectation whose rows were run; those about a margin on StreetScenes were fixed before the runs."""
+    """All expectations whose rows were run. The margins on StreetScenes were fixed before the runs."""
     street = pair == "streetscenes"
     candidates: list[tuple[tuple[str, ...], Callable[[], Check]]] = [
         (("pseudo-label", "source"), lambda: above(rows, "source", "pseudo-label", "32.85 and 22.97")),
@@ -42,7 +42,7 @@ def checks(rows: Rows, classes: list[str], pair: str) -> list[Check]:
 
 
 def above(rows: Rows, high: str, low: str, paper: str, *, margin: float = 0, every: bool = False) -> Check:
-    """One row above another, by a margin in points, in the mean or in every seed."""
+    """Check that a row is above another by a margin in points, in the mean or in every seed."""
     differences = [100 * (a - b) for a, b in zip(mious(rows, high), mious(rows, low), strict=True)]
     mean, least, count = statistics.mean(differences), min(differences), len(differences)
     seeds = sum(difference >= margin and difference > 0 for difference in differences)
@@ -57,7 +57,7 @@ def above(rows: Rows, high: str, low: str, paper: str, *, margin: float = 0, eve
 
 
 def conflated(rows: Rows, classes: list[str], name: str, paper: int) -> Check:
-    """A method that no longer predicts classes which source-only still has above 1 %."""
+    """Check that a method loses classes that source-only keeps above 1 %."""
     means = class_means(rows, name)
     lost = [c for c, mean, kept in zip(classes, means, class_means(rows, "source"), strict=True) if mean < 1 <= kept]
     below = sum(mean < 1 for mean in means)
@@ -71,7 +71,7 @@ def conflated(rows: Rows, classes: list[str], name: str, paper: int) -> Check:
 
 
 def rescued(rows: Rows, classes: list[str]) -> Check:
-    """A class that pseudo-labelling or naive ClassMix has under 5 % and DACS above 20 %."""
+    """Check for a class that pseudo-labelling or naive ClassMix has below 5 % and DACS above 20 %."""
     found = []
     for name in ("pseudo-label", "classmix"):
         pairs = zip(classes, class_means(rows, name), class_means(rows, "dacs"), strict=True)
@@ -85,7 +85,6 @@ def rescued(rows: Rows, classes: list[str]) -> Check:
 
 
 def mious(rows: Rows, name: str) -> list[float]:
-    """The student's mIoU at the last step, by seed."""
     return [run["last"]["student"]["miou"] for run in rows[name]["runs"]]
 
 

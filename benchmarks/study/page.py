@@ -1,7 +1,7 @@
-"""The page docs/results.md and its figures, from the committed result files.
+"""Generate docs/results.md and its figures from the committed result files.
 
-A suite without a result file is named on the page as missing. What a person has to say about a suite stands in
-results/<suite>.md and is taken over as it is.
+A suite without a result file is listed on the page as missing. Written remarks on a suite are copied from
+results/<suite>.md.
 """
 
 import json
@@ -18,16 +18,16 @@ from benchmarks.study.trials import LOOKED_AT
 
 TITLES = {"ablation-streetscenes": "StreetScenes", "ablation-camvid": "CamVid, day to dusk"}
 SENSITIVITY = "sensitivity-streetscenes"
-STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t(0.975), by seeds
+STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t(0.975) by sample size
 BASELINES = ("source", "source + jitter")
 Document = dict[str, Any]
 
 INTRODUCTION = """\
 # Results
 
-The paper's findings on two pairs of domains that anyone can get, with every seed. All scores are IoU in percent on
-held-out target images; ± is the standard deviation over seeds. This page and its figures are made from the files in
-`benchmarks/results/`:
+The paper's findings on two freely available pairs of domains, with every seed. All scores are IoU in percent on
+held-out target images; ± is the standard deviation over seeds. This page and its figures are generated from the files
+in `benchmarks/results/`:
 
 ```bash
 python -m benchmarks.study ablation --pair streetscenes --workers 2 --save
@@ -38,50 +38,50 @@ python -m benchmarks.study causes --pair camvid --camvid CamVid --workers 2 --sa
 python -m benchmarks.publish --write
 ```
 
-A run is a pure function of its options and its seed, to the bit on one machine. Every method of a seed has the same
-network from the same weights, the same number of steps and the same batches. The colour jitter and blur of DACS are
-applied to the mixed images of every method that has them, to the source images in `source + jitter`, and nowhere else.
-`alignment` knows the true class shares of the target and `oracle` trains on its labels: both are bounds, not methods.
+A run is a pure function of its options and its seed, bit for bit on one machine. For each seed, all methods use the
+same network with the same initial weights, the same number of steps and the same batches. The colour jitter and blur of
+DACS are applied to the pseudo-labelled images of every method that has them, to the source images in `source + jitter`,
+and nowhere else. `alignment` knows the true class shares of the target, and `oracle` trains on its labels: both are
+bounds, not methods.
 """
 
 WATCHING = """\
-At {looks} points of training `PseudoLabelMonitor` held the teacher's labels on {count} training images of the target
-against the truth, which training never saw. Thin lines are seeds, thick ones their mean.
+At {looks} points during training, `PseudoLabelMonitor` compared the teacher's labels on {count} training images of the
+target with the truth, which is not used in training. Thin lines are seeds, thick lines their mean.
 """
 
 BY_CLASS = """\
-Precision / recall of the pseudo-labels at the last step, by class, and in brackets the class's share among them; a
+Precision / recall of the pseudo-labels at the last step, by class, with the class's share among them in brackets. A
 precision of - means that the class is never predicted. Means over seeds.
 """
 
 TRIED = """\
-What was tried to find the causes (`python -m benchmarks.study causes`), over seeds {seeds}, in points of mIoU. The
-differences are to the baselines of the same seeds and as many steps:
+Experiments on the causes (`python -m benchmarks.study causes`), over seeds {seeds}, in points of mIoU. Differences are
+to the baselines with the same seeds and number of steps:
 """
 
 ONE_AT_A_TIME = """\
-One option at a time, on StreetScenes, {seeds} seeds of {steps} steps each. The difference is to the base, seed by seed.
-It is called clear where 0 is outside of the 95 % interval of its mean (Student's t over the seeds); else it is within
-the spread of these seeds. With this many rows, one of twenty would look clear by chance.
+One option at a time, on StreetScenes, {seeds} seeds with {steps} steps each. The difference is to the base, seed by
+seed. It is called clear if 0 is outside of the 95 % confidence interval of its mean (Student's t over the seeds);
+otherwise it is within the spread of these seeds. By chance, one row in twenty would look clear.
 """
 
 PAIR_TEXT = {
     "ablation-streetscenes": (
-        "Rendered scenes in two looks (`crossmix.datasets.StreetScenes`): 400 source and 400 target scenes of 64 x 128 "
-        "pixels, 100 more target scenes to score on. Shift and class balance were fixed by what a network trained on "
-        "target labels and one trained on source labels score (`python -m benchmarks.study shift`), before any other "
-        "method was run."
+        "Rendered scenes in two styles (`crossmix.datasets.StreetScenes`): 400 source and 400 target scenes of "
+        "64 x 128 pixels, and 100 more target scenes for evaluation. The gap and class balance were chosen by the "
+        "scores of networks trained on target labels and on source labels (`python -m benchmarks.study shift`), before "
+        "any other method was run."
     ),
     "ablation-camvid": (
         "Photographs from a moving car: drive 0006R0 by day is the source (101 images), the first half of drive 0001TP "
-        "at dusk the target (62), its second half is scored on (62). CamVid in the SegNet version, resized to "
-        "120 x 160. The hyper-parameters are those of StreetScenes."
+        "at dusk is the target (62), and its second half is for evaluation (62). CamVid in the SegNet version, resized "
+        "to 120 x 160. The hyperparameters are those of StreetScenes."
     ),
 }
 
 
 def page() -> str:
-    """The whole page."""
     parts = [INTRODUCTION]
     for suite in TITLES:
         parts += ablation(suite)
@@ -90,7 +90,6 @@ def page() -> str:
 
 
 def figures() -> dict[str, str]:
-    """Every figure as SVG, by file name."""
     found = {}
     for suite in TITLES:
         document = read(suite)
@@ -107,7 +106,6 @@ def figures() -> dict[str, str]:
 
 
 def read(suite: str) -> Document | None:
-    """A result file, where it is there."""
     path = RESULTS / f"{suite}.json"
     if not path.exists():
         return None
@@ -119,19 +117,18 @@ def read(suite: str) -> Document | None:
 
 
 def ablation(suite: str) -> list[str]:
-    """The section of a pair."""
     document = read(suite)
     if document is None:
-        return [f"## {TITLES[suite]}\n\nNot run yet: there is no `benchmarks/results/{suite}.json`.\n"]
+        return [f"## {TITLES[suite]}\n\nNot run yet: `benchmarks/results/{suite}.json` does not exist.\n"]
     name, rows = document["options"]["pair"]["name"], document["rows"]
     parts = [f"## {TITLES[suite]}\n", PAIR_TEXT[suite] + "\n", setting(document), scores_table(rows)]
     parts += [figure(f"{name}-miou.svg", "mIoU of every method, a dot per seed")]
-    parts += ["### Expected and found\n", checks_table(document), *tried(document)]
+    parts += ["### Expectations and results\n", checks_table(document), *tried(document)]
     parts += remarks(suite)
-    parts += ["### By class\n", "The student at the last step.\n", class_table(document)]
+    parts += ["### By class\n", "IoU of the student at the last step.\n", class_table(document)]
     if watched(rows):
         watching = WATCHING.format(looks=len(document["looks"]), count=LOOKED_AT)
-        parts += ["### What the pseudo-labels did\n", watching, pseudo_label_table(rows)]
+        parts += ["### Pseudo-labels\n", watching, pseudo_label_table(rows)]
         parts += [figure(f"{name}-course.svg", "Scores, lambda, agreement and errors over training")]
         parts += [figure(f"{name}-recall.svg", "Recall of the pseudo-labels over training, by class")]
         parts += [figure(f"{name}-share.svg", "Share of each class among the pseudo-labels over training")]
@@ -140,7 +137,6 @@ def ablation(suite: str) -> list[str]:
 
 
 def setting(document: Document) -> str:
-    """What all runs had in common."""
     options, machine = document["options"], document["machine"]
     pair, runs = options["pair"], [run for entry in document["rows"].values() for run in entry["runs"]]
     height, width = pair["crop"]
@@ -149,13 +145,12 @@ def setting(document: Document) -> str:
         f"`deeplab_v2_tiny` from random weights, {options['steps']} steps of {pair['batch']} source and "
         f"{pair['batch']} target crops of {height} x {width}, learning rate {pair['lr']} (head ten times that), "
         f"polynomial decay 0.9, weight decay 0.0005; the released recipe with threshold {pair['threshold']} and EMA "
-        f"decay {pair['decay']}. Training took {len(runs)} runs {hours:.1f} core "
-        f"hours on {machine['processor']}, torch {machine['torch']}, {document['date']}.\n"
+        f"decay {pair['decay']}. The {len(runs)} runs took {hours:.1f} core hours on {machine['processor']}, "
+        f"torch {machine['torch']}, {document['date']}.\n"
     )
 
 
 def scores_table(rows: Document) -> str:
-    """One line per method, every seed in it."""
     lines = [
         "| method | mIoU, last step | best step | teacher, last | teacher, best | seeds, last step |",
         "|---|---:|---:|---:|---:|---|",
@@ -174,7 +169,7 @@ def scores_table(rows: Document) -> str:
 
 
 def checks_table(document: Document) -> str:
-    """Every expectation with its figures, misses first in words."""
+    """All expectations with their figures, preceded by a list of the missed ones."""
     found = checks(document["rows"], document["options"]["pair"]["classes"], document["options"]["pair"]["name"])
     missed = [check.claim for check in found if not check.holds]
     verdict = f"{len(found) - len(missed)} of {len(found)} expectations hold."
@@ -186,11 +181,11 @@ def checks_table(document: Document) -> str:
 
 
 def tried(whole: Document) -> list[str]:
-    """The rows concerned with other options, beside the same rows in full."""
+    """The rows of the study of causes, next to the same methods in the ablation."""
     suite = f"causes-{whole['options']['pair']['name']}"
     document = read(suite)
     if document is None:
-        return [f"What causes them is not run yet: there is no `benchmarks/results/{suite}.json`.\n"]
+        return [f"The causes have not been studied yet: `benchmarks/results/{suite}.json` does not exist.\n"]
     rows, steps, full = document["rows"], document["options"]["steps"], whole["options"]["steps"]
     baselines = whole["rows"] if steps == full else rows
     beside = {name: entry for name, entry in whole["rows"].items() if name in {"classmix", "dacs"}}
@@ -206,7 +201,7 @@ def tried(whole: Document) -> list[str]:
 
 
 def tried_line(name: str, steps: int, found: Sequence[float], base: Document) -> str:
-    """A row with its differences to two baselines, where they were run."""
+    """A row with its differences to the two baselines, if they were run."""
     above = [
         mean_and_sd([a - b for a, b in zip(found, mious(base, other), strict=False)]) if other in base else "-"
         for other in BASELINES
@@ -216,13 +211,11 @@ def tried_line(name: str, steps: int, found: Sequence[float], base: Document) ->
 
 
 def remarks(suite: str) -> list[str]:
-    """What a person has to say."""
     path = RESULTS / f"{suite}.md"
     return [path.read_text(encoding="utf-8").rstrip("\n") + "\n"] if path.exists() else []
 
 
 def class_table(document: Document) -> str:
-    """Classes down, methods across."""
     rows, classes = document["rows"], document["options"]["pair"]["classes"]
     lines = ["| class | " + " | ".join(rows) + " |", "|---|" + "---:|" * len(rows)]
     for i, name in enumerate(classes):
@@ -236,12 +229,10 @@ def class_table(document: Document) -> str:
 
 
 def watched(rows: Document) -> Document:
-    """The rows that have pseudo-labels."""
     return {name: entry for name, entry in rows.items() if "by_class" in entry}
 
 
 def pseudo_label_table(rows: Document) -> str:
-    """One line per method, at the last step."""
     columns: dict[str, Callable[[Document], float]] = {
         "lambda": lambda run: last(run, "lambda"),
         "teacher-student agreement": lambda run: last(run, "agreement"),
@@ -259,7 +250,6 @@ def pseudo_label_table(rows: Document) -> str:
 
 
 def last(run: Document, curve: str) -> float:
-    """Where a curve ends."""
     return float(run["curves"][curve][-1])
 
 
@@ -277,16 +267,14 @@ def precision_table(document: Document) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A fraction for a table."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
 def sensitivity() -> list[str]:
-    """The section of the sensitivity study."""
     document = read(SENSITIVITY)
-    title = "## What matters to DACS, and what does not\n"
+    title = "## Sensitivity of DACS to its options\n"
     if document is None:
-        return [title, f"Not run yet: there is no `benchmarks/results/{SENSITIVITY}.json`.\n"]
+        return [title, f"Not run yet: `benchmarks/results/{SENSITIVITY}.json` does not exist.\n"]
     rows, seeds = document["rows"], len(document["rows"]["dacs"]["runs"])
     parts = [
         title,
@@ -304,7 +292,6 @@ def sensitivity() -> list[str]:
 
 
 def sensitivity_line(option: str, value: str, rows: Document, name: str, base: Sequence[float]) -> str:
-    """One value of an option."""
     found = mious(rows, name)
     confident = mean_and_sd([last(run, "lambda") for run in rows[name]["runs"]])
     difference, verdict = "base", ""
@@ -318,7 +305,7 @@ def sensitivity_line(option: str, value: str, rows: Document, name: str, base: S
 
 
 def clear(moved: Sequence[float]) -> str:
-    """Whether a difference stands out of the spread over seeds."""
+    """Whether a difference is significant at the 95 % level."""
     if len(moved) not in STUDENT:
         return "too few seeds"
     half = STUDENT[len(moved)] * statistics.stdev(moved) / len(moved) ** 0.5
@@ -329,19 +316,17 @@ def clear(moved: Sequence[float]) -> str:
 
 
 def figure(name: str, words: str) -> str:
-    """A figure on the page."""
     return f"![{words}](results/{name})\n"
 
 
 def miou_figure(document: Document) -> str:
-    """Bars."""
     rows, name = document["rows"], document["options"]["pair"]["name"]
     title = f"{name}: mIoU at the last step, percent, a dot per seed"
     return bars(title, {row: [100 * value for value in mious(rows, row)] for row in rows})
 
 
 def course_figure(document: Document) -> str:
-    """The scores of every method over training, and what the pseudo-labels were like."""
+    """Scores of every method and quality of the pseudo-labels over training."""
     rows = document["rows"]
     titles = {
         "student": "mIoU of the student",
@@ -359,7 +344,7 @@ def course_figure(document: Document) -> str:
 
 
 def class_figure(document: Document, key: str) -> str:
-    """A panel per class, the mean over seeds: recalls, or shares as multiples of the true share."""
+    """A panel per class with means over seeds: recalls, or shares as multiples of the true share."""
     panels, rows = [], watched(document["rows"])
     for i, name in enumerate(document["options"]["pair"]["classes"]):
         unit = document["true_share"][i] if key == "share" else 1.0
@@ -370,5 +355,5 @@ def class_figure(document: Document, key: str) -> str:
 
 
 def ratio(value: float | None, unit: float) -> float | None:
-    """A number in another unit, where both are known."""
+    """A number divided by a unit, or None if either is missing."""
     return value / unit if value is not None and unit else None

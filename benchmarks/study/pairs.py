@@ -1,9 +1,9 @@
-"""The two pairs of domains that the methods are compared on, and the hyper-parameters of each.
+"""The two pairs of domains on which the methods are compared, and their hyperparameters.
 
-Hyper-parameters are the paper's, scaled to the size as in the demo of the trainer, and the same in both pairs: a small
-network from random weights wants a higher learning rate and is less sure of itself, so that hardly a pixel would reach
-a confidence of 0.968, and a teacher that averages over a hundred steps lags behind in a short run. Only the size of the
-images, and so the number of steps that the time allows, tells the pairs apart.
+The hyperparameters are the paper's, adapted to the small size as in the trainer's demo, and the same for both pairs. A
+small network trained from random weights needs a higher learning rate and is less confident, so few pixels would reach
+0.968, and a teacher that averages over a hundred steps lags behind in a short run. The pairs differ only in image size,
+and therefore in the number of steps that fit the time budget.
 """
 
 import functools
@@ -24,7 +24,7 @@ CAMVID_CLASSES = (
 
 @dataclass(frozen=True)
 class Pair:
-    """What is fixed for every method of a pair."""
+    """The settings shared by all methods on a pair."""
 
     name: str
     classes: tuple[str, ...]
@@ -43,16 +43,16 @@ PAIRS = {
 
 
 class Domains(NamedTuple):
-    """The images of a pair, in memory. Labels of `target` train the oracle alone; else they are for measuring."""
+    """The images of a pair, in memory. The labels of `target` are used to train the oracle, and for monitoring."""
 
     source: list[Sample]
     target: list[Sample]
-    test: list[Sample]  # of the target domain, never trained on
+    test: list[Sample]  # target domain, never used in training
 
 
 @functools.cache
 def load(name: str, camvid: str = "") -> Domains:
-    """Read or render a pair; once in each process."""
+    """Read or render a pair, once per process."""
     if name == "camvid":
         return Domains(*(list_of(folder) for folder in camvid_folders(Path(camvid))))
     return Domains(
@@ -81,7 +81,6 @@ def camvid_folders(root: Path) -> list[SegmentationFolder]:
 
 
 def list_of(samples: StreetScenes | SegmentationFolder) -> list[Sample]:
-    """All samples in memory."""
     return [samples[i] for i in range(len(samples))]
 
 

@@ -1,4 +1,4 @@
-"""What is trained in each study: a name and a `Variant` for every row of its table."""
+"""The rows of each study: a name and a `Variant` each."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ METHODS = {
 BASE = METHODS["dacs"]
 STREET = PAIRS["streetscenes"]
 
-# One option of DACS at a time with all its values in order; the base's own value is the base itself.
+# One option of DACS at a time, with all its values in order; the base's own value is the base itself.
 OPTIONS: dict[str, dict[str, Variant]] = {
     "threshold": {
         f"{value:g}": BASE if value == STREET.threshold else replace(BASE, threshold=value)
@@ -43,8 +43,8 @@ OPTIONS: dict[str, dict[str, Variant]] = {
     "what is pasted": {"classes": BASE, "a box (CutMix)": replace(BASE, boxes=True)},
 }
 
-# Why a pair does not show all that the paper leads one to expect: less training, the threshold and the decay of the
-# paper's code, and source images jittered as those of `source + jitter`.
+# Possible causes of missed expectations: less training, the threshold and decay of the paper's code, and jittered
+# source images as in `source + jitter`.
 STRICT, SLOW = recipes.RELEASED.threshold, recipes.RELEASED.decay
 JITTERED = {"dacs + jitter": replace(BASE, jitter_source=True)}
 CAUSES = {
@@ -66,7 +66,6 @@ SEEDS = {"ablation": 5, "sensitivity": 3, "causes": 3}
 
 
 def rows_of(study: str, pair: str) -> dict[str, Variant]:
-    """The rows of a study by name."""
     if study == "sensitivity":
         return {"dacs": BASE} | {
             row_name(option, value): variant
@@ -78,10 +77,9 @@ def rows_of(study: str, pair: str) -> dict[str, Variant]:
 
 
 def row_name(option: str, value: str) -> str:
-    """What result files call a variant of the sensitivity study."""
     return f"{option}: {value}"
 
 
 def steps_of(study: str, pair: str) -> int:
-    """The budget of a run; the studies with many rows have a third of StreetScenes'."""
+    """Steps per run; studies with many rows use a third of the steps on StreetScenes."""
     return PAIRS[pair].steps if study == "ablation" else STREET.steps // 3

@@ -1,8 +1,7 @@
-"""Training runs that can be compared: one of them as a pure function of its options, and many of them, resumable.
+"""Comparable training runs: a single run as a pure function of its options, and resumable sets of runs.
 
-Data and randomness are keyed by (seed, step), the initial weights by the seed, and arithmetic is done by one thread, so
-that a run gives the same bits wherever and next to whatever it runs. It ends in one JSON file; a finished one is not
-run again.
+Data and randomness are keyed by (seed, step), the initial weights by the seed, and arithmetic uses one thread, so the
+result of a run is bit-identical regardless of what else runs. Each run writes one JSON file; finished runs are skipped.
 """
 
 import json
@@ -30,54 +29,51 @@ from crossmix.evaluation import evaluate
 from crossmix.models import DeepLabV2, deeplab_v2_tiny
 from crossmix.optim import parameter_groups, poly_lr
 
-SOURCE, TARGET, STEP = 0, 1, 2  # streams of randomness, next to the seed; those of the trainer
-LOOKS = 20  # times that a run is scored and its pseudo-labels are held against the truth
-LOOKED_AT = 48  # training images of the target that are looked at
+SOURCE, TARGET, STEP = 0, 1, 2  # streams of randomness, as in the trainer
+LOOKS = 20  # how often a run is scored and its pseudo-labels are compared with the truth
+LOOKED_AT = 48  # number of target training images used for that comparison
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained: a method, and every option in which a row may differ. Defaults are the released recipe's."""
+    """A method and all options in which rows differ. Defaults are those of the released recipe."""
 
     method: recipes.Method = "dacs"
-    train_on: Literal["source", "target"] = "source"  # the labels that are used; the target's for an oracle
-    jitter_source: bool = False  # the colour jitter and blur that other methods apply to mixed images alone
-    threshold: float | None = None  # the pair's
-    decay: float | None = None  # the pair's
+    train_on: Literal["source", "target"] = "source"  # the labels to train on; the target's for an oracle
+    jitter_source: bool = False  # apply the colour jitter and blur of mixed images to source images
+    threshold: float | None = None  # None: the pair's
+    decay: float | None = None  # None: the pair's
     scope: str = recipes.RELEASED.scope
     include_ignored: bool = recipes.RELEASED.include_ignored
     ratio: float = 0.5
     mode: Literal["train", "eval"] = "train"
     aspp_branches: int = 2
-    boxes: bool = False  # CutMix: paste a box in place of classes
+    boxes: bool = False  # CutMix: paste a box instead of classes
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run."""
-
     pair: str
-    row: str  # the name that tables have for the variant
+    row: str  # the variant's name in tables
     variant: Variant
     seed: int
     steps: int
-    camvid: str = ""  # folder of the data; where it is does not matter to the result
+    camvid: str = ""  # data folder; its location does not affect the result
 
     @property
     def file(self) -> str:
-        """The file's name."""
         return f"{re.sub('[^a-z0-9.]+', '-', self.row.lower()).strip('-')}--seed-{self.seed}.json"
 
     def options(self) -> dict[str, Any]:
-        """All that the result depends on."""
+        """Everything that the result depends on."""
         fixed = asdict(PAIRS[self.pair])
         return {"pair": fixed, "variant": asdict(self.variant), "seed": self.seed, "steps": self.steps, "looks": LOOKS}
 
 
 class BoxMix(nn.Module):
-    """CutMix across domains: a box of half the image instead of half the classes.
+    """CutMix across domains: paste a box of half the image instead of half the classes.
 
-    The box has random position and proportions, as in French et al., BMVC 2020, https://arxiv.org/abs/1906.01916.
+    The box has a random position and aspect ratio, as in French et al., BMVC 2020, https://arxiv.org/abs/1906.01916.
     """
 
     def __init__(self, area: float) -> None:
@@ -94,7 +90,7 @@ class BoxMix(nn.Module):
         *,
         scores: Tensor,
     ) -> Mixed:
-        """Paste a box of each source image; `scores` (N, C + 1) give its place by their first three columns."""
+        """Paste a box of each source image; the first three columns of `scores` (N, C + 1) determine the box."""
         mask = box_mask(scores, self.area, *source_labels.shape[-2:])
         return Mixed(
             F.mix(source_images, target_images, mask),
@@ -105,9 +101,9 @@ class BoxMix(nn.Module):
 
 
 def box_mask(scores: Tensor, area: float, height: int, width: int) -> Tensor:
-    """(N, H, W) bool: boxes of a share of the image, from uniform numbers for their shape and place."""
+    """Boxes that cover a share `area` of the image, (N, H, W) bool; uniform numbers give shape and position."""
     shape, y, x = (column[:, None] for column in scores[:, :3].unbind(1))
-    tall = area**shape  # from the whole height to the whole width
+    tall = area**shape  # from full height to full width
     wide = area / tall
     top, left = y * (1 - tall), x * (1 - wide)
     rows = (torch.arange(height) + 0.5) / height
@@ -121,14 +117,13 @@ def box_mask(scores: Tensor, area: float, height: int, width: int) -> Tensor:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train, and return what the run's file holds."""
     pair, variant = PAIRS[job.pair], job.variant
     domains = load(job.pair, job.camvid)
-    torch.manual_seed(job.seed)  # the network's initial weights; all else is keyed
+    torch.manual_seed(job.seed)  # for the initial weights; everything else is keyed
     student = deeplab_v2_tiny(len(pair.classes), aspp_branches=variant.aspp_branches, upsample=False)
-    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the trainer's demo: faster
+    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster, as in the trainer's demo
     training = build(student, pair, variant, class_shares(domains.target, len(pair.classes)))
-    jitter = StrongAugment(flavor="additive", same_on_batch=True)  # of the released recipe
+    jitter = StrongAugment(flavor="additive", same_on_batch=True)  # as in the released recipe
     optimizer = torch.optim.SGD(parameter_groups(student, pair.lr), pair.lr, momentum=0.9, weight_decay=5e-4)
     source = KeyedCrops(domains.source, pair.crop, seed=job.seed, stream=SOURCE)
     target = KeyedCrops(domains.target, pair.crop, seed=job.seed, stream=TARGET)
@@ -165,19 +160,19 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def build(student: DeepLabV2, pair: Pair, variant: Variant, target_shares: Tensor) -> SelfTraining:
-    """The method in the released recipe, with every option where the variant has it."""
+    """Build the method in the released recipe with the options of the variant."""
     num_classes = len(pair.classes)
     training = recipes.self_training(
         student,
         num_classes,
         method=variant.method,
-        prior=target_shares if variant.method == "alignment" else None,  # the oracle of the paper's experiment
+        prior=target_shares if variant.method == "alignment" else None,  # the paper's oracle
         threshold=pair.threshold if variant.threshold is None else variant.threshold,
         decay=pair.decay if variant.decay is None else variant.decay,
         mode=variant.mode,
         scope=variant.scope,
         include_ignored=variant.include_ignored,
-        upsample=True,  # the loss does it, in blocks
+        upsample=True,  # in blocks, by the loss
     )
     if isinstance(training.mix, CrossDomainMix):
         training.mix = (
@@ -189,13 +184,12 @@ def build(student: DeepLabV2, pair: Pair, variant: Variant, target_shares: Tenso
 
 
 def batch(crops: KeyedCrops, step: int, size: int) -> tuple[Tensor, Tensor]:
-    """The images, in [0, 1], and labels of a step."""
+    """Images in [0, 1] and labels of a step."""
     images, labels = zip(*(crops[step * size + i] for i in range(size)), strict=True)
     return as_input(torch.stack(images)), torch.stack(labels)
 
 
 def as_input(images: Tensor) -> Tensor:
-    """Bytes as the network wants them."""
     return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
@@ -213,13 +207,13 @@ def scores(training: SelfTraining, test: list[Sample], num_classes: int) -> dict
 
 @torch.no_grad()
 def watch(training: SelfTraining, samples: list[Sample], pair: Pair, variant: Variant) -> dict[str, Any]:
-    """What the labels that training would use are like on target images, held against the truth."""
+    """Compare the pseudo-labels that training would use on target images with the truth."""
     teacher, num_classes = training.teacher, len(pair.classes)
     if teacher is None:
         raise ValueError("there are no pseudo-labels without a teacher")
     threshold = pair.threshold if variant.threshold is None else variant.threshold
     monitor = PseudoLabelMonitor(num_classes, threshold=threshold)
-    training.student.eval()  # or BatchNorm would average these images into its statistics
+    training.student.eval()  # keeps these images out of BatchNorm's running statistics
     for i in range(0, len(samples), pair.batch):
         group = samples[i : i + pair.batch]
         images = as_input(torch.stack([sample.image for sample in group]))
@@ -243,14 +237,13 @@ def watch(training: SelfTraining, samples: list[Sample], pair: Pair, variant: Va
 
 
 def upsampled(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits at the labels' size, as in training."""
     return functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=True)
 
 
 def note(
     training: SelfTraining, output: SelfTrainingOutput, source_labels: Tensor, target_labels: Tensor
 ) -> dict[str, float]:
-    """What is kept of a step: its losses, and the share of right labels in the mixed batch."""
+    """The record of a step: its losses, and the share of correct labels in the mixed batch."""
     noted = {"source_loss": output.source_loss.item(), "mixed_loss": output.mixed_loss.item()}
     if output.mixed is not None:
         truth = true_mixed_labels(training, output.mixed, source_labels, target_labels)
@@ -259,7 +252,7 @@ def note(
 
 
 def true_mixed_labels(training: SelfTraining, mixed: Mixed, source_labels: Tensor, target_labels: Tensor) -> Tensor:
-    """What the labels of a mixed batch would be if the truth about the target were known."""
+    """The labels that a mixed batch would have with true target labels."""
     if training.mix is None:
         return target_labels
     if isinstance(training.mix, ClassMix):
@@ -268,17 +261,14 @@ def true_mixed_labels(training: SelfTraining, mixed: Mixed, source_labels: Tenso
 
 
 def means(noted: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The means over the steps since the last look."""
     return {name: sum(step[name] for step in noted) / len(noted) for name in noted[0]}
 
 
 def none_if_nan(value: float) -> float | None:
-    """JSON has no NaN."""
     return None if math.isnan(value) else value
 
 
 def best(looks: Sequence[dict[str, Any]], network: str = "student") -> dict[str, Any]:
-    """The look at which a network scored best."""
     return max(looks, key=lambda look: float(look[network]["miou"]))
 
 
@@ -286,7 +276,7 @@ def best(looks: Sequence[dict[str, Any]], network: str = "student") -> dict[str,
 
 
 def run_all(jobs: Sequence[Job], out: Path, workers: int) -> list[dict[str, Any]]:
-    """Run what is not finished, `workers` at a time, and return the documents of all jobs in order."""
+    """Run all unfinished jobs, `workers` at a time, and return the documents of all jobs in order."""
     with FolderLock(out):
         left = [job for job in jobs if not is_finished(job, out)]
         print(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished in {out}", flush=True)
@@ -306,18 +296,17 @@ def run_all(jobs: Sequence[Job], out: Path, workers: int) -> list[dict[str, Any]
 
 
 def is_finished(job: Job, out: Path) -> bool:
-    """Whether the run's file is there; one of other options is an error."""
+    """Whether the run's file exists; a file with other options is an error."""
     try:
         found = json.loads((out / job.file).read_text(encoding="utf-8"))["options"]
     except FileNotFoundError:
         return False
     if found != json.loads(json.dumps(job.options())):
-        raise SystemExit(f"{out / job.file}: is a run with other options; give another --out, or delete it.")
+        raise SystemExit(f"{out / job.file}: is a run with other options; pass another --out, or delete it.")
     return True
 
 
 def completed(jobs: Sequence[Job], out: Path, workers: int) -> Iterable[Job]:
-    """Jobs as they end."""
     if workers == 1:
         one_thread()
         for job in jobs:
@@ -329,16 +318,16 @@ def completed(jobs: Sequence[Job], out: Path, workers: int) -> Iterable[Job]:
             for future in as_completed(futures):
                 yield future.result()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # where one failed, the others need not start
+            pool.shutdown(wait=True, cancel_futures=True)  # if one failed, do not start the others
 
 
 def one_thread() -> None:
-    """Sums depend on how they are split; processes side by side are faster than threads anyway."""
+    """Use one thread: results then do not depend on how sums are split, and parallel processes are faster anyway."""
     torch.set_num_threads(1)
 
 
 def run_to_file(job: Job, out: Path) -> Job:
-    """Run, and write the file in one go."""
+    """Run the job and write its file atomically."""
     document = run(job)
     aside = out / f"{job.file}.tmp"
     aside.write_text(json.dumps(document) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Checks on shape, dtype and device, which never wait for a GPU; on values, where they are at hand without waiting.
+"""Argument checks: shape, dtype and device always, values only where that needs no GPU sync.
 
-Every error says what was expected, what came, and what to do.
+Every error says what was expected, what was given, and what to do.
 """
 
 import math
@@ -17,6 +17,7 @@ __all__ = [
     "check_ignore_index",
     "check_ignored_rows",
     "check_images",
+    "check_int",
     "check_labels",
     "check_logits",
     "check_module",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
-SLACK = 0.5  # torch's bicubic resizing overshoots [0, 1] by up to 0.45; normalised images and bytes go far beyond
+SLACK = 0.5  # bicubic resizing overshoots [0, 1] by up to 0.45; normalised images and bytes by far more
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -50,7 +51,7 @@ def check_module(name: str, value: object) -> None:
 
 
 def check_images(name: str, images: Tensor, *, channels: int | None = None) -> None:
-    """Refuse anything but floating (N, C, H, W), with `channels` channels where it is given."""
+    """Refuse anything but floating (N, C, H, W), with exactly `channels` channels if given."""
     check_tensor(name, images)
     want = "C" if channels is None else channels
     if images.ndim != 4 or (channels is not None and images.shape[1] != channels):
@@ -90,12 +91,12 @@ def check_logits(name: str, logits: Tensor) -> None:
 
 
 def check_weights(name: str, weights: Tensor, labels_shape: Sequence[int]) -> None:
-    """Refuse anything but floating weights of the labels' shape (N, H, W), or one an image, (N,)."""
+    """Refuse anything but floating weights per pixel, (N, H, W) like the labels, or per image, (N,)."""
     check_tensor(name, weights)
     if not weights.is_floating_point():
         raise TypeError(f"`{name}` must be floating, got {weights.dtype}; convert with `.float()`.")
     shape = tuple(labels_shape)
-    if tuple(weights.shape) not in (shape, shape[:1]):  # no set: a hashed size is compiled as a constant
+    if tuple(weights.shape) not in (shape, shape[:1]):  # not a set: hashing a size makes torch.compile specialise on it
         raise ValueError(
             f"`{name}` must have shape (N, H, W) = {shape} or (N,), got {tuple(weights.shape)}; "
             "squeeze the channel dimension or crop them to the labels."
@@ -152,27 +153,26 @@ def check_same_device(**tensors: Tensor | None) -> None:
             )
 
 
+def check_int(name: str, value: int, *, least: int | None = None, hint: str = "") -> None:
+    """Refuse anything but an int of at least `least`. A bool is not an int here."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}{hint}.")
+    if least is not None and value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}{hint}.")
+
+
 def check_num_classes(num_classes: int) -> None:
     """Refuse anything but a positive int."""
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-        raise TypeError(f"`num_classes` must be an int, got {type(num_classes).__name__}.")
-    if num_classes < 1:
-        raise ValueError(
-            f"`num_classes` must be at least 1, got {num_classes}; count the classes without the ignored one."
-        )
+    check_int("num_classes", num_classes, least=1, hint="; count the classes without the ignored one")
 
 
 def check_ignore_index(ignore_index: int) -> None:
-    """Refuse anything but an int: compared with labels, it would ignore nothing."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(
-            f"`ignore_index` must be an int, got {type(ignore_index).__name__}; where no pixel is ignored, pass an id "
-            "that no label has, such as -100."
-        )
+    """Refuse anything but an int, which would silently ignore nothing."""
+    check_int("ignore_index", ignore_index, hint="; to ignore no pixel, pass an id that no label has, such as -100")
 
 
 def check_fraction(name: str, value: float) -> None:
-    """Refuse anything but a number in [0, 1]; NaN is refused too."""
+    """Refuse anything but a number in [0, 1], NaN included."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a float, got {type(value).__name__}.")
     if not 0.0 <= value <= 1.0:
@@ -180,7 +180,7 @@ def check_fraction(name: str, value: float) -> None:
 
 
 def check_nonnegative(name: str, value: float) -> None:
-    """Refuse anything but a finite number from 0 on."""
+    """Refuse anything but a finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a float, got {type(value).__name__}.")
     if not 0.0 <= value < math.inf:
@@ -188,40 +188,34 @@ def check_nonnegative(name: str, value: float) -> None:
 
 
 def check_pixels(name: str, value: int) -> None:
-    """Refuse anything but a positive int, the length of something."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1 pixel, got {value}.")
+    """Refuse anything but a length in pixels, a positive int."""
+    check_int(name, value, least=1, hint="; it is in pixels")
 
 
 def check_ignored_rows(top: int, bottom: int) -> None:
-    """Refuse rows to ignore, of an image of 512, that are no ints or leave nothing."""
+    """Refuse numbers of ignored rows (of 512) that are not ints, are negative, or leave no row."""
     for name, rows in (("ignore_top", top), ("ignore_bottom", bottom)):
-        if isinstance(rows, bool) or not isinstance(rows, int):
-            raise TypeError(f"`{name}` must be an int, got {type(rows).__name__}; count rows of an image of 512.")
-        if rows < 0:
-            raise ValueError(f"`{name}` must be at least 0, got {rows}.")
+        check_int(name, rows, least=0, hint="; count rows of an image of 512 rows")
     if top + bottom >= 512:
         raise ValueError(
-            f"`ignore_top` and `ignore_bottom` must leave some of 512 rows, got {top} and {bottom}; they are scaled to "
-            "the height of the images."
+            f"`ignore_top` and `ignore_bottom` must leave some of 512 rows, got {top} and {bottom}; they are scaled "
+            "from 512 rows to the height of the images."
         )
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a word that is not one of `choices`, listing them."""
+    """Refuse a string that is not one of `choices`, and list them."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def can_look(tensor: Tensor) -> bool:
-    """Whether values can be read without waiting for a GPU and without breaking a compiled graph."""
+    """Whether values can be read without a GPU sync and without a graph break."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_positive(name: str, values: Tensor, hint: str) -> None:
-    """Refuse values that are not positive and finite, where they can be looked at."""
+    """Refuse values that are not positive and finite, where `can_look` allows reading them."""
     if can_look(values) and not bool(((values > 0) & values.isfinite()).all()):
         raise ValueError(f"`{name}` must be positive and finite, got {values.tolist()}; {hint}.")
 
@@ -229,9 +223,9 @@ def check_positive(name: str, values: Tensor, hint: str) -> None:
 def check_range(
     name: str, images: Tensor, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> None:
-    """Refuse images far outside of [0, 1], or of what normalising by `mean` and `std` makes of it, on a CPU.
+    """On the CPU, refuse images far outside [0, 1], or outside that range normalised by `mean` and `std`.
 
-    NaN passes: the loss shows it on every device, and `FiniteGuard` deals with it.
+    NaN passes: it shows in the loss on every device, and `FiniteGuard` handles it.
     """
     if not can_look(images) or images.numel() == 0:
         return

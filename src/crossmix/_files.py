@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and folders that one process holds at a time."""
+"""Atomic file writes and folder locks."""
 
 import contextlib
 import errno
@@ -19,26 +19,26 @@ FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 FOLDER = 0x10
 """The attribute of a part of a zip file that calls it a folder."""
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What the system says where files cannot be locked at all: some NFS, Lustre and FUSE mounts."""
+"""Errors of file systems without locks, such as some NFS, Lustre and FUSE mounts."""
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str], *, needed: Callable[[], int] | None = None) -> Iterator[BinaryIO]:
-    """Open a file to write that takes its place when the block ends and all of it is on the disk.
+    """Write a file atomically: it appears, complete and synced to disk, when the block ends.
 
-    It is written beside its place, as `<name>.tmp.<process>`, synchronised and renamed. When the block or the disk
-    fails nothing is left of it, and what was there before is untouched. Only a process that is killed leaves the file
-    aside behind, for whoever owns the folder to clear.
+    The content goes to `<name>.tmp.<pid>` in the same folder, which is synced and renamed. If the block or the disk
+    fails, the temporary file is removed and an existing file stays untouched. Only a killed process leaves a temporary
+    file behind; the owner of the folder has to remove it.
 
     Args:
         path: The file.
-        needed: Tells how many bytes the whole file takes; asked when the disk is full.
+        needed: Returns the size of the complete file in bytes; called only if the disk is full.
 
     Yields:
-        The file, in binary.
+        The temporary file, open for binary writing.
 
     Raises:
-        OSError: If it cannot be written, under its own name; on a full disk with the bytes needed and free.
+        OSError: If writing fails; it names `path` and, on a full disk, the bytes needed and free.
     """
     path = Path(path)
     aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
@@ -49,23 +49,23 @@ def whole_file(path: str | os.PathLike[str], *, needed: Callable[[], int] | None
             os.fsync(file.fileno())
         aside.replace(path)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # of a folder that is gone or read-only, say
+        with contextlib.suppress(OSError):  # the folder may be gone or read-only
             aside.unlink()
         cause: BaseException | None = error
-        while type(cause) is RuntimeError:  # in which torch wraps what the system says
+        while type(cause) is RuntimeError:  # torch wraps OSError in RuntimeError
             cause = cause.__cause__ or cause.__context__
-        if isinstance(cause, OSError) and cause.filename in {None, str(aside)}:  # not of another file that was read
+        if isinstance(cause, OSError) and cause.filename in {None, str(aside)}:  # not about another file
             raise explained(cause, path, needed) from error
         raise
     sync_folder(path.parent)
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file, whole or not at all.
+    """Write a file atomically.
 
     Args:
         path: The file.
-        content: All of it.
+        content: Its complete content.
 
     Raises:
         OSError: As `whole_file`.
@@ -99,7 +99,7 @@ def damaged_part(path: str | os.PathLike[str]) -> str | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder survive a power cut, where the platform and the file system can."""
+    """Sync a folder, so that renames in it survive a power cut, where platform and file system support it."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -113,7 +113,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def amount(count: int) -> str:
-    """How much memory or disk a number of bytes is, for people."""
+    """Format a number of bytes for display."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
@@ -121,48 +121,48 @@ def amount(count: int) -> str:
 
 
 def explained(error: OSError, path: Path, needed: Callable[[], int] | None = None) -> OSError:
-    """Give an error of writing the name of the file that was to be written, and what can be done.
+    """Rebuild a write error so that it names the intended file and says what to do.
 
     Args:
-        error: What the system says.
-        path: The file.
-        needed: Tells how many bytes it takes; asked when the disk is full.
+        error: The error raised by the system.
+        path: The file that was to be written.
+        needed: Returns its size in bytes; called only if the disk is full.
 
     Returns:
-        An error of the same number.
+        An error with the same errno.
     """
     text = error.strerror or str(error)
     if error.errno in FULL:
         room = [] if needed is None else [f"{amount(needed())} are needed"]
-        if error.errno == errno.ENOSPC:  # a quota is not what the disk has
+        if error.errno == errno.ENOSPC:  # free disk space says nothing about a quota
             with contextlib.suppress(OSError):
                 room.append(f"{amount(shutil.disk_usage(path.parent).free)} are free")
-        text += f" ({', '.join(room)}); make room, what was there before is untouched"
+        text += f" ({', '.join(room)}); free some space, existing files are untouched"
     elif error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-        text += "; make its folder one that can be written to, or choose another"
+        text += "; make its folder writable, or choose another one"
     return OSError(error.errno, text, str(path))
 
 
 class BusyError(RuntimeError):
-    """Another process holds the folder; the message names both."""
+    """Another process has locked the folder; the message names both."""
 
 
 class FolderLock:
-    """Hold a folder for as long as a `with` block, or the process, lasts.
+    """Lock a folder for the duration of a `with` block.
 
-    The system drops the lock when the process ends in whatever way, so a crash leaves nothing to clean up. Processes
-    forked from it, such as a loader's workers, which may outlive it, do not hold it. Where the file system has no
-    locks, as on some NFS and Lustre mounts, that is said by a warning, and the block runs without one.
+    The operating system releases the lock when the process ends, however it ends, so a crash leaves nothing to clean
+    up. Forked processes, such as data loader workers that outlive their parent, do not hold the lock. On a file system
+    without locks, such as some NFS and Lustre mounts, the block runs unlocked, with a warning.
 
     Args:
-        folder: The folder; made where missing. The lock is a file `.lock` in it, and who holds it stands in
-            `.lock.holder` meanwhile.
-        waiting: Called with a text that names the holder where the folder is in use, which is then waited for.
+        folder: The folder, created if missing. The lock is the file `.lock` in it; `.lock.holder` names the holder.
+        waiting: If given, wait for a folder in use instead of raising, and call this first with a text that names the
+            holder.
 
     Raises:
-        BusyError: On entering, if another process holds it and there is no `waiting`; the message names that process.
+        BusyError: On entering, if another process holds the lock and `waiting` is not given.
         ImportError: On entering, if the package filelock is missing or too old.
-        OSError: On entering, if the folder cannot be written to.
+        OSError: On entering, if the folder is not writable.
 
     Example:
         >>> import tempfile
@@ -189,21 +189,21 @@ class FolderLock:
             if error.errno not in WITHOUT_LOCKS:
                 raise
             warnings.warn(
-                f"{self.path.parent}: its file system has no locks ({error.strerror}); going on without, so see to it "
-                "that only one process uses this folder.",
+                f"{self.path.parent}: its file system has no locks ({error.strerror}); continuing without one, so make "
+                "sure that only one process uses this folder.",
                 stacklevel=2,
             )
             return self
         self._lock = lock
         since = datetime.now().astimezone().isoformat(" ", "seconds")
-        with contextlib.suppress(OSError):  # it is held all the same
+        with contextlib.suppress(OSError):  # informative only: the lock is held in any case
             self._holder.write_text(f"process {self._process} on {platform.node()} since {since}\n", encoding="utf-8")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is not None and self._process == os.getpid():  # a forked process leaves it to its parent
+        if self._lock is not None and self._process == os.getpid():  # a forked process must not release it
             with contextlib.suppress(OSError):
                 self._holder.unlink()
             self._lock.release()
@@ -225,13 +225,13 @@ class FolderLock:
 
 
 def _filelock() -> Any:  # noqa: ANN401 - a module
-    """The package, which is imported only where something is locked."""
-    advice = "locking a folder needs the package filelock, 3.30 or newer; install it by `pip install crossmix[train]`."
+    """Import filelock lazily: it is an optional dependency."""
+    advice = "locking a folder needs filelock 3.30 or newer; install it with `pip install crossmix[train]`."
     try:
         import filelock  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error.msg}: {advice}", name="filelock") from error
     if [int(part) for part in filelock.__version__.split(".")[:2]] < [3, 30]:
-        # Those take a file system without locks for a busy one, and forked processes keep their parent's locks.
+        # Older ones take a file system without locks for a busy lock, and let forked processes keep the lock.
         raise ImportError(f"filelock is {filelock.__version__}: {advice}", name="filelock")
     return filelock

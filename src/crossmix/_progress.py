@@ -1,4 +1,4 @@
-"""How far a loop is, on stderr."""
+"""Progress of a loop, shown on stderr."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -6,7 +6,7 @@ from typing import TypeVar
 
 try:
     from tqdm import tqdm
-except ImportError:  # the bar is an extra
+except ImportError:  # optional dependency
     tqdm = None
 
 __all__ = ["shown"]
@@ -15,10 +15,10 @@ Item = TypeVar("Item")
 
 
 def shown(items: Iterable[Item], total: int | None, title: str, unit: str) -> Iterator[Item]:
-    """Yield the items, and show how many were asked for of how many, where that is known.
+    """Yield the items and show progress.
 
-    A bar on a terminal where tqdm is installed; otherwise a line for every tenth of a hundred or more, or for every
-    hundred.
+    On a terminal with tqdm installed this is a bar. Otherwise a line is printed after every tenth of the items if there
+    are at least 100, or after every 100 items if the total is unknown.
     """
     if tqdm is not None and sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=title, unit=unit)

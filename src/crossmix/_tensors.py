@@ -1,4 +1,4 @@
-"""Small tensor operations that several rooms share: arithmetic dtypes, weight maps, resizing, random numbers."""
+"""Small tensor operations shared by several modules: arithmetic dtypes, weight maps, resizing, random numbers."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,13 +11,13 @@ __all__ = ["arithmetic", "at_least_float32", "nearest", "no_autocast", "uniform"
 
 
 def arithmetic(*values: Tensor | None) -> torch.dtype:
-    """The dtype to compute in: float64 where an input is float64, otherwise float32."""
+    """The dtype to compute in: float64 if any input is float64, otherwise float32."""
     double = any(value is not None and value.dtype == torch.float64 for value in values)
     return torch.float64 if double else torch.float32
 
 
 def at_least_float32(value: Tensor) -> Tensor:
-    """A floating tensor in float32, or as it is in float64."""
+    """A floating tensor as float32, or unchanged if it is float64."""
     return value.to(arithmetic(value))
 
 
@@ -33,12 +33,12 @@ def _has_autocast(device_type: str) -> bool:
 
 
 def weight_maps(weights: Tensor, like: Tensor) -> Tensor:
-    """Weights (N,) or (N, H, W) as (N, H, W), the shape of `like`."""
+    """Expand weights (N,) or (N, H, W) to (N, H, W), the shape of `like`."""
     return (weights[:, None, None] if weights.ndim == 1 else weights).expand(like.shape)
 
 
 def upsample(logits: Tensor, size: Sequence[int], *, align_corners: bool = True) -> Tensor:
-    """Logits (N, C, h, w) at another size (H, W), bilinearly, in float32 or float64."""
+    """Resize logits (N, C, h, w) bilinearly to (H, W), in float32 or float64."""
     logits = at_least_float32(logits)
     if tuple(logits.shape[-2:]) == tuple(size):
         return logits
@@ -46,10 +46,10 @@ def upsample(logits: Tensor, size: Sequence[int], *, align_corners: bool = True)
 
 
 def nearest(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """Label maps (..., H, W) at another size (H', W'): each new pixel takes the old one under its centre.
+    """Resize label maps (..., H, W) to (H', W'): each new pixel takes the old pixel under its centre.
 
-    The one definition for readers, evaluation and pictures. It is Pillow's NEAREST, with which the released code
-    resizes labels, to the pixel: halving keeps pixels 1, 3, 5, ...
+    Readers, evaluation and pictures all use this. It matches Pillow's NEAREST, which the released code uses, exactly:
+    halving keeps pixels 1, 3, 5, ...
     """
     for axis, new in zip((-2, -1), size, strict=True):
         if labels.shape[axis] != new:
@@ -58,7 +58,7 @@ def nearest(labels: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _centres(old: int, new: int) -> Tensor:
-    """The old pixel under each new centre. Pillow adds the steps up in double precision, which decides ties."""
+    """The old pixel under each new centre; accumulated in double precision as Pillow does, which decides ties."""
     steps = torch.full((new,), old / new, dtype=torch.float64, device="cpu")
     steps[:1] *= 0.5
     return steps.cumsum(0).long().clamp(max=old - 1)
@@ -67,16 +67,16 @@ def _centres(old: int, new: int) -> Tensor:
 def uniform(
     shape: Sequence[int], *, generator: torch.Generator | None, device: torch.device | str | None = None
 ) -> Tensor:
-    """Uniform float32 numbers in [0, 1) on `device`, or where they were drawn; a generator draws on its own device."""
+    """Uniform float32 numbers in [0, 1), drawn on the generator's device and moved to `device` if given."""
     if generator is None:
         return torch.rand(shape, dtype=torch.float32, device=device)
-    if torch.compiler.is_compiling():  # without fullgraph=True the compiler catches this, and the draw is made eagerly
+    if torch.compiler.is_compiling():  # without fullgraph=True this is a graph break, and the draw is made eagerly
         raise TypeError(
             "`generator` must be None inside a compiled function, since torch.compile cannot trace a torch.Generator; "
-            "make the draw outside with `sample` and hand it in, or `scores`."
+            "draw outside with `sample` and pass the result in, or pass `scores`."
         )
     target = generator.device if device is None else torch.device(device)
-    # A GPU copies from pinned memory alone without the host; a copy to the CPU that nobody waits for has not arrived.
+    # Only pinned memory is copied to a GPU asynchronously. Copies to the CPU must not be: nothing would wait for them.
     pinned = generator.device.type == "cpu" and target.type == "cuda"
     numbers = torch.rand(shape, dtype=torch.float32, generator=generator, device=generator.device, pin_memory=pinned)
     return numbers.to(target, non_blocking=pinned)

@@ -1,4 +1,4 @@
-"""Worker processes that leave signals to the process they work for, and end with it."""
+"""Worker processes that ignore signals meant for their parent, and exit when it does."""
 
 import _thread
 import atexit
@@ -27,17 +27,17 @@ TELLS_SENDER = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
 
 
 def quiet_worker(_worker: int = 0) -> None:
-    """Leave SIGTERM and Ctrl-C to the parent process, and end when it is gone, however it went.
+    """Make a worker ignore SIGTERM and Ctrl-C, and exit once its parent process is gone.
 
-    A signal to a whole process group (SLURM, systemd, containers, Ctrl-C in a terminal) would otherwise end the workers
-    before their parent can finish its step. A `worker_init_fn` for loaders and an `initializer` for pools, whatever
-    their start method; outside a worker it does nothing. SIGTERM from the parent itself ends the worker, as before. On
-    macOS and Windows, where a process cannot know who sent a signal, SIGTERM ends it always.
+    Otherwise a signal to the whole process group (from SLURM, systemd, a container, or Ctrl-C in a terminal) ends the
+    workers before their parent can finish its step. Use it as `worker_init_fn` of data loaders and as `initializer` of
+    pools, with any start method; outside a worker it does nothing. SIGTERM sent by the parent itself still ends the
+    worker. On macOS and Windows, where the sender of a signal is unknown, every SIGTERM does.
 
-    `QuietLoader` is this and more: it has signals wait that come while a worker is starting, which can take seconds.
+    `QuietLoader` also covers the seconds during which a worker is still starting.
 
     Args:
-        _worker: The worker's number, which makes no difference.
+        _worker: The worker's number, unused.
 
     Example:
         >>> loader = DataLoader(range(2), num_workers=1, worker_init_fn=quiet_worker)
@@ -49,13 +49,13 @@ def quiet_worker(_worker: int = 0) -> None:
         return
     signal.signal(signal.SIGINT, _leave)
     if TELLS_SENDER:
-        signal.signal(signal.SIGTERM, _leave)  # where a library's thread takes it, which was there before this block
+        signal.signal(signal.SIGTERM, _leave)  # for signals delivered to a library's thread, which does not block them
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
 class QuietLoader(DataLoader[Sample_co]):
-    """A `DataLoader` whose workers leave SIGTERM and Ctrl-C to this process from their first moment on.
+    """A `DataLoader` whose workers ignore SIGTERM and Ctrl-C from the moment they start.
 
     Without a `worker_init_fn` the workers call `quiet_worker`; one of your own calls it itself. When a worker dies, as
     for want of memory, the next batch raises a RuntimeError within seconds. (Torch has SIGCHLD raise it wherever this
@@ -68,36 +68,36 @@ class QuietLoader(DataLoader[Sample_co]):
     """
 
     def __iter__(self) -> _BaseDataLoaderIter:
-        """Start the workers, with signals to this process waiting meanwhile."""
+        """Start the workers, with SIGTERM and SIGINT blocked meanwhile."""
         if self.num_workers == 0:
             return super().__iter__()
         if self.worker_init_fn is None:
             self.worker_init_fn = quiet_worker
-        number = getattr(signal, "SIGCHLD", signal.SIGTERM)  # there is none on Windows, and none is missed
+        number = getattr(signal, "SIGCHLD", signal.SIGTERM)  # Windows has no SIGCHLD and needs none
         before = signal.getsignal(number)
         with started_quietly(self.multiprocessing_context):
             batches = super().__iter__()
-        if before is not None and signal.getsignal(number) is not before:  # so this is the main thread
+        if before is not None and signal.getsignal(number) is not before:  # torch set it, so this is the main thread
             signal.signal(number, before)
         return batches
 
 
 @contextlib.contextmanager
 def started_quietly(context: BaseContext | None = None) -> Iterator[None]:
-    """Have SIGTERM and Ctrl-C wait until processes have been started, which inherit that.
+    """Block SIGTERM and SIGINT while starting processes, which inherit the signal mask.
 
-    In those processes they wait on, for `quiet_worker` to drop them. A fork server that something else has started
-    before is not reached.
+    In the new processes both stay blocked until `quiet_worker` handles them. Processes of a fork server that was
+    started earlier do not inherit the mask.
 
     Args:
-        context: Of multiprocessing, which starts the processes; None is its default one.
+        context: The multiprocessing context that starts the processes; None is the default one.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     older = multiprocessing.active_children()
     if (context or multiprocessing).get_start_method() != "fork":
-        resource_tracker.ensure_running()  # which otherwise unblocks both, starting amid the block
+        resource_tracker.ensure_running()  # started inside the block, it would unblock both signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -113,7 +113,7 @@ if hasattr(os, "register_at_fork"):
 
 @atexit.register
 def _end_all() -> None:
-    """Say it until it is heard: a SIGTERM that finds another one waiting is lost, and would be waited for, for ever."""
+    """Terminate all workers, repeatedly: a SIGTERM sent while one is pending is lost, and joining would hang."""
     for process in list(_started):
         for _ in range(50):
             if not process.is_alive():
@@ -128,16 +128,16 @@ _orphaned = threading.Event()
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
-    """The parent has it too; without one this is the end, by way of what cleans up half-written files."""
+    """Ignore a signal, or exit with the usual cleanup if the parent process is gone."""
     if _orphaned.is_set():
         raise SystemExit(1)
 
 
 def _watch(parent: BaseProcess) -> None:
-    """End this process when its parent says so, or is gone.
+    """Exit when the parent sends SIGTERM or is gone.
 
-    That a parent is gone shows by a pipe, which younger workers keep open too if they were forked; and by this process
-    being given to another, which does not show below a fork server.
+    Two tests for a dead parent, since neither suffices: `is_alive` reads a pipe that forked siblings keep open, and the
+    parent process id does not change below a fork server.
     """
     starter = os.getppid()
     while parent.is_alive() and os.getppid() == starter:
@@ -148,6 +148,6 @@ def _watch(parent: BaseProcess) -> None:
         if told is not None and told.si_signo == signal.SIGTERM and told.si_pid == parent.pid:
             os._exit(0)
     _orphaned.set()
-    _thread.interrupt_main(signal.SIGTERM if TELLS_SENDER else signal.SIGINT)  # has the main thread call `_leave`
+    _thread.interrupt_main(signal.SIGTERM if TELLS_SENDER else signal.SIGINT)  # the main thread then calls `_leave`
     time.sleep(2)
-    os._exit(1)  # it may be waiting for ever, or busy
+    os._exit(1)  # in case the main thread hangs or is busy

@@ -1,7 +1,7 @@
-"""What DistributedDataParallel, DataParallel, torch.compile and their like put around a network, recognised by type.
+"""Look through the wrappers of DistributedDataParallel, DataParallel, FSDP, torch.compile and the like.
 
-A wrapper adds a component to every name inside it (`module.`, `_orig_mod.`), at the top of a network or deep within.
-A network may have an attribute of that name itself; only the type of the module that holds it tells the two apart.
+A wrapper adds a component (`module.`, `_orig_mod.`) to every name inside it, at any depth of a network. A network may
+have an attribute of the same name, so wrappers are recognised by the type of the module, not by name.
 """
 
 import sys
@@ -11,13 +11,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = ["named_parts", "plain_name", "unwrapped"]
 
-# Where the other wrappers live, and under which attribute they hold what they wrap. None of these is imported here:
-# a network can hold one only if somebody else has imported it, and the compiler alone takes a second to import.
+# (module, class, attribute that holds the wrapped network). None of these is imported here: a network can contain one
+# only if its module has been imported already, and importing the compiler takes a second.
 _ELSEWHERE = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     (
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
-        "ActivationWrapper",  # of CheckpointWrapper and OffloadWrapper
+        "ActivationWrapper",  # base class of CheckpointWrapper and OffloadWrapper
         "_checkpoint_wrapped_module",
     ),
     ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
@@ -25,58 +25,46 @@ _ELSEWHERE = (
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The network inside the wrappers around a module, in any nesting; a module without any comes back itself."""
-    attributes = _attributes()
-    while (attribute := _attribute(module, attributes)) is not None:
-        module = module._modules[attribute]  # type: ignore[assignment]  # a wrapper always holds one
-    return module
+    """The network inside any nesting of wrappers; a module without wrappers is returned as is."""
+    return _inside(module, _attributes())
 
 
 def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module of a network that is no wrapper, with the name that it has without wrappers at any depth.
+    """List all submodules except wrappers, with the names they would have without any wrapper.
 
-    The order is that of `named_modules`; a module that is held twice comes twice.
+    The order is that of `named_modules`, but a shared module is listed once for each of its names.
 
     Args:
-        module: The network, wrapped or not, as a whole or in parts.
+        module: The network, with or without wrappers around it or its parts.
 
     Returns:
-        Names such as `""` and `"backbone.0"`, and modules.
+        Pairs of a name, such as `""` or `"backbone.0"`, and the module.
     """
     attributes = _attributes()
     found = []
-    bare: set[type] = set()  # the teacher walks at every step, and looking up a few types once saves half of that
 
-    def walk(part: nn.Module, prefix: str, key: str) -> None:
-        while type(part) not in bare:
-            attribute = _attribute(part, attributes)
-            if attribute is None:
-                bare.add(type(part))
-            else:
-                part = part._modules[attribute]  # type: ignore[assignment]  # as in `unwrapped`
-        name = prefix + key
+    def walk(part: nn.Module, name: str) -> None:
+        part = _inside(part, attributes)
         found.append((name, part))
-        if part._modules:
-            prefix = f"{name}." if name else ""
-            for attribute, child in part._modules.items():
-                if child is not None:
-                    walk(child, prefix, attribute)
+        for key, child in part._modules.items():
+            if child is not None:
+                walk(child, f"{name}.{key}" if name else key)
 
-    walk(module, "", "")
+    walk(module, "")
     return found
 
 
 def plain_name(module: nn.Module, name: str) -> str:
-    """A name from `module.state_dict()` or `module.named_parameters()` without what wrappers have added to it.
+    """Strip the components added by wrappers from a name of `state_dict()` or `named_parameters()`.
 
-    Components that wrappers leave out of a state_dict by themselves need not be there.
+    Some wrappers leave their component out of a state_dict; such names work as well.
 
     Args:
         module: The network that the name belongs to, wrapped or not.
-        name: E.g. `"module.backbone._orig_mod.0.weight"` of a DistributedDataParallel whose backbone is compiled.
+        name: E.g. `"module.backbone._orig_mod.0.weight"`, of a DistributedDataParallel with a compiled backbone.
 
     Returns:
-        E.g. `"backbone.0.weight"`. Every component that is an attribute of the network's own is kept.
+        E.g. `"backbone.0.weight"`. The network's own attributes are kept, whatever their names.
     """
     attributes = _attributes()
     kept = []
@@ -93,7 +81,7 @@ def plain_name(module: nn.Module, name: str) -> str:
 
 
 def _attributes() -> dict[type[nn.Module], str]:
-    """The types of wrappers that are known by now, and the attribute under which each holds the network."""
+    """The wrapper types imported so far, each with the attribute that holds the wrapped network."""
     found: dict[type[nn.Module], str] = {DistributedDataParallel: "module", DataParallel: "module"}
     for place, kind, attribute in _ELSEWHERE:
         loaded = getattr(sys.modules.get(place), kind, None)
@@ -102,8 +90,15 @@ def _attributes() -> dict[type[nn.Module], str]:
     return found
 
 
+def _inside(module: nn.Module, attributes: dict[type[nn.Module], str]) -> nn.Module:
+    """The network inside any nesting of wrappers."""
+    while (attribute := _attribute(module, attributes)) is not None:
+        module = module._modules[attribute]  # type: ignore[assignment]  # never None in a wrapper
+    return module
+
+
 def _attribute(module: nn.Module, attributes: dict[type[nn.Module], str]) -> str | None:
-    """The attribute that holds what `module` wraps; None where it wraps nothing."""
+    """The attribute that holds the wrapped network; None if `module` is not a wrapper."""
     if not isinstance(module, tuple(attributes)):
         return None
     return next(attribute for kind, attribute in attributes.items() if isinstance(module, kind))

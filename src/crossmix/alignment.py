@@ -1,7 +1,7 @@
-"""Distribution alignment: push the average prediction towards a class prior.
+"""Distribution alignment: move the average prediction towards a class prior.
 
 ReMixMatch: Berthelot et al., ICLR 2020, https://arxiv.org/abs/1911.09785
-On pseudo-labels of a target domain: DACS, Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 4.5.
+For pseudo-labels of a target domain: DACS, Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 4.5.
 """
 
 import math
@@ -26,18 +26,17 @@ __all__ = ["DistributionAlignment", "align_distribution"]
 
 
 def align_distribution(probs: Tensor, prior: Tensor, running: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Reweigh predictions by the ratio of a class prior to the average prediction (section 4.5 of the paper).
+    """Reweight predictions by the ratio of a class prior to the average prediction (section 4.5 of the paper).
 
     q~ = Normalize(q * p / p~)
 
-    A pixel for which the product is 0 in every class, or is not finite, keeps its prediction, so the
-    result always sums to 1.
+    Pixels where the product is 0 in every class, or not finite, keep their prediction, so the result always sums to 1.
 
     Args:
-        probs: (N, C, H, W) floating, summing to 1 over dimension 1: q.
-        prior: (C,) floating, summing to 1: p, the class distribution that predictions should have.
-        running: (C,) floating, summing to 1: p~, the running average of predictions.
-        eps: Least value of `running` that is divided by.
+        probs: q, (N, C, H, W) floating, summing to 1 over dimension 1.
+        prior: p, (C,) floating, summing to 1: the desired class distribution of the predictions.
+        running: p~, (C,) floating, summing to 1: the running average of predictions.
+        eps: Lower bound on the divisor `running`.
 
     Returns:
         (N, C, H, W) float32, or float64 for float64 `probs`. No host sync.
@@ -59,13 +58,13 @@ def align_distribution(probs: Tensor, prior: Tensor, running: Tensor, *, eps: fl
         if tuple(value.shape) != (probs.shape[1],):
             raise ValueError(
                 f"`{name}` must have shape (C,) = ({probs.shape[1]},) to match `probs`, got {tuple(value.shape)}; "
-                "give one number per class."
+                "pass one number per class."
             )
     check_same_device(probs=probs, prior=prior, running=running)
     if not eps > 0:
         raise ValueError(f"`eps` must be positive, got {eps}; the default is 1e-6.")
     probs = at_least_float32(probs)
-    least = max(eps, torch.finfo(probs.dtype).tiny)  # what divides must not be rounded to 0
+    least = max(eps, torch.finfo(probs.dtype).tiny)  # a smaller divisor could be rounded to 0
     ratio = prior.to(probs.dtype) / running.to(probs.dtype).clamp(min=least)
     aligned = probs * ratio[:, None, None]
     total = aligned.sum(1, keepdim=True)
@@ -74,23 +73,23 @@ def align_distribution(probs: Tensor, prior: Tensor, running: Tensor, *, eps: fl
 
 
 class DistributionAlignment(nn.Module):
-    """Align predictions on the target with a class prior, keeping the running average that this needs.
+    """Align predictions on the target with a class prior, and keep the running average this requires.
 
-    The paper's experiment takes the prior from the target's ground truth (an oracle): hand it in as `prior=`. Without
-    one the prior is uniform until `update_prior` has estimated it from source labels, which is legitimate and which the
-    paper leaves to future work. The paper gives no momentum; the released code has no alignment.
+    The paper's experiment takes the prior from the target's ground truth (an oracle): pass it as `prior=`. Otherwise
+    the prior is uniform until `update_prior` estimates it from source labels, a legitimate variant that the paper
+    leaves to future work. The paper gives no momentum; the released code has no alignment.
 
     Args:
         num_classes: The number of classes C.
-        prior: (C,) class frequencies or counts, >= 0, scaled to sum to 1.
-        momentum: Share of an average that an update keeps once it has warmed up: min(1 - 1 / (t + 1), momentum), t
-            earlier updates, so the first update copies. In [0, 1].
-        sync: Whether updates average over all ranks; a C-vector is reduced, never the maps.
+        prior: (C,) class frequencies or counts, >= 0; normalised to sum to 1.
+        momentum: Share of an average that an update keeps, in [0, 1]. It warms up as min(1 - 1 / (t + 1), momentum),
+            t counting earlier updates, so the first update copies.
+        sync: Whether updates average over all ranks; only a vector of length C is reduced, never the maps.
 
     State:
         `prior`, `running`: (C,) float32 buffers, each summing to 1, changed by `update_prior` and `update`.
-        `prior_count`, `running_count`: int64 scalars, the updates so far.
-        The averages stay in float32 when a parent module is cast to less, since one in bfloat16 would stand still.
+        `prior_count`, `running_count`: int64 scalars, the number of updates.
+        The averages stay in float32 when a parent module is cast to a lower precision, in which they would stop moving.
 
     Raises:
         TypeError: If `prior` is not a sequence of numbers.
@@ -132,7 +131,7 @@ class DistributionAlignment(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the averages and counts back to their start: needed after `to_empty`, of a module made on `meta`."""
+        """Reset averages and counts; needed after `to_empty` on a module created on the meta device."""
         self.prior.copy_(torch.tensor(self._start, dtype=torch.float32, device="cpu"))
         self.running.fill_(1.0 / self.num_classes)
         self.prior_count.zero_()
@@ -155,7 +154,7 @@ class DistributionAlignment(nn.Module):
 
     @torch.no_grad()
     def update(self, probs: Tensor) -> None:
-        """Move the running average of predictions. A batch that is empty or holds NaN or infinity changes nothing.
+        """Update the running average of predictions. An empty batch, or one with NaN or infinity, changes nothing.
 
         Args:
             probs: (N, C, H, W) floating, before alignment.
@@ -170,10 +169,10 @@ class DistributionAlignment(nn.Module):
 
     @torch.no_grad()
     def update_prior(self, labels: Tensor) -> None:
-        """Move the prior towards the class frequencies of source labels; maps without a valid pixel change nothing.
+        """Update the prior with the class frequencies of source labels. Maps without a valid pixel change nothing.
 
         Args:
-            labels: (N, H, W) uint8, int16, int32 or int64; ids outside 0..C-1 are left out.
+            labels: (N, H, W) uint8, int16, int32 or int64; ids outside 0..C-1 are not counted.
 
         Raises:
             TypeError: If `labels` is not an accepted integer tensor.
@@ -181,7 +180,7 @@ class DistributionAlignment(nn.Module):
         """
         if self.fixed_prior:
             raise ValueError(
-                "`update_prior` needs a prior of its own, but `prior=` was given; leave one of the two out."
+                "`update_prior` cannot change a prior that was given as `prior=`; leave out one of the two."
             )
         check_labels("labels", labels)
         check_same_device(prior=self.prior, labels=labels)
@@ -196,7 +195,7 @@ class DistributionAlignment(nn.Module):
         return f"num_classes={self.num_classes}, prior={prior}, momentum={self.momentum}, sync={self.sync}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the averages as torch does, but leave them in float32 where `fn` casts, and rounds, to less."""
+        """Move the averages as usual, but keep them in float32 when casting to a lower precision."""
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in before.items():
@@ -210,7 +209,7 @@ class DistributionAlignment(nn.Module):
         self.prior, self.running = map(at_least_float32, (self.prior, self.running))  # `assign=True` keeps any dtype
 
     def _average(self, average: Tensor, count: Tensor, sums: Tensor) -> None:
-        """Move `average` in place towards `sums` scaled to 1, decided on the device: without a finite sum it stays."""
+        """Update `average` in place with normalised `sums`; if their total is 0 or not finite, leave it unchanged."""
         if self.sync:
             sums = all_reduce_sum(sums)
         total = sums.sum()
@@ -224,15 +223,15 @@ class DistributionAlignment(nn.Module):
         if probs.shape[1] != self.num_classes:
             raise ValueError(
                 f"`{name}` must have C = {self.num_classes} classes, got {probs.shape[1]}; "
-                "make DistributionAlignment with the network's `num_classes`."
+                "build DistributionAlignment with the network's `num_classes`."
             )
         check_same_device(running=self.running, **{name: probs})
 
 
 def _given_prior(prior: Tensor | Sequence[float], num_classes: int) -> list[float]:
-    """The prior as C numbers summing to 1. Its values are looked at once, here, where it may wait for a GPU."""
+    """The prior as C numbers summing to 1. Its values are checked only here, once, where a sync is acceptable."""
     if isinstance(prior, Tensor) and prior.is_meta:
-        raise ValueError("`prior` must have values, got a tensor on meta; make it outside of `torch.device('meta')`.")
+        raise ValueError("`prior` must have values, got a meta tensor; create it outside of `torch.device('meta')`.")
     try:
         values = torch.as_tensor(prior, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -249,5 +248,5 @@ def _given_prior(prior: Tensor | Sequence[float], num_classes: int) -> list[floa
         raise ValueError(
             f"`prior` must be finite, not negative and not all zero, got {values.tolist()}; check the counts."
         )
-    values = values / values.max()  # so that the sum is finite
+    values = values / values.max()  # keeps the sum finite
     return (values / values.sum()).tolist()

@@ -1,7 +1,7 @@
-"""Colour jitter and Gaussian blur of a batch, drawn per image: no loop over images, no waiting for the GPU.
+"""Colour jitter and Gaussian blur of a batch, drawn per image, without a loop over images and without host syncs.
 
-DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 4: mixed images are
-jittered and blurred. The strengths are those of the released code; the paper gives none.
+DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 4: mixed images are jittered and blurred.
+The default strengths are those of the released code; the paper gives none.
 """
 
 import math
@@ -21,23 +21,24 @@ from crossmix._checks import (
     check_tensor,
 )
 from crossmix._color import Channels, additive_jitter, torchvision_jitter
+from crossmix._compiled import convolve
 from crossmix._tensors import at_least_float32, no_autocast, uniform
 
 __all__ = ["AugmentDraw", "StrongAugment"]
 
-MOST_UNROLLED = 63  # taps; the compiler makes one pass of so many, in a third of the convolution's time
+MOST_UNROLLED = 63  # taps of a compiled blur that is a sum over taps; more would take long to compile
 
 
 class AugmentDraw(NamedTuple):
-    """What `StrongAugment` draws, one row per image, independent of the images.
+    """The random numbers of `StrongAugment`, one row per image, independent of the images.
 
     Attributes:
         jitter: (N,) bool, whether the colours change.
-        order: (N, 4) int64, a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue: first operation first.
+        order: (N, 4) int64, a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue, in order of application.
         brightness: (N,) float32 factor around 1.
         contrast: (N,) float32 factor around 1.
         saturation: (N,) float32 factor around 1.
-        hue: (N,) float32 shift around 0, as a share of the colour circle.
+        hue: (N,) float32 shift around 0, as a fraction of the colour circle.
         blur: (N,) bool, whether the image is blurred.
         sigma: (N,) float32 standard deviation of the blur, in pixels.
     """
@@ -53,32 +54,32 @@ class AugmentDraw(NamedTuple):
 
 
 class StrongAugment(nn.Module):
-    """Jitter the colours of each image and blur it, each with a probability.
+    """Jitter the colours of each image with probability `jitter_p` and blur it with probability `blur_p`.
 
-    The four operations come in an order drawn per image, with factors drawn per image from U(1 - v, 1 + v), for the hue
-    a shift from U(-v, v). Images that are neither jittered nor blurred come back bit by bit.
+    The order of the four colour operations is drawn per image, and so are their factors, from U(1 - v, 1 + v), and the
+    hue shift, from U(-v, v). Images that are neither jittered nor blurred are returned bit for bit.
 
     Args:
         brightness: Strength v of the brightness factor, in [0, 1].
         contrast: Strength of the contrast factor, in [0, 1].
         saturation: Strength of the saturation factor, in [0, 1].
-        hue: Strength of the hue shift, as a share of the colour circle, in [0, 0.5].
+        hue: Strength of the hue shift, as a fraction of the colour circle, in [0, 0.5].
         jitter_p: Probability of the jitter.
         blur_p: Probability of the blur.
-        blur_sigma: Least and greatest standard deviation of the blur, in pixels.
-        flavor: `"additive"`: kornia's before version 0.6.4, behind the published number: brightness is added, x + (b -
-            1), contrast multiplies, c x, saturation scales the S of HSV. `"torchvision"`: brightness multiplies, b x,
-            contrast blends with the mean of the grey image, saturation with the grey image. Both clamp to [0, 1] after
-            each operation and turn the hue in HSV.
-        same_on_batch: Whether one decision to jitter, and one to blur, holds for the whole batch, as in the released
+        blur_sigma: Smallest and largest standard deviation of the blur, in pixels.
+        flavor: `"additive"` follows kornia before version 0.6.4, which the published number used: brightness is added,
+            x + (b - 1), contrast multiplies, c x, and saturation scales the S of HSV. `"torchvision"`: brightness
+            multiplies, b x, contrast blends with the mean of the grey image, and saturation with the grey image. Both
+            clamp to [0, 1] after each operation and rotate the hue in HSV.
+        same_on_batch: Whether one decision to jitter and one to blur holds for the whole batch, as in the released
             code. Factors, order and sigma are per image in either case.
-        mean: Mean of each channel by which images were normalised, (x - mean) / std, where a data loader does that
-            rather than the network. They then come and go normalised, and are augmented as the [0, 1] images they were.
-        std: Standard deviation of each channel; given with `mean`.
+        mean: Mean per channel if the data loader, rather than the network, normalises images as (x - mean) / std. Input
+            and output are then normalised; the augmentation itself works in [0, 1].
+        std: Standard deviation per channel; required with `mean`.
 
     Raises:
-        TypeError: If an argument is no number.
-        ValueError: If an argument is out of range, or one of `mean` and `std` is given alone.
+        TypeError: If an argument is not a number.
+        ValueError: If an argument is out of range, or only one of `mean` and `std` is given.
 
     Example:
         >>> augment = StrongAugment()
@@ -111,14 +112,12 @@ class StrongAugment(nn.Module):
         check_fraction("hue", hue)
         if hue > 0.5:
             raise ValueError(f"`hue` must lie in [0, 0.5], half of the colour circle, got {hue}.")
-        least, greatest = _numbers("blur_sigma", blur_sigma, 2, "the least and the greatest")
+        least, greatest = _numbers("blur_sigma", blur_sigma, 2, "the smallest and the largest")
         if not 0 < least <= greatest:
-            raise ValueError(
-                f"`blur_sigma` must be (least, greatest) in pixels, 0 < least <= greatest, got {blur_sigma}."
-            )
+            raise ValueError(f"`blur_sigma` must be (low, high) in pixels with 0 < low <= high, got {blur_sigma}.")
         check_choice("flavor", flavor, ("additive", "torchvision"))
         if (mean is None) != (std is None):
-            raise ValueError(f"`mean` and `std` belong together, got mean={mean} and std={std}; give both or neither.")
+            raise ValueError(f"`mean` and `std` belong together, got mean={mean} and std={std}; pass both or neither.")
         self.brightness = brightness
         self.contrast = contrast
         self.saturation = saturation
@@ -136,12 +135,12 @@ class StrongAugment(nn.Module):
     def sample(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> AugmentDraw:
-        """Draw everything random for a batch.
+        """Draw all randomness for a batch.
 
         Args:
             n: The number of images.
             generator: Source of randomness, used on its own device; None uses the global one.
-            device: Where the draw shall be; the generator's device, or torch's default one, when not given.
+            device: Device of the result; by default the generator's device, or torch's default one.
 
         Returns:
             The draw; its rows can be sliced to split a batch.
@@ -166,18 +165,18 @@ class StrongAugment(nn.Module):
         """Augment a batch.
 
         Args:
-            images: (N, 3, H, W) floating, RGB in [0, 1], or that normalised by `mean` and `std`; computed in float32,
-                in float64 for float64.
-            draw: What `sample` returned, to replay it.
-            generator: Source of randomness; None uses the global one. Cannot be traced by `torch.compile`: use `draw`.
+            images: (N, 3, H, W) floating, RGB in [0, 1], or normalised by `mean` and `std`; computed in float32, or in
+                float64 for float64 images.
+            draw: A draw from `sample`, to replay it.
+            generator: Source of randomness; None uses the global one. `torch.compile` cannot trace it: use `draw`.
 
         Returns:
-            (N, 3, H, W) in the dtype and the memory format of `images`.
+            (N, 3, H, W) in the dtype and memory format of `images`.
 
         Raises:
             TypeError: If `images` is not floating.
-            ValueError: If its shape is wrong, its values are far out of range (looked at on a CPU alone), or the draw
-                is for another batch size or on another device.
+            ValueError: If its shape is wrong, its values are far out of range (checked on the CPU only), or the draw is
+                for another batch size or on another device.
         """
         check_images("images", images, channels=3)
         check_range("images", images, mean=self.mean, std=self.std)
@@ -196,7 +195,8 @@ class StrongAugment(nn.Module):
                 x = _blur(x, draw, radius=math.ceil(4.3 * self.blur_sigma[1]))
             if self.mean is not None and self.std is not None:
                 x = torch.stack([(c - m) / s for c, m, s in zip(x.unbind(1), self.mean, self.std, strict=True)], 1)
-                x = torch.where(_per_image(draw.jitter | draw.blur), x, images.to(x.dtype))  # no rounding for nothing
+                # Return untouched images bit for bit, not rounded by un-normalising and normalising.
+                x = torch.where(_per_image(draw.jitter | draw.blur), x, images.to(x.dtype))
         return _like(x, images)
 
     def extra_repr(self) -> str:
@@ -209,7 +209,7 @@ class StrongAugment(nn.Module):
 
 
 def _jitter(x: Tensor, draw: AugmentDraw, jitter: Callable[[Channels, Tensor, Tensor], Channels]) -> Tensor:
-    """Jitter the images that the draw names; the others are left bit by bit."""
+    """Jitter the images selected by the draw, (N, 3, H, W); the others are returned bit for bit."""
     factors = torch.stack([draw.brightness, draw.contrast, draw.saturation, draw.hue]).to(x.dtype)
     channels = x.unbind(1)
     drawn = draw.jitter[:, None, None]
@@ -218,19 +218,19 @@ def _jitter(x: Tensor, draw: AugmentDraw, jitter: Callable[[Channels, Tensor, Te
 
 
 def _blur(x: Tensor, draw: AugmentDraw, *, radius: int) -> Tensor:
-    """Blur the images that the draw names, each by its own sigma; the others are left bit by bit."""
+    """Blur the images selected by the draw, each with its own sigma; the others are returned bit for bit."""
     taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
-    kernels = torch.exp(-0.5 * (taps / draw.sigma.to(x.dtype)[:, None]) ** 2)
+    kernels = torch.exp(-0.5 * (taps / draw.sigma.to(x.dtype)[:, None]) ** 2)  # (N, taps)
     kernels = kernels / kernels.sum(1, keepdim=True)
     blurred = x
     for axis in (3, 2):
         blurred = _convolve(_extend(blurred, radius, axis), kernels, axis)
-    # The taps sum to 1 but for rounding.
+    # Clamp, because the taps sum to 1 only up to rounding.
     return torch.where(draw.blur[:, None, None, None], blurred.clamp_(0, 1), x)
 
 
 def _extend(x: Tensor, radius: int, axis: int) -> Tensor:
-    """Reflect at the border where the image is long enough for it, else repeat the edge."""
+    """Pad along an axis by reflection, or by repeating the edge if the image is too small to reflect."""
     length = x.shape[axis]
     if length > radius:
         before, after = (x.narrow(axis, start, radius).flip(axis) for start in (1, length - 1 - radius))
@@ -240,16 +240,10 @@ def _extend(x: Tensor, radius: int, axis: int) -> Tensor:
 
 
 def _convolve(x: Tensor, kernels: Tensor, axis: int) -> Tensor:
-    """Each image with its own symmetric kernel, (N, taps), along one axis, without padding."""
+    """Convolve each image (N, C, H, W) along an axis with its own symmetric kernel, (N, taps), without padding."""
     n, channels, height, width = x.shape
-    taps = kernels.shape[1]
-    if torch.compiler.is_compiling() and taps <= MOST_UNROLLED:
-        length = x.shape[axis] - taps + 1
-        out = x.narrow(axis, taps // 2, length) * _per_image(kernels[:, taps // 2])
-        for i in range(taps // 2):
-            pair = x.narrow(axis, i, length) + x.narrow(axis, taps - 1 - i, length)
-            out = out + pair * _per_image(kernels[:, i])
-        return out
+    if torch.compiler.is_compiling() and kernels.shape[1] <= MOST_UNROLLED:
+        return convolve(x, kernels, axis)
     kernels = kernels.repeat_interleave(channels, 0)[:, None, None]
     kernels = kernels if axis == 3 else kernels.mT
     x = functional.conv2d(x.reshape(1, n * channels, height, width), kernels, groups=n * channels)
@@ -257,20 +251,20 @@ def _convolve(x: Tensor, kernels: Tensor, axis: int) -> Tensor:
 
 
 def _per_image(values: Tensor) -> Tensor:
-    """(N,) as (N, 1, 1, 1)."""
+    """Reshape (N,) to (N, 1, 1, 1)."""
     return values[:, None, None, None]
 
 
 def _like(x: Tensor, images: Tensor) -> Tensor:
-    """In the dtype and the memory format of the images, as pointwise operations of torch would have it."""
+    """Convert to the dtype and memory format of `images`, following torch's rules for pointwise operations."""
     x = x.to(images.dtype)
-    out = torch.empty_like(images)  # contiguous where the images are not dense
-    as_it_is = not torch.compiler.is_compiling() and x.stride() == out.stride()  # a compiler makes no copy of it
+    out = torch.empty_like(images)  # contiguous if the images are not dense
+    as_it_is = not torch.compiler.is_compiling() and x.stride() == out.stride()  # when compiled, the copy is fused
     return x if as_it_is else out.copy_(x)
 
 
 def _numbers(name: str, values: Sequence[float], count: int, which: str) -> tuple[float, ...]:
-    """Some finite numbers, from a list, an array or a tensor."""
+    """Convert a list, an array or a tensor to `count` finite floats."""
     try:
         numbers = tuple(float(value) for value in values)
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Evaluation as the published numbers have it: one image at a time, one confusion matrix for the data set."""
+"""Evaluation with one confusion matrix over the whole data set, as for the published numbers."""
 
 import logging
 import operator
@@ -30,10 +30,10 @@ class Samples(Protocol):
     """A map-style data set."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of samples."""
 
     def __getitem__(self, index: int, /) -> object:
-        """The one at an index."""
+        """Sample at an index."""
 
 
 class Batch(NamedTuple):
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # (N, C, H, W) uint8, or floating in [0, 1]
     labels: Tensor  # (N, H', W')
-    name: str  # what errors call it
+    name: str  # used in error messages
 
 
 @torch.no_grad()
@@ -67,48 +67,48 @@ def evaluate(
 ) -> dict[str, ConfusionMatrix]:
     """Score a network on labelled data, at one or several label sizes in one pass.
 
-    The released code scores at 512 x 1024, on labels resized to that; the older protocol, and the paper's references,
-    at 1024 x 2048. With `image_size=(512, 1024)`, `label_sizes=[(512, 1024), (1024, 2048)]` and
-    `forward=network.forward_features` the 1/8 logits of DeepLab-v2 are upsampled straight to each of them.
+    The released code scores at 512 x 1024, on resized labels; the older protocol, and the paper's references, score at
+    1024 x 2048. With `image_size=(512, 1024)`, `label_sizes=[(512, 1024), (1024, 2048)]` and
+    `forward=network.forward_features`, the 1/8 logits of DeepLab-v2 are upsampled straight to each size.
 
     Args:
-        network: The network; evaluated in eval mode, every submodule's mode is put back afterwards.
-        data: A map-style data set or any iterable, of single images or, as from a `DataLoader`, of batches: items with
-            `image`, `label` and maybe `name`, as the readers return them; or (image, label, ...); or dicts with
-            "image", "images" or "pixel_values" and "label", "labels", "mask" or "masks". Images are (C, H, W) or
-            (N, C, H, W), uint8 or floating as the network takes them, in any dtype; labels (H, W) or (N, H, W), of any
-            size.
+        network: The network. It runs in eval mode; the mode of every submodule is restored afterwards.
+        data: A map-style data set or any iterable, of single images or of batches, as from a `DataLoader`. Items have
+            `image`, `label` and optionally `name` attributes, as those of the readers, or are (image, label, ...)
+            sequences, or dicts with "image", "images" or "pixel_values" and "label", "labels", "mask" or "masks".
+            Images are (C, H, W) or (N, C, H, W), uint8, or floating as the network expects them; labels are (H, W) or
+            (N, H, W), of any size.
         num_classes: The number of classes C.
-        image_size: (height, width) that images are resized to, bilinear and antialiased; None leaves them.
-        label_sizes: Sizes to score at, each (height, width), or None for the label's own. Labels are resized to the
-            nearest pixel, logits bilinearly.
-        window: (height, width), or one number for both: the network sees windows of this size, cut to the image, and
-            its probabilities are averaged where they overlap. None shows it whole images, as does a window that is as
-            large as the image.
-        stride: (height, width), or one number, between windows; the last ones end with the image. Two thirds of the
-            window by default.
-        flip: Whether to average probabilities with those of the mirrored image.
-        align_corners: How logits are upsampled: True as DeepLab does it, False as transformers and mmsegmentation do.
-        forward: What is called in place of the network; the network itself by default.
-        logits: Takes apart what the network returns where that is no tensor: `lambda out: out["out"]`.
-        device: Where to run; where the network's first parameter is, by default.
+        image_size: (height, width) to resize images to, bilinear and antialiased; None keeps their size.
+        label_sizes: Sizes to score at, each (height, width), or None for the label's own. Labels are resized by nearest
+            neighbour, logits bilinearly.
+        window: (height, width), or one number for both: run the network on sliding windows of this size and average
+            the probabilities where they overlap. With None, or if the window covers the image, it sees whole images.
+        stride: (height, width), or one number for both, between windows; the last ones end with the image. Two thirds
+            of the window by default.
+        flip: Whether to average the probabilities with those of the mirrored image.
+        align_corners: Convention for upsampling logits: True as in DeepLab, False as in transformers and
+            mmsegmentation.
+        forward: Called instead of the network, if given.
+        logits: Extracts the logits from the network's output if that is not a tensor: `lambda out: out["out"]`.
+        device: Device to run on; by default that of the network's first parameter.
         dtype: Run the network under autocast to this dtype; logits are upsampled in float32 in any case.
-        workers: Processes that read samples of a map-style data set ahead.
-        sync: Share a map-style data set out over the ranks of torch.distributed, each sample to one rank, and add up
-            the counts, which are then those of one process. Every rank has to call.
+        workers: Number of processes that read samples of a map-style data set in advance.
+        sync: Split a map-style data set over the ranks of torch.distributed and sum the counts, so that the result
+            equals that of one process. Every rank has to call.
         ignore_index: The id of ignored pixels.
-        progress: Whether to show on stderr how many items are done: a bar on a terminal where tqdm is installed, and
-            otherwise a line for every tenth. The first rank tells for all.
+        progress: Whether the first rank shows progress on stderr: a bar on a terminal with tqdm installed, otherwise a
+            line for every tenth of the items.
 
     Returns:
-        A `ConfusionMatrix` on the device for each label size, by "HxW", or "native" for None. Where not one pixel has
-        a label, its scores are NaN, and a warning is logged.
+        One `ConfusionMatrix` on the device per label size, keyed by "HxW", or "native" for None. If no pixel has a
+        label, its scores are NaN, and a warning is logged.
 
     Raises:
-        TypeError: If the network returns no tensor, an item or a size is none of the above, or `data` has no length and
-            `workers` or `sync` need one.
-        ValueError: If there is no data, an image or the whole folder has no label, a label on the CPU has an id that is
-            neither a class nor `ignore_index`, or the logits have another number of classes.
+        TypeError: If the network does not return a tensor, an item or a size has another form, or `workers` or `sync`
+            is given but `data` has no length.
+        ValueError: If there is no data, an image or the whole folder has no labels, a label on the CPU is neither a
+            class nor `ignore_index`, or the logits have another number of classes.
 
     Example:
         >>> from crossmix.datasets import StreetScenes
@@ -151,16 +151,16 @@ def evaluate(
     if sync:
         for matrix in matrices.values():
             matrix.merge()
-    elif not any(matrix.counts.any() for matrix in matrices.values()):  # a share of the images may well have none
-        LOG.warning("not one pixel of the %d images has a label, so all scores are NaN; look at the label maps.", seen)
+    elif not any(matrix.counts.any() for matrix in matrices.values()):  # with `sync`, one rank's share may have none
+        LOG.warning("no pixel of the %d images has a label, so all scores are NaN; check the label maps.", seen)
     return matrices
 
 
 def resize_labels(labels: Tensor, size: Size) -> Tensor:
-    """Resize label maps to the nearest pixel, as the readers and `evaluate` do.
+    """Resize label maps by nearest neighbour, as the readers and `evaluate` do.
 
-    Each new pixel takes the old one under its centre: Pillow's NEAREST to the pixel, and not PyTorch's "nearest", which
-    takes another one.
+    Each new pixel takes the old pixel under its centre. This matches Pillow's NEAREST exactly, unlike PyTorch's
+    "nearest", which picks other pixels.
 
     Args:
         labels: (..., H, W) of any dtype.
@@ -170,8 +170,8 @@ def resize_labels(labels: Tensor, size: Size) -> Tensor:
         (..., height, width).
 
     Raises:
-        TypeError: If `labels` is no tensor.
-        ValueError: If `labels` is no map, or a size is not positive.
+        TypeError: If `labels` is not a tensor.
+        ValueError: If `labels` has no pixels or fewer than two dimensions, or a size is not positive.
 
     Example:
         >>> resize_labels(torch.arange(6)[None], (1, 3))
@@ -186,7 +186,7 @@ def resize_labels(labels: Tensor, size: Size) -> Tensor:
 
 
 def _named(sizes: Sequence[Size | None]) -> dict[str, Size | None]:
-    """Label sizes by name, each once."""
+    """Label sizes by name, without duplicates."""
     if not sizes:
         raise ValueError("`label_sizes` must not be empty; [None] scores at the labels' own size.")
     pairs = [None if size is None else _pair("label_sizes", size) for size in sizes]
@@ -194,7 +194,7 @@ def _named(sizes: Sequence[Size | None]) -> dict[str, Size | None]:
 
 
 def _pair(name: str, size: object) -> Size:
-    """(height, width), or what else it is in an error."""
+    """Check that `size` is (height, width), and return it as ints."""
     sides = size if isinstance(size, Sequence) and len(size) == 2 else [size]
     if len(sides) == 1 or any(isinstance(side, bool) or not hasattr(side, "__index__") for side in sides):
         listed = "a list of (height, width) or None" if name == "label_sizes" else "(height, width)"
@@ -207,7 +207,7 @@ def _pair(name: str, size: object) -> Size:
 
 @contextmanager
 def _eval_mode(network: nn.Module) -> Iterator[None]:
-    """Eval mode, and then every submodule's own mode again."""
+    """Switch to eval mode, and restore the mode of every submodule afterwards."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -218,18 +218,18 @@ def _eval_mode(network: nn.Module) -> Iterator[None]:
 
 
 def _refuse_unlabelled(data: object) -> None:
-    """Refuse a folder without label maps, whose labels are all ignored, also in a `Subset` or a `DataLoader`."""
+    """Refuse a folder read without label maps, also inside a `Subset` or a `DataLoader`."""
     while hasattr(data, "dataset"):
         data = data.dataset
     if getattr(data, "labelled", True) is False:
         raise ValueError(
-            f"`data` has no label maps to score against, got a {type(data).__name__} of images alone; read it with its "
+            f"`data` has no label maps to score against, got a {type(data).__name__} of images only; read it with its "
             "labels."
         )
 
 
 def _each(data: Samples | Iterable[object], workers: int, *, sync: bool, progress: bool) -> Iterator[object]:
-    """The items of this rank, and how far it is."""
+    """The items of this rank, with progress shown if asked for."""
     items: Iterable[object] = data  # type: ignore[assignment]
     total = len(data) if isinstance(data, Sized) else None
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
@@ -242,7 +242,7 @@ def _each(data: Samples | Iterable[object], workers: int, *, sync: bool, progres
 
 
 def _indexed(data: Samples, share: range, workers: int) -> Iterator[object]:
-    """Items of a data set in order, up to its length, since it need not stop by itself."""
+    """Items of a data set in order, up to its length; plain iteration need not stop there."""
     if workers:
         yield from QuietLoader(
             data,  # type: ignore[arg-type]
@@ -250,7 +250,7 @@ def _indexed(data: Samples, share: range, workers: int) -> Iterator[object]:
             sampler=share,
             num_workers=workers,
             collate_fn=_as_it_is,
-            generator=torch.Generator(),  # or the loader would draw from the global one
+            generator=torch.Generator(),  # otherwise the loader draws from the global one
         )
     else:
         for i in share:
@@ -262,7 +262,7 @@ def _as_it_is(item: object) -> object:
 
 
 def _batch(item: object, index: int) -> Batch:
-    """An item of anybody's data set, or a batch of them, as a batch."""
+    """Convert an item of any supported form, single or batched, to a batch."""
     name = f"item {index}"
     if isinstance(item, Mapping):
         image, label = (next((item[key] for key in keys if key in item), None) for keys in (IMAGE_KEYS, LABEL_KEYS))
@@ -270,15 +270,15 @@ def _batch(item: object, index: int) -> Batch:
     elif hasattr(item, "image") and hasattr(item, "label"):
         image, label, found = item.image, item.label, type(item).__name__
         given = getattr(item, "name", name)
-        name = given if isinstance(given, str) else f"the batch from {name} on"
+        name = given if isinstance(given, str) else f"the batch starting at {name}"
     elif isinstance(item, Sequence) and len(item) > 1:
         image, label, found = item[0], item[1], type(item).__name__
     else:
         image, label, found = None, None, type(item).__name__
     if image is None:
         raise TypeError(
-            f"`data` must hold items with `image` and `label`, (image, label), or dicts with these keys, got {found}; "
-            "return one of them."
+            f"`data` must hold items with `image` and `label` attributes, (image, label), or dicts with these keys, "
+            f"got {found}; convert the items."
         )
     if label is None:
         raise ValueError(f"{name}: has no label to score against; read the data set with its labels.")
@@ -298,7 +298,7 @@ def _batch(item: object, index: int) -> Batch:
 
 
 def _check_ids(batch: Batch, num_classes: int, ignore_index: int) -> None:
-    """Refuse ids that would silently not count. On a GPU a look would wait for it."""
+    """Refuse ids that would silently be ignored. Skipped on a GPU, where it would sync."""
     if batch.labels.device.type != "cpu" or not batch.labels.numel():
         return
     low, high = batch.labels.masked_fill(batch.labels == ignore_index, 0).aminmax()
@@ -310,7 +310,7 @@ def _check_ids(batch: Batch, num_classes: int, ignore_index: int) -> None:
 
 
 def _logits(out: object, n: int, num_classes: int) -> Tensor:
-    """What a network returned, once it is known to be logits."""
+    """Check that a network's output is logits, and return it."""
     if not isinstance(out, Tensor):
         found, access = type(out).__name__, "out.logits"
         if isinstance(out, Mapping) and out:
@@ -319,13 +319,13 @@ def _logits(out: object, n: int, num_classes: int) -> Tensor:
         elif isinstance(out, Sequence):
             access = "out[0]"
         raise TypeError(
-            f"`network` must return logits as a tensor, got {found}; take them out: `logits=lambda out: {access}`."
+            f"`network` must return logits as a tensor, got {found}; extract them: `logits=lambda out: {access}`."
         )
     if out.ndim != 4 or len(out) != n:
         raise ValueError(f"`network` must return logits of shape (N, C, H, W) with N = {n}, got {tuple(out.shape)}.")
     if out.shape[1] != num_classes:
         raise ValueError(
-            f"`network` returned {out.shape[1]} classes but `num_classes` is {num_classes}; make both one."
+            f"`network` returned {out.shape[1]} classes but `num_classes` is {num_classes}; they must agree."
         )
     return out
 
@@ -338,7 +338,7 @@ def _view(
     *,
     align_corners: bool,
 ) -> Tensor:
-    """Logits of whole images, of any size; or the mean probabilities of windows over them, of the images' size."""
+    """Logits of whole images, of any size; or with tiles, mean probabilities over windows, of the images' size."""
     if tiles is None:
         return run(images)
     (height, width), (down, across) = tiles
@@ -354,7 +354,7 @@ def _view(
 
 
 def _classes(scores: list[Tensor], *, soft: bool) -> Tensor:
-    """The likeliest class by one set of scores, or by the mean of two; logits become probabilities for that."""
+    """The most probable class by one set of scores, or by the mean probabilities of two."""
     if len(scores) == 1:
         return scores[0].argmax(1)
     probs = scores if soft else [one.softmax(1) for one in scores]
@@ -362,7 +362,7 @@ def _classes(scores: list[Tensor], *, soft: bool) -> Tensor:
 
 
 def _spans(length: int, window: int, stride: int) -> Iterator[slice]:
-    """Windows along one side, the last of them moved back to end with it."""
+    """Windows along one side; the last one is moved back to end with the image."""
     last = max(length - window, 0)
     for start in (*range(0, last, stride), last):
         yield slice(start, start + window)
@@ -381,20 +381,20 @@ def _tiles(window: Size | int | None, stride: Size | int | None) -> tuple[Size, 
     if down > height or across > width:
         raise ValueError(
             f"`stride` must not exceed `window`, got {stride} and {window}; "
-            "pixels between windows would have no prediction."
+            "pixels between windows would get no prediction."
         )
     return (height, width), (down, across)
 
 
 def _parts(tiles: tuple[Size, Size] | None, images: Tensor) -> tuple[Size, Size] | None:
-    """Window and stride for these images; None where one window shows all of them, which is one pass."""
+    """Window and stride for these images; None if one window covers them."""
     if tiles is not None and tiles[0][0] >= images.shape[-2] and tiles[0][1] >= images.shape[-1]:
         return None
     return tiles
 
 
 def _unit(images: Tensor) -> Tensor:
-    """Bytes as floating in [0, 1]; floating images as they are."""
+    """Convert uint8 images to float in [0, 1]; return floating ones as they are."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
@@ -403,6 +403,6 @@ def _resized(images: Tensor, size: Size | None) -> Tensor:
         return images
     if images.device.type == "cpu" or images.is_floating_point():
         return functional.interpolate(images, size=size, mode="bilinear", antialias=True)
-    # Only CPUs resize bytes; rounding gives the bytes that they would give.
+    # Only the CPU resizes uint8; elsewhere resize in float and round, which gives the same values.
     resized = functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
     return resized.round().to(torch.uint8)

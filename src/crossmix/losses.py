@@ -48,14 +48,14 @@ class _How(NamedTuple):
 
 
 def confidence_weight(confidence: Tensor, threshold: float = 0.968, *, scope: Scope = "image") -> Tensor:
-    """Weigh pixels by the share of confident ones: the lambda of section 3.4.
+    """Weight pixels by the share of confident ones: the lambda of section 3.4.
 
     lambda = (number of pixels with confidence >= threshold) / (number of pixels)
 
     Args:
         confidence: (N, H, W) floating in [0, 1], the maximum over classes of the teacher's probabilities.
         threshold: Confidence in [0, 1]; 0.968 in the released code, not stated in the paper.
-        scope: What the share is taken over: `"image"` (the paper), `"batch"` (the released code), `"pixel"` (1 where
+        scope: What the share is computed over: `"image"` (the paper), `"batch"` (the released code), `"pixel"` (1 if
             the pixel itself is confident, else 0) or `"none"` (1 everywhere).
 
     Returns:
@@ -153,7 +153,7 @@ def upsampled_cross_entropy(
     class_weights: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Take `weighted_cross_entropy` of smaller logits, upsampled to the labels' size.
+    """Compute `weighted_cross_entropy` of smaller logits, upsampled to the size of the labels.
 
     The upsampling is bilinear, in float32 (float64 where an input is). It goes by blocks of rows, and the gradient of
     the small logits is made in the same pass, so that the full-size logits never exist: a fraction of the time and
@@ -179,7 +179,7 @@ def upsampled_cross_entropy(
 
     Raises:
         TypeError: If a dtype is wrong.
-        ValueError: If batch sizes or devices disagree, the logits have no pixel, or an option is unknown.
+        ValueError: If batch sizes or devices disagree, the logits have no pixels, or an option is unknown.
 
     Example:
         >>> logits = torch.tensor([[[[0.0, 2.0]], [[2.0, 0.0]]]])
@@ -199,7 +199,7 @@ def upsampled_cross_entropy(
 
 
 class ConfidenceWeightedCE(nn.Module):
-    """The loss on mixed images: confidence weights for target pixels, and the cross-entropy that uses them.
+    """Loss on mixed images: confidence weights for target pixels, and the cross-entropy that uses them.
 
     Args:
         threshold: A pixel counts as confident at `confidence >= threshold`; in [0, 1].
@@ -251,7 +251,7 @@ class ConfidenceWeightedCE(nn.Module):
         self.sync = sync
 
     def weights(self, confidence: Tensor) -> Tensor:
-        """Weigh target pixels by confidence.
+        """Compute the weights of target pixels from the teacher's confidence.
 
         Args:
             confidence: (N, H, W) floating in [0, 1].
@@ -302,7 +302,7 @@ class ConfidenceWeightedCE(nn.Module):
 
         Raises:
             TypeError: If a dtype is wrong.
-            ValueError: If batch sizes or devices disagree, or the logits have no pixel.
+            ValueError: If batch sizes or devices disagree, or the logits have no pixels.
         """
         how = self._how()
         _check_small_logits(logits, labels, weights, self.class_weights)
@@ -422,7 +422,7 @@ def _divisor(labels: Tensor, weights: Tensor | None, total: Tensor, num_classes:
 
 
 def _positive(divisor: Tensor) -> Tensor:
-    """The divisor, or 1 where it is 0: then the sum above it is 0 too."""
+    """The divisor, or 1 if it is 0, in which case the numerator is 0 too."""
     return torch.where(divisor > 0, divisor, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Masks that come from random numbers alone: boxes, blobs and blocks.
+"""Masks made from random numbers alone: boxes, blobs and blocks.
 
 CutMix: Yun et al., ICCV 2019, https://arxiv.org/abs/1905.04899
 CowMix: French et al., 2020, https://arxiv.org/abs/2003.12022
@@ -25,7 +25,7 @@ from crossmix._tensors import at_least_float32, no_autocast, uniform
 __all__ = ["BoxMasks", "CowMasks", "MaskedImages", "block_mask", "box_mask", "cow_mask"]
 
 Range = tuple[float, float]
-CUT = math.sqrt(2 * math.log(100))  # exp(-CUT**2 / 2) is a hundredth
+CUT = math.sqrt(2 * math.log(100))  # exp(-CUT**2 / 2) = 0.01
 ALMOST_ONE = 1 - 2.0**-24
 
 
@@ -38,21 +38,21 @@ def box_mask(
 ) -> Tensor:
     """Mark one box in each image (CutMix).
 
-    Of the four numbers of an image the first is the box's share of the image, linear in `area`; the second its width
-    over its height, linear in the logarithm of `aspect`; the last two say where its top and its left edge are, between
-    the first and the last place where the box fits. Sides are whole pixels, at least 1 and no longer than the image's.
+    The four scores of an image give the box's share of the image area (linear in `area`), its width over height (linear
+    in the logarithm of `aspect`), and its top and left positions among those where the box fits. Sides are rounded to
+    whole pixels, at least 1 and at most the image's.
 
     Args:
         scores: (N, 4) floating, uniform in [0, 1).
         size: Height and width.
-        area: Least and largest share of the image, in [0, 1].
-        aspect: Least and largest width over height, positive.
+        area: Smallest and largest share of the image area, in [0, 1].
+        aspect: Smallest and largest width over height, positive.
 
     Returns:
         (N, H, W) bool, True in the box. No host sync.
 
     Raises:
-        TypeError: If `scores` is not floating, or `size` not two ints.
+        TypeError: If `scores` is not floating, or `size` is not two ints.
         ValueError: If a shape or a range is wrong.
 
     Example:
@@ -72,12 +72,11 @@ def box_mask(
     ratio = (math.log(aspect[0]) + (math.log(aspect[1]) - math.log(aspect[0])) * shape).exp()
     rows = _inside((pixels / ratio).sqrt(), down, height)
     columns = _inside((pixels * ratio).sqrt(), across, width)
-    # The AND of bytes takes a tenth of the time of an AND of bools.
-    return (rows[:, :, None].to(torch.uint8) & columns[:, None, :].to(torch.uint8)).view(torch.bool)
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Tensor:
-    """Mark blobs: where smoothed noise exceeds the quantile of a normal distribution (CowMix).
+    """Mark blobs where smoothed noise exceeds a quantile of the normal distribution (CowMix).
 
     smooth > mean + std * sqrt(2) * erfinv(1 - 2 * ratio), with mean and std of each image, so that about a share
     `ratio` is True. The Gaussian is as wide as the image allows; the noise is mirrored at the border. A tensor of
@@ -93,7 +92,7 @@ def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Ten
         (N, H, W) bool. No host sync.
 
     Raises:
-        TypeError: If `noise` or `sigma` is not floating, or `ratio` is no number.
+        TypeError: If `noise` or `sigma` is not floating, or `ratio` is not a number.
         ValueError: If a shape, a device or a range is wrong.
 
     Example:
@@ -122,19 +121,19 @@ def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Ten
 
 
 def block_mask(scores: Tensor, size: Sequence[int], block: int, *, ratio: float = 0.7) -> Tensor:
-    """Mark square blocks of a grid whose score is below `ratio` (masked image consistency).
+    """Mark the square blocks of a grid whose score is below `ratio` (masked image consistency).
 
     Args:
         scores: (N, ceil(H / block), ceil(W / block)) floating, uniform in [0, 1).
-        size: Height and width; the last row and column of blocks may be cut.
+        size: Height and width; blocks in the last row and column may be cut off.
         block: Side of a block in pixels.
         ratio: Share of blocks to mark, in [0, 1].
 
     Returns:
-        (N, H, W) bool, True on the blocks that are to be hidden. No host sync.
+        (N, H, W) bool, True on the blocks to hide. No host sync.
 
     Raises:
-        TypeError: If `scores` is not floating, `size` not two ints, or `block` no int.
+        TypeError: If `scores` is not floating, `size` is not two ints, or `block` is not an int.
         ValueError: If a shape or a range is wrong.
 
     Example:
@@ -152,19 +151,18 @@ def block_mask(scores: Tensor, size: Sequence[int], block: int, *, ratio: float 
             f"`scores` must have shape (N, ceil(H / block), ceil(W / block)) = (N, {rows}, {columns}), "
             f"got {tuple(scores.shape)}; draw one number per block."
         )
-    hidden = (scores < ratio)[..., None].expand(-1, -1, -1, block).reshape(-1, rows, 1, columns * block)
-    hidden = hidden[..., :width].expand(-1, -1, block, -1)  # columns first: then whole rows are copied
-    return hidden.reshape(-1, rows * block, width)[:, :height].contiguous()
+    hidden = (scores < ratio).repeat_interleave(block, 1).repeat_interleave(block, 2)
+    return hidden[:, :height, :width].contiguous()
 
 
 class BoxMasks(nn.Module):
-    """One box an image, for `masks=` of `CrossDomainMix` and `ClassMix` (CutMix).
+    """One box per image (CutMix), for `masks=` of `CrossDomainMix` and `ClassMix`.
 
-    A draw is (N, 4) uniform numbers, of which `crossmix.functional.box_mask` makes the boxes.
+    A draw is (N, 4) uniform numbers, which `crossmix.functional.box_mask` turns into boxes.
 
     Args:
-        area: Least and largest share of the image, in [0, 1]; linear in between. UniMatch's by default.
-        aspect: Least and largest width over height, positive; linear in the logarithm in between.
+        area: Smallest and largest share of the image area, in [0, 1]; uniform in between. Default: UniMatch.
+        aspect: Smallest and largest width over height, positive; uniform in the logarithm in between.
 
     Raises:
         ValueError: If a range is wrong.
@@ -184,18 +182,18 @@ class BoxMasks(nn.Module):
     def sample(
         self,
         n: int,
-        size: Sequence[int] | None = None,  # noqa: ARG002 - the boxes of any size are drawn alike
+        size: Sequence[int] | None = None,  # noqa: ARG002 - part of the protocol; the draw does not depend on it
         *,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draw the shapes and places of n boxes.
+        """Draw the shapes and positions of n boxes.
 
         Args:
             n: The number of masks.
-            size: Height and width; not needed.
+            size: Height and width; not used.
             generator: Source of randomness, used on its own device; None uses the global one.
-            device: Where the draw shall be; the generator's device, or torch's default one, when not given.
+            device: Device of the result; by default the generator's device, or torch's default one.
 
         Returns:
             (n, 4) uniform numbers.
@@ -206,14 +204,14 @@ class BoxMasks(nn.Module):
         """Make the masks.
 
         Args:
-            scores: (N, 4) as `sample` draws them.
+            scores: (N, 4), from `sample`.
             size: Height and width.
 
         Returns:
             (N, H, W) bool, True in the box.
 
         Raises:
-            TypeError: If `scores` is not floating, or `size` not two ints.
+            TypeError: If `scores` is not floating, or `size` is not two ints.
             ValueError: If a shape is wrong.
         """
         return box_mask(scores, size, area=self.area, aspect=self.aspect)
@@ -224,20 +222,20 @@ class BoxMasks(nn.Module):
 
 
 class CowMasks(nn.Module):
-    """Blobs, for `masks=` of `CrossDomainMix` and `ClassMix` (CowMix).
+    """Blobs (CowMix), for `masks=` of `CrossDomainMix` and `ClassMix`.
 
-    What `crossmix.functional.cow_mask` makes of white noise by a Gaussian, this makes of the few waves that such a
-    Gaussian leaves: the cosine transform of white noise is white noise, so only those are drawn. Left out is what the
-    narrowest Gaussian damps to less than a hundredth: 0.6 % of the standard deviation. At 512 x 512 pixels that takes a
-    sixtieth of the random numbers and less than a tenth of the time.
+    `crossmix.functional.cow_mask` smooths white noise with a Gaussian. This class draws only the low frequencies that
+    survive such a Gaussian, which has the same distribution because the cosine transform of white noise is white noise.
+    Frequencies that the narrowest Gaussian damps below 0.01 are left out; they make up 0.6 % of the standard deviation.
+    At 512 x 512 pixels this takes a sixtieth of the random numbers and less than a tenth of the time.
 
     Args:
-        sigma: Standard deviation of the Gaussian in pixels, positive: of all images, or the least and the largest, of
-            which each image draws one, linear in the logarithm. The released code's by default.
-        ratio: Share of pixels to mark, in [0, 1]; up to chance, the more so the larger the blobs are.
+        sigma: Standard deviation of the Gaussian in pixels, positive: one for all images, or the smallest and largest
+            of a range from which each image draws one, uniformly in the logarithm. Default: the released code.
+        ratio: Expected share of pixels to mark, in [0, 1]. The actual share varies more the larger the blobs are.
 
     Raises:
-        TypeError: If `sigma` is neither a number nor a pair of them.
+        TypeError: If `sigma` is neither a number nor a pair of numbers.
         ValueError: If `sigma` or `ratio` is out of range.
 
     Example:
@@ -263,16 +261,16 @@ class CowMasks(nn.Module):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draw the sizes and the shapes of the blobs of n masks.
+        """Draw the sizes and shapes of the blobs of n masks.
 
         Args:
             n: The number of masks.
-            size: Height and width, on which the number of waves depends.
+            size: Height and width, which determine the number of waves.
             generator: Source of randomness, used on its own device; None uses the global one.
-            device: Where the draw shall be; the generator's device, or torch's default one, when not given.
+            device: Device of the result; by default the generator's device, or torch's default one.
 
         Returns:
-            (n, 1 + waves) uniform numbers, of which the first draws sigma, the others the heights of the waves.
+            (n, 1 + waves) uniform numbers, of which the first gives sigma and the others the amplitudes of the waves.
 
         Raises:
             TypeError: If `size` is not two ints.
@@ -287,14 +285,14 @@ class CowMasks(nn.Module):
         """Make the masks.
 
         Args:
-            scores: (N, 1 + waves) as `sample` draws them for this size.
+            scores: (N, 1 + waves), from `sample` for this size.
             size: Height and width.
 
         Returns:
             (N, H, W) bool, True in the blobs. No host sync.
 
         Raises:
-            TypeError: If `scores` is not floating, or `size` not two ints.
+            TypeError: If `scores` is not floating, or `size` is not two ints.
             ValueError: If a shape is wrong.
         """
         height, width = _check_size(size)
@@ -311,10 +309,10 @@ class CowMasks(nn.Module):
         down, down_frequency = _cosines(height, rows, scores)
         across, across_frequency = _cosines(width, columns, scores)
         frequency = (down_frequency[:, None].square() + across_frequency.square()).sqrt()
-        # From that of the longest wave on: a Gaussian wider than the image would damp all of them to 0.
+        # Relative to the longest wave: a Gaussian wider than the image would damp every wave to 0.
         above = (frequency.square() - (math.pi / max(height, width)) ** 2).clamp(min=0)
-        damping = (-0.5 * sigma.square() * above).exp() * (frequency > 0)  # nothing is left of the level
-        # Uniform numbers as normal ones; what would be infinite is the largest there is.
+        damping = (-0.5 * sigma.square() * above).exp() * (frequency > 0)  # drop the constant component
+        # Uniform numbers to normal ones, (N, rows, columns); clamped where the result would be infinite.
         heights = (2 * scores[:, 1:] - 1).clamp(-ALMOST_ONE, ALMOST_ONE).erfinv().reshape(-1, rows, columns)
         heights = heights * damping
         # The waves are orthonormal, so their squares sum up to those of the pixels.
@@ -331,7 +329,7 @@ class CowMasks(nn.Module):
         return torch.cat([even > odd.neg_(), lower], 1)
 
     def _waves(self, length: int) -> int:
-        """How many waves count on a side of an image, the level among them: the others are damped below a hundredth."""
+        """Number of waves along one side, including the constant one, that are not damped below 0.01."""
         return min(length, max(2, math.ceil(CUT * length / (math.pi * self.sigma[0]))))
 
     def extra_repr(self) -> str:
@@ -346,9 +344,9 @@ def _quantile(std: Tensor, ratio: float) -> Tensor:
 
 
 def _cosines(length: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The `count` longest waves of a cosine transform, orthonormal, (length, count), and their frequencies, (count,).
+    """The `count` longest waves of an orthonormal cosine transform, (length, count), and their frequencies, (count,).
 
-    They mirror at the border, beyond the edge pixel.
+    They are symmetric at the border, half a pixel beyond the edge pixel.
     """
     frequency = torch.arange(count, device=like.device, dtype=like.dtype) * (math.pi / length)
     pixel = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
@@ -359,9 +357,9 @@ def _cosines(length: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inside(length: Tensor, place: Tensor, size: int) -> Tensor:
-    """Which of the pixels 0..size-1 lie on a side of a length (N, 1) that begins at a share `place` of where it fits.
+    """Mark an interval of a length (N, 1) among pixels 0..size-1, as (N, size) bool.
 
-    Every one of the places, as many as there are whole pixels left and one more, is equally likely.
+    `place` in [0, 1) selects one of the size - length + 1 positions where it fits, all equally likely.
     """
     length = length.round().clamp(1, size)
     start = (place * (size - length + 1)).floor().minimum(size - length)
@@ -381,7 +379,7 @@ def _smoothing(sigma: Tensor, size: int, known: float | None) -> tuple[Tensor, T
         size: The number of pixels.
         known: The one value of sigma, or None where it is not looked at.
     """
-    from kornia.filters import get_gaussian_kernel1d  # noqa: PLC0415 - takes longer to import than all of crossmix
+    from kornia.filters import get_gaussian_kernel1d  # noqa: PLC0415 - importing kornia takes longer than crossmix
 
     reach, count = max(size - 1, 1), size
     cut = math.sqrt(-2 * math.log(torch.finfo(sigma.dtype).eps))  # a Gaussian is less than eps there
@@ -403,13 +401,13 @@ def _smoothing(sigma: Tensor, size: int, known: float | None) -> tuple[Tensor, T
 
 
 def _check_sigma(sigma: float | Tensor, noise: Tensor) -> Tensor:
-    """Sigma as (1,) or (N,) on the device of the noise, where a value that the host knows is positive."""
+    """Sigma as (1,) or (N,) on the device of the noise, with its value checked if the host knows it."""
     if isinstance(sigma, Tensor):
         _check_floating("sigma", sigma)
         if sigma.ndim != 1 or len(sigma) != len(noise):
             raise ValueError(
                 f"`sigma` must be a number or have shape (N,) = ({len(noise)},), got {tuple(sigma.shape)}; "
-                "give one per image."
+                "pass one per image."
             )
         check_same_device(noise=noise, sigma=sigma)
         check_positive("sigma", sigma, "it is in pixels")
@@ -451,19 +449,19 @@ def _check_floating(name: str, value: Tensor) -> None:
 class MaskedImages(nn.Module):
     """Hide square blocks of each image, for masked image consistency (MIC).
 
-    A network that has to label the whole image, from what is left of it, learns from context. The authors multiply
-    normalised images by 0, which is the mean colour; here images are in [0, 1], so the mean colour is filled in.
+    A network that has to label the whole image from the visible part learns to use context. The authors multiply
+    normalised images by 0, which is the mean colour; here images are in [0, 1], so blocks are filled with that colour.
 
     Args:
-        block: Side of a block in pixels, no longer than the images' sides. None goes by their size: 64, or 32 where no
-            side is longer than 512, as the authors have it, and on smaller images than that the shorter side.
-        ratio: Share of blocks to hide, in [0, 1]; each is drawn by itself.
-        fill: What hidden pixels become, a number per channel: the mean colour of ImageNet. Where images are normalised
-            before they come here, the fill has to be too: `(0.0, 0.0, 0.0)` by the statistics of ImageNet.
+        block: Side of a block in pixels, at most the shorter side of the images. None chooses by their size, as the
+            authors do: 64, or 32 if no side exceeds 512; never more than the shorter side.
+        ratio: Share of blocks to hide, in [0, 1]; each block is drawn independently.
+        fill: Value of hidden pixels per channel; the mean colour of ImageNet by default. For images that are already
+            normalised, pass the normalised value: `(0.0, 0.0, 0.0)` for ImageNet statistics.
 
     Raises:
-        TypeError: If `block` is no int, or `ratio` or `fill` no numbers.
-        ValueError: If one is out of range.
+        TypeError: If `block` is not an int, or `ratio` or `fill` are not numbers.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> hide = MaskedImages(block=2, fill=(0.0, 0.5, 1.0))
@@ -496,13 +494,13 @@ class MaskedImages(nn.Module):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draw a number for each block, which does not depend on the images.
+        """Draw a number for each block, independently of the images.
 
         Args:
             n: The number of images.
             size: Their height and width.
             generator: Source of randomness, used on its own device; None uses the global one.
-            device: Where the draw shall be; the generator's device, or torch's default one, when not given.
+            device: Device of the result; by default the generator's device, or torch's default one.
 
         Returns:
             (N, ceil(H / block), ceil(W / block)) float32, uniform in [0, 1).
@@ -521,13 +519,12 @@ class MaskedImages(nn.Module):
         """Hide the blocks whose score is below `ratio`.
 
         Args:
-            images: (N, C, H, W) floating, of as many channels as `fill` has; H and W need not be multiples of `block`.
-            scores: What `sample` returned, to replay it.
-            generator: Source of randomness; None uses the global one. Cannot be traced by `torch.compile`: use
-                `scores`.
+            images: (N, C, H, W) floating, with as many channels as `fill`; H and W need not be multiples of `block`.
+            scores: A draw from `sample`, to replay it.
+            generator: Source of randomness; None uses the global one. `torch.compile` cannot trace it: use `scores`.
 
         Returns:
-            (N, C, H, W) in the dtype and the memory format of `images`. No host sync.
+            (N, C, H, W) in the dtype and memory format of `images`. No host sync.
 
         Raises:
             TypeError: If a dtype is wrong.
@@ -543,7 +540,7 @@ class MaskedImages(nn.Module):
             raise ValueError(
                 f"`scores` is for {len(scores)} images but `images` holds {len(images)}; sample for this batch size."
             )
-        fill = torch.stack([images.new_full((1, 1), value) for value in self.fill])  # a list would wait for its copy
+        fill = torch.stack([images.new_full((1, 1), value) for value in self.fill])  # torch.tensor(list) would sync
         return torch.where(hidden[:, None], fill, images)
 
     def extra_repr(self) -> str:
@@ -551,12 +548,12 @@ class MaskedImages(nn.Module):
         return f"block={self.block}, ratio={self.ratio}, fill={self.fill}"
 
     def _side(self, height: int, width: int) -> int:
-        """The side of a block in images of a size."""
+        """The side of a block for images of this size."""
         if self.block is None:
             return min(64 if max(height, width) > 512 else 32, height, width)
         if self.block > min(height, width):
             raise ValueError(
-                f"`block` must fit into the images, got {self.block} pixels for images of {height} x {width}; take a "
-                "smaller one, or None to go by their size."
+                f"`block` must fit into the images, got {self.block} pixels for images of {height} x {width}; use a "
+                "smaller one, or None to choose by image size."
             )
         return self.block

@@ -1,4 +1,4 @@
-"""The confusion matrix of a whole data set, and intersection over union from it: the benchmark's definition of mIoU."""
+"""Confusion matrix over a whole data set, and the intersection over union (IoU) computed from it."""
 
 import operator
 from collections.abc import Iterable
@@ -18,10 +18,10 @@ class IoU(NamedTuple):
     """Intersection over union, as fractions.
 
     Attributes:
-        per_class: (C,) float64 on the CPU; NaN for a class that is in neither labels nor predictions, and for one that
-            is ignored.
-        mean: Mean over classes, NaN left out; NaN where nothing is left.
-        pixel_accuracy: Share of labelled pixels that are predicted right; NaN without any.
+        per_class: (C,) float64 on the CPU; NaN for a class absent from both labels and predictions, and for an ignored
+            one.
+        mean: Mean over classes without the NaN ones; NaN if none is left.
+        pixel_accuracy: Share of labelled pixels predicted correctly; NaN if there are none.
     """
 
     per_class: Tensor
@@ -30,16 +30,16 @@ class IoU(NamedTuple):
 
 
 class ConfusionMatrix(nn.Module):
-    """Count label and prediction pairs over a data set.
+    """Accumulate a confusion matrix over a data set.
 
-    IoU_c = TP_c / (TP_c + FP_c + FN_c), with the counts of all images together, not a mean over images.
+    IoU_c = TP_c / (TP_c + FP_c + FN_c), from the counts of all images together, not a mean over images.
+
+    On a GPU, `update` does not sync; invalid predictions are then reported by `compute`.
 
     Args:
         num_classes: The number of classes C.
-        ignore_index: The id of ignored pixels in labels. Where it is one of the classes, that class has no score and
-            does not count in the mean; to predict it at a labelled pixel is an error like any other.
-
-    On a GPU `update` does not wait for the device; a prediction that is no class is then found by `compute`.
+        ignore_index: The id of ignored pixels in labels. If it is one of the classes, that class has no score and is
+            left out of the mean; predicting it at a labelled pixel still counts as an error.
 
     State:
         `counts`: (C, C) int64 buffer, rows labels, columns predictions; changed by `update` and `reset`.
@@ -78,13 +78,13 @@ class ConfusionMatrix(nn.Module):
 
         Raises:
             TypeError: If a dtype is wrong.
-            ValueError: If shapes or devices disagree, or a prediction at a labelled pixel is no class.
+            ValueError: If shapes or devices disagree, or a prediction at a labelled pixel is not a class id.
         """
         check_labels("predictions", predictions)
         check_labels("labels", labels)
         check_same_shape("predictions", predictions.shape, "labels", labels.shape)
         check_same_device(labels=labels, predictions=predictions)
-        size = self.num_classes + 2  # whatever is below the classes comes first, whatever is above them last
+        size = self.num_classes + 2  # one extra bin below and one above the class ids
         index = self._clamped(labels) * size + self._clamped(predictions)
         pairs = _count(index.flatten(), size * size).view(size, size)[1:-1].to(self.counts.device)
         if 0 <= self.ignore_index < self.num_classes:
@@ -97,39 +97,38 @@ class ConfusionMatrix(nn.Module):
         self._merged = None
 
     def merge(self) -> None:
-        """Add up the counts of all ranks for `compute`; twice, or without a process group, it changes nothing.
+        """Sum the counts of all ranks for `compute`. Idempotent, and a no-op without a process group.
 
-        Predictions that are no class are counted too, so that `compute` fails on every rank or on none.
+        Invalid predictions are summed too, so that `compute` raises on every rank or on none.
         """
         self._merged = all_reduce_sum(self._state())
 
     def reset(self) -> None:
-        """Forget all counts."""
+        """Reset all counts to 0."""
         self.counts.zero_()
         self.invalid.zero_()
         self._merged = None
 
     def compute(self, classes: Iterable[int] | None = None) -> IoU:
-        """Compute the scores from the counts, those of all ranks after `merge`.
+        """Compute the scores from the counts; after `merge`, from those of all ranks.
 
         Args:
-            classes: Class ids that the mean is taken over, e.g. the 16 or 13 classes of SYNTHIA; all of them by
-                default. Pixels of the others still count as errors where they are predicted as one of these, or the
-                reverse.
+            classes: Class ids to average over, e.g. the 16 or 13 classes of SYNTHIA; all by default. Confusions between
+                these and the other classes still count as errors.
 
         Returns:
             The scores; `per_class` always has all C entries.
 
         Raises:
-            TypeError: If a class id is no whole number.
-            ValueError: If a class id is out of range or there are none, or a prediction on a GPU was no class.
+            TypeError: If a class id is not an integer.
+            ValueError: If a class id is out of range, there are none, or a prediction on a GPU was not a class id.
         """
         state = (self._state() if self._merged is None else self._merged).cpu()
         if state[-1]:
             self._refuse()
         chosen = [operator.index(one) for one in (range(self.num_classes) if classes is None else classes)]
         if not chosen or min(chosen) < 0 or max(chosen) >= self.num_classes:
-            raise ValueError(f"`classes` must be ids in 0..{self.num_classes - 1}, got {chosen}; name some.")
+            raise ValueError(f"`classes` must be ids in 0..{self.num_classes - 1}, got {chosen}; pass at least one.")
         counts = state[:-1].view(self.counts.shape).double()
         hits = counts.diagonal()
         per_class = hits / (counts.sum(0) + counts.sum(1) - hits)  # 0 / 0 is NaN: absent from both
@@ -142,19 +141,19 @@ class ConfusionMatrix(nn.Module):
         )
 
     def _state(self) -> Tensor:
-        """Everything counted, in one row: what ranks add up in one go."""
+        """All counts in one vector, so that ranks need a single all-reduce."""
         return torch.cat([self.counts.flatten(), self.invalid[None]])
 
     def _clamped(self, ids: Tensor) -> Tensor:
-        """Class ids plus one as int32, 0 for what is below and C + 1 for what is above."""
+        """Class ids plus one as int32: 0 for ids below the classes, C + 1 for ids above."""
         if ids.dtype == torch.int64:
-            ids = ids.clamp(-1, self.num_classes)  # before it gets narrower
+            ids = ids.clamp(-1, self.num_classes)  # before narrowing to int32
         return ids.to(torch.int32).clamp(-1, self.num_classes) + 1
 
     def _refuse(self) -> None:
         raise ValueError(
-            f"`predictions` must lie in 0..{self.num_classes - 1} where there is a label, got others; take the argmax "
-            f"over {self.num_classes} classes."
+            f"`predictions` must lie in 0..{self.num_classes - 1} at labelled pixels, got other values; take the "
+            f"argmax over {self.num_classes} classes."
         )
 
     @override
@@ -164,13 +163,13 @@ class ConfusionMatrix(nn.Module):
 
 
 def _forget(matrix: ConfusionMatrix, _: object) -> None:
-    """A loaded state takes the place of everything counted before, here and on other ranks."""
+    """Discard derived counts when a state is loaded, which replaces everything counted before."""
     matrix.invalid.zero_()
     matrix._merged = None
 
 
 def _count(ids: Tensor, size: int) -> Tensor:
-    """How often each of 0..size - 1 occurs; `bincount` waits for a GPU."""
+    """Count the ids 0..size - 1. On a GPU `bincount` would sync, so use `scatter_add_`."""
     if ids.device.type == "cpu":
         return torch.bincount(ids, minlength=size)
     return torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_add_(

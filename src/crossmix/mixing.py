@@ -1,4 +1,4 @@
-"""Class-wise mixing of image batches, without a loop over images and without waiting for the GPU.
+"""Class-wise mixing of image batches, without a loop over images and without host syncs.
 
 ClassMix: Olsson et al., WACV 2021, https://arxiv.org/abs/2007.07936
 CrossDomainMix: Tranheden et al. (DACS), WACV 2021, https://arxiv.org/abs/2007.08702
@@ -26,7 +26,7 @@ from crossmix._checks import (
 )
 from crossmix._class_codes import Indices, Words, class_codes
 from crossmix._class_weights import buffer_of, kept_in_float32, shown
-from crossmix._compiled_mix import stored, where
+from crossmix._compiled import stored, where
 from crossmix._tensors import arithmetic, at_least_float32, uniform
 
 __all__ = ["ClassMix", "CrossDomainMix", "MaskSource", "Mixed", "class_mask", "mix", "sample_classes"]
@@ -37,7 +37,7 @@ Rounding = Literal["ceil", "floor"]
 
 
 class Mixed(NamedTuple):
-    """A mixed batch: every pixel, its label and its weight come from one side together.
+    """A mixed batch, in which each pixel, its label and its weight come from the same image.
 
     Attributes:
         images: (N, C, H, W) floating.
@@ -53,7 +53,7 @@ class Mixed(NamedTuple):
 
 
 class MaskSource(Protocol):
-    """Where masks come from if not from classes: `BoxMasks`, `CowMasks`, or anything that has these two methods."""
+    """A source of masks other than classes: `BoxMasks`, `CowMasks`, or any object with these two methods."""
 
     def sample(
         self,
@@ -64,10 +64,10 @@ class MaskSource(Protocol):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draw everything random about n masks of a size (H, W) as one tensor of n rows, one for each mask."""
+        """Draw all randomness of n masks of size (H, W) as one tensor with a row per mask."""
 
     def __call__(self, scores: Tensor, size: tuple[int, int], /) -> Tensor:
-        """Make of such rows (N, H, W) bool masks, each of its row alone and without a host sync."""
+        """Turn such rows into (N, H, W) bool masks, each from its own row only and without a host sync."""
 
 
 def sample_classes(
@@ -85,12 +85,12 @@ def sample_classes(
 ) -> Tensor:
     """Draw ceil(ratio * n) of the n classes present in each label map, uniformly without replacement.
 
-    The paper draws half of the classes (section 3.1); the released code rounds up and lets the ignored pixels count as
-    one more class, which `include_ignored=True` does. ClassMix rounds down; DAFormer and MIC draw from the classes of
-    the `whole_batch`.
+    The paper draws half of the classes (section 3.1). The released code rounds up and counts ignored pixels as one more
+    class (`include_ignored=True`). ClassMix rounds down (`rounding="floor"`); DAFormer and MIC draw from the classes of
+    the whole batch (`whole_batch=True`).
 
-    With `class_weights` the classes with the lowest -log(1 - scores) / class_weights are taken: each next one is drawn
-    with odds in proportion to the weights of those that are left.
+    With `class_weights`, the classes with the lowest -log(1 - scores) / class_weights are drawn: each draw picks one of
+    the remaining classes with probability proportional to its weight.
 
     Args:
         labels: (N, H, W) uint8, int16, int32 or int64. Ids outside 0..num_classes-1 count as ignored.
@@ -98,24 +98,24 @@ def sample_classes(
         ratio: Share of the present classes to draw, in [0, 1].
         ignore_index: The id of ignored pixels.
         include_ignored: Whether ignored pixels count as one more class; otherwise they are never drawn.
-        rounding: `"ceil"` rounds the number of drawn classes up, `"floor"` down: then a lone class is never drawn at
-            ratio 0.5.
-        whole_batch: Whether each image draws, independently, from the classes that are present anywhere in the batch:
-            what it does not have itself marks nothing. Its draw then depends on which images share the batch, and on
-            several ranks on which share a rank.
-        class_weights: (C,) floating, positive: the odds of the classes. Ignored pixels, where they count, have the mean
-            of these. Equal odds when not given.
-        scores: (N, C + 1) uniform numbers; the present classes with the lowest ones are taken, the lower id first among
-            equals. Drawn when not given.
-        generator: Source of the scores, drawn on its own device; None uses the global one. Cannot be traced by
-            `torch.compile`: hand in `scores` there.
+        rounding: `"ceil"` rounds the number of drawn classes up, `"floor"` down. With `"floor"` and ratio 0.5 a single
+            class is never drawn.
+        whole_batch: Whether each image draws, independently, from the classes present anywhere in the batch. A drawn
+            class that an image lacks marks nothing. The draw then depends on which images share the batch (on each
+            rank).
+        class_weights: (C,) floating, positive: relative odds of the classes; equal odds if not given. Ignored pixels,
+            where they count as a class, get the mean weight.
+        scores: (N, C + 1) uniform numbers; the present classes with the lowest scores are drawn, ties going to the
+            lower id. Drawn if not given.
+        generator: Generator of the scores, used on its own device; None uses the global one. `torch.compile` cannot
+            trace it; pass `scores` there.
 
     Returns:
         (N, C + 1) bool on the device of `labels`; the last column stands for ignored pixels. No host sync.
 
     Raises:
-        TypeError: If `labels` is not an accepted integer tensor, or `class_weights` not floating.
-        ValueError: If a shape, a device, the ratio or the rounding is wrong, or a weight on a CPU is not positive.
+        TypeError: If `labels` is not an accepted integer tensor, or `class_weights` is not floating.
+        ValueError: If a shape, a device, the ratio or the rounding is wrong, or a weight on the CPU is not positive.
 
     Example:
         >>> labels = torch.tensor([[[0, 0, 2], [2, 3, 255]]])
@@ -141,11 +141,11 @@ def sample_classes(
 
 
 def class_mask(labels: Tensor, classes: Tensor, *, ignore_index: int = 255) -> Tensor:
-    """Mark the pixels whose class is chosen: the binary mask M of the paper's Eq. (1).
+    """Mark the pixels whose class was drawn: the binary mask M of the paper's Eq. (1).
 
     Args:
         labels: (N, H, W) uint8, int16, int32 or int64. Ids outside 0..C-1 count as ignored.
-        classes: (N, C + 1) bool as `sample_classes` draws it; the last column stands for ignored pixels.
+        classes: (N, C + 1) bool, from `sample_classes`; the last column stands for ignored pixels.
         ignore_index: The id of ignored pixels.
 
     Returns:
@@ -199,13 +199,13 @@ def mix(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
         per_image = value.ndim == 1 and value.shape == mask.shape[:1]
         if not per_image and (value.ndim < 3 or _pixels(value) != tuple(mask.shape)):
             raise ValueError(
-                f"`{name}` must have shape (N, ..., H, W) or (N,) to go with `mask` {tuple(mask.shape)}, "
+                f"`{name}` must have shape (N, ..., H, W) or (N,) to match `mask` {tuple(mask.shape)}, "
                 f"got {tuple(value.shape)}; crop or resize it to the mask."
             )
     if pasted.ndim >= 3 and base.ndim >= 3 and pasted.shape != base.shape:
         raise ValueError(
-            f"`pasted` {tuple(pasted.shape)} and `base` {tuple(base.shape)} must have one shape; "
-            "give both the same channels."
+            f"`pasted` {tuple(pasted.shape)} and `base` {tuple(base.shape)} must have the same shape; "
+            "check their channels."
         )
     dims = max(pasted.ndim, base.ndim, 3)
     pasted, base = _broadcast(pasted, dims), _broadcast(base, dims)
@@ -216,10 +216,10 @@ def mix(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Mix(nn.Module):
-    """What both mixes have in common: where their mask comes from."""
+    """Options and masks shared by `ClassMix` and `CrossDomainMix`."""
 
     class_weights: Tensor | None
-    masks: Any  # a MaskSource, as it was given
+    masks: Any  # a MaskSource; Any keeps the attributes of the given object accessible
 
     def __init__(
         self,
@@ -240,7 +240,7 @@ class _Mix(nn.Module):
         check_choice("rounding", rounding, ("ceil", "floor"))
         _check_masks(masks)
         if masks is not None and class_weights is not None:
-            raise ValueError("`class_weights` and `masks` must not both be given; `masks` take the place of classes.")
+            raise ValueError("`class_weights` and `masks` must not both be given; `masks` replace the drawn classes.")
         self.num_classes = num_classes
         self.ratio = ratio
         self.ignore_index = ignore_index
@@ -258,16 +258,16 @@ class _Mix(nn.Module):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draw everything random of `forward` as one tensor, before images and labels are known.
+        """Draw all randomness of `forward` as one tensor, independently of images and labels.
 
         Args:
             n: The number of mixed images.
-            size: Their height and width, where `masks` need them; classes and boxes do not.
+            size: Their height and width, if `masks` need it; classes and boxes do not.
             generator: Source of randomness, used on its own device; None uses the global one.
-            device: Where the draw shall be; the generator's device, or torch's default one, when not given.
+            device: Device of the result; by default the generator's device, or torch's default one.
 
         Returns:
-            A tensor of n rows for `forward(scores=...)`, of (n, C + 1) uniform numbers or what `masks.sample` returns.
+            A tensor of n rows for `forward(scores=...)`: (n, C + 1) uniform numbers, or the result of `masks.sample`.
         """
         if self.masks is None:
             return uniform((n, self.num_classes + 1), generator=generator, device=device)
@@ -287,7 +287,7 @@ class _Mix(nn.Module):
         check_labels("labels", labels)
         if self.masks is not None:
             raise ValueError(
-                "`sample` draws classes, but this mix has `masks` in their place; `sample_scores` makes their draw."
+                "`sample` draws classes, but this mix uses `masks` instead; use `sample_scores` to draw for them."
             )
         codes = class_codes(labels, self.num_classes, self.ignore_index)
         return self._draw(codes, _scores(labels, self.num_classes, None, generator))
@@ -311,17 +311,17 @@ class _Mix(nn.Module):
         mask: Tensor | None,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """Where to paste: as given, or drawn; of classes, reading the label maps once."""
+        """The mask to paste with, given or drawn. With classes, the label maps are read only once."""
         given = [f"`{k}`" for k, v in {"classes": classes, "scores": scores, "mask": mask}.items() if v is not None]
         if len(given) > 1:
             raise ValueError(
-                f"{' and '.join(given)} must not both be given; each of them says what to paste: keep one."
+                f"{' and '.join(given)} must not both be given, since each of them defines the mask; keep one."
             )
         if mask is not None:
             return _checked_mask("mask", mask, labels)
         if self.masks is not None:
             if classes is not None:
-                raise ValueError("`classes` must be None, since this mix has `masks` in their place; hand in `scores`.")
+                raise ValueError("`classes` must be None, since this mix uses `masks` instead; pass `scores`.")
             size = (labels.shape[1], labels.shape[2])
             if scores is None:
                 scores = self.masks.sample(len(labels), size, generator=generator, device=labels.device)
@@ -348,7 +348,7 @@ class ClassMix(_Mix):
     those of `CrossDomainMix`. The authors of ClassMix round the number of classes down: `rounding="floor"`.
 
     Raises:
-        TypeError: If `masks` or `class_weights` is nothing of that kind.
+        TypeError: If `masks` or `class_weights` has a wrong type.
         ValueError: If an argument is out of range.
 
     Example:
@@ -367,14 +367,14 @@ class ClassMix(_Mix):
         """Draw the classes to paste from each label map; see `crossmix.functional.sample_classes`.
 
         Args:
-            labels: (N, H, W) integer label maps of the images that are pasted.
+            labels: (N, H, W) integer label maps of the pasted images.
             generator: Source of randomness; None uses the global one.
 
         Returns:
             (N, C + 1) bool.
 
         Raises:
-            ValueError: If this mix has `masks`, which take the place of classes.
+            ValueError: If this mix uses `masks` instead of classes.
         """
         return self._sample(labels, generator)
 
@@ -389,19 +389,19 @@ class ClassMix(_Mix):
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Mixed:
-        """Mix a batch with itself. Of `classes`, `scores` and `mask` at most one can be given.
+        """Mix a batch with itself. Pass at most one of `classes`, `scores` and `mask`.
 
         Args:
             images: (N, C, H, W) floating, any N.
-            labels: (N, H, W) integer: pseudo-labels, or ground truth.
-            weights: (N, H, W) or (N,) floating loss weights; ones when not given.
-            classes: (N, num_classes + 1) bool, the classes to paste; drawn when not given.
-            scores: The random numbers to draw with, as `sample_scores` returns them.
-            mask: (N, H, W) bool, a mask that is ready: True where image i is pasted.
+            labels: (N, H, W) integer pseudo-labels or ground truth.
+            weights: (N, H, W) or (N,) floating loss weights; ones if not given.
+            classes: (N, num_classes + 1) bool, the classes to paste; drawn if not given.
+            scores: The random numbers to draw with, from `sample_scores`.
+            mask: (N, H, W) bool, a ready-made mask: True where image i is pasted.
             generator: Source of randomness; None uses the global one.
 
         Returns:
-            The mixed batch; image i holds what is pasted from image i onto image (i + 1) mod N.
+            The mixed batch; its image i is image i pasted onto image (i + 1) mod N.
 
         Raises:
             TypeError: If a dtype is wrong.
@@ -414,8 +414,8 @@ class ClassMix(_Mix):
         check_same_device(images=images, labels=labels, weights=weights)
         mask = self._mask(labels, classes, scores, mask, generator)
         return Mixed(
-            labels=mix(labels, labels.roll(-1, 0), mask),  # first, while the cache holds them
             images=mix(images, images.roll(-1, 0), mask),
+            labels=mix(labels, labels.roll(-1, 0), mask),
             weights=mix(weights, weights.roll(-1, 0), mask),
             mask=stored(mask),
         )
@@ -430,18 +430,18 @@ class CrossDomainMix(_Mix):
         num_classes: The number of classes C.
         ratio: Share of the present classes to paste, in [0, 1].
         ignore_index: The id of ignored pixels.
-        include_ignored: Whether ignored pixels count as one more class, as in the released code, where the void of the
-            source can be pasted (and then carries no loss). The paper's text never draws them.
-        rounding: Whether the number of pasted classes is rounded `"ceil"`, up, or `"floor"`, down.
+        include_ignored: Whether ignored pixels count as one more class, as in the released code: ignored source pixels
+            can then be pasted (and carry no loss). The paper's text never draws them.
+        rounding: Whether to round the number of pasted classes up, `"ceil"`, or down, `"floor"`.
         whole_batch: Whether to draw from the classes of the whole batch instead of the image's own (DAFormer, MIC).
-        class_weights: (C,) positive odds of the classes, such as larger ones for rare classes; equal when not given.
-            Ignored pixels, where they count, have their mean. A buffer that is not saved, and stays in float32 where
-            the module is cast to less.
-        masks: Another source of masks than classes: `BoxMasks`, `CowMasks`, or any `MaskSource`. What chooses classes
-            is then without effect, and ignored pixels are pasted as all others.
+        class_weights: (C,) positive relative odds of the classes, for example larger ones for rare classes; equal if
+            not given. Ignored pixels, where they count as a class, get the mean weight. Held in a non-persistent buffer
+            that stays in float32 when the module is cast to a lower precision.
+        masks: A source of masks other than classes: `BoxMasks`, `CowMasks`, or any `MaskSource`. The options that
+            choose classes then have no effect, and ignored pixels are pasted like all others.
 
     Raises:
-        TypeError: If `masks` or `class_weights` is nothing of that kind.
+        TypeError: If `masks` or `class_weights` has a wrong type.
         ValueError: If an argument is out of range.
 
     Example:
@@ -465,7 +465,7 @@ class CrossDomainMix(_Mix):
             (N, C + 1) bool.
 
         Raises:
-            ValueError: If this mix has `masks`, which take the place of classes.
+            ValueError: If this mix uses `masks` instead of classes.
         """
         return self._sample(source_labels, generator)
 
@@ -482,21 +482,21 @@ class CrossDomainMix(_Mix):
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Mixed:
-        """Mix a source batch onto a target batch of the same size. `classes`, `scores`, `mask`: at most one.
+        """Paste a source batch onto a target batch of the same size. Pass at most one of `classes`, `scores`, `mask`.
 
         Args:
             source_images: (N, C, H, W) floating, any N.
             source_labels: (N, H, W) integer ground truth.
             target_images: (N, C, H, W) floating.
-            target_labels: (N, H, W) integer pseudo-labels; another integer dtype than the source's promotes.
-            target_weights: (N, H, W) or (N,) floating loss weights of the target pixels; ones when not given.
-            classes: (N, num_classes + 1) bool, the source classes to paste; drawn when not given.
-            scores: The random numbers to draw with, as `sample_scores` returns them.
-            mask: (N, H, W) bool, a mask that is ready: True where the source is pasted.
+            target_labels: (N, H, W) integer pseudo-labels; different integer dtypes promote.
+            target_weights: (N, H, W) or (N,) floating loss weights of the target pixels; ones if not given.
+            classes: (N, num_classes + 1) bool, the source classes to paste; drawn if not given.
+            scores: The random numbers to draw with, from `sample_scores`.
+            mask: (N, H, W) bool, a ready-made mask: True where the source is pasted.
             generator: Source of randomness; None uses the global one.
 
         Returns:
-            The mixed batch; source pixels weigh 1.
+            The mixed batch; source pixels have weight 1.
 
         Raises:
             TypeError: If a dtype is wrong.
@@ -519,8 +519,8 @@ class CrossDomainMix(_Mix):
         )
         mask = self._mask(source_labels, classes, scores, mask, generator)
         return Mixed(
-            labels=mix(source_labels, target_labels, mask),  # first, while the cache holds them
             images=mix(source_images, target_images, mask),
+            labels=mix(source_labels, target_labels, mask),
             weights=mix(weights.new_ones(len(weights)), weights, mask),
             mask=stored(mask),
         )
@@ -536,7 +536,7 @@ def _draw(
     whole_batch: bool,
     class_weights: Tensor | None,
 ) -> Tensor:
-    """The present classes with the lowest scores, (N, C + 1) bool; the lower id first among equals."""
+    """The present classes with the lowest scores, (N, C + 1) bool; ties go to the lower id."""
     present = codes.present()
     columns = present.shape[1]
     if not include_ignored:
@@ -546,7 +546,7 @@ def _draw(
     if class_weights is not None:
         check_same_device(labels=present, class_weights=class_weights)
         weights = at_least_float32(class_weights)
-        # The first of clocks that ring after exponential times rings first with a chance in proportion to its rate.
+        # Exponential race: of independent exponential times, the smallest belongs to i with odds equal to its rate.
         scores = -torch.log1p(-at_least_float32(scores)) / torch.cat([weights, weights.mean()[None]])
     count = _share(present.sum(1, keepdim=True), ratio, columns, rounding)
     order = scores.argsort(dim=1, stable=True)
@@ -555,10 +555,10 @@ def _draw(
 
 
 def _share(n: Tensor, ratio: float, most: int, rounding: Rounding) -> Tensor:
-    """math.ceil or math.floor of ratio * n for n = 0..most exactly, without float64, which not every device has.
+    """math.ceil or math.floor of ratio * n, exact for n = 0..most, without float64 (which MPS lacks).
 
-    Computed in fixed point. That is off where a product of doubles lies beside or on a whole number; the host knows
-    those n, and for most ratios there are none.
+    Computed in fixed point, which can be off by one where the double-precision product is a whole number or next to
+    one. The host corrects these n; for most ratios there are none.
     """
     exact, almost_one = (math.ceil, FIXED - 1) if rounding == "ceil" else (math.floor, 0)
     share = int(ratio * FIXED)
@@ -578,7 +578,7 @@ def _scores(labels: Tensor, num_classes: int, scores: Tensor | None, generator: 
     if tuple(scores.shape) != shape:
         raise ValueError(
             f"`scores` must have shape (N, num_classes + 1) = {shape}, got {tuple(scores.shape)}; "
-            "draw one number per image and class, and one for the ignored pixels."
+            "draw one number per image and class, plus one for ignored pixels."
         )
     check_same_device(labels=labels, scores=scores)
     return scores
@@ -587,7 +587,7 @@ def _scores(labels: Tensor, num_classes: int, scores: Tensor | None, generator: 
 def _check_classes(classes: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
     check_tensor("classes", classes)
     if classes.dtype != torch.bool:
-        raise TypeError(f"`classes` must be bool, got {classes.dtype}; `sample_classes` draws such a tensor.")
+        raise TypeError(f"`classes` must be bool, got {classes.dtype}; use `sample_classes`.")
     columns = None if num_classes is None else num_classes + 1
     if (
         classes.ndim != 2
@@ -597,7 +597,7 @@ def _check_classes(classes: Tensor, labels: Tensor, num_classes: int | None = No
     ):
         raise ValueError(
             f"`classes` must have shape (N, num_classes + 1) = ({len(labels)}, {columns or 'C + 1'}), "
-            f"got {tuple(classes.shape)}; `sample_classes` draws such a tensor."
+            f"got {tuple(classes.shape)}; use `sample_classes`."
         )
     check_same_device(labels=labels, classes=classes)
 
@@ -608,13 +608,13 @@ def _check_bool(name: str, mask: Tensor) -> None:
 
 
 def _checked_mask(name: str, mask: Tensor, labels: Tensor) -> Tensor:
-    """A mask that was given, once it is known to fit the label maps."""
+    """Check that a given mask fits the label maps, and return it."""
     check_tensor(name, mask)
     _check_bool(name, mask)
     if tuple(mask.shape) != tuple(labels.shape):
         raise ValueError(
             f"`{name}` must have shape (N, H, W) = {tuple(labels.shape)}, got {tuple(mask.shape)}; "
-            "give one mask per image, without a channel dimension."
+            "pass one mask per image, without a channel dimension."
         )
     check_same_device(labels=labels, **{name: mask})
     return mask
@@ -627,12 +627,12 @@ def _check_masks(masks: object) -> None:
         got = f"the class {masks.__name__}" if isinstance(masks, type) else type(masks).__name__
         raise TypeError(
             f"`masks` must have `sample(n, size)` and be callable on (scores, size), got {got}; build `BoxMasks()` or "
-            "`CowMasks()`, or see `MaskSource`. A mask that is ready goes to `forward(mask=...)`."
+            "`CowMasks()`, or see `MaskSource`. Pass a ready-made mask to `forward(mask=...)`."
         )
 
 
 def _weights(name: str, weights: Tensor | None, images: Tensor, labels: Tensor) -> Tensor:
-    """Loss weights as (N, H, W) or (N,) in float32, or in float64 where weights or, without any, images are float64."""
+    """Loss weights as (N, H, W) or (N,), in float32, or float64 if the weights (or the images, without) are."""
     if weights is None:
         return images.new_ones(len(images), dtype=arithmetic(images))
     check_weights(name, weights, labels.shape)
@@ -640,10 +640,10 @@ def _weights(name: str, weights: Tensor | None, images: Tensor, labels: Tensor) 
 
 
 def _pixels(value: Tensor) -> tuple[int, int, int]:
-    """(N, H, W) of a tensor of shape (N, ..., H, W)."""
+    """The (N, H, W) of a tensor (N, ..., H, W)."""
     return value.shape[0], value.shape[-2], value.shape[-1]
 
 
 def _broadcast(value: Tensor, dims: int) -> Tensor:
-    """One value per image as (N, 1, ..., 1)."""
+    """Reshape one value per image, (N,), to (N, 1, ..., 1); return other tensors as they are."""
     return value.reshape(-1, *[1] * (dims - 1)) if value.ndim == 1 else value

@@ -1,4 +1,4 @@
-"""Parameter groups, the repeated SGD of the released code, and the learning rate schedule of DeepLab-v2 training."""
+"""Parameter groups, the released code's repeated SGD updates, and the polynomial learning rate schedule."""
 
 import math
 import re
@@ -24,38 +24,38 @@ def parameter_groups(
     no_decay: Collection[Literal["norm", "bias", "position"]] = (),
     repeated: bool = False,
 ) -> list[dict[str, Any]]:
-    """Split trainable parameters into backbone and head, the head learning ten times as fast.
+    """Split trainable parameters into backbone and head; by default the head learns ten times as fast.
 
-    Wrappers (DistributedDataParallel, DataParallel, FullyShardedDataParallel, `torch.compile`, activation checkpoints),
-    around the network or around parts of it, are looked through: the groups are those of the network without them.
+    Wrappers around the network or its parts (DistributedDataParallel, DataParallel, FullyShardedDataParallel,
+    `torch.compile`, activation checkpointing) are ignored: the groups are those of the network without them.
 
-    The released code lists a parameter of the backbone once for each submodule around it: in ResNet-101 the stem once,
-    a bottleneck's convolutions three times (stage, bottleneck, convolution) and those of `downsample` four times, 314
-    entries for 104 tensors. Its optimizer stepped each entry. `repeated=True` makes that list, for `RepeatedSGD`. It
-    counts the submodules of what it is given, so give it the DeepLab itself: in `nn.Sequential(first, deeplab)` the
-    DeepLab is one more submodule around each of its parameters.
+    The released code lists a backbone parameter once for each submodule that contains it: in ResNet-101 the stem once,
+    the convolutions of a bottleneck three times (stage, bottleneck, convolution) and those of `downsample` four times,
+    314 entries for 104 tensors. Its optimizer stepped each entry. `repeated=True` builds that list, for `RepeatedSGD`.
+    Since it counts submodules, pass the DeepLab itself: in `nn.Sequential(first, deeplab)` the DeepLab would be one
+    more submodule around each parameter.
 
     Args:
         network: Any network, such as a `crossmix.models.DeepLabV2`, wrapped or not.
         lr: Learning rate of the backbone; 2.5e-4 in the paper.
-        head: The head: the name of a submodule, with or without what wrappers add to it, the submodule itself, or
-            several of either; None makes all of the network a backbone.
-        head_factor: The head's learning rate over the backbone's.
-        no_decay: Which parameters get a weight decay of 0, whatever the optimizer's is: those of normalisation layers
-            (`"norm"`: classes whose name ends so, such as LayerNorm or BatchNorm2d), biases (`"bias"`, by name), and
+        head: The head: the name of a submodule (with or without wrapper prefixes), the submodule itself, or several of
+            either; None puts the whole network into the backbone.
+        head_factor: Ratio of the head's learning rate to the backbone's.
+        no_decay: Kinds of parameters that get weight decay 0, whatever the optimizer's is: normalisation layers
+            (`"norm"`: classes whose name ends in it, such as LayerNorm or BatchNorm2d), biases (`"bias"`, by name), and
             position embeddings (`"position"`: names with `pos`, `position` or `positional` as a word).
         repeated: Whether to list the backbone's parameters as often as the released code does.
 
     Returns:
-        Groups for a torch optimizer, first backbone and head, then those parts of both that get no weight decay, where
-        there are any. Each has `lr`, and the same as `initial_lr`, which a schedule starts from. A parameter is in one
-        group, the head's where head and backbone share it. Parameters without `requires_grad` are left out: the frozen
-        scale and shift of BatchNorm.
+        Groups for a torch optimizer, first backbone and head, then their parts without weight decay, if any. Each has
+        `lr` and, with the same value, `initial_lr` for a schedule. Each parameter is in exactly one group; parameters
+        shared by head and backbone are in the head's. Parameters without `requires_grad`, such as the frozen affine
+        parameters of BatchNorm, are left out.
 
     Raises:
-        TypeError: If `head` is something else.
-        ValueError: If it is no part of the network or has no parameters, `no_decay` names something else, or a learning
-            rate would be negative or not finite.
+        TypeError: If `head` has another type.
+        ValueError: If `head` is not part of the network or has no parameters, `no_decay` contains another name, or a
+            learning rate is negative or not finite.
 
     Example:
         >>> from crossmix.models import deeplab_v2_tiny
@@ -78,7 +78,7 @@ def parameter_groups(
     once = [parameter for parameter in network.parameters() if parameter.requires_grad]
     listed = once
     if repeated:
-        whole, *inside = dict.fromkeys(modules.values())  # each once, however often it is held
+        whole, *inside = dict.fromkeys(modules.values())  # a shared module counts once
         around = chain(whole.parameters(recurse=False), *(module.parameters() for module in inside))
         listed = [parameter for parameter in around if parameter.requires_grad]
     parts = [([parameter for parameter in listed if parameter not in in_head], lr)]
@@ -95,29 +95,29 @@ def parameter_groups(
 
 
 class RepeatedSGD(torch.optim.SGD):
-    """SGD that updates a parameter once for each time that its group lists it, as the released code did.
+    """SGD that updates a parameter as many times per step as its group lists it, as the released code did.
 
-    With a parameter listed k times, one step is, with the same gradient g,
+    For a parameter listed k times, one step computes, with the same gradient g,
 
         k times:  v <- momentum * v + g + weight_decay * p;  p <- p - lr * v
 
-    so that the published bottlenecks learned three times, and the projections four times, as fast as the learning rate
-    says, with a shorter memory. `torch.optim.SGD` no longer does this for a parameter listed twice: it warns, its first
-    step starts every repetition from an empty buffer, and its multi-tensor kernels update one tensor from two places at
-    once. Here the repetitions are runs of torch's own kernel, fused where there is one, over ever fewer parameters.
-    Listing no parameter twice makes it plain SGD.
+    As a result, the published bottlenecks learned three times and the projections four times as fast as the learning
+    rate says, with a shorter momentum memory. `torch.optim.SGD` no longer supports this: for a parameter listed twice
+    it warns, starts every repetition of the first step from an empty buffer, and its multi-tensor kernels update one
+    tensor from two places at once. Here each repetition runs torch's own kernel, fused if possible, over the parameters
+    that still have updates left. If no parameter is listed twice, this is plain SGD.
 
     Args:
         params: Parameters or groups, such as `parameter_groups(model, lr, repeated=True)`.
-        lr: Learning rate of groups without one of their own. In a group it can be a tensor on the device of the
-            parameters: a captured step then follows it.
+        lr: Learning rate of groups without their own. In a group it may be a tensor on the parameters' device, so that
+            a captured step can follow a schedule.
         momentum: Momentum factor; 0.9 in the paper.
         weight_decay: L2 penalty, applied at every repetition; 5e-4 in the paper.
         nesterov: Whether to use Nesterov momentum: the paper's text does, the released code does not.
 
     State:
-        `momentum_buffer` per parameter, and in each group `params` without repetition and `repeats`, how often each was
-        listed. A state_dict of the released code's optimizer, with its repeated ids, can be loaded.
+        `momentum_buffer` per parameter; in each group `params` without repetitions, and `repeats`, how often each was
+        listed. State dicts of the released code's optimizer, with repeated ids, can be loaded.
 
     Raises:
         ValueError: If a hyperparameter is out of range, or a parameter is in two groups.
@@ -146,10 +146,10 @@ class RepeatedSGD(torch.optim.SGD):
         """Add a group, counting how often it lists each parameter.
 
         Args:
-            param_group: `params`, with repetitions, and options that differ from the optimizer's.
+            param_group: `params`, with repetitions, and options that override the optimizer's.
 
         Raises:
-            ValueError: If a parameter is in another group already.
+            ValueError: If a parameter is already in another group.
         """
         params = param_group["params"]
         listed = [params] if isinstance(params, Tensor) else list(params)
@@ -166,10 +166,10 @@ class RepeatedSGD(torch.optim.SGD):
         """Update the parameters that have a gradient.
 
         Args:
-            closure: Evaluates the model again and returns the loss.
+            closure: Reevaluates the model and returns the loss.
 
         Returns:
-            What `closure` returned, or None.
+            The result of `closure`, or None.
         """
         loss = None
         if closure is not None:
@@ -189,10 +189,10 @@ class RepeatedSGD(torch.optim.SGD):
             state_dict: Of a `RepeatedSGD`, or the `optimizer` entry of a released checkpoint.
 
         Raises:
-            ValueError: If it has other groups, or updates a parameter another number of times per step.
+            ValueError: If its groups differ, or it updates a parameter a different number of times per step.
         """
         groups = [_counted(group) for group in state_dict["param_groups"]]
-        for own, saved in zip(self.param_groups, groups, strict=False):  # torch refuses another number of groups
+        for own, saved in zip(self.param_groups, groups, strict=False):  # torch checks the number of groups below
             if own["repeats"] != saved["repeats"]:
                 raise ValueError(
                     f"`state_dict` must update every parameter as often per step as this optimizer: expected "
@@ -212,7 +212,7 @@ class RepeatedSGD(torch.optim.SGD):
             params,
             grads,
             buffers,
-            fused=True if alike else None,  # None: what torch takes by default
+            fused=True if alike else None,  # None: torch's default
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
             lr=group["lr"],
@@ -223,7 +223,7 @@ class RepeatedSGD(torch.optim.SGD):
         )
 
     def _buffer(self, parameter: Tensor) -> Tensor:
-        """The momentum, which starts from zero: the first update is the gradient itself."""
+        """The momentum buffer, initialised to zero, so that the first update is the gradient itself."""
         state = self.state[parameter]
         if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -233,17 +233,17 @@ class RepeatedSGD(torch.optim.SGD):
 def poly_lr(
     step: int, steps: int, lr: float, *, power: float = 0.9, warmup: int = 0, warmup_ratio: float = 1e-6
 ) -> float:
-    """Compute the learning rate of a step under polynomial decay, with a linear warm-up where asked.
+    """Compute the learning rate of a step under polynomial decay, with an optional linear warm-up.
 
-    lr * (1 - step / steps) ** power, in the warm-up times ratio + (1 - ratio) * step / warmup
+    lr * (1 - step / steps) ** power; during the warm-up multiplied by ratio + (1 - ratio) * step / warmup
 
     Args:
-        step: Optimizer steps finished before this one, from 0.
-        steps: Steps of the whole run.
-        lr: Learning rate that the decay starts from.
+        step: Number of optimizer steps finished before this one, from 0.
+        steps: Number of steps of the whole run.
+        lr: Initial learning rate of the decay.
         power: Exponent; 0.9 in the paper.
-        warmup: Steps of the warm-up; 0 for none.
-        warmup_ratio: What the warm-up multiplies the learning rate of step 0 by, in [0, 1].
+        warmup: Number of warm-up steps; 0 for none.
+        warmup_ratio: Factor of the learning rate at step 0 of the warm-up, in [0, 1].
 
     Returns:
         The learning rate.
@@ -260,15 +260,15 @@ def poly_lr(
     if not 0 <= step <= steps or steps < 1:
         raise ValueError(f"`step` must lie in 0..steps = {steps}, got {step}; count finished steps from 0.")
     if warmup < 0:
-        raise ValueError(f"`warmup` must be at least 0 steps, got {warmup}; 0 is without one.")
+        raise ValueError(f"`warmup` must be at least 0 steps, got {warmup}; 0 means no warm-up.")
     if not 0 <= warmup_ratio <= 1:
-        raise ValueError(f"`warmup_ratio` must lie in [0, 1], got {warmup_ratio}; 1 is without a warm-up.")
+        raise ValueError(f"`warmup_ratio` must lie in [0, 1], got {warmup_ratio}; 1 means no warm-up.")
     warm = warmup_ratio + (1 - warmup_ratio) * step / warmup if step < warmup else 1.0
     return float(lr * (1 - step / steps) ** power * warm)
 
 
 def _head_parameters(network: nn.Module, modules: Mapping[str, nn.Module], head: object) -> set[nn.Parameter]:
-    """The parameters of a head, which have to be the network's. A name of the network's own wins over a wrapper's."""
+    """The parameters of a head. A name is looked up as given first, and without wrapper prefixes only after that."""
     part = head
     if isinstance(head, str):
         name = head if head in modules else plain_name(network, head)
@@ -283,13 +283,13 @@ def _head_parameters(network: nn.Module, modules: Mapping[str, nn.Module], head:
         got = repr(head) if isinstance(head, str) else f"a {type(part).__name__}"
         raise ValueError(
             f"`head` must have parameters, all of them the model's, got {got} with {len(inside)}; pass a part of this "
-            "model, and wrap by FullyShardedDataParallel with `use_orig_params=True`."
+            "model, and use FullyShardedDataParallel with `use_orig_params=True`."
         )
     return inside
 
 
 def _undecayed(modules: Mapping[str, nn.Module], kinds: Collection[str]) -> set[nn.Parameter]:
-    """The parameters of the kinds that get no weight decay."""
+    """The parameters without weight decay."""
     if unknown := set(kinds) - {"norm", "bias", "position"}:
         raise ValueError(f"`no_decay` must be of 'norm', 'bias' and 'position', got {', '.join(map(repr, unknown))}.")
     found = set()
@@ -308,7 +308,7 @@ def _undecayed(modules: Mapping[str, nn.Module], kinds: Collection[str]) -> set[
 
 
 def _counted(group: dict[str, Any]) -> dict[str, Any]:
-    """Copy a group with each of `params`, tensors or the ids of a state_dict, once and its count in `repeats`."""
+    """Copy a group, listing each of `params` (tensors, or ids of a state_dict) once, with its count in `repeats`."""
     if group.get("dampening"):
         raise ValueError(f"`dampening` must be 0 for RepeatedSGD, got {group['dampening']}; use torch.optim.SGD.")
     counts: dict[Any, int] = {}
@@ -318,11 +318,11 @@ def _counted(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fusible(parameter: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
-    """Whether the fused kernel can be used: it walks through the memory of all three without looking at strides."""
+    """Whether the fused kernel can be used, which ignores strides and so needs one memory layout for all tensors."""
     tensors = [parameter, grad] if buffer is None else [parameter, grad, buffer]
     if parameter.device.type not in {"cpu", "cuda"} or not parameter.is_floating_point():
         return False
-    if any(type(tensor) not in {Tensor, nn.Parameter} for tensor in tensors):  # the shards of FSDP2 are DTensors
+    if any(type(tensor) not in {Tensor, nn.Parameter} for tensor in tensors):  # e.g. DTensors of FSDP2
         return False
     if any(tensor.layout is not torch.strided or tensor.dtype is not parameter.dtype for tensor in tensors):
         return False
@@ -333,5 +333,5 @@ def _fusible(parameter: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
 
 
 def _summary(repeats: list[int]) -> str:
-    """How many parameters there are of each count, such as `1 x1, 99 x3, 4 x4`."""
+    """Summarise how many parameters have each count, e.g. `1 x1, 99 x3, 4 x4`."""
     return ", ".join(f"{repeats.count(count)} x{count}" for count in sorted(set(repeats))) or "none"

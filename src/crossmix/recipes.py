@@ -1,6 +1,6 @@
-"""Configurations of `SelfTraining` by name: the released code's, the paper's, and that of masked image consistency.
+"""Named configurations of `SelfTraining`: the released code, the paper, and masked image consistency (MIC).
 
-Every difference between them that concerns the algorithm is one field of `Recipe`, here and nowhere else.
+Every difference between them that concerns the algorithm is one field of `Recipe`.
 
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 DAFormer: Hoyer et al., CVPR 2022, https://arxiv.org/abs/2111.14887
@@ -39,18 +39,18 @@ METHODS: tuple[Method, ...] = ("source", "pseudo-label", "classmix", "alignment"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The choices in which the recipes differ, by the names of the constructor arguments.
+    """The options in which the recipes differ, named as the constructor arguments that they set.
 
     Attributes:
         weigh: Of `SelfTraining`: lambda on `"target"` pixels and 1 on source pixels, or on the whole `"mixed"` image.
-        scope: Of `ConfidenceWeightedCE`, for mixed images: what lambda, the share of confident pixels, is taken over:
-            `"batch"`, `"image"`, or, in neither, `"pixel"` or `"none"`.
+        scope: Of `ConfidenceWeightedCE`, for mixed images: what lambda, the share of confident pixels, is computed
+            over: `"batch"` (released code) or `"image"` (paper); `"pixel"` and `"none"` are in no recipe.
         source_normalizer: `normalizer` of the source loss: the mean over `"valid"` pixels, `"all"` pixels, or by
             `"weights"`.
         include_ignored: Of `CrossDomainMix`: whether ignored source pixels can be drawn as a class.
-        decay: Of `MeanTeacher`: share of the teacher that an update keeps; 0 makes it the network itself, as in
+        decay: Of `MeanTeacher`: share of the teacher that an update keeps; 0 makes it equal to the student, as in
             Algorithm 1.
-        mode: Of `MeanTeacher`: `"train"` for batch statistics, in all, or `"eval"`.
+        mode: Of `MeanTeacher`: `"train"` for batch statistics (all recipes), or `"eval"`.
         flavor: Of `StrongAugment`: `"additive"` jitter, as in old kornia, or `"torchvision"`.
         same_on_batch: Of `StrongAugment`: one decision per batch to jitter or blur, or one per image.
         threshold: Of `ConfidenceWeightedCE`: the confidence from which a pixel counts for lambda; the same in all, and
@@ -86,7 +86,7 @@ class Recipe:
     consistency_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse unknown values."""
+        """Check the values."""
         check_choice("weigh", self.weigh, ("target", "mixed"))
         check_choice("scope", self.scope, ("batch", "image", "pixel", "none"))
         check_choice("source_normalizer", self.source_normalizer, ("valid", "all", "weights"))
@@ -118,7 +118,7 @@ RELEASED = Recipe(
     flavor="additive",
     same_on_batch=True,
 )
-"""What the code behind the published 52.14 does."""
+"""The behaviour of the code behind the published 52.14."""
 
 PAPER = Recipe(
     weigh="mixed",
@@ -129,7 +129,7 @@ PAPER = Recipe(
     flavor="torchvision",
     same_on_batch=False,
 )
-"""What the paper's text says."""
+"""The paper's text."""
 
 MIC = Recipe(
     weigh="target",
@@ -143,9 +143,9 @@ MIC = Recipe(
     ignore_bottom=120,
     consistency=True,
 )
-"""What the field builds on today, DAFormer's training with masked image consistency, for any network.
+"""DAFormer's training with masked image consistency, the common baseline today, for any network.
 
-Its sampler and its optimizer belong to the training loop: see docs/recipes.md.
+Its sampler and optimizer belong to the training loop: see docs/recipes.md.
 """
 
 
@@ -165,9 +165,9 @@ def self_training(
     std: Sequence[float] | None = None,
     **overrides: Any,  # noqa: ANN401 - each of its own type
 ) -> SelfTraining:
-    """Build a method of the paper's Table 3 in one of the recipes.
+    """Build one of the methods of the paper's Table 3, configured by a recipe.
 
-    - `"source"`: source images alone, no augmentation (32.85 in the paper, GTA5 to Cityscapes).
+    - `"source"`: source images only, no augmentation (32.85 in the paper, GTA5 to Cityscapes).
     - `"pseudo-label"`: pseudo-labelled target images, augmented, nothing pasted (22.97).
     - `"classmix"`: naive ClassMix, target images mixed with each other (35.08).
     - `"alignment"`: naive ClassMix with distribution alignment (48.04).
@@ -178,10 +178,9 @@ def self_training(
         num_classes: The number of classes C.
         method: One of `METHODS`.
         recipe: `"released"`, `"paper"`, `"mic"`, or a `Recipe`.
-        prior: (C,) class distribution for `"alignment"`. None leaves it uniform until
-            `.align.update_prior(source_labels)` is called in the training loop; the paper's row takes the target's own
-            distribution, an oracle.
-        sync: Whether divisors, lambda and alignment averages are those of the batch over all ranks.
+        prior: (C,) class distribution for `"alignment"`. None starts uniform; call `.align.update_prior(source_labels)`
+            in the training loop to estimate it. The paper uses the target's true distribution, an oracle.
+        sync: Whether divisors, lambda and alignment averages are computed over the batch of all ranks.
         ignore_index: The id of ignored pixels, in all parts.
         upsample: Whether the student may return logits smaller than the images; see `SelfTraining`.
         align_corners: Of that upsampling; see `SelfTraining`.
@@ -257,7 +256,7 @@ def self_training(
         **given,
     }
     consistency = choice.consistency
-    if isinstance(consistency, bool):  # the baseline without a teacher has none in any recipe
+    if isinstance(consistency, bool):  # the source-only baseline has no consistency term in any recipe
         consistency = _masked_images(choice, mean, std) if consistency and method != "source" else None
     if consistency is not None:
         parts = {"consistency_augment": given["augment"] if "augment" in given else augment(), **parts}
@@ -280,7 +279,7 @@ def self_training(
 
 
 def _masked_images(choice: Recipe, mean: Sequence[float] | None, std: Sequence[float] | None) -> MaskedImages:
-    """With the mean colour as the images have it."""
+    """`MaskedImages` whose fill is normalised like the images."""
     masked = MaskedImages(choice.consistency_block, choice.consistency_ratio)
     if mean is None or std is None:
         return masked

@@ -47,7 +47,7 @@ __all__ = [
 
 
 class SourceOntoTarget(Protocol):
-    """What `mix` does where it takes five arguments: `CrossDomainMix`, or anything that is called like it."""
+    """A `mix` called with five arguments: `CrossDomainMix`, or anything with the same call."""
 
     def __call__(
         self,
@@ -58,48 +58,48 @@ class SourceOntoTarget(Protocol):
         target_weights: Tensor,
         /,
     ) -> Mixed:
-        """Mix a source batch with a target batch, whose weights are (N, H, W); the result has the target's shapes."""
+        """Mix a source batch with a target batch with (N, H, W) weights; the result has the target's shapes."""
 
 
 class TargetOntoTarget(Protocol):
-    """What `mix` does where it takes three arguments: `ClassMix`, or anything that is called like it."""
+    """A `mix` called with three arguments: `ClassMix`, or anything with the same call."""
 
     def __call__(self, images: Tensor, labels: Tensor, weights: Tensor, /) -> Mixed:
-        """Mix a target batch with itself: image i and, where the mask is false, image (i + 1) mod N."""
+        """Mix a target batch with itself: image i where the mask is true, image (i + 1) mod N elsewhere."""
 
 
 class Teacher(Protocol):
-    """What makes the pseudo-labels: `MeanTeacher`, `timm.utils.ModelEmaV3`, or anything like them."""
+    """The network that produces pseudo-labels: `MeanTeacher`, `timm.utils.ModelEmaV3`, or anything like them."""
 
     def __call__(self, images: Tensor, /) -> object:
-        """Return what the student returns. Runs without gradient."""
+        """Return the same kind of output as the student. Called without gradient."""
 
     def update(self, student: nn.Module, /) -> object:
-        """Follow the student, after each optimizer step."""
+        """Follow the student; called after each optimizer step."""
 
 
 class AveragedModel(Protocol):
-    """A `Teacher` that names its update as `torch.optim.swa_utils.AveragedModel` does."""
+    """A `Teacher` whose update has the name used by `torch.optim.swa_utils.AveragedModel`."""
 
     def __call__(self, images: Tensor, /) -> object:
-        """Return what the student returns. Runs without gradient."""
+        """Return the same kind of output as the student. Called without gradient."""
 
     def update_parameters(self, student: nn.Module, /) -> object:
-        """Follow the student, after each optimizer step."""
+        """Follow the student; called after each optimizer step."""
 
 
 class Alignment(Protocol):
-    """What corrects the teacher's predictions: `DistributionAlignment`, or anything like it."""
+    """A correction of the teacher's predictions: `DistributionAlignment`, or anything like it."""
 
     def __call__(self, probs: Tensor, /) -> Tensor:
         """Align (N, C, H, W) probabilities."""
 
     def update(self, probs: Tensor, /) -> object:
-        """Move running averages, in training mode, before the same probabilities are aligned."""
+        """Update running averages; called in training mode, before the same probabilities are aligned."""
 
 
 class MixedCriterion(Protocol):
-    """What weighs target pixels and compares on mixed images: `ConfidenceWeightedCE`, or anything like it."""
+    """The weights of target pixels and the loss on mixed images: `ConfidenceWeightedCE`, or anything like it."""
 
     def weights(self, confidence: Tensor, /) -> Tensor:
         """Weigh target pixels by confidence, (N, H, W) to (N, H, W)."""
@@ -109,11 +109,11 @@ class MixedCriterion(Protocol):
 
 
 class SelfTrainingDraw(NamedTuple):
-    """Everything random in one step, as tensors with one row per mixed image.
+    """All randomness of one step, as tensors with one row per mixed image.
 
     Attributes:
-        scores: What draws the mask of each image: (N, C + 1) uniform numbers for classes, or what the `sample_scores`
-            of the mix returned; None without a mix that takes them.
+        scores: Random numbers for the masks: (N, C + 1) uniform numbers for classes, or the result of the mix's
+            `sample_scores`; None if the mix takes no scores.
         augment: The draw of `StrongAugment`; None without one.
         consistency: The scores of `MaskedImages`; None without one.
         consistency_augment: As `augment`, for the images of the consistency term.
@@ -125,10 +125,10 @@ class SelfTrainingDraw(NamedTuple):
     consistency_augment: AugmentDraw | None = None
 
     def rows(self, rows: slice) -> "SelfTrainingDraw":
-        """Take the part of some images: one rank's of a draw for the batch of all ranks.
+        """Select the rows of some images, e.g. one rank's share of a global batch.
 
         Args:
-            rows: Which images.
+            rows: The images to select.
 
         Returns:
             Their draw.
@@ -146,17 +146,17 @@ class SelfTrainingDraw(NamedTuple):
 
 
 class SelfTrainingOutput(NamedTuple):
-    """What one step computed.
+    """The result of one step.
 
     Attributes:
-        loss: Scalar, source_loss + mixed_loss + consistency_loss: call `.backward()` on it.
+        loss: Scalar, source_loss + mixed_loss + consistency_loss; call `.backward()` on it.
         source_loss: Scalar.
         mixed_loss: Scalar; 0 without a teacher.
-        confidence: (N, H, W) of the teacher on the target images, after any alignment; None without a teacher.
-        mixed: What the student saw and what it was compared with; None without a teacher.
-        consistency_loss: Scalar, times `consistency_weight`; 0 without `consistency`.
-        target_weight: Scalar, the mean weight of target pixels before anything is pasted: lambda, times what
-            `target_weights`, `ignore_top` and `ignore_bottom` say; None without a teacher.
+        confidence: (N, H, W), the teacher's on the target images, after any alignment; None without a teacher.
+        mixed: The mixed images as the student saw them, with their labels and weights; None without a teacher.
+        consistency_loss: Scalar, including `consistency_weight`; 0 without `consistency`.
+        target_weight: Scalar, the mean weight of target pixels before pasting: lambda, combined with `target_weights`,
+            `ignore_top` and `ignore_bottom`; None without a teacher.
     """
 
     loss: Tensor
@@ -176,11 +176,11 @@ class _Batch(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """What the teacher says of the target images, and how much each pixel counts: by confidence, and at all."""
+    """Pseudo-labels of the target images and the weights of their pixels."""
 
     pseudo: PseudoLabels
-    weights: Tensor
-    allowed: Tensor
+    weights: Tensor  # (N, H, W), from confidence
+    allowed: Tensor  # (N, H, W), from `target_weights` and ignored rows
 
 
 class SelfTraining(nn.Module):
@@ -188,65 +188,66 @@ class SelfTraining(nn.Module):
 
     loss = H(f(x_S), y_S) + sum over pixels of w CE(f(x_M), y_M) / number of pixels
 
-    The student makes two forward passes, source then mixed, as in the released code: BatchNorm sees one domain at a
-    time. With `consistency` it makes a third, on target images that are hidden in part (masked image consistency).
-    `crossmix.recipes.self_training` builds this by the name of a method and of a recipe.
+    The student makes two forward passes, source then mixed, as in the released code, so that BatchNorm sees one domain
+    at a time. With `consistency` it makes a third, on partly hidden target images (masked image consistency).
+    `crossmix.recipes.self_training` builds this module from the names of a method and a recipe.
 
-    The parts are what behaves like ours, not only our classes: the protocols of this module say what is asked of each.
-    Parts that name an `ignore_index` or a `num_classes` must name the same; the default losses take that of the others.
+    The parts need not be instances of our classes: the protocols in this module state what is required of each. All
+    parts with an `ignore_index` or `num_classes` attribute must agree on it; the default losses adopt that value.
 
     Args:
-        student: The network f that is trained; takes `images`, returns (N, C, H, W) logits.
-        teacher: Labels target images: a `MeanTeacher`, or anything called on images that has an `update(student)` or
-            `update_parameters(student)`. `.train()` and `.eval()` stop at it: it stays in the mode it came in. None
-            trains on the source alone, whatever the other parts are: the baseline is one argument away.
-        mix: `CrossDomainMix` (DACS), `ClassMix` (naive ClassMix), one of your own, or None (pseudo-labelling: nothing
-            is pasted). What can be called with five arguments (`SourceOntoTarget`) pastes source onto target, what
-            takes three (`TargetOntoTarget`) mixes the target with itself. It gets the keyword `scores` of the draw, if
-            it takes it: what its own `sample_scores(n, size, generator=, device=)` returned, or, without that method,
-            (N, C + 1) uniform numbers if C is known; else `generator`, if it takes that. Without `scores` it is not
-            replayed by `draw`.
+        student: The network f to train; takes `images`, returns (N, C, H, W) logits.
+        teacher: The network that labels target images: a `MeanTeacher`, or any callable on images with a method
+            `update(student)` or `update_parameters(student)`. `.train()` and `.eval()` do not reach it: it keeps its
+            mode. None gives the source-only baseline, whatever the other parts are.
+        mix: `CrossDomainMix` (DACS), `ClassMix` (naive ClassMix), your own, or None (pseudo-labelling, without
+            pasting). A callable that accepts five arguments (`SourceOntoTarget`) pastes source onto target; one that
+            accepts three (`TargetOntoTarget`) mixes the target with itself. If it accepts the keyword `scores`, it gets
+            the draw: the result of its own `sample_scores(n, size, generator=, device=)` or, without that method,
+            (N, C + 1) uniform numbers if C is known. Otherwise it gets `generator` if it accepts that. Without `scores`
+            it is not replayed by `draw`.
         num_classes: The number of classes C that the networks must return; by default that of the parts.
-        augment: Applied to the mixed images alone: a `StrongAugment`, or any callable on images, which gets no draw and
-            no generator. It must not move pixels, since labels and weights stay where they are.
-        criterion: Makes the weights of target pixels and the loss on mixed images; `ConfidenceWeightedCE()` by default.
-        source_criterion: `source_criterion(logits, labels)`; cross-entropy averaged over valid pixels by default.
-            Criteria that are not ours get int64 labels. Where they have a negative `ignore_index`, such as the -100 of
-            `nn.CrossEntropyLoss`, that is put in for ignored pixels and for ids that are no class.
+        augment: Applied only to the mixed images: a `StrongAugment`, or any callable on images, which gets no draw and
+            no generator. It must not move pixels, since labels and weights are not transformed.
+        criterion: Computes the weights of target pixels and the loss on mixed images; `ConfidenceWeightedCE()` by
+            default.
+        source_criterion: `source_criterion(logits, labels)`; cross-entropy averaged over valid pixels by default. Other
+            criteria than ours get int64 labels. If they have a negative `ignore_index`, such as the -100 of
+            `nn.CrossEntropyLoss`, it replaces the labels of ignored pixels and of ids that are not classes.
         align: A `DistributionAlignment` for the teacher's predictions, or anything like it. In training mode each step
-            first moves its running average; labels and confidence then come from the aligned predictions.
-        weigh: `"target"` puts the confidence weight on target pixels and 1 on source pixels (the released code),
-            `"mixed"` puts it on the whole mixed image (the paper's lambda). A naive ClassMix has target pixels alone:
-            each keeps the weight of the image it comes from, or with `"mixed"` the weight follows from the mixed
-            confidence.
-        upsample: Whether the networks may return logits smaller than the images. Pseudo-labels are then made from
-            bilinearly upsampled ones, and the losses are `crossmix.functional.upsampled_cross_entropy`.
-        align_corners: Of that upsampling: True as in DeepLab and the released code, False as in transformers,
-            mmsegmentation and DAFormer.
-        logits: Takes the logits out of what student and teacher return, where that is no tensor:
+            first updates its running average; labels and confidence then come from the aligned predictions.
+        weigh: `"target"` applies the confidence weight to target pixels and 1 to source pixels (the released code),
+            `"mixed"` applies it to the whole mixed image (the paper's lambda). Naive ClassMix has only target pixels:
+            each keeps the weight of its own image, or with `"mixed"` the weight is computed from the mixed confidence.
+        upsample: Whether the networks may return logits smaller than the images. Pseudo-labels are then computed from
+            bilinearly upsampled logits, and the losses are `crossmix.functional.upsampled_cross_entropy`.
+        align_corners: Convention of that upsampling: True as in DeepLab and the released code, False as in
+            transformers, mmsegmentation and DAFormer.
+        logits: Extracts the logits from the output of student and teacher if that is not a tensor:
             `lambda out: out.logits`.
-        consistency: Adds the loss on target images that are hidden in part, against the pseudo-labels and weights that
-            the mix gets too (the teacher's pass is made once): a `MaskedImages`, or any callable on images, which gets
-            no draw and must not move pixels. `criterion` compares.
-        consistency_augment: Applied to these images before they are hidden, as `augment` to the mixed ones; unused
-            without `consistency`.
-        consistency_weight: The factor of that loss.
-        ignore_top: Rows at the top of target images whose pseudo-labels get weight 0, at a height of 512: they are
-            scaled to that of the images. The teacher is bad at what the camera sees of the sky and of its own car. Like
-            pixels of which `target_weights` is 0 they still count in lambda, as in the authors' code (DAFormer).
+        consistency: Adds a loss on partly hidden target images, with the same pseudo-labels and weights as the mixed
+            loss (the teacher runs only once): a `MaskedImages`, or any callable on images, which gets no draw and must
+            not move pixels. The loss is `criterion`.
+        consistency_augment: Applied to these images before hiding, as `augment` to the mixed ones; unused without
+            `consistency`.
+        consistency_weight: Factor of that loss.
+        ignore_top: Rows at the top of target images whose pseudo-labels get weight 0, given for a height of 512 and
+            scaled to that of the images. The teacher is unreliable there (sky) and at the bottom (the car's own
+            bonnet). Like pixels with `target_weights` 0, they still count in lambda, as in the authors' code
+            (DAFormer).
         ignore_bottom: As `ignore_top`, at the bottom.
         mean: What each channel of the images is normalised by, (x - mean) / std, where a data loader does that: images
             are then refused outside of what [0, 1] becomes. By default that of a `StrongAugment` among the parts.
         std: Given with `mean`.
 
     Attributes:
-        num_classes: The number of classes that the networks must return; None, where nothing says it, accepts any.
-        ignore_index: The id of ignored pixels in all parts; 255 where none says it.
+        num_classes: The number of classes that the networks must return; None (unknown) accepts any.
+        ignore_index: The id of ignored pixels in all parts; 255 if none of them has one.
 
     Raises:
-        TypeError: If a part cannot be used as what it is given for.
-        ValueError: If `weigh` is unknown, a number is out of range, there is a `consistency` without a teacher, or
-            parts disagree about `num_classes` or `ignore_index`.
+        TypeError: If a part lacks what is required of it.
+        ValueError: If `weigh` is unknown, a number is out of range, `consistency` is given without a teacher, or parts
+            disagree on `num_classes` or `ignore_index`.
 
     Example:
         >>> from crossmix import CrossDomainMix, MeanTeacher, SelfTraining
@@ -258,7 +259,7 @@ class SelfTraining(nn.Module):
         >>> training.update()
     """
 
-    # As they were given: what they have beyond the protocols stays within reach, `training.teacher.module` say.
+    # Typed Any, so that attributes beyond the protocols stay accessible, e.g. `training.teacher.module`.
     teacher: Any
     mix: Any
     augment: Any
@@ -341,13 +342,13 @@ class SelfTraining(nn.Module):
         self._mix_keyword()
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - whatever a module may hold
-        """Set an attribute. A mix is looked at when it is set, since a compiler cannot trace that."""
+        """Set an attribute. The signature of a mix is inspected here, because torch.compile cannot trace that."""
         if name == "mix":
             self._mix_call = None if value is None else _how_to_call(value)
         super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> "SelfTraining":
-        """Set the mode of all parts but the teacher, which keeps its own.
+        """Set the mode of all parts except the teacher, which keeps its own.
 
         Args:
             mode: Whether to train.
@@ -369,23 +370,23 @@ class SelfTraining(nn.Module):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> SelfTrainingDraw:
-        """Make everything random in a step beforehand.
+        """Draw all randomness of a step in advance.
 
-        Nothing of it depends on the images, so a draw can be made for a global batch and its rows split over ranks, be
-        held in static tensors for a CUDA graph, or be handed to a compiled function. What a mix or an augmentation of
-        your own draws by itself is no part of it.
+        The draw does not depend on the images, so it can be made for a global batch and split over ranks, be kept in
+        static tensors for a CUDA graph, or be passed to a compiled function. It does not cover what a mix or an
+        augmentation of your own draws internally.
 
         Args:
-            n: The number of target images, which is that of mixed ones.
-            size: Their height and width, for parts whose draw depends on it: `MaskedImages`, and some masks.
+            n: The number of target images, and so of mixed images.
+            size: Their height and width, for parts whose draw depends on it: `MaskedImages` and some masks.
             generator: Source of randomness, used on its own device; None uses the global one.
-            device: Where the draw shall be; the generator's device, or torch's default one, when not given.
+            device: Device of the result; by default the generator's device, or torch's default one.
 
         Returns:
-            The draw, for `forward(draw=...)`; an empty one without a teacher.
+            The draw, for `forward(draw=...)`; empty without a teacher.
 
         Raises:
-            ValueError: If a part needs `size` and there is none.
+            ValueError: If a part needs `size` and it is not given.
         """
         scores = augment = consistency = consistency_augment = None
         if self.teacher is None:
@@ -415,24 +416,24 @@ class SelfTraining(nn.Module):
         generator: torch.Generator | None = None,
         draw: SelfTrainingDraw | None = None,
     ) -> SelfTrainingOutput:
-        """Compute the loss of one step. State is left alone but for the student's BatchNorm and `align`.
+        """Compute the loss of one step. Changes no state except the student's BatchNorm statistics and `align`.
 
         Args:
             source_images: (N, 3, H, W) floating in [0, 1], or normalised by the `mean` and `std` of a `StrongAugment`.
             source_labels: (N, H, W) integer ground truth.
-            target_images: (N, 3, H, W), as the source's; of one shape where the source is pasted onto them.
+            target_images: (N, 3, H, W), in the same range; of the same shape if the source is pasted onto them.
             target_weights: (N, H, W) or (N,) floating, multiplied into the weights of target pixels: 0 for padding or
-                the ego-vehicle. Such pixels still count in lambda. Where it is the same rows in all images, see
-                `ignore_top` and `ignore_bottom`.
-            generator: Source of randomness; None uses the global one. Cannot be traced by `torch.compile`: use `draw`.
-            draw: What `sample` returned, to replay it.
+                the ego-vehicle. Such pixels still count in lambda. For the same rows in all images, see `ignore_top`
+                and `ignore_bottom`.
+            generator: Source of randomness; None uses the global one. `torch.compile` cannot trace it: use `draw`.
+            draw: A draw from `sample`, to replay it.
 
         Returns:
             Losses, the teacher's confidence and the mixed batch.
 
         Raises:
-            TypeError: If a dtype is wrong, or a part returns something else than it must.
-            ValueError: If shapes or devices disagree, images are far out of range (looked at on a CPU alone), or a
+            TypeError: If a dtype is wrong, or a part returns the wrong type.
+            ValueError: If shapes or devices disagree, images are far out of range (checked on the CPU only), or a
                 network returns smaller logits without `upsample=True`.
         """
         batch = _Batch(source_images, source_labels, target_images, target_weights)
@@ -464,9 +465,9 @@ class SelfTraining(nn.Module):
         generator: torch.Generator | None = None,
         draw: SelfTrainingDraw | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Compute the losses of one step, of which `forward` returns the sum, one after the other.
+        """Compute the terms of the loss of one step one by one; `forward` returns their sum.
 
-        The graph of one term can be gone before that of the next is made: the same gradients in less memory.
+        Backpropagating each term before the next is computed gives the same gradients in less memory.
 
             for name, loss in training.terms(source_images, source_labels, target_images):
                 loss.backward()
@@ -481,15 +482,15 @@ class SelfTraining(nn.Module):
 
         Returns:
             An iterator over `("source_loss", loss)` and, with a teacher, `("mixed_loss", loss)` and, with
-            `consistency`, `("consistency_loss", loss)`, by the names of `SelfTrainingOutput`. Each is computed when it
-            is asked for.
+            `consistency`, `("consistency_loss", loss)`, named as in `SelfTrainingOutput`. Each is computed when the
+            iterator reaches it.
 
         Raises:
             TypeError: As `forward`.
             ValueError: As `forward`.
         """
         batch = _Batch(source_images, source_labels, target_images, target_weights)
-        self._check_batch(batch)  # now, not when the first term is asked for
+        self._check_batch(batch)  # here, so that errors are raised by the call rather than by the first iteration
 
         def one_by_one() -> Iterator[tuple[str, Tensor]]:
             yield "source_loss", self._source_loss(batch)
@@ -504,13 +505,13 @@ class SelfTraining(nn.Module):
         return one_by_one()
 
     def update(self) -> None:
-        """Average the student into the teacher: call it after each optimizer step, and not after a skipped one."""
+        """Update the teacher with the student. Call this after each optimizer step, except after skipped ones."""
         if self.teacher is not None:
             update = getattr(self.teacher, "update", None) or self.teacher.update_parameters
             update(self.student)
 
     def extra_repr(self) -> str:
-        """Constructor arguments that are no modules, for `repr`."""
+        """Constructor arguments that are not modules, for `repr`."""
         return (
             f"weigh={self.weigh!r}, upsample={self.upsample}, align_corners={self.align_corners}, "
             f"num_classes={self.num_classes}, ignore_index={self.ignore_index}, "
@@ -567,7 +568,7 @@ class SelfTraining(nn.Module):
         return _Target(pseudo, weights, self._without_ignored_rows(weight_maps(allowed, weights)))
 
     def _without_ignored_rows(self, weights: Tensor) -> Tensor:
-        """Weights that are 0 in the rows to ignore, which are scaled from 512 and rounded."""
+        """Set the weights of the ignored rows to 0; their number is scaled from a height of 512 and rounded."""
         if self.ignore_top == self.ignore_bottom == 0:
             return weights
         height = weights.shape[1]
@@ -578,14 +579,14 @@ class SelfTraining(nn.Module):
     def _mixed(
         self, batch: _Batch, target: _Target, generator: torch.Generator | None, draw: SelfTrainingDraw
     ) -> Mixed:
-        """What the student learns from, as it sees it."""
+        """The mixed batch as the student sees it, after augmentation."""
         keyword = self._mix_keyword()
         randomness = {"scores": draw.scores, "generator": generator}
         mixed = self._mix(batch, target, {keyword: randomness[keyword]} if keyword else {})
         return mixed._replace(images=self._changed("augment", mixed.images, draw.augment))
 
     def _pseudo_label(self, target_images: Tensor) -> PseudoLabels:
-        """Labels and confidence from the teacher's predictions, aligned where asked."""
+        """Labels and confidence from the teacher's predictions, after any alignment."""
         with torch.no_grad():
             logits = self._logits("teacher", self.teacher, target_images)
             probs = upsample(logits, target_images.shape[-2:], align_corners=self.align_corners).softmax(1)
@@ -596,7 +597,7 @@ class SelfTraining(nn.Module):
             return pseudo_label_from_probs(probs)
 
     def _mix(self, batch: _Batch, target: _Target, keywords: Mapping[str, object]) -> Mixed:
-        """The mixed batch of the method, weighed by confidence."""
+        """The mixed batch before augmentation, with its weights."""
         (labels, confidence), weights, allowed = target
         images = batch.target_images
         if self._mix_call is None:
@@ -614,15 +615,15 @@ class SelfTraining(nn.Module):
         return mixed
 
     def _weights(self, confidence: Tensor) -> Tensor:
-        """What the criterion weighs pixels by, (N, H, W)."""
+        """The criterion's weights of target pixels, (N, H, W)."""
         weights: Tensor = self.criterion.weights(confidence)
         check_tensor("criterion.weights(confidence)", weights)
-        if weights.ndim > 0:  # else one weight for all
+        if weights.ndim > 0:  # a scalar is one weight for all pixels
             check_weights("criterion.weights(confidence)", weights, confidence.shape)
         return weight_maps(weights, confidence)
 
     def _mix_keyword(self) -> str:
-        """The keyword by which the mix gets its randomness: `scores`, `generator`, or none of the two."""
+        """The keyword that passes randomness to the mix: `scores`, `generator`, or "" for neither."""
         if self._mix_call is None:
             return ""
         has_scores = self.num_classes is not None or hasattr(self.mix, "sample_scores")
@@ -630,12 +631,12 @@ class SelfTraining(nn.Module):
             if keyword != "scores" or has_scores:
                 return keyword
         raise ValueError(
-            "`mix` must be given `scores`, (N, num_classes + 1), but nothing says how many classes there are; "
+            "`mix` must be given `scores`, (N, num_classes + 1), but the number of classes is unknown; "
             "pass `num_classes=` to SelfTraining."
         )
 
-    def _changed(self, name: str, images: Tensor, draw: Any) -> Tensor:  # noqa: ANN401 - of whichever part it is
-        """What a part that changes images makes of them."""
+    def _changed(self, name: str, images: Tensor, draw: Any) -> Tensor:  # noqa: ANN401 - depends on the part
+        """Apply the part `name` to images and check the result."""
         part = getattr(self, name)
         if part is None:
             return images
@@ -650,7 +651,7 @@ class SelfTraining(nn.Module):
         if changed.shape != images.shape:
             raise ValueError(
                 f"`{name}` must keep the shape of images, {tuple(images.shape)}, got {tuple(changed.shape)}; labels "
-                "and weights stay where they are, so change colours alone, and crop or flip before the step."
+                "and weights are not transformed, so change only colours here, and crop or flip before the step."
             )
         check_same_device(images=images, **{f"{name}(images)": changed})
         mean, std = self._normalised()
@@ -658,7 +659,7 @@ class SelfTraining(nn.Module):
         return changed.to(images.dtype)
 
     def _check_draw(self, draw: SelfTrainingDraw) -> None:
-        """Refuse a draw that leaves something to chance: the modules would silently draw it themselves."""
+        """Refuse an incomplete draw: the modules would silently draw the rest themselves."""
         if not isinstance(draw, SelfTrainingDraw):
             raise TypeError(f"`draw` must be a SelfTrainingDraw, got {type(draw).__name__}; make it with `sample`.")
         consistent = self.consistency is not None
@@ -676,7 +677,7 @@ class SelfTraining(nn.Module):
                 raise ValueError(f"`draw.{name}` must be given, since there is {part}; make the draw with `sample`.")
 
     def _loss(self, name: str, logits: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:
-        """What a criterion makes of logits, which may be small."""
+        """Apply the criterion `name` to logits, which may be smaller than the labels."""
         criterion = getattr(self, name)
         small = logits.shape[-2:] != labels.shape[-2:]
         if isinstance(criterion, ConfidenceWeightedCE):
@@ -696,7 +697,7 @@ class SelfTraining(nn.Module):
         return loss
 
     def _labels_of(self, criterion: object, labels: Tensor, num_classes: int) -> Tensor:
-        """Labels as a criterion that is not ours wants them: int64, and what is no class by its own id."""
+        """Labels for a foreign criterion: int64, with ignored pixels and unknown ids set to its `ignore_index`."""
         labels = labels.long()
         ignored = getattr(criterion, "ignore_index", None)
         if not isinstance(ignored, int):
@@ -704,7 +705,7 @@ class SelfTraining(nn.Module):
         return labels.masked_fill((labels < 0) | (labels >= num_classes) | (labels == self.ignore_index), ignored)
 
     def _logits(self, name: str, network: Callable[[Tensor], Any], images: Tensor) -> Tensor:
-        """What a network returns for images, once it is known to be logits."""
+        """Run a network on images and check that it returns logits."""
         logits = network(images)
         if self.logits is not None:
             logits = self.logits(logits)
@@ -720,7 +721,7 @@ class SelfTraining(nn.Module):
                 "return one map of class scores per image."
             )
         if not logits.is_floating_point():
-            raise TypeError(f"`{name}` must return floating logits, got {logits.dtype}; take no argmax of them.")
+            raise TypeError(f"`{name}` must return floating logits, got {logits.dtype}; return them before argmax.")
         if logits.shape[-2:] != images.shape[-2:] and not self.upsample:
             raise ValueError(
                 f"`{name}` returned logits of size {tuple(logits.shape[-2:])} for images of size "
@@ -729,7 +730,7 @@ class SelfTraining(nn.Module):
         if self.num_classes is not None and logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"`{name}` returned {logits.shape[1]} classes but SelfTraining was built with "
-                f"num_classes={self.num_classes}; make both with one number."
+                f"num_classes={self.num_classes}; use the same number for both."
             )
         return logits
 
@@ -770,17 +771,17 @@ _KEYWORDS = ("scores", "generator", "")
 
 
 class _MixCall(NamedTuple):
-    """How a mix is called: with five arguments or three, and by which keywords it can get its randomness."""
+    """How to call a mix: with five arguments or three, and the keywords that can pass randomness to it."""
 
     onto_target: bool
     keywords: tuple[str, ...]
 
 
-def _how_to_call(mix: Any) -> _MixCall:  # noqa: ANN401 - whatever was given
-    """Find it out from the signature: what five arguments can be given to is no mix of the target with itself."""
-    mix = getattr(mix, "_orig_mod", mix)  # a compiled module takes anything
+def _how_to_call(mix: Any) -> _MixCall:  # noqa: ANN401 - any callable
+    """Inspect the signature of a mix; one that accepts five arguments is called with source and target."""
+    mix = getattr(mix, "_orig_mod", mix)  # a compiled module hides its signature
     signature = inspect.signature(mix.forward if isinstance(mix, nn.Module) else mix)
-    for keyword, count in itertools.product(_KEYWORDS, (5, 3)):  # `scores` may not be the fourth of five
+    for keyword, count in itertools.product(_KEYWORDS, (5, 3)):  # keyword first: `scores` could be a 4th positional
         if _takes(signature, count, keyword):
             return _MixCall(count == 5, tuple(other for other in _KEYWORDS if _takes(signature, count, other)))
     raise TypeError(
@@ -804,7 +805,7 @@ def _takes(signature: inspect.Signature, count: int, keyword: str) -> bool:
 
 
 def _checked_mixed(mixed: object, target_images: Tensor) -> Mixed:
-    """What a mix returned, once its shapes are known to be the target's."""
+    """Check the type and shapes of what a mix returned."""
     if not isinstance(mixed, Sequence) or len(mixed) != len(Mixed._fields):
         raise TypeError(f"`mix` must return Mixed(images, labels, weights, mask), got {type(mixed).__name__}.")
     n, _, height, width = target_images.shape
@@ -817,7 +818,7 @@ def _checked_mixed(mixed: object, target_images: Tensor) -> Mixed:
 
 
 def _logits_in(output: object) -> str:
-    """Where the logits most likely are in what a network returned."""
+    """Guess the expression that extracts the logits from a network's output."""
     if hasattr(output, "logits"):
         return "out.logits"
     if isinstance(output, Mapping):
@@ -826,24 +827,24 @@ def _logits_in(output: object) -> str:
 
 
 def _translated(name: str, part: object) -> bool:
-    """Whether a criterion is not ours and ignores what no label map has, torch's -100: then it is put in for it."""
+    """Whether a part is a foreign criterion with a negative `ignore_index`, to which labels are translated."""
     ignored = getattr(part, "ignore_index", None)
     foreign = name in {"criterion", "source_criterion"} and not isinstance(part, ConfidenceWeightedCE)
     return foreign and isinstance(ignored, int) and ignored < 0
 
 
 def _agreed(what: str, parts: Mapping[str, object]) -> int | None:
-    """The one number that all parts have of those that say one."""
+    """The number that all parts agree on, among those that have one; None if none has."""
     said = {name: number for name, number in parts.items() if isinstance(number, int)}
     first = next(iter(said), None)
     for name, number in said.items():
         if first is not None and number != said[first]:
-            raise ValueError(f"`{first}` has {what}={said[first]} but `{name}` {number}; make both with one number.")
+            raise ValueError(f"`{first}` has {what}={said[first]} but `{name}` {number}; use the same for both.")
     return None if first is None else said[first]
 
 
 def _check_part(name: str, part: object, like: str, *methods: str) -> None:
-    """Refuse what cannot be called, or has none of some methods."""
+    """Refuse a part that is not callable, or has none of the given methods."""
     if part is None:
         return
     if isinstance(part, type) or not callable(part):

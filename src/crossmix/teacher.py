@@ -1,4 +1,4 @@
-"""The mean teacher: an average of the student over training, which makes the pseudo-labels.
+"""The mean teacher, an exponential moving average of the student that produces the pseudo-labels.
 
 Mean Teacher: Tarvainen and Valpola, NeurIPS 2017, https://arxiv.org/abs/1703.01780
 As used by DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 3.2.
@@ -16,7 +16,7 @@ from torch._compile import _disable_dynamo  # what torch.compiler.disable is, wi
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.hooks import RemovableHandle
 
-from crossmix._checks import check_choice, check_fraction, check_logits, check_module, check_tensor
+from crossmix._checks import check_choice, check_fraction, check_int, check_logits, check_module, check_tensor
 from crossmix._tensors import at_least_float32
 from crossmix._wrappers import named_parts, unwrapped
 
@@ -24,7 +24,7 @@ __all__ = ["MeanTeacher", "PseudoLabels", "ema_update_", "pseudo_label", "pseudo
 
 
 class PseudoLabels(NamedTuple):
-    """The most probable class of each pixel, and how sure the network is.
+    """The most probable class of each pixel and its probability.
 
     Attributes:
         labels: (N, H, W) int64 in 0..C-1.
@@ -36,13 +36,13 @@ class PseudoLabels(NamedTuple):
 
 
 def pseudo_label(logits: Tensor) -> PseudoLabels:
-    """Take the most probable class of each pixel and its probability.
+    """Return the most probable class of each pixel and its probability.
 
     Args:
-        logits: (N, C, H, W) floating; the softmax runs in float32, in float64 for float64 logits.
+        logits: (N, C, H, W) floating; the softmax runs in float32, or in float64 for float64 logits.
 
     Returns:
-        Labels and confidence, without gradient. Every pixel keeps its label; nothing is thresholded to ignored.
+        Labels and confidence, without gradient. Every pixel gets a label; none is set to ignored by a threshold.
 
     Raises:
         TypeError: If `logits` is not a floating tensor.
@@ -58,7 +58,7 @@ def pseudo_label(logits: Tensor) -> PseudoLabels:
 
 
 def pseudo_label_from_probs(probs: Tensor) -> PseudoLabels:
-    """Take the most probable class of each pixel, from probabilities: for those that were aligned, say.
+    """Return the most probable class of each pixel from probabilities, e.g. after distribution alignment.
 
     Args:
         probs: (N, C, H, W) floating, summing to 1 over dimension 1.
@@ -81,18 +81,18 @@ def pseudo_label_from_probs(probs: Tensor) -> PseudoLabels:
 
 @torch.no_grad()
 def ema_update_(averaged: Sequence[Tensor], current: Sequence[Tensor], decay: float) -> None:
-    """Move averages towards current values, in place, a few launches for the whole list.
+    """Update moving averages in place, with a few kernel launches for the whole list.
 
     averaged <- decay * averaged + (1 - decay) * current; integers and booleans are copied
 
-    Keep averages in float32: one in bfloat16 or float16 is computed in float32 and rounded back, and what is smaller
-    than a rounding step is lost. At decay 0.99 such an average stands still.
+    Keep averages in float32. One in bfloat16 or float16 is computed in float32 and rounded back, which loses changes
+    smaller than a rounding step; at decay 0.99 such an average stops moving.
 
     Args:
-        averaged: Tensors to change. Of a sharded one (DTensor) each rank changes its shard.
-        current: As many tensors of the same shapes. Those of another dtype are converted. Those on another device are
-            moved, which waits; shards that are placed otherwise are placed alike, which communicates.
-        decay: Share of the average that is kept, in [0, 1], in double precision: 0 copies, 1 changes no float.
+        averaged: Tensors to update. For a sharded tensor (DTensor), each rank updates its shard.
+        current: As many tensors, of the same shapes. Other dtypes are converted. Tensors on another device are moved,
+            which syncs; shards with another placement are redistributed, which communicates.
+        decay: Share of the average to keep, in [0, 1], in double precision. 0 copies; 1 leaves floats unchanged.
 
     Raises:
         TypeError: If an average is floating and its current value is not, or the other way round.
@@ -115,7 +115,7 @@ def ema_update_(averaged: Sequence[Tensor], current: Sequence[Tensor], decay: fl
             kind, mine, theirs = difference
             error = TypeError if kind == "dtype" else ValueError
             raise error(
-                f"`averaged[{i}]` has {kind} {mine} but `current[{i}]` {theirs}; pass the tensors in one order."
+                f"`averaged[{i}]` has {kind} {mine} but `current[{i}]` {theirs}; pass both lists in the same order."
             )
     _move(_local_pairs(dict(enumerate(averaged)), dict(enumerate(current))), decay)
 
@@ -125,45 +125,45 @@ class MeanTeacher(nn.Module):
 
     teacher <- decay_t * teacher + (1 - decay_t) * student,  decay_t = min(1 - 1 / (t + 1), decay)
 
-    t counts earlier updates from `start`, so with 0 the first update copies the student; at decay 0.99 the ramp ends at
-    t = 99. With `warmup=False` decay_t is `decay` from the start. `decay=0` makes the teacher the network itself, as in
-    the paper's Algorithm 1.
+    t is `start` plus the number of earlier updates. With `start=0` the first update copies the student; at decay 0.99
+    the ramp ends at t = 99. With `warmup=False`, decay_t is `decay` from the start. With `decay=0` the teacher equals
+    the student, as in the paper's Algorithm 1.
 
-    Averages are kept in float32 (in float64 for float64 ones), whatever this module or a parent of it is cast to, since
-    in bfloat16 they would stand still. The forward pass runs in the student's dtype, or in the one that this module was
-    cast to, parameter by parameter.
+    Averages are kept in float32 (float64 for float64 weights) even if this module or a parent is cast to a lower
+    precision, because in bfloat16 they would stop moving. The forward pass runs in the student's dtype, or in the dtype
+    that this module was cast to.
 
-    Weights that are loaded into the teacher (`load_state_dict` of it, of a parent, of `.module` or a part of it;
-    `load_weights`) without a count of updates are not copied over: the ramp is then over, and the next update keeps
-    `decay` of them.
+    Loading weights without an update count into the teacher (`load_state_dict` of it, of a parent, or of `.module` or a
+    part of it; `load_weights`) ends the ramp, so that the next update keeps a share `decay` of them instead of copying
+    the student over them.
 
     Args:
-        student: The network to average, wrapped (DistributedDataParallel, torch.compile, ...) as a whole, in parts, or
-            not at all. It is deep-copied, without its wrappers.
-        decay: Share of the teacher that an update keeps, in [0, 1]; the released code has 0.99.
+        student: The network to average. It may be wrapped (DistributedDataParallel, torch.compile, ...) as a whole or
+            in parts; it is deep-copied without the wrappers.
+        decay: Share of the teacher that an update keeps, in [0, 1]; 0.99 in the released code.
         warmup: Whether the decay ramps up.
-        buffers: `"copy"` takes the student's buffers at every update, `"average"` averages them too; integer ones are
-            always copied. (The released code leaves them at their initial value: its teacher never reads them.)
-        mode: How the forward pass runs, whatever `.train()` or `.eval()` is called: `"train"` (the released code),
-            where BatchNorm and InstanceNorm use the batch's statistics and leave their running ones alone, or `"eval"`.
-            Dropout is off in both.
-        network: A second network of the student's kind, for a student that cannot be deep-copied. It becomes `.module`
-            and takes over the student's weights; it must share none with it. Where the student is sharded by
-            `fully_shard`, shard it alike.
-        start: Where the count of updates begins: 1 for DAFormer's ramp, which never copies.
+        buffers: `"copy"` copies the student's buffers at every update, `"average"` averages them; integer buffers are
+            always copied. (The released code leaves them at their initial values, which its teacher never reads.)
+        mode: How the forward pass runs, regardless of `.train()` and `.eval()`: `"train"` (the released code), where
+            BatchNorm and InstanceNorm use batch statistics and leave the running ones unchanged, or `"eval"`. Dropout
+            is off in both.
+        network: A second network of the same architecture, for a student that cannot be deep-copied. It becomes
+            `.module` and gets the student's weights; it must not share tensors with the student. If the student is
+            sharded by `fully_shard`, shard this network in the same way.
+        start: First value of t: 1 for DAFormer's ramp, which never copies.
 
     State:
-        `module.*`: the teacher's parameters and buffers, changed by `update` alone. `_extra_state`: the number of
+        `module.*`: the teacher's parameters and buffers, changed only by `update`. `_extra_state`: the number of
             updates.
 
     Attributes:
-        module: The averaged network, an ordinary one, in eval mode until somebody changes that. To evaluate it on the
-            running statistics, call it directly. A forward pass of the teacher leaves its modes as they are.
-        num_updates: t: `start` and the updates made. After weights were loaded without a count, past the ramp.
+        module: The averaged network, an ordinary module in eval mode unless you change that. To evaluate it with
+            running statistics, call it directly. The teacher's forward pass leaves its modes as they are.
+        num_updates: t, i.e. `start` plus the updates made; beyond the ramp after loading weights without a count.
 
     Raises:
         TypeError: If `student` or `network` is not a module.
-        ValueError: If `decay` or `start` is out of range, `buffers` or `mode` unknown, the student cannot be
+        ValueError: If `decay` or `start` is out of range, `buffers` or `mode` is unknown, the student cannot be
             deep-copied, or `network` does not match it.
 
     Example:
@@ -192,10 +192,7 @@ class MeanTeacher(nn.Module):
         check_fraction("decay", decay)
         check_choice("buffers", buffers, ("copy", "average"))
         check_choice("mode", mode, ("eval", "train"))
-        if isinstance(start, bool) or not isinstance(start, int):
-            raise TypeError(f"`start` must be an int, got {type(start).__name__}.")
-        if start < 0:
-            raise ValueError(f"`start` must not be negative, got {start}; it is a count of updates.")
+        check_int("start", start, least=0, hint="; it is a count of updates")
         self.decay = decay
         self.warmup = warmup
         self.buffers_mode = buffers
@@ -204,7 +201,7 @@ class MeanTeacher(nn.Module):
         theirs = _state(student)
         lazy = [name for name, value in theirs.parameters.items() if nn.parameter.is_lazy(value)]
         if lazy:
-            raise ValueError(f"`student` has no shape yet for {lazy[0]!r}; run a batch through it first.")
+            raise ValueError(f"`student` has an uninitialised parameter {lazy[0]!r}; run a batch through it first.")
         self.module = _copied(unwrapped(student)) if network is None else _second(network, theirs)
         self.module.requires_grad_(requires_grad=False).zero_grad(set_to_none=True)
         self.module.eval()
@@ -213,26 +210,26 @@ class MeanTeacher(nn.Module):
         for part in self.module.modules():
             part.register_load_state_dict_pre_hook(self._loaded)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
-        self._low: dict[str, torch.dtype] = {}  # what runs in less than the float32 that it is kept in
+        self._low: dict[str, torch.dtype] = {}  # forward dtypes below float32, by tensor name
         self._wide_state()
         self._students_low = _low(theirs)
         self._low = dict(self._students_low)
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **named: Any) -> Any:  # noqa: ANN401 - what the network takes and returns
-        """Run the teacher in its mode, without gradient and without a change of state.
+        """Run the teacher in its mode, without gradient and without changing any state.
 
         The one exception is `torch.optim.swa_utils.update_bn(loader, teacher)`, which refreshes the running statistics
-        of `.module` as it does those of an `AveragedModel`. What shows it is a teacher in training mode with BatchNorm
-        layers whose `momentum` was set to None since the teacher was made. (Where the student's own have None, call
+        of `.module` as for an `AveragedModel`. It is recognised by a teacher in training mode whose BatchNorm layers
+        had their `momentum` set to None after the teacher was made. (If the student's own layers have None, call
         `update_bn(loader, teacher.module)`.)
 
         Args:
-            *inputs: What the network takes, as a rule images (N, 3, H, W) floating in [0, 1].
-            **named: What it takes by name.
+            *inputs: The network's inputs, usually images (N, 3, H, W) floating in [0, 1].
+            **named: Its keyword arguments.
 
         Returns:
-            Logits (N, C, H, W), or whatever else the network returns.
+            Logits (N, C, H, W), or whatever the network returns.
         """
         kept = []
         try:
@@ -245,32 +242,32 @@ class MeanTeacher(nn.Module):
                 own[key] = value
 
     def pseudo_label(self, *inputs: Any, **named: Any) -> PseudoLabels:  # noqa: ANN401 - what the network takes
-        """Label images by the teacher.
+        """Compute pseudo-labels for a batch of images.
 
         Args:
-            *inputs: What the network takes, as a rule images (N, 3, H, W) floating in [0, 1].
-            **named: What it takes by name.
+            *inputs: The network's inputs, usually images (N, 3, H, W) floating in [0, 1].
+            **named: Its keyword arguments.
 
         Returns:
             Labels (N, H, W) int64 and confidence (N, H, W).
 
         Raises:
-            TypeError: If the network does not return logits but something that holds them.
+            TypeError: If the network does not return its logits as a tensor.
         """
         return pseudo_label(self(*inputs, **named))
 
-    @_disable_dynamo  # decay and count are Python numbers: it would be compiled anew at each step
-    @torch.inference_mode(mode=False)  # what is made here is changed by later updates
+    @_disable_dynamo  # decay and count are Python numbers, so every step would recompile
+    @torch.inference_mode(mode=False)  # tensors created here are modified by later updates
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Average the student in: call it after each optimizer step, and not after a step that was skipped.
+        """Update the average. Call this after each optimizer step, except after steps that were skipped.
 
-        Runs eagerly inside a compiled function. Replays of a CUDA graph use the decay of the captured update and do not
-        count: set `num_updates` to the steps made before saving.
+        It runs eagerly inside a compiled function. Replays of a CUDA graph use the decay of the captured update and do
+        not count: set `num_updates` to the number of steps before saving.
 
-        Buffers that are not persistent (caches) are taken over as they are where the student has others by now. Of a
-        student and a teacher that are sharded alike (`fully_shard`) each rank averages its shards; a teacher that is
-        whole gathers the student's.
+        Non-persistent buffers (caches) of the student that appeared or changed shape since are copied. If student and
+        teacher are sharded alike (`fully_shard`), each rank averages its shards; an unsharded teacher gathers the
+        student's.
 
         Args:
             student: The network given to the constructor, wrapped or not.
@@ -279,14 +276,14 @@ class MeanTeacher(nn.Module):
             TypeError: If it is not a module.
             ValueError: If its parameters or buffers do not match the teacher's by name and shape. Nothing is changed
                 then.
-            RuntimeError: If a CUDA graph is being captured while the decay still rises.
+            RuntimeError: If a CUDA graph is being captured while the decay is still ramping up.
         """
         check_module("student", student)
         self._end_ramp_if_loaded()
         decay = min(1.0 - 1.0 / (self.num_updates + 1), self.decay) if self.warmup else self.decay
         if decay < self.decay and _capturing():
             raise RuntimeError(
-                f"A captured `update` must have a decay that no longer changes, got {decay:.4g} on the way to "
+                f"`update` can be captured only once the decay is constant, got {decay:.4g} on the way to "
                 f"{self.decay} after {self.num_updates} updates; warm up eagerly first, or build with `warmup=False`."
             )
         mine, theirs = self._wide_state(), _state(student)
@@ -296,23 +293,23 @@ class MeanTeacher(nn.Module):
         for name in caches:
             _take_over(name, mine, theirs)
         low = _low(theirs)
-        if low != self._students_low:  # the student was cast since, or has another cache
+        if low != self._students_low:  # the student was cast, or has a new cache
             self._students_low, self._low = low, dict(low)
         self.num_updates += 1
 
     def follow(self, optimizer: torch.optim.Optimizer, student: nn.Module) -> RemovableHandle:
-        """Update after every step of an optimizer from now on, in place of calling `update`.
+        """Call `update` automatically after every step of an optimizer.
 
-        Right under gradient accumulation, under a GradScaler, whose skipped steps do not count, and in frameworks that
-        call the optimizer themselves. (A fused optimizer learns on the device whether it shall skip; under a GradScaler
-        each step then waits for the answer.)
+        This is correct under gradient accumulation, with a GradScaler (steps that it skips do not count), and in
+        frameworks that call the optimizer themselves. (With a GradScaler and a fused optimizer, which decides on the
+        device whether to skip, it costs one host sync per step.)
 
         Args:
-            optimizer: The student's.
+            optimizer: The student's optimizer.
             student: The network given to the constructor, wrapped or not.
 
         Returns:
-            A handle whose `remove()` ends it.
+            A handle; its `remove()` stops the updates.
 
         Raises:
             TypeError: If `optimizer` is not a torch.optim.Optimizer.
@@ -328,18 +325,18 @@ class MeanTeacher(nn.Module):
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
-                f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the one inside."
+                f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}; unwrap it first."
             )
 
         def after_step(stepped: torch.optim.Optimizer, *_: object) -> None:
-            skipped = getattr(stepped, "found_inf", None)  # a GradScaler's, while a fused step runs
+            skipped = getattr(stepped, "found_inf", None)  # set by a GradScaler during a fused step
             if skipped is None or not skipped.item():
                 self.update(student)
 
         return optimizer.register_step_post_hook(after_step)
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Do what `update` does, under the name that `torch.optim.swa_utils.AveragedModel` has for it.
+        """Call `update`; this is the name that `torch.optim.swa_utils.AveragedModel` uses.
 
         Args:
             model: The student.
@@ -347,10 +344,10 @@ class MeanTeacher(nn.Module):
         self.update(model)
 
     def train(self, mode: bool = True) -> "MeanTeacher":
-        """Set this module's flag alone: the forward pass has its own mode, and `.module` keeps what it was put in.
+        """Set the flag of this module only: the forward pass has its own mode, and `.module` keeps its modes.
 
         Args:
-            mode: What a parent module passes on.
+            mode: The mode.
 
         Returns:
             This module.
@@ -380,7 +377,7 @@ class MeanTeacher(nn.Module):
         return f"decay={self.decay}, warmup={self.warmup}, buffers={self.buffers_mode!r}, mode={self.mode!r}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MeanTeacher":
-        """What `.to`, `.half` and their like do, but for a dtype below float32: that is for the forward pass alone."""
+        """Move and cast as usual, except that dtypes below float32 apply only to the forward pass."""
         names: dict[int, list[str]] = {}
         for name, value in _state(self.module).every_name():
             names.setdefault(id(value), []).append(name)
@@ -403,7 +400,7 @@ class MeanTeacher(nn.Module):
         return self
 
     def _during_forward(self) -> list[tuple[dict[str, Any], str, Any]]:
-        """What the network's modules have in place of their own while the teacher runs: dictionary, key, value."""
+        """Temporary attributes of the network's modules during a forward pass, as (dictionary, key, value)."""
         refreshing = self.training and self._count_cumulative() > self._cumulative
         changes: list[tuple[dict[str, Any], str, Any]] = []
         for name, part in named_parts(self.module):
@@ -411,14 +408,14 @@ class MeanTeacher(nn.Module):
             norm = isinstance(part, _NormBase)
             batch_statistics = norm and self.mode == "train" and not refreshing
             changes.append((part.__dict__, "training", refreshing or batch_statistics))
-            if self._low and not (norm and refreshing):  # what is refreshed is no copy
+            if self._low and not (norm and refreshing):  # statistics being refreshed must not be copies
                 changes += self._in_low_dtype(part, prefix)
             if batch_statistics:
                 changes += self._without_running_ones(part, prefix)
         return changes
 
     def _in_low_dtype(self, part: nn.Module, prefix: str) -> list[tuple[dict[str, Any], str, Any]]:
-        """A module's tensors in the dtype that they run in. Shards are left to the policy of `fully_shard`."""
+        """A module's tensors, cast to their forward dtype. Shards are left to the policy of `fully_shard`."""
         return [
             (own, key, value.to(self._low[prefix + key]))
             for own in (part._parameters, part._buffers)
@@ -427,7 +424,7 @@ class MeanTeacher(nn.Module):
         ]
 
     def _without_running_ones(self, part: nn.Module, prefix: str) -> list[tuple[dict[str, Any], str, Any]]:
-        """What keeps a norm from moving its running statistics: torch's code goes without, others' moves copies."""
+        """Keep a norm from updating its running statistics: torch's own norms run without them, others on copies."""
         if type(part).forward.__module__.startswith("torch.nn."):
             there = [key for key in _RUNNING if part._buffers.get(key) is not None]
             return [(part.__dict__, "track_running_stats", False), *((part._buffers, key, None) for key in there)]
@@ -438,11 +435,11 @@ class MeanTeacher(nn.Module):
         ]
 
     def _count_cumulative(self) -> int:
-        """How many BatchNorm layers average over all that they see, which is what `update_bn` has them do."""
+        """Number of BatchNorm layers with a cumulative average (`momentum=None`), as `update_bn` sets it."""
         return sum(isinstance(part, _BatchNorm) and part.momentum is None for part in self.module.modules())
 
     def _wide_state(self) -> "_State":
-        """The network's tensors; those that somebody brought below float32 (`.module.half()`) are put back."""
+        """The network's tensors, after casting any below float32 (after `.module.half()`, say) back up."""
         state = _state(self.module)
         low = _low(state)
         if low:
@@ -452,7 +449,7 @@ class MeanTeacher(nn.Module):
         return state
 
     def _end_ramp_if_loaded(self) -> None:
-        """Let the ramp of the decay be over if weights were loaded that came without a count."""
+        """End the ramp of the decay if weights were loaded without an update count."""
         if self._loaded.without_count and self.warmup:
             ramp = math.ceil(1 / (1 - self.decay)) if self.decay < 1 else 2**62
             self.num_updates = max(self.num_updates, ramp)
@@ -465,13 +462,13 @@ _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class _Loaded:
-    """Notes that weights were loaded into the teacher's network, as a hook on each of its modules.
+    """Records that weights were loaded into the teacher's network; a hook on each of its modules.
 
-    It knows the teacher by nothing but being shared with it, so that a copy of the network alone leaves no trace there.
+    It holds no reference to the teacher, so that a copy of the network alone does not affect it.
 
     Attributes:
-        without_count: Whether the weights that were loaded last came without a count of updates.
-        count: Whether the teacher's state that was loaded last came with one.
+        without_count: Whether the last weights loaded came without an update count.
+        count: Whether the last teacher state loaded contained one.
     """
 
     def __init__(self) -> None:
@@ -484,14 +481,14 @@ class _Loaded:
 
 
 def _after_loading(teacher: MeanTeacher, _: object) -> None:
-    """What follows the loading of a teacher's state, whose weights may be of any dtype: `assign=True` keeps it."""
+    """Restore float32 averages after loading a teacher's state: `assign=True` keeps the dtypes of the file."""
     teacher.module._apply(_wide)  # type: ignore[no-untyped-call]
     if teacher._loaded.count:
         teacher._loaded.without_count = False
 
 
 class _State(NamedTuple):
-    """A network's modules and tensors, under names without wrappers. Shared tensors are there once."""
+    """A network's modules and tensors, by names without wrappers. Shared tensors are listed once."""
 
     parts: dict[str, nn.Module]
     parameters: dict[str, Tensor]
@@ -500,16 +497,15 @@ class _State(NamedTuple):
     def every_name(self) -> list[tuple[str, Tensor]]:
         """All tensors, shared ones under each of their names."""
         return [
-            (f"{prefix}.{key}" if prefix else key, value)
-            for prefix, part in self.parts.items()
-            for own in (part._parameters, part._buffers)
-            for key, value in own.items()
-            if value is not None
+            pair
+            for name, part in self.parts.items()
+            for own in (part.named_parameters, part.named_buffers)
+            for pair in own(name, recurse=False, remove_duplicate=False)
         ]
 
 
 def _state(module: nn.Module) -> _State:
-    """What `named_parameters` and `named_buffers` give, in one walk: their four are a tenth of an update on a CPU."""
+    """Collect the modules, parameters and buffers of a network."""
     parts = dict(named_parts(module))
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
@@ -517,28 +513,27 @@ def _state(module: nn.Module) -> _State:
     if sharded is not None:
         for part in parts.values():
             if isinstance(part, sharded):
-                part.reshard()  # after a forward pass alone the root still holds whole tensors, soon to be thrown away
+                part.reshard()  # after a forward pass the root still holds temporary unsharded tensors
     seen = set()
     for name, part in parts.items():
-        prefix = f"{name}." if name else ""
-        for own, found in (part._parameters, parameters), (part._buffers, buffers):
-            for key, value in own.items():
-                if value is not None and (this := id(value)) not in seen:
-                    seen.add(this)
-                    found[prefix + key] = value
+        for own, found in (part.named_parameters, parameters), (part.named_buffers, buffers):
+            for key, value in own(name, recurse=False):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    found[key] = value
     return _State(parts, parameters, buffers)
 
 
 def _copied(student: nn.Module) -> nn.Module:
-    """A deep copy of a network without the wrappers in it."""
+    """Deep-copy a network without its wrappers."""
     sharded = _type("torch.distributed.fsdp", "FSDPModule")
     if sharded is not None and any(isinstance(part, sharded) for part in student.modules()):
         raise ValueError(
-            "`student` must not be sharded yet, since what `fully_shard` made cannot be deep-copied; make the teacher "
+            "`student` must not be sharded yet, since modules of `fully_shard` cannot be deep-copied; make the teacher "
             "first, then shard the student and `teacher.module` alike, or shard a second network and pass it as "
             "`network=`."
         )
-    memo: dict[int, Any] = {}  # what deepcopy takes for copied already: for each wrapper a copy of what it wraps
+    memo: dict[int, Any] = {}  # maps each wrapper to a copy of the module inside it
     try:
         for part in reversed(list(student.modules())):
             inner = unwrapped(part)
@@ -554,7 +549,7 @@ def _copied(student: nn.Module) -> nn.Module:
 
 
 def _uncopyable(module: nn.Module, name: str = "") -> str:
-    """The smallest part of a network that cannot be deep-copied, in words."""
+    """Describe the smallest part of a network that cannot be deep-copied."""
     for key, child in module._modules.items():
         if child is not None and not _can_be_copied(child):
             return _uncopyable(child, f"{name}.{key}" if name else key)
@@ -574,13 +569,13 @@ def _can_be_copied(value: object) -> bool:
 
 
 def _second(network: nn.Module, student: _State) -> nn.Module:
-    """A second network of the user's, with the student's weights and buffers."""
+    """Copy the student's weights and buffers into a second network given by the user."""
     network = unwrapped(network)
     mine = _state(network)
     shared = {id(value) for _, value in student.every_name()} & {id(value) for _, value in mine.every_name()}
     if shared:
         raise ValueError(f"`network` must be a second network, but shares {len(shared)} tensors with `student`.")
-    _matched(mine, student)  # refused before anything is changed
+    _matched(mine, student)  # raise before anything is changed
     network._apply(_wide)  # type: ignore[no-untyped-call]
     mine = _state(network)
     parameters, buffers, caches = _matched(mine, student)
@@ -592,7 +587,7 @@ def _second(network: nn.Module, student: _State) -> nn.Module:
 
 
 def _difference(old: Tensor, new: Tensor) -> _Difference | None:
-    """In what two tensors differ that belong together, and what each has; None if in nothing that matters."""
+    """The first property in which two tensors do not match, with both values; None if they match."""
     if old.shape != new.shape:
         return "shape", tuple(old.shape), tuple(new.shape)
     if old.dtype != new.dtype and (_averages(old), old.is_complex()) != (_averages(new), new.is_complex()):
@@ -605,10 +600,10 @@ def _difference(old: Tensor, new: Tensor) -> _Difference | None:
 
 
 def _matched(mine: _State, theirs: _State) -> tuple[_Pairs, _Pairs, list[str]]:
-    """The teacher's and the student's parameters and buffers in pairs, and the buffers to be taken over.
+    """Pair the teacher's and the student's parameters and buffers; also name the buffers to take over.
 
-    These are the ones that one network alone has, or that differ in shape, and that are persistent in neither; and
-    those that the teacher's network made in `torch.inference_mode`, where no other mode may change them.
+    Buffers to take over are non-persistent in both networks, and exist in only one of them, differ in shape, or were
+    created by the teacher's network in `torch.inference_mode`, so that they cannot be modified in place.
     """
     different = _differences(mine.parameters, theirs.parameters)
     _refuse("parameter", different)
@@ -622,7 +617,7 @@ def _matched(mine: _State, theirs: _State) -> tuple[_Pairs, _Pairs, list[str]]:
 
 
 def _differences(averaged: dict[str, Tensor], current: dict[str, Tensor]) -> dict[str, _Difference | None]:
-    """What does not match, by name: what `_difference` says, or None where one side has no such tensor."""
+    """Mismatches by name: the result of `_difference`, or None if one side lacks the tensor."""
     found: dict[str, _Difference | None] = dict.fromkeys(sorted(averaged.keys() ^ current.keys()))
     for name, value in averaged.items():
         if name not in found and (difference := _difference(value, current[name])):
@@ -631,12 +626,12 @@ def _differences(averaged: dict[str, Tensor], current: dict[str, Tensor]) -> dic
 
 
 def _refuse(kind: str, different: dict[str, _Difference | None]) -> None:
-    """Raise for what does not match; names first, since tensors of other names are those of another network."""
+    """Raise if anything does not match. Missing names come first, as they suggest another network."""
     missing = [name for name, difference in different.items() if difference is None]
     if missing:
         raise ValueError(
             f"The student's {kind}s must be those of the teacher, but {len(missing)} names differ, "
-            f"first {missing[0]!r}; pass the network that the teacher was made from."
+            f"starting with {missing[0]!r}; pass the network that the teacher was made from."
         )
     for name, difference in different.items():
         if difference is not None:
@@ -648,14 +643,14 @@ def _refuse(kind: str, different: dict[str, _Difference | None]) -> None:
 
 
 def _is_cache(name: str, state: _State) -> bool:
-    """Whether a buffer is not persistent, or not there although its module is."""
+    """Whether a buffer is non-persistent, or missing from a module that exists."""
     prefix, _, key = name.rpartition(".")
     part = state.parts.get(prefix)
     return part is not None and (name not in state.buffers or key in part._non_persistent_buffers_set)
 
 
 def _take_over(name: str, mine: _State, theirs: _State) -> None:
-    """Give the teacher a cache that the student has, or take one away that it has no more."""
+    """Copy a cache of the student to the teacher, or remove one that the student no longer has."""
     prefix, _, key = name.rpartition(".")
     part, value = mine.parts[prefix], theirs.buffers.get(name)
     if value is not None:
@@ -667,7 +662,7 @@ def _take_over(name: str, mine: _State, theirs: _State) -> None:
 
 
 def _move(pairs: _Pairs, decay: float) -> None:
-    """Average pairs in, in place; integers are copied."""
+    """Update averages in place from (average, current) pairs; integers are copied."""
     copied = pairs if decay == 0 else [pair for pair in pairs if not _averages(pair[0])]
     lerped = [] if decay in {0, 1} else [pair for pair in pairs if _averages(pair[0])]
     kinds: dict[tuple[torch.dtype, torch.dtype], _Pairs] = {}  # one launch copies many tensors of one kind
@@ -682,16 +677,16 @@ def _move(pairs: _Pairs, decay: float) -> None:
     wide = [_wide(old) for old in averages] if low else averages
     torch._foreach_lerp_(wide, [new.to(old) for old, (_, new) in zip(wide, lerped, strict=True)], 1.0 - decay)
     if low:
-        torch._foreach_copy_(averages, wide)  # a tensor onto itself where it was wide
+        torch._foreach_copy_(averages, wide)  # copies a tensor that was wide already onto itself
 
 
 def _local_pairs(averaged: Mapping[Any, Tensor], current: Mapping[Any, Tensor]) -> _Pairs:
-    """Pairs of plain tensors: for a sharded average this rank's shard, and the same part of the current value."""
+    """Pairs of plain tensors; for a sharded average, this rank's shard and the matching part of the current value."""
     pairs = [(value, current[name]) for name, value in averaged.items()]
     sharded = _type("torch.distributed.tensor", "DTensor")
     if sharded is None or sharded not in {type(value) for pair in pairs for value in pair}:
         return pairs
-    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - somebody has imported it
+    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - loaded already, or there were no DTensors
 
     def local(old: Any, new: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - either may be a DTensor
         if not isinstance(old, DTensor):
@@ -709,7 +704,7 @@ def _is_sharded(value: Tensor) -> bool:
 
 
 def _type(module: str, name: str) -> Any:  # noqa: ANN401 - a type whose module is not imported here
-    """A type of torch's, None if nobody has imported its module: then there are no objects of it."""
+    """A torch type, or None if its module is not imported, in which case no instance can exist."""
     return getattr(sys.modules.get(module), name, None)
 
 
@@ -718,19 +713,19 @@ def _averages(value: Tensor) -> bool:
 
 
 def _is_low(dtype: torch.dtype) -> bool:
-    """Whether an average in this dtype would stand still."""
+    """Whether a dtype is too coarse to hold an average."""
     return (dtype.is_floating_point and dtype.itemsize < 4) or dtype == torch.complex32
 
 
 def _wide(value: Tensor) -> Tensor:
-    """A tensor in a dtype that can hold an average; itself if its own can."""
+    """Cast a tensor to a dtype that can hold an average; return it as is if its own can."""
     if not _is_low(value.dtype):
         return value
     return value.to(torch.complex64 if value.is_complex() else torch.float32)
 
 
 def _low(state: _State) -> dict[str, torch.dtype]:
-    """The dtypes below float32, by name."""
+    """The tensors with dtypes below float32, by name."""
     dtypes = {value.dtype for tensors in state[1:] for value in tensors.values()}
     if not any(map(_is_low, dtypes)):
         return {}
@@ -744,7 +739,7 @@ def _check_tensors(name: str, values: Sequence[object]) -> None:
 
 
 def _check_no_output(logits: object) -> None:
-    """Refuse an output that holds the logits, with how to take them out."""
+    """Refuse an output object that contains the logits, and say how to extract them."""
     way = None
     if not isinstance(logits, Tensor):
         if isinstance(getattr(logits, "logits", None), Tensor):
@@ -755,7 +750,7 @@ def _check_no_output(logits: object) -> None:
             way = "output[0]"
     if way is not None:
         raise TypeError(
-            f"`logits` must be a torch.Tensor, got {type(logits).__name__}; take it out of the network's output first: "
+            f"`logits` must be a torch.Tensor, got {type(logits).__name__}; extract it from the network's output: "
             f"crossmix.functional.pseudo_label({way})."
         )
 

@@ -1,4 +1,4 @@
-"""Pictures of a training run: label maps in colour, and galleries of image rows."""
+"""Pictures: label maps in colour, and grids of images."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ __all__ = ["colorize", "gallery"]
 
 
 def colorize(labels: Tensor, *, colors: Sequence[tuple[int, int, int]] = PALETTE) -> Tensor:
-    """Paint a map of train ids, by default in the colours of Cityscapes; everything else is black.
+    """Colour a map of train ids, by default with the Cityscapes palette; all other ids become black.
 
     Args:
-        labels: (H, W) integer train ids, or anything else for ignored pixels.
-        colors: (R, G, B) in 0..255 by train id; those of the 19 classes of Cityscapes by default.
+        labels: (H, W) integer train ids; any other id counts as ignored.
+        colors: (R, G, B) in 0..255 per train id; the 19 classes of Cityscapes by default.
 
     Returns:
         (3, H, W) uint8.
@@ -40,17 +40,17 @@ def colorize(labels: Tensor, *, colors: Sequence[tuple[int, int, int]] = PALETTE
 
 
 def gallery(rows: Sequence[Sequence[Tensor]], *, gap: int = 4) -> Tensor:
-    """Set pictures in rows and columns, on white.
+    """Arrange pictures in a grid on a white background.
 
     Args:
-        rows: Rows of equally many pictures of one size: (3, H, W), uint8 or floating in [0, 1].
+        rows: Rows of equal length; all pictures have one size (3, H, W) and are uint8, or floating in [0, 1].
         gap: White pixels between and around the pictures.
 
     Returns:
         (3, H', W') uint8.
 
     Raises:
-        ValueError: If there are no pictures, or they differ in size or the rows in length.
+        ValueError: If there are no pictures, the sizes differ, or the rows differ in length.
 
     Example:
         >>> gallery([[torch.zeros(3, 2, 5), torch.ones(3, 2, 5)]], gap=1).shape
@@ -60,8 +60,8 @@ def gallery(rows: Sequence[Sequence[Tensor]], *, gap: int = 4) -> Tensor:
     lengths = {len(row) for row in rows}
     if len(shapes) != 1 or len(lengths) != 1:
         raise ValueError(
-            f"`rows` must hold equally many pictures of one size, got rows of {sorted(lengths)} pictures of sizes "
-            f"{sorted(shapes)}; crop or resize them first."
+            f"`rows` must have equal lengths and pictures of one size, got lengths {sorted(lengths)} and sizes "
+            f"{sorted(shapes)}; crop or resize the pictures first."
         )
     _, height, width = next(iter(shapes))
     columns = next(iter(lengths))

@@ -176,7 +176,7 @@ def test_run_all__skips_what_is_finished_and_refuses_other_options(
     assert {path.name for path in tmp_path.glob("*.json*")} == {f"source-jitter--seed-{i}.json" for i in range(3)}
     assert "2 of 3 runs are finished" in capsys.readouterr().out
     longer = Job("streetscenes", "source + jitter", Variant("source"), 0, 6)
-    with pytest.raises(SystemExit, match=r"source-jitter--seed-0\.json: is a run with other options; give another"):
+    with pytest.raises(SystemExit, match=r"source-jitter--seed-0\.json: is a run with other options; pass another"):
         trials.run_all([longer], tmp_path, workers=1)
 
 
@@ -236,7 +236,7 @@ def test_page__shows_a_suite_and_names_a_missing_one(monkeypatch: pytest.MonkeyP
     assert "Pseudo-labelling was lucky." in text
     assert "| pole | 10.0 | - / 0.0 (0.0) |" in text
     for missing in ("ablation-camvid", "sensitivity-streetscenes", "causes-streetscenes"):
-        assert f"there is no `benchmarks/results/{missing}.json`" in text
+        assert f"`benchmarks/results/{missing}.json` does not exist" in text
     assert all(f"](results/{name})" in text for name in page.figures())
 
     monkeypatch.setattr(command, "load", lambda *_: None)

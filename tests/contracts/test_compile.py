@@ -266,7 +266,7 @@ def test_generator__is_refused_in_one_graph_and_used_outside_of_one(module: str)
         draws = lambda generator: training(*data, generator=generator).mixed.images  # noqa: E731
     torch.compiler.reset()
     with pytest.raises(
-        torch._dynamo.exc.Unsupported, match=r"cannot trace a torch\.Generator; make the draw outside with `sample`"
+        torch._dynamo.exc.Unsupported, match=r"cannot trace a torch\.Generator; draw outside with `sample`"
     ):
         torch.compile(draws, fullgraph=True, backend="eager")(seeded(0))
     torch.compiler.reset()

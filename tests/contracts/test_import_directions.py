@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "_class_codes": set(),  # the forms of a label map in `mixing`, and of no other room
     "_class_weights": {"_checks"},  # of `mixing` and `losses`
     "_color": set(),  # the pixel operations of `augment`, and of no other room
-    "_compiled_mix": set(),  # of `mixing`, as the class codes
+    "_compiled": set(),  # forms of `mixing` and `augment` for the compiler
     "_distributed": set(),
     "_files": set(),
     "_workers": set(),
@@ -31,9 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "_cross_entropy": {"_tensors"},
     "_soft_labels": {"_cross_entropy", "_tensors"},
     **{leaf: {"_checks", "_distributed", "_tensors"} for leaf in LEAVES},
-    "augment": {"_checks", "_color", "_distributed", "_tensors"},
+    "augment": {"_checks", "_color", "_compiled", "_distributed", "_tensors"},
     "masking": {"_checks", "_tensors"},
-    "mixing": {"_checks", "_class_codes", "_class_weights", "_compiled_mix", "_tensors"},
+    "mixing": {"_checks", "_class_codes", "_class_weights", "_compiled", "_tensors"},
     "losses": {"_checks", "_class_weights", "_cross_entropy", "_distributed", "_soft_labels", "_tensors"},
     "teacher": {"_checks", "_distributed", "_tensors", "_wrappers"},
     "metrics": {"_checks", "_distributed", "_tensors"},

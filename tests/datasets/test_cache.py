@@ -336,7 +336,7 @@ def test_room__is_checked_to_the_byte_and_reported(
     need = 10 * planes * height * width
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, need - 1))
     kilobytes = f"{need / 1000:.2f} kB"
-    with pytest.raises(DataError, match=rf"cache: the cache needs {kilobytes} more, {kilobytes} are free; make room"):
+    with pytest.raises(DataError, match=rf"cache: the cache needs {kilobytes} more, {kilobytes} are free; free some"):
         build(samples, folder)
     assert contents(folder) == {".lock": b""}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, need))
@@ -371,7 +371,7 @@ def test_write__a_full_disk_is_an_error_and_what_is_finished_is_kept(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", fail_third)
-        with pytest.raises(DataError, match=rf"{FILES[1]}: cannot be written: No space left .* are free\); make room"):
+        with pytest.raises(DataError, match=rf"{FILES[1]}: cannot be written: No space left .* are free\); free some"):
             build(GTA5(written), folder, workers=workers)
     assert contents(folder).keys() == {".lock", FILES[0]}
     build(GTA5(written), folder)
@@ -591,7 +591,7 @@ def test_read_only__a_complete_cache_serves_and_another_is_refused(
     (folder / FILES[0]).unlink()
     folder.chmod(0o555)
     with pytest.raises(
-        DataError, match=r"cache/\.lock: cannot be written: Permission denied\. The cache is not complete"
+        DataError, match=r"cache/\.lock: cannot be written: Permission denied\. The cache is incomplete"
     ):
         build(samples, folder)
     folder.chmod(0o755)

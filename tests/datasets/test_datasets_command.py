@@ -77,7 +77,7 @@ def test_check__synthia_saved_from_high_bytes(tmp_path: Path, capsys: pytest.Cap
     assert main(["check", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "SYNTHIA: 2 images (the whole data set has 9400)" in out
-    assert out.count("as files do that were saved from the high bytes") == 2
+    assert out.count("like files saved from the high bytes") == 2
 
 
 def test_check__your_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +234,7 @@ def test_class_counts__refuses(gta5: Path, tmp_path: Path) -> None:
         class_counts(GTA5(gta5, labels=False))
     for content in (b"{}\n", b"[\n", b"my notes", b"\xff"):  # somebody's file is not added to
         cache.write_bytes(content)
-        with pytest.raises(DataError, match=r"counts\.jsonl: is no file of counts; pass another file"):
+        with pytest.raises(DataError, match=r"counts\.jsonl: is not a file of counts; pass another file"):
             class_counts(data, cache=cache)
         assert cache.read_bytes() == content
     with pytest.raises(DataError, match="cannot be read"):

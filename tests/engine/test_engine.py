@@ -144,14 +144,14 @@ def test_keyed_crops__broken_samples_are_errors_or_left_out_up_to_a_cap(caplog: 
         assert int(image[0, 0, 0]) not in samples.bad
     assert set(crops.skipped) == {1, 4}
     assert sorted(record.message for record in caplog.records) == [
-        "left out: file1.png: is cut off.",
-        "left out: file4.png: is cut off.",
+        "skipped: file1.png: is cut off.",
+        "skipped: file4.png: is cut off.",
     ]
     again = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=2)
     for draw in reversed(range(60)):  # what was met before changes nothing
         assert torch.equal(again[draw][0], crops[draw][0])
     one = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=1)
-    with pytest.raises(ValueError, match=r"is cut off\. It is one more than the 1 broken samples that `skip` allows"):
+    with pytest.raises(ValueError, match=r"is cut off\. This is one more than the 1 broken samples that `skip` allows"):
         [one[draw] for draw in range(6)]
     samples.bad = tuple(range(6))
     every = KeyedCrops(samples, (2, 2), seed=0, stream=0, skip=100)
@@ -233,7 +233,7 @@ def test_checkpoints__a_damaged_one_is_never_loaded(tmp_path: Path, how: str) ->
     store = CheckpointStore(tmp_path)
     store.save(1, state(1), best=True)
     damage(store.save(2, state(2)), how)
-    with pytest.warns(UserWarning, match=r"step-0000002\.pt: its .*; taking step-0000001\.pt instead"):
+    with pytest.warns(UserWarning, match=r"step-0000002\.pt: its .*; loading step-0000001\.pt instead"):
         loaded = store.load_newest()
     assert loaded is not None
     assert loaded["step"] == 1
@@ -241,7 +241,7 @@ def test_checkpoints__a_damaged_one_is_never_loaded(tmp_path: Path, how: str) ->
     with pytest.raises(CheckpointError, match="No checkpoint can be read"):
         store.load_newest()
     damage(store.best, how)
-    with pytest.raises(CheckpointError, match=r"best\.pt: its .*; the next best one replaces it"):
+    with pytest.raises(CheckpointError, match=r"best\.pt: its .*; the next best checkpoint replaces it"):
         store.load_best()
     store.save(3, state(3), best=True)
     best = store.load_best()
@@ -269,7 +269,7 @@ def test_checkpoints__a_damaged_one_takes_nobody_s_place(tmp_path: Path, how: st
     store.save(keep + 1, state(keep + 1))
     damage(tmp_path / f"step-{keep + 1:07d}.pt", how)
     for last in range(keep - 1, 0, -1):  # every whole one is still there
-        with pytest.warns(UserWarning, match=f"taking step-{last:07d}.pt instead"):
+        with pytest.warns(UserWarning, match=f"loading step-{last:07d}.pt instead"):
             loaded = store.load_newest()
         assert loaded is not None
         assert loaded["step"] == last

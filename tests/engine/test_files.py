@@ -44,7 +44,7 @@ def test_whole_file__a_full_disk_is_named_with_the_space_needed_and_free(small_d
     path = small_disk / "a.bin"
     write_whole(path, b"old")
     size = 3_000_000
-    with pytest.raises(OSError, match=r"3\.00 MB are needed, \d\.\d\d MB are free.*make room") as caught:
+    with pytest.raises(OSError, match=r"3\.00 MB are needed, \d\.\d\d MB are free.*free some space") as caught:
         write_whole(path, bytes(size))
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(path)
@@ -85,7 +85,7 @@ def test_whole_file__a_read_only_folder(tmp_path: Path, monkeypatch: pytest.Monk
         return real(path, *args)
 
     monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(PermissionError, match="make its folder one that can be written to") as caught:
+    with pytest.raises(PermissionError, match="make its folder writable") as caught:
         write_whole(tmp_path / "a.bin", b"1")
     assert caught.value.filename == str(tmp_path / "a.bin")
 
@@ -215,7 +215,7 @@ def test_lock__a_file_system_without_locks_is_said_and_not_in_use(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     reached = False
-    with pytest.warns(UserWarning, match=r"has no locks \(.*\); going on without"), FolderLock(tmp_path):
+    with pytest.warns(UserWarning, match=r"has no locks \(.*\); continuing without one"), FolderLock(tmp_path):
         reached = True
     assert reached
 

@@ -414,12 +414,12 @@ def test_load__into_a_network_around_it_says_which_part_to_pass(place: str, tmp_
 def test_load__says_what_it_took(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = snapshot(tiny(1))
     cases: dict[str, tuple[object, str | None, str, str]] = {
-        "guessed": (prefixed("net.", state), None, "WARNING", "took 'net' for the model\n"),
-        "nested": ({"weights": state, "step": 3}, None, "WARNING", "took 'weights' for the model\n"),
-        "asked for": ({"weights": state}, "weights", "INFO", "took 'weights' for the model\n"),
+        "guessed": (prefixed("net.", state), None, "WARNING", "loaded the part 'net'\n"),
+        "nested": ({"weights": state, "step": 3}, None, "WARNING", "loaded the part 'weights'\n"),
+        "asked for": ({"weights": state}, "weights", "INFO", "loaded the part 'weights'\n"),
         "beside": (
             {"state_dict": {**prefixed("model.", state), "loss.weight": torch.ones(1)}}, None,
-            "INFO", "took 'state_dict.model' for the model, and left 1 names beside it (loss.weight)\n",
+            "INFO", "loaded the part 'state_dict.model'; ignored 1 other names (loss.weight)\n",
         ),
     }  # fmt: skip
     for contents, entry, level, said in cases.values():
@@ -435,7 +435,7 @@ def test_load__where_it_cannot_tell_the_advice_works(tmp_path: Path) -> None:
     model = tiny(2)
     first, second = snapshot(tiny(1)), snapshot(tiny(3))
     cases: dict[str, tuple[object, str | None, str, State]] = {
-        "two alike": ({"a": first, "b": second}, None, "2 parts of it match the model alike; pass `entry='a'`", first),
+        "two alike": ({"a": first, "b": second}, None, "2 parts of it match the model", first),
         "two prefixes": (
             {**prefixed("x.a.", first), **prefixed("x.b.", second)}, None,
             "pass `entry='x.a'` or `entry='x.b'`", first,
@@ -453,9 +453,9 @@ def test_load__where_it_cannot_tell_the_advice_works(tmp_path: Path) -> None:
         ),
         "more beside it": (
             {**prefixed("net.", first), "loss.weight": torch.ones(1)}, None,
-            r"1 unexpected \(loss.weight\).* in its part 'net'.*; pass `entry='net'` to leave out", first,
+            r"1 unexpected \(loss.weight\).* in its part 'net'.*; pass `entry='net'` to ignore", first,
         ),
-        "more in it": ({**first, "loss.weight": torch.ones(1)}, None, "pass `strict=False` to leave out what", first),
+        "more in it": ({**first, "loss.weight": torch.ones(1)}, None, "pass `strict=False` to ignore", first),
         "another head": (
             {**first, "layer5.conv2d_list.1.bias": torch.ones(21)}, None, "pass `strict=False` to leave out the head",
             without(first, "layer5.conv2d_list.1.bias"),
@@ -476,7 +476,7 @@ def test_load__where_it_cannot_tell_the_advice_works(tmp_path: Path) -> None:
     for contents, entry, message in (
         ({"net": nn.Linear(1, 1).state_dict()}, "teacher", r"no entry 'teacher', but \(net\), and none matches"),
         ({"net": {"step": 3}, "step": 3}, None, r"expected tensors, got \(net, step\)"),
-        (without(first, "layer3"), None, "build the network that it was saved from"),
+        (without(first, "layer3"), None, "build the network that the weights were saved from"),
         ({"conv1.weight": torch.ones(1), "module.conv1.weight": torch.ones(1)}, None,
          "'conv1.weight' and 'module.conv1.weight' are the same name"),
     ):  # fmt: skip
@@ -626,7 +626,7 @@ def test_safetensors__round_trip_of_every_dtype_and_shape(tmp_path: Path) -> Non
     raw = path.read_bytes()
     assert int.from_bytes(raw[:8], "little") % 8 == 0  # tensors begin aligned
     complex_ = nn.ParameterDict({"a": nn.Parameter(torch.ones(1, dtype=torch.complex128))})
-    with pytest.raises(ValueError, match=r"safetensors have no torch\.complex128, which `a` is; write a \.pth file"):
+    with pytest.raises(ValueError, match=r"safetensors has no dtype torch\.complex128 \(`a`\); use \.pth"):
         save_weights(complex_, path)
     assert path.read_bytes() == raw
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
@@ -675,7 +675,7 @@ HEADERS = {
 def test_safetensors__damaged_headers(case: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(HEADERS[case]).to_bytes(8, "little") + HEADERS[case] + bytes(8))
-    with pytest.raises(WeightsError, match=r"x\.safetensors: it is truncated, damaged or no file of weights"):
+    with pytest.raises(WeightsError, match=r"x\.safetensors: it is truncated, damaged or not a file of weights"):
         load_weights(tiny(2), path)
 
 
@@ -717,11 +717,11 @@ BAD: dict[str, tuple[Callable[[State], bytes], str]] = {
     "empty": (lambda _: b"", "got an empty file"),
     "a page": (lambda _: b"\n<!DOCTYPE html><html>quota exceeded</html>", "got an HTML page"),
     "a pointer": (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "got a Git LFS pointer"),
-    "text": (lambda _: b"hello world, no weights here", "it is truncated, damaged or no file of weights"),
-    "zeros": (lambda _: bytes(4096), "it is truncated, damaged or no file of weights"),
-    "truncated": (lambda s: written(s)[:-5000], "it is truncated, damaged or no file of weights"),
-    "truncated early": (lambda s: written(s)[:100], "it is truncated, damaged or no file of weights"),
-    "truncated, legacy": (lambda s: written(s, legacy=True)[:-5000], "it is truncated, damaged or no file of weights"),
+    "text": (lambda _: b"hello world, no weights here", "it is truncated, damaged or not a file of weights"),
+    "zeros": (lambda _: bytes(4096), "it is truncated, damaged or not a file of weights"),
+    "truncated": (lambda s: written(s)[:-5000], "it is truncated, damaged or not a file of weights"),
+    "truncated early": (lambda s: written(s)[:100], "it is truncated, damaged or not a file of weights"),
+    "truncated, legacy": (lambda s: written(s, legacy=True)[:-5000], "it is truncated, damaged or not a file"),
     "corrupted": (lambda s: flipped(written(s)), "does not match its checksum"),
     "a list": (lambda s: written(list(s.values())), "expected a dict of tensors, got list"),
     "a tensor": (lambda _: written(torch.ones(3)), "expected a dict of tensors, got Tensor"),
@@ -799,7 +799,7 @@ def test_objects__beside_the_weights_are_named_with_the_way_to_allow_them(
     message = str(caught.value)
     assert str(path) in message
     assert names in message
-    assert "get the file again" not in message
+    assert "download the file again" not in message
     assert "weights_only" not in message
     assert_equal(model, before)
     assert set(torch.serialization.get_safe_globals()) == allowed  # nothing more, on the way
@@ -833,8 +833,8 @@ def test_objects__of_another_numpy_and_partly_allowed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ({"w": torch.ones(1), "count": collections.defaultdict(int, a=1)}, "Torch refuses them even where they are"),
-        (nn.Linear(1, 1), "It is a torch.nn.modules.linear.Linear as a whole: load it where its code is"),
+        ({"w": torch.ones(1), "count": collections.defaultdict(int, a=1)}, "Torch refuses them even if allowed"),
+        (nn.Linear(1, 1), "The whole file is a pickled torch.nn.modules.linear.Linear: load it where its code is"),
     ],
 )
 def test_objects__that_cannot_be_allowed_are_not_advised(contents: object, message: str, tmp_path: Path) -> None:
@@ -848,8 +848,8 @@ def test_objects__that_cannot_be_allowed_are_not_advised(contents: object, messa
     ("beside", "message"),
     [
         ({"model": nn.Linear(1, 1)}, "Without them it has no tensors: load it where its code is"),
-        ({"model": {"w": torch.ones(1)}, "x": Calls(eval, "1 + 1")}, "It calls eval, by which a file can do anything"),
-        ({"model": {"w": torch.ones(1)}, "x": Calls(getattr, 1, "real")}, "It calls getattr, by which a file"),
+        ({"model": {"w": torch.ones(1)}, "x": Calls(eval, "1 + 1")}, "It calls eval, which can run arbitrary code"),
+        ({"model": {"w": torch.ones(1)}, "x": Calls(getattr, 1, "real")}, "It calls getattr, which can run"),
     ],
 )
 def test_objects__what_allowing_would_not_help_or_would_harm(beside: object, message: str, tmp_path: Path) -> None:
@@ -890,7 +890,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         nowhere = deeplab_v2_tiny(5)
     with pytest.raises(ValueError, match="`model` must have memory"):
         load_weights(nowhere, path)
-    with pytest.raises(ValueError, match=r"without a shape; .* run it once first"):
+    with pytest.raises(ValueError, match=r"got meta or uninitialised tensors; .* run a batch"):
         load_weights(nn.LazyLinear(2), path)
     torch.save({"student": model.state_dict(), "teacher": None}, tmp_path / "source.pt")
     with pytest.raises(
@@ -943,7 +943,7 @@ def test_sha256__whole_or_its_beginning(tmp_path: Path) -> None:
     digest = sha256(path.read_bytes()).hexdigest()
     for given in (digest, digest[:8], digest.upper()):
         load_weights(model, path, sha256=given)
-    with pytest.raises(WeightsError, match=rf"x\.pth: expected the sha256 0{{8}}, got {digest}; get the file again"):
+    with pytest.raises(WeightsError, match=rf"x\.pth: expected the sha256 0{{8}}, got {digest}; download the file"):
         load_weights(model, path, sha256="0" * 8)
 
 

@@ -89,7 +89,7 @@ def test_update_prior__counts_valid_source_pixels() -> None:
 def test_prior__is_scaled_and_then_fixed() -> None:
     align = DistributionAlignment(3, prior=[2, 1, 1])
     assert align.prior.tolist() == [0.5, 0.25, 0.25]
-    with pytest.raises(ValueError, match="`update_prior` needs a prior of its own, but `prior=` was given"):
+    with pytest.raises(ValueError, match="`update_prior` cannot change a prior that was given as `prior=`"):
         align.update_prior(torch.zeros(1, 2, 2, dtype=torch.long))
     assert torch.equal(DistributionAlignment(3, prior=torch.tensor([2, 1, 1])).prior, align.prior)
 
@@ -218,7 +218,7 @@ def test_meta_device__and_back(prior: list[float] | None) -> None:
 
 
 def test_prior__on_meta_has_no_values() -> None:
-    with pytest.raises(ValueError, match="`prior` must have values, got a tensor on meta"):
+    with pytest.raises(ValueError, match="`prior` must have values, got a meta tensor"):
         DistributionAlignment(2, prior=torch.ones(2, device="meta"))
 
 

@@ -331,7 +331,7 @@ def test_evaluate__one_label_size_twice_is_scored_once() -> None:
 def test_evaluate__nothing_is_labelled(caplog: pytest.LogCaptureFixture) -> None:
     data = [Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.full((4, 4), 255), "a")]
     iou = evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5)["native"].compute()
-    assert "not one pixel of the 1 images has a label" in caplog.text
+    assert "no pixel of the 1 images has a label" in caplog.text
     assert math.isnan(iou.mean)
     assert math.isnan(iou.pixel_accuracy)
     assert iou.per_class.isnan().all()
@@ -348,7 +348,7 @@ WRAPS: dict[str, Callable[[SegmentationFolder], Any]] = {
 def test_evaluate__a_folder_without_labels_is_refused(wrap: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_png(tmp_path / f"{name}.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="no label maps to score against, got a SegmentationFolder of images alone"):
+    with pytest.raises(ValueError, match="no label maps to score against, got a SegmentationFolder of images only"):
         evaluate(nn.Conv2d(3, 5, 1), WRAPS[wrap](SegmentationFolder(tmp_path)), num_classes=5)
 
 
@@ -378,7 +378,7 @@ IMAGE, LABEL = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=
 CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("no label", {"data": [Sample(IMAGE, None, "a")]}, ValueError, "a: has no label to score against"),
     ("no label in a dict", {"data": [{"image": IMAGE}]}, ValueError, "item 0: has no label to score against"),
-    ("other keys", {"data": [{"x": IMAGE, "y": LABEL}]}, TypeError, "got a dict with keys 'x', 'y'; return one"),
+    ("other keys", {"data": [{"x": IMAGE, "y": LABEL}]}, TypeError, "got a dict with keys 'x', 'y'; convert"),
     ("a tensor", {"data": [IMAGE]}, TypeError, "`data` must hold items with `image` and `label`.* got Tensor"),
     ("numpy", {"data": [(IMAGE.numpy(), LABEL)]}, TypeError, "`image` must be a torch.Tensor, got ndarray"),
     ("numpy label", {"data": [(IMAGE, LABEL.numpy())]}, TypeError, "`label` must be a torch.Tensor, got ndarray"),
@@ -391,7 +391,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("nothing", {"data": []}, ValueError, "`data` must not be empty"),
     ("no sizes", {"label_sizes": []}, ValueError, "`label_sizes` must not be empty"),
     ("stride alone", {"stride": 3}, ValueError, "`stride` belongs to a `window`"),
-    ("wide stride", {"window": 3, "stride": (3, 4)}, ValueError, "pixels between windows would have no prediction"),
+    ("wide stride", {"window": 3, "stride": (3, 4)}, ValueError, "pixels between windows would get no prediction"),
     ("no stride", {"window": 3, "stride": 0}, ValueError, r"`stride` must be positive, got \(0, 0\)"),
     ("no window", {"window": (0, 3)}, ValueError, "`window` must be positive"),
     ("one window side", {"window": (3,)}, TypeError, r"`window` must be \(height, width\), .* got \(3,\); pass both"),
@@ -434,9 +434,9 @@ def test_colorize_and_gallery() -> None:
     assert torch.equal(sheet[:, 4:6, 5:8], colors)
     assert sheet[:, 4:6, 1:4].unique().tolist() == [128]
     assert sheet[:, 0].unique().tolist() == [255]
-    with pytest.raises(ValueError, match="equally many pictures of one size"):
+    with pytest.raises(ValueError, match="equal lengths and pictures of one size"):
         gallery([[colors], [colors, colors]])
-    with pytest.raises(ValueError, match="equally many pictures of one size"):
+    with pytest.raises(ValueError, match="equal lengths and pictures of one size"):
         gallery([])
     with pytest.raises(ValueError, match=r"shape \(H, W\)"):
         colorize(colors)

@@ -500,13 +500,13 @@ def test_masked_images__leaves_the_global_generator_alone_and_lets_gradients_thr
 
 IMAGES = torch.rand(5, 3, 9, 14, generator=seeded(4))
 MASKED: list[tuple[str, Callable[[], object], type[Exception], str]] = [
-    ("block", lambda: MaskedImages(0), ValueError, "`block` must be at least 1 pixel, got 0"),
+    ("block", lambda: MaskedImages(0), ValueError, "`block` must be at least 1, got 0; it is in pixels"),
     ("block type", lambda: MaskedImages(4.0), TypeError, "`block` must be an int, got float"),
     ("ratio", lambda: MaskedImages(4, 1.5), ValueError, r"`ratio` must lie in \[0, 1\], got 1.5"),
     ("fill", lambda: MaskedImages(4, fill=()), ValueError, "`fill` must hold a finite number per channel, got"),
     ("fill nan", lambda: MaskedImages(4, fill=(math.nan,) * 3), ValueError, "`fill` must hold a finite number"),
     ("fill type", lambda: MaskedImages(4, fill=0.5), TypeError, "`fill` must hold a number per channel, got float"),
-    ("too large", lambda: MaskedImages()(IMAGES), ValueError, "got 64 pixels for images of 9 x 14; take a smaller one"),
+    ("too large", lambda: MaskedImages()(IMAGES), ValueError, "got 64 pixels for images of 9 x 14; use a smaller one"),
     ("large", lambda: MaskedImages(10).sample(1, (9, 14)), ValueError, "got 10 pixels for images of 9 x 14"),
     ("size", lambda: MaskedImages().sample(1, 64), TypeError, "`size` must be two ints, height and width, got 64"),
     ("images", lambda: MaskedImages(4)(IMAGES[0]), ValueError, r"`images` must have shape \(N, 3, H, W\)"),

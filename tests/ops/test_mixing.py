@@ -298,9 +298,9 @@ def test_masks__take_the_place_of_classes(masks: Any) -> None:
         assert torch.equal(got, other[1:])
     turned = onto_next(source, labels, weights, scores=scores)
     assert torch.equal(turned.images, torch.where(want[:, None], source, source.roll(-1, 0)))
-    with pytest.raises(ValueError, match="`sample` draws classes, but this mix has `masks`"):
+    with pytest.raises(ValueError, match="`sample` draws classes, but this mix uses `masks`"):
         mixer.sample(labels)
-    with pytest.raises(ValueError, match="`classes` must be None, since this mix has `masks`"):
+    with pytest.raises(ValueError, match="`classes` must be None, since this mix uses `masks`"):
         onto_next(source, labels, classes=torch.ones(3, 6) > 0)
 
 
@@ -518,7 +518,7 @@ WRONG: list[tuple[str, Callable[[], object], type[Exception], str]] = [
     ("odds of inf", lambda: CrossDomainMix(2, class_weights=[1, math.inf]), ValueError, "must be positive and finite"),
     ("odds below float32", lambda: ClassMix(2, class_weights=[1, 1e-60]), ValueError, "must be positive and finite"),
     ("odds too few", lambda: ClassMix(3, class_weights=[1, 2]), ValueError, r"shape \(C,\) = \(3,\), got \(2,\)"),
-    ("odds too many", lambda: ClassMix(3, class_weights=torch.ones(4)), ValueError, "none for the ignored pixels"),
+    ("odds too many", lambda: ClassMix(3, class_weights=torch.ones(4)), ValueError, "none for ignored pixels"),
     ("odds no numbers", lambda: ClassMix(2, class_weights="ab"), TypeError, "`class_weights` must be a sequence of"),
     ("odds drawn of 0", lambda: F.sample_classes(LABELS, 2, class_weights=torch.zeros(2)), ValueError, "be positive"),
     ("odds drawn integer", lambda: F.sample_classes(LABELS, 2, class_weights=torch.ones(2).int()), TypeError, "float"),

@@ -321,7 +321,7 @@ def test_update__follows_a_network_compiled_in_place() -> None:
 
 def test_update__refuses_another_network() -> None:
     teacher = MeanTeacher(student())
-    with pytest.raises(ValueError, match=r"names differ, first .*; pass the network that the teacher was made from"):
+    with pytest.raises(ValueError, match=r"names differ, starting with .*; pass the network that the teacher was"):
         teacher.update(nn.Conv2d(3, 2, 1))
     other = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 2, 1))
     with pytest.raises(
@@ -809,7 +809,7 @@ def test_network__is_refused_unless_it_is_a_second_one() -> None:
         with pytest.raises(error, match=message):
             MeanTeacher(network, network=second)
     assert all(p.requires_grad for p in network.parameters())
-    with pytest.raises(ValueError, match=r"`student` has no shape yet for '0.weight'; run a batch through it first"):
+    with pytest.raises(ValueError, match=r"`student` has an uninitialised parameter '0.weight'; run a batch"):
         MeanTeacher(nn.Sequential(nn.LazyConv2d(2, 1)))
 
 

@@ -1,8 +1,8 @@
-"""Readers of the field's data sets: label ids become Cityscapes train ids, and a wrong file is named.
+"""Data set readers that map label ids to Cityscapes train ids and report invalid files by name.
 
-Where what happens: `_listing` says which files are images, `_folder_dataset` pairs them with label maps and makes
-samples, `_images` and `_png` decode them, `_labels` maps label ids (by the table in `classes`, or one's own, which
-`_class_file` reads), `cache` keeps samples on disk, `statistics` counts classes, `_check` looks for what is wrong.
+Modules: `_listing` decides which files are images, `_folder_dataset` pairs them with label maps and builds samples,
+`_images` and `_png` decode files, `_labels` maps label ids (with the table in `classes`, or a user's own, read by
+`_class_file`), `cache` stores samples on disk, `statistics` counts classes, and `_check` validates folders.
 """
 
 from crossmix.datasets._class_file import Classes, read_classes

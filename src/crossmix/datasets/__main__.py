@@ -1,18 +1,18 @@
-"""Look at a data set before training on it.
+"""Check a data set before training on it.
 
-    python -m crossmix.datasets check ROOT     say what it is, and list every bad, missing or suspicious file
+    python -m crossmix.datasets check ROOT     identify the data set and list bad, missing or suspicious files
     python -m crossmix.datasets stats ROOT     count the pixels of every class
 
-ROOT is GTA5, SYNTHIA-RAND-CITYSCAPES or Cityscapes as unpacked. For data of your own give --classes, a JSON file, with
-ROOT, a folder that holds `images` and `labels`, or with --images and --labels, each a folder or a pattern. The file
-holds one of
+ROOT is GTA5, SYNTHIA-RAND-CITYSCAPES or Cityscapes as unpacked. For your own data, pass --classes, a JSON file, with
+ROOT, a folder that contains `images` and `labels`, or with --images and --labels, each a folder or a pattern. The file
+contains one of
 
-    ["road", "car"]                            names; label maps hold 0 and 1, and 255 for ignored pixels
-    {"7": 0, "26": 1, "0": 255}                from ids to train ids; ids it lacks are errors
+    ["road", "car"]                            names; label maps contain 0 and 1, and 255 for ignored pixels
+    {"7": 0, "26": 1, "0": 255}                from ids to train ids; unlisted ids are errors
     {"#804080": 0, "0, 0, 142": 1}             from colours to train ids
     {"classes": [...], "mapping": {...}}       both, with train ids or names in the mapping
 
-The exit code is 0 where all is well, 1 where files are listed, 2 where there is nothing to look at.
+Exit code: 0 if everything is fine, 1 if files are listed, 2 if there is nothing to check.
 """
 
 import argparse
@@ -33,23 +33,21 @@ from crossmix.datasets.statistics import count_files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m crossmix.datasets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=("check", "stats"))
     parser.add_argument("root", nargs="?", type=Path, metavar="ROOT")
-    parser.add_argument("--images", type=Path, help="folder or pattern of images, in place of ROOT")
-    parser.add_argument("--labels", type=Path, help="folder or pattern of label maps, in place of ROOT")
-    parser.add_argument(
-        "--classes", "--mapping", type=Path, help="JSON file of the classes of your own data, see above"
-    )
-    parser.add_argument("--crop", type=_size, help="HxW in pixels: check lists images smaller than that too")
-    parser.add_argument("--workers", type=_count, default=0, help="processes that decode (default: 0, this one)")
-    parser.add_argument("--out", type=Path, help="file that keeps the counts (default: ROOT/crossmix-stats.jsonl)")
+    parser.add_argument("--images", type=Path, help="folder or pattern of images, instead of ROOT")
+    parser.add_argument("--labels", type=Path, help="folder or pattern of label maps, instead of ROOT")
+    parser.add_argument("--classes", "--mapping", type=Path, help="JSON file with your own classes, see above")
+    parser.add_argument("--crop", type=_size, help="HxW in pixels: check also lists smaller images")
+    parser.add_argument("--workers", type=_count, default=0, help="number of decoding processes (default: 0, none)")
+    parser.add_argument("--out", type=Path, help="file for the counts (default: ROOT/crossmix-stats.jsonl)")
     args = parser.parse_args(argv)
     if (args.root is None) == (args.images is None and args.labels is None):
-        parser.error("give either ROOT, or --images and --labels")
+        parser.error("pass either ROOT, or --images and --labels")
     try:
         own = args.root is None or args.classes is not None
         chosen = [_own(args)] if own else parts(args.root)
@@ -61,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(chosen: list[Part], args: argparse.Namespace) -> int:
-    """Print what every part is and what is wrong with it; return how many lines that took."""
+    """Print what every part is and its problems; return the number of problems."""
     lines = 0
     for one in chosen:
         whole = f" (the whole data set has {one.expected})" if one.expected is not None else ""
@@ -71,7 +69,7 @@ def check(chosen: list[Part], args: argparse.Namespace) -> int:
             flush=True,
         )
         if text := others(one):
-            print(f"  (other files, left out: {text})", flush=True)
+            print(f"  (other files, ignored: {text})", flush=True)
         for line in problems(one, crop=args.crop, workers=args.workers):
             print(f"  {line}", flush=True)
             lines += 1
@@ -80,7 +78,7 @@ def check(chosen: list[Part], args: argparse.Namespace) -> int:
 
 
 def stats(chosen: list[Part], args: argparse.Namespace) -> int:
-    """Print how often every class occurs, and what was left out."""
+    """Print how often every class occurs, and which files were ignored."""
     names = CLASS_NAMES if args.classes is None else read_classes(args.classes).names
     for one in chosen:
         if not one.labels:
@@ -102,7 +100,7 @@ def stats(chosen: list[Part], args: argparse.Namespace) -> int:
 
 
 def _own(args: argparse.Namespace) -> Part:
-    """The part that ROOT or --images and --labels, and --classes describe."""
+    """The part described by ROOT, or --images and --labels, and --classes."""
     names, mapping = (None, None) if args.classes is None else read_classes(args.classes)
     files = found(args.root or args.images, args.labels)
     root = args.root or args.images or args.labels

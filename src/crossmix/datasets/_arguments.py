@@ -1,4 +1,4 @@
-"""Checks on the numbers that data sets are given."""
+"""Checks of numeric arguments of data sets."""
 
 import operator
 
@@ -6,9 +6,9 @@ __all__ = ["check_count", "check_index", "check_size"]
 
 
 def check_count(name: str, value: int, *, least: int = 0) -> int:
-    """Refuse anything but a whole number of at least `least`."""
+    """Refuse anything but an integer of at least `least`; return it as an int."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"`{name}` must be an int, got {type(value).__name__} {value!r}; pass a whole number.")
+        raise TypeError(f"`{name}` must be an int, got {type(value).__name__} {value!r}; pass an integer.")
     number = operator.index(value)
     if number < least:
         raise ValueError(f"`{name}` must {f'be at least {least}' if least else 'not be negative'}, got {number}.")
@@ -16,7 +16,7 @@ def check_count(name: str, value: int, *, least: int = 0) -> int:
 
 
 def check_size(size: object, *, least: int = 1) -> tuple[int, int] | None:
-    """Refuse anything but None or (height, width), whole numbers of at least `least`."""
+    """Refuse anything but None or (height, width), integers of at least `least`."""
     if size is None:
         return None
     if not isinstance(size, tuple | list) or len(size) != 2:
@@ -30,15 +30,15 @@ def check_size(size: object, *, least: int = 1) -> tuple[int, int] | None:
 
 
 def check_index(index: int, length: int) -> int:
-    """An index counted from the front.
+    """Return a non-negative index.
 
     Raises:
-        IndexError: If it is out of range, so that plain iteration ends.
-        TypeError: If it is no whole number, such as a slice.
+        IndexError: If it is out of range, which also ends plain iteration.
+        TypeError: If it is not an integer, e.g. a slice.
     """
     if not hasattr(index, "__index__"):
         raise TypeError(
-            f"a data set is indexed by an int, got {type(index).__name__}; take several samples by "
+            f"a data set is indexed by an int, got {type(index).__name__}; select several samples with "
             "torch.utils.data.Subset."
         )
     position = operator.index(index)

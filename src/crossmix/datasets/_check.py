@@ -1,4 +1,4 @@
-"""Look at a folder: which data set it is, which of its files belong together, and what is wrong with each."""
+"""Validate a folder: identify the data set, pair its files, and list their problems."""
 
 from functools import partial
 from pathlib import Path
@@ -19,30 +19,27 @@ Size = tuple[int, ...]
 
 
 class Part(NamedTuple):
-    """Files that are read together, by what pairs them."""
+    """A part of a data set: images and label maps by the key that pairs them."""
 
     title: str
     images: dict[str, Path]
     labels: dict[str, Path]
     labelled: LabelFormat
-    expected: int | None = None
-    """How many images the whole data set has."""
-    left_out: tuple[Path, ...] = ()
-    """Files beside them that are no images."""
-    any_kind: bool = False
-    """Whether images need not be RGB."""
+    expected: int | None = None  # number of images in the complete data set
+    left_out: tuple[Path, ...] = ()  # other files in the same folders
+    any_kind: bool = False  # images need not be RGB
 
 
 def part(title: str, images: Found, labels: Found, labelled: LabelFormat, expected: int | None = None) -> Part:
-    """A part of what was found."""
+    """Build a part from the files found."""
     return Part(title, images.files, labels.files, labelled, expected, (*images.left_out, *labels.left_out))
 
 
 def parts(root: Path) -> list[Part]:
-    """Recognise a folder by the names in it.
+    """Identify a data set by the names of its folders.
 
     Raises:
-        DataError: If it is none of the layouts that the readers know.
+        DataError: If it has none of the layouts that the readers support.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; pass the one that holds the data set.")
@@ -52,7 +49,7 @@ def parts(root: Path) -> list[Part]:
     mean = f"did you mean {below[0]}? Pass" if below else "pass"
     raise DataError(
         f"{root}: is not laid out as GTA5 (images, labels), SYNTHIA (RGB, GT/LABELS) or Cityscapes (leftImg8bit, "
-        f"gtFine); {mean} the folder that holds these, or --classes, or --images and --labels for data of your own."
+        f"gtFine); {mean} the folder that holds these, or --classes, or --images and --labels for your own data."
     )
 
 
@@ -77,7 +74,7 @@ def _recognised(root: Path) -> list[Part]:
 
 
 def _cityscapes(root: Path) -> list[Part]:
-    """Every split, with fine labels where there are any and coarse ones otherwise."""
+    """Every split, with fine and coarse labels, whichever exist or are expected."""
     counts = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19_998}
     found = []
     for split in cityscapes.splits(root):
@@ -90,7 +87,7 @@ def _cityscapes(root: Path) -> list[Part]:
 
 
 def others(part: Part) -> str:
-    """Which files beside the images are no images at all, or nothing."""
+    """Describe the files that are not images of any type; empty if there are none."""
     return endings(path for path in part.left_out if path.suffix.lower() not in OTHER_IMAGES)
 
 
@@ -98,9 +95,8 @@ def problems(part: Part, *, crop: tuple[int, int] | None = None, workers: int = 
     """Decode every file of a part.
 
     Returns:
-        A line for each file that is missing, damaged, an image of a type that is not read, of another size than its
-        partner, smaller than `crop` (height, width), or suspicious: every pixel ignored, or an image of a single
-        colour.
+        A line for each file that is missing, damaged, of an unsupported image type, of another size than its partner,
+        smaller than `crop` (height, width), or suspicious: every pixel ignored, or an image of a single colour.
     """
     found = [
         f"{path}: is left out, being neither PNG nor JPEG; convert it"
@@ -125,7 +121,7 @@ def problems(part: Part, *, crop: tuple[int, int] | None = None, workers: int = 
 def _look(
     pair: tuple[Path | None, Path | None], labelled: LabelFormat, *, any_kind: bool, crop: tuple[int, int] | None
 ) -> list[str]:
-    """What is wrong with a pair."""
+    """The problems of a pair."""
     image_size, of_image = _look_at_image(pair[0], any_kind=any_kind)
     label_size, of_label = _look_at_label(pair[1], labelled)
     if image_size is not None and label_size is not None and image_size != label_size:
@@ -136,7 +132,7 @@ def _look(
 
 
 def _look_at_image(path: Path | None, *, any_kind: bool) -> tuple[Size | None, list[str]]:
-    """Its size, and what is wrong with it."""
+    """The size of an image (None if it cannot be read) and its problems."""
     if path is None:
         return None, []
     try:
@@ -148,7 +144,7 @@ def _look_at_image(path: Path | None, *, any_kind: bool) -> tuple[Size | None, l
 
 
 def _look_at_label(path: Path | None, labelled: LabelFormat) -> tuple[Size | None, list[str]]:
-    """Its size, and what is wrong with it."""
+    """The size of a label map (None if it cannot be read) and its problems."""
     if path is None:
         return None, []
     try:

@@ -1,4 +1,4 @@
-"""Classes of somebody's own data, from a file."""
+"""Read a user's class names and label mapping from a JSON file."""
 
 import json
 import re
@@ -19,9 +19,9 @@ class Classes(NamedTuple):
     """The classes of a data set.
 
     Attributes:
-        names: By train id.
-        mapping: From ids, or (R, G, B) colours, in label maps to train ids, 255 being ignored; None where the maps hold
-            train ids.
+        names: Class names in the order of train ids.
+        mapping: From the ids or (R, G, B) colours in label maps to train ids, with 255 for ignored; None if the maps
+            contain train ids.
     """
 
     names: tuple[str, ...]
@@ -29,13 +29,13 @@ class Classes(NamedTuple):
 
 
 def read_classes(path: str | Path) -> Classes:
-    """Read the classes of one's own data from a JSON file.
+    """Read the classes of your own data from a JSON file.
 
-    One of three forms:
+    The file has one of three forms:
 
-    - `["road", "car"]`, names: label maps hold train ids, here 0 and 1, and 255 for ignored pixels;
-    - `{"7": 0, "26": 1, "0": 255}`, ids to train ids; or colours, each as `"#804080"` or `"128, 64, 128"`;
-    - `{"classes": ["road", "car"], "mapping": {"7": "road", "26": "car", "0": 255}}`, both; train ids or names.
+    - `["road", "car"]`, names: label maps contain train ids, here 0 and 1, and 255 for ignored pixels;
+    - `{"7": 0, "26": 1, "0": 255}`, from ids to train ids, or from colours such as `"#804080"` or `"128, 64, 128"`;
+    - `{"classes": ["road", "car"], "mapping": {"7": "road", "26": "car", "0": 255}}`, both, with train ids or names.
 
     Args:
         path: The file.
@@ -44,7 +44,7 @@ def read_classes(path: str | Path) -> Classes:
         Names and mapping, for `SegmentationFolder(..., mapping, num_classes=len(names))`.
 
     Raises:
-        DataError: If the file cannot be read or holds anything else.
+        DataError: If the file cannot be read or has another form.
 
     Example:
         >>> import tempfile

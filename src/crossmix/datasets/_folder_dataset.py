@@ -1,4 +1,4 @@
-"""What the readers share: from two files to a `Sample`."""
+"""The base of all readers: list and pair files, and read a pair as a `Sample`."""
 
 import codecs
 import math
@@ -26,7 +26,7 @@ Filter = Literal["bilinear", "bicubic"]
 
 
 class Files(NamedTuple):
-    """Where one sample is."""
+    """The files of one sample."""
 
     image: Path | None
     label: Path | None
@@ -34,11 +34,11 @@ class Files(NamedTuple):
 
 
 class FolderDataset(Dataset[Sample]):
-    """Pairs of an image and a label map on disk, decoded when they are asked for.
+    """Pairs of an image and a label map on disk, decoded on access.
 
     Attributes:
-        files: Where each sample is.
-        label_format: How its label maps are read.
+        files: The files of each sample.
+        label_format: How label maps are read.
         size: (height, width) that samples are resized to, or None.
 
     With `any_kind`, images need not be RGB (see `read_image`).
@@ -65,8 +65,8 @@ class FolderDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Read an image and its label map, resize both, and map ids to train ids.
 
-        Without a size the two must be equally large; with one, each is resized, as the released code does with the few
-        GTA5 pairs that differ.
+        Without `size` both must have the same size. With it each is resized, as the released code does for the few GTA5
+        pairs that differ.
         """
         image_path, label_path, name = self.files[check_index(index, len(self.files))]
         if image_path is None:
@@ -82,10 +82,10 @@ class FolderDataset(Dataset[Sample]):
         return Sample(image, None if ids is None else torch.from_numpy(self.label_format.table[ids.numpy()]), name)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what the samples depend on besides the files, for caches of them.
+        """Return everything besides the files that the samples depend on, to identify caches.
 
         Returns:
-            A dict that JSON can hold.
+            A JSON-serialisable dict.
         """
         return {
             "reader": type(self).__name__,
@@ -96,15 +96,15 @@ class FolderDataset(Dataset[Sample]):
 
 
 def differing(label: Sequence[int], image: Sequence[int]) -> str:
-    """What to do about a label map, (height, width), of another size than its image."""
+    """Describe a label map, (height, width), whose size differs from its image's, with advice."""
     advice = "pass `size=` to resize both to one size, or remove the pair"
-    if tuple(label) == tuple(image)[::-1]:  # resizing would train on another place
-        advice = "one of them lies on its side; is the image turned by its EXIF orientation? Turn the label map too"
+    if tuple(label) == tuple(image)[::-1]:  # resizing would misalign them
+        advice = "one of them is rotated; does the image have an EXIF orientation? Rotate the label map too"
     return f"is {label[0]} x {label[1]} but its image {image[0]} x {image[1]}; {advice}"
 
 
 class Found(NamedTuple):
-    """Image files by what pairs them, and what was left out where they were looked for."""
+    """Image files by the key that pairs them, and the other files in the same folders."""
 
     files: dict[str, Path]
     left_out: tuple[Path, ...] = ()
@@ -113,7 +113,7 @@ class Found(NamedTuple):
 def find(
     folder: Path, *, recursive: bool = False, only: Callable[[str], bool] | None = None, suffix: str = ""
 ) -> Found:
-    """The images of a folder by their path from there, without the ending and `suffix`; nothing without a folder."""
+    """Find the images in a folder, keyed by relative path without extension and `suffix`; none without a folder."""
     if not folder.is_dir():
         return Found({})
     images, left_out = named_images(folder, recursive=recursive, only=only)
@@ -121,25 +121,25 @@ def find(
 
 
 def by_key(pairs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    """Paths by their keys, refusing two of one key; upper and lower case are one, as on many disks."""
+    """Map keys to paths; refuse duplicate keys, ignoring case as many file systems do."""
     files: dict[str, Path] = {}
     taken: dict[str, Path] = {}
     for key, path in pairs:
         if other := taken.get(key.casefold()):
             raise DataError(
-                f"{other} and {path}: are two files of one name; keep one of them, or, where one is a label map, keep "
-                "it in another folder."
+                f"{other} and {path}: are two files of one name; keep one of them or, if one is a label map, move it "
+                "to another folder."
             )
         taken[key.casefold()] = files[key] = path
     return files
 
 
 SIGNS = {"Cityscapes": ("leftImg8bit*", "gtFine*"), "SYNTHIA": ("RGB", "GT"), "GTA5": ("images", "labels")}
-"""Folders that tell a data set."""
+"""Folders by which a data set is recognised."""
 
 
 def _looks_like(root: Path, expected: str) -> str:
-    """What an unexpected folder seems to be, or where the expected one seems to be, as a part of a message."""
+    """Guess what a wrong folder is, or where the right one is, as part of an error message."""
     if not root.is_dir():
         return " (there is no such folder)"
     for name, patterns in SIGNS.items():
@@ -159,11 +159,11 @@ def paired(
     strict: bool = False,
     root: tuple[Path, str] | None = None,
 ) -> list[Files]:
-    """Pair images and label maps of the same key, sorted by key; either may be None, which is not to be read.
+    """Pair images and label maps by key, sorted by key. Either is None if it is not to be read.
 
-    An image without a label map is an error, with `strict` the reverse too. `names` is a list of those to keep.
-    `where`, `layout` and `root`, a folder with the data set that it should be, are for messages. A sample's name is the
-    last part of its key, or all of it where two samples would have one name.
+    An image without a label map is an error; with `strict`, so is the reverse. `names` is a file that lists the samples
+    to keep. `where`, `layout` and `root` (a folder and the data set expected there) are for error messages. A sample's
+    name is the last component of its key, or the whole key if the last components are not unique.
     """
     if images is None and labels is None:
         raise ValueError("`images` and `labels` must not both be False; read at least one of them.")
@@ -195,10 +195,10 @@ def paired(
 
 
 def listed(path: Path, files: Mapping[str, Path]) -> set[str]:
-    """The keys that a list names, one per line.
+    """The keys named in a list, one per line.
 
-    A line is a sample's key, or as much of its path as tells it from others, with or without the ending; folders in
-    front of the key, as in lists that name the data set, do not count. Empty lines and comments (#) are left out.
+    A line is a sample's key, or enough of its path to be unambiguous, with or without extension. Folders in front of
+    the key, as in lists that start with the data set's name, are ignored, and so are empty lines and comments (#).
     """
     by_stem: dict[str, set[str]] = {}
     for key, file in files.items():
@@ -207,12 +207,12 @@ def listed(path: Path, files: Mapping[str, Path]) -> set[str]:
     lines: dict[str, str] = {}
     wanted, absent = _lines(path), []
     for line in wanted:
-        keys = _meant(line, files, by_stem) or _meant(bare(line), files, by_stem)  # a dot need not begin an ending
+        keys = _meant(line, files, by_stem) or _meant(bare(line), files, by_stem)  # a dot may be part of the name
         if len(keys) > 1:
-            raise DataError(f"{path}: names {line}, which may be {keys[0]} or {keys[1]}; write the folder too.")
+            raise DataError(f"{path}: names {line}, which may be {keys[0]} or {keys[1]}; include the folder.")
         for key in keys:
             if bare(lines.setdefault(key, line)) != bare(line):
-                raise DataError(f"{path}: names {lines[key]} and {line}, but there is only {files[key]}; name it once.")
+                raise DataError(f"{path}: names {lines[key]} and {line}, but there is only {files[key]}; list it once.")
         absent += [] if keys else [bare(line)]
     if absent or not wanted:
         missing = f"({len(absent)} of {len(wanted)} are missing)"
@@ -222,7 +222,7 @@ def listed(path: Path, files: Mapping[str, Path]) -> set[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The names in a list, in UTF-8, or UTF-16 where a byte-order mark says so."""
+    """The names in a list file, in UTF-8, or in UTF-16 with a byte-order mark."""
     try:
         data = path.read_bytes()
         text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
@@ -234,19 +234,19 @@ def _lines(path: Path) -> list[str]:
     names = [PurePosixPath(line.replace("\\", "/")).as_posix() for line in lines if line and line[0] != "#"]
     for name in names:
         if ".." in name.split("/"):
-            raise DataError(f"{path}: names {name}, which leads out of the folder; name files below it.")
+            raise DataError(f"{path}: names {name}, which is outside of the folder; list files inside it.")
     return list(dict.fromkeys(names))
 
 
 def _meant(line: str, files: Mapping[str, Path], by_stem: Mapping[str, set[str]]) -> list[str]:
-    """The keys that a line agrees with best."""
+    """The keys that match a line best."""
     ranks = {key: _agreement(line, key, files[key]) for key in by_stem.get(line.rpartition("/")[2], ())}
     best = max(ranks.values(), default=0)
     return sorted(key for key, rank in ranks.items() if rank == best > 0)
 
 
 def _agreement(line: str, key: str, file: Path) -> float:
-    """How far a line of a list means a sample; 0: not at all."""
+    """How well a line of a list matches a sample; 0: not at all."""
     if line == key:
         return math.inf
     if line.startswith("/") or line[1:3] == ":/":
@@ -257,5 +257,5 @@ def _agreement(line: str, key: str, file: Path) -> float:
 
 
 def _resize_image(image: Tensor, size: tuple[int, int], resampling: Filter) -> Tensor:
-    """Resize with antialiasing, as Pillow does to within one grey level."""
+    """Resize with antialiasing; equal to Pillow within one grey level."""
     return functional.interpolate(image[None], size=size, mode=resampling, antialias=True, align_corners=False)[0]

@@ -1,4 +1,4 @@
-"""Images as tensors: PNG or JPEG by their contents, the header looked at first, every failure naming the file."""
+"""Read PNG and JPEG images as tensors. The format is detected by content; errors name the file."""
 
 import struct
 from pathlib import Path
@@ -20,35 +20,34 @@ except ImportError:
 __all__ = ["read_header", "read_image"]
 
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers of the segment that holds a JPEG's size."""
+"""Markers of the JPEG segment that contains the image size (SOF)."""
 
 ORIENTATION = 0x0112
-"""EXIF's number for how an image is to be turned."""
+"""EXIF tag of the orientation."""
 
 
 class Header(NamedTuple):
-    """An image's size as it is shown, and how its pixels are to be turned for that, as EXIF numbers it."""
+    """An image's size as displayed, and its EXIF orientation."""
 
     width: int
     height: int
     orientation: int
-    channels: int = 0
-    """Of a JPEG."""
+    channels: int = 0  # JPEG only
 
 
 def read_image(path: str | Path, *, any_kind: bool = True) -> Tensor:
-    """Read an image as RGB, turned as its EXIF orientation says; transparency is left out.
+    """Read an image as RGB, rotated according to its EXIF orientation; transparency is dropped.
 
     Args:
-        path: A file, PNG or JPEG by its contents, of 8 bits per channel.
-        any_kind: Whether grey images become RGB ones, and so do PNGs of palettes, of grey with transparency or of fewer
-            bits, which takes Pillow, the extra `pictures`. False refuses them: they may be label maps.
+        path: A PNG or JPEG file (by content) with 8 bits per channel.
+        any_kind: Whether to convert grey images to RGB, and also PNGs with a palette, with grey and transparency, or
+            with fewer bits (these need Pillow, the extra `pictures`). False refuses them: they may be label maps.
 
     Returns:
         (3, H, W) uint8.
 
     Raises:
-        DataError: If the file is missing, damaged, too large, or of another kind, or Pillow is needed and missing.
+        DataError: If the file is missing, damaged, too large, or of another kind, or Pillow is needed but missing.
 
     Example:
         >>> import tempfile
@@ -70,7 +69,7 @@ def read_image(path: str | Path, *, any_kind: bool = True) -> Tensor:
 
 
 def read_header(path: Path) -> Header:
-    """Width and height of an image, without decoding it; one of too many pixels is refused."""
+    """Read the size of an image without decoding it; refuse one with too many pixels."""
     if _png.read_start(path).startswith(_png.JPEG):
         return _read_jpeg_header(path)
     header, orientation = _png.read_header(path), _png_orientation(path)
@@ -78,7 +77,7 @@ def read_header(path: Path) -> Header:
 
 
 def _read_png(path: Path, *, any_kind: bool) -> Tensor:
-    """(C, H, W) with C = 1, 3 or 4."""
+    """Decode a PNG to (C, H, W) with C = 1, 3 or 4."""
     header = _png.read_header(path)
     odd = header.color_type in {_png.PALETTE, _png.GREY_ALPHA} or header.bit_depth < 8
     return _by_pillow(path) if any_kind and odd and header.bit_depth <= 8 else _png.read_png(path)
@@ -99,11 +98,11 @@ def _read_jpeg_header(path: Path) -> Header:
 
 
 def _read_jpeg(path: Path) -> tuple[Tensor, int]:
-    """(3, H, W), or (1, H, W) of a grey one, and its orientation."""
+    """Decode a JPEG to (3, H, W), or (1, H, W) if it is grey; return its orientation too."""
     header = _read_jpeg_header(path)
     if header.channels not in {1, 3}:
         raise DataError(f"{path}: is a JPEG of {header.channels} channels; convert it to RGB.")
-    try:  # of the decoders of kornia_rs only this one refuses a file cut off
+    try:  # the only decoder of kornia_rs that rejects truncated files
         pixels = torch.from_numpy(np.asarray(io.read_image_jpegturbo(str(path)))).permute(2, 0, 1)
     except Exception as error:  # kornia_rs raises bare Exception
         raise DataError(f"{path}: cannot be decoded ({error}); copy or download it again.") from error
@@ -115,7 +114,7 @@ def _as_shown(width: int, height: int, orientation: int) -> tuple[int, int]:
 
 
 def _turned(pixels: Tensor, orientation: int) -> Tensor:
-    """Pixels (C, H, W) as they are to be shown: 2 to 4 are mirrored or on their head, 5 to 8 lie on their side."""
+    """Apply an EXIF orientation to (C, H, W): 2 to 4 mirror or rotate by 180 degrees, 5 to 8 also transpose."""
     if orientation in {5, 6, 7, 8}:
         pixels = pixels.transpose(1, 2)
     across = [2] if orientation in {2, 3, 6, 7} else []
@@ -124,7 +123,7 @@ def _turned(pixels: Tensor, orientation: int) -> Tensor:
 
 
 def _jpeg_header(file: BinaryIO) -> Header:
-    """From a JPEG's segments, as far as the frame."""
+    """Parse a JPEG's segments up to the frame header."""
     file.seek(2)
     orientation = 1
     while True:
@@ -145,7 +144,7 @@ def _jpeg_header(file: BinaryIO) -> Header:
 
 
 def _orientation(exif: bytes) -> int:
-    """1 to 8, from the first directory of tags; 1, as it is, where there is none or EXIF is damaged."""
+    """The orientation, 1 to 8, from the first EXIF directory; 1 (upright) if it is missing or damaged."""
     order = "<" if exif[:2] == b"II" else ">"
     try:
         (start,) = struct.unpack_from(f"{order}I", exif, 4)
@@ -160,14 +159,14 @@ def _orientation(exif: bytes) -> int:
 
 
 def _by_pillow(path: Path) -> Tensor:
-    """An odd PNG as RGB."""
+    """Convert a PNG with a palette, grey and transparency, or few bits to RGB."""
     if Image is None:
         raise DataError(
-            f"{path}: is a PNG of a palette, of grey with transparency or of few bits, which takes Pillow to read as "
-            "an image; install it by `pip install crossmix[pictures]`, or save the file as RGB."
+            f"{path}: is a PNG with a palette, with grey and transparency, or with few bits, which needs Pillow; "
+            "install it with `pip install crossmix[pictures]`, or save the file as RGB."
         )
     try:
         with Image.open(path, formats=("PNG",)) as picture:
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    except Exception as error:  # Pillow raises whatever a damaged file leads to
+    except Exception as error:  # Pillow raises many types for damaged files
         raise DataError(f"{path}: cannot be decoded ({error}); copy or download it again.") from error

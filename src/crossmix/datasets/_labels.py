@@ -1,4 +1,4 @@
-"""Label files: which of their numbers are ids, which ids there may be, and which train id each becomes."""
+"""Label file formats: how to read ids from a file, which ids are valid, and how they map to train ids."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,15 +20,15 @@ Key = int | tuple[int, int, int]
 
 
 class LabelFormat(NamedTuple):
-    """How a data set writes labels.
+    """How a data set stores labels.
 
     Attributes:
-        read: File to ids, (H, W) uint8; raises `DataError` for a file of another kind or an id in no table.
-        table: (256,) uint8, id to train id. Applied last, when the map has been resized.
-        name: Of the ids.
-        signature: Equal for two formats that make the same train ids of a file.
-        num_classes: C where train ids are known to be 0..C-1 or `ignored`, else None.
-        ignored: The train id of pixels that count nowhere.
+        read: Reads a file as ids, (H, W) uint8; raises `DataError` for another kind of file or an unknown id.
+        table: (256,) uint8, from ids to train ids; applied last, after resizing.
+        name: Name of the ids, for messages.
+        signature: Equal for two formats that read every file as the same train ids.
+        num_classes: C if train ids are known to be 0..C-1 or `ignored`, else None.
+        ignored: The train id of ignored pixels.
     """
 
     read: Callable[[Path], Tensor]
@@ -40,24 +40,24 @@ class LabelFormat(NamedTuple):
 
 
 def _read_label_ids(path: Path) -> Tensor:
-    """Cityscapes and GTA5: one channel of label ids."""
+    """Read a Cityscapes or GTA5 label file: one channel of label ids."""
     ids = _only_channel(path, read_png(path))
-    if ids.numpy().max(initial=0) < 35:  # all official, as in most files, which counting would tell 3 ms later
+    if ids.numpy().max(initial=0) < 35:  # most files have official ids only; counting them would take 3 ms
         return ids
     present = _present(ids)
     _refuse_unknown(path, present, KNOWN_LABEL_IDS, "Cityscapes label ids (0..34)", "the official label id files")
     if 255 in present and not any(18 < value < 255 for value in present):
         raise DataError(
             f"{path}: looks like train ids (0..18 and 255) where label ids are expected; use the official label id "
-            "files, or read it by `SegmentationFolder(..., mapping=None)`."
+            "files, or read it with `SegmentationFolder(..., mapping=None)`."
         )
     return ids
 
 
 def _read_synthia_ids(path: Path) -> Tensor:
-    """SYNTHIA: 16-bit RGB with the class in the first channel, or one channel of the same ids.
+    """Read a SYNTHIA label file: 16-bit RGB with the class in the first channel, or one channel of the same ids.
 
-    A program that keeps the high byte of each number turns every class into 0. Such files are told by their content.
+    Programs that keep only the high byte of each value turn every class into 0; such files are recognised by content.
     """
     pixels = read_png(path, deep=True)
     wide = pixels.dtype != torch.uint8
@@ -66,19 +66,19 @@ def _read_synthia_ids(path: Path) -> Tensor:
     ids = pixels[0]
     if not wide and not ids.any():
         raise DataError(
-            f"{path}: holds no class but 0 in 8 bits, as files do that were saved from the high bytes of SYNTHIA's "
-            "16-bit labels; use the official GT/LABELS, which are read as they are."
+            f"{path}: holds no class but 0 in 8 bits, like files saved from the high bytes of SYNTHIA's 16-bit labels; "
+            "use the official GT/LABELS, which are read as they are."
         )
     if int(ids.max()) > 255:
         raise DataError(
-            f"{path}: holds the id {int(ids.max())}, but SYNTHIA's end at 22; is the instance channel first, or the "
-            "order of bytes reversed? Use the official GT/LABELS."
+            f"{path}: holds the id {int(ids.max())}, but SYNTHIA's ids end at 22; is the instance channel first, or "
+            "the byte order reversed? Use the official GT/LABELS."
         )
     present = _present(ids)
     if 255 in present:
         raise DataError(
             f"{path}: looks like train ids (0..18 and 255) where SYNTHIA's own ids are expected; use the official "
-            "GT/LABELS, or read it by `SegmentationFolder(..., mapping=None)`."
+            "GT/LABELS, or read it with `SegmentationFolder(..., mapping=None)`."
         )
     _refuse_unknown(path, present, KNOWN_SYNTHIA_IDS, "SYNTHIA ids (0..22)", "the official GT/LABELS")
     return ids.to(torch.uint8)
@@ -89,7 +89,7 @@ SYNTHIA_IDS = LabelFormat(_read_synthia_ids, train_ids("synthia").numpy(), "SYNT
 
 
 class _Mapped:
-    """Reads files whose ids, or colours, a user's mapping names; without one, ids that are train ids already."""
+    """Reader of label files by a user's mapping of ids or colours; without a mapping, files contain train ids."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class _Mapped:
             ids = (red << 16) + (green << 8) + blue
         else:
             ids = _only_channel(path, pixels).numpy()
-        if ids.dtype == np.uint8:  # by far the most common: look up 256 entries instead of every pixel
+        if ids.dtype == np.uint8:  # the common case: look up 256 entries instead of every pixel
             present = np.flatnonzero(np.bincount(ids.ravel(), minlength=256))
             table = np.zeros(256, np.uint8)
             table[present] = self._look_up(path, present)
@@ -142,9 +142,9 @@ def custom_format(
     num_classes: int | None = None,
     ignored: int = IGNORED,
 ) -> LabelFormat:
-    """The format that a mapping of ids, or of RGB colours, to train ids describes; None takes ids as they are.
+    """Build the format for a mapping of ids or RGB colours to train ids; None keeps ids as they are.
 
-    The number of classes is that of the mapping where it is not given.
+    Without `num_classes`, the number of classes is taken from the mapping.
     """
     _check_mapping(mapping)
     if mapping is not None:
@@ -163,7 +163,7 @@ def custom_format(
 
 
 def _check_mapping(mapping: Mapping[Key, int] | None) -> None:
-    """Refuse a mapping of anything else than ids, or colours, to train ids."""
+    """Refuse anything but a mapping of ids or colours to train ids."""
     for key, value in (mapping or {}).items():
         numbers, highest = (key, 255) if isinstance(key, tuple) else ((key,), 65535)
         if not all(isinstance(number, int | np.integer) for number in (*numbers, value)):
@@ -173,14 +173,14 @@ def _check_mapping(mapping: Mapping[Key, int] | None) -> None:
         if len(numbers) not in {1, 3} or not all(0 <= number <= highest for number in numbers):
             raise ValueError(f"`mapping` must have ids in 0..65535 or (R, G, B) in 0..255 as keys, got {key}.")
     if mapping is not None and len({isinstance(key, tuple) for key in mapping}) != 1:
-        raise ValueError("`mapping` must not be empty, and have either ids or colours as keys; name them all one way.")
+        raise ValueError("`mapping` must not be empty, and have either ids or colours as keys; do not mix them.")
 
 
 def _range(num_classes: int, ignored: int) -> str:
-    """What ids there may be, as a part of a message."""
+    """The valid ids, as part of an error message."""
     return (
-        f"but {num_classes} classes have the ids 0..{num_classes - 1}, and ignored pixels {ignored}; number them "
-        "so, by a mapping for instance"
+        f"but {num_classes} classes have the ids 0..{num_classes - 1}, and ignored pixels {ignored}; renumber them, "
+        "for instance with a mapping"
     )
 
 
@@ -188,7 +188,7 @@ def _only_channel(path: Path, pixels: Tensor) -> Tensor:
     if pixels.shape[0] != 1:
         raise DataError(
             f"{path}: expected a label map with one channel of ids, got {_kind(pixels)}; "
-            "colour-coded maps are read by `SegmentationFolder` with a mapping of colours."
+            "read colour-coded maps with `SegmentationFolder` and a mapping of colours."
         )
     return pixels[0]
 
@@ -204,7 +204,7 @@ def _present(ids: Tensor) -> set[int]:
 def _refuse_unknown(path: Path, present: set[int], known: frozenset[int], name: str, instead: str) -> None:
     unknown = sorted(present - known)
     if unknown:
-        raise DataError(f"{path}: holds ids {unknown[:5]} that are no {name}; use {instead}.")
+        raise DataError(f"{path}: holds ids {unknown[:5]} that are not {name}; use {instead}.")
 
 
 def _packed(key: Key) -> int:

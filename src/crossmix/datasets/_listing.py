@@ -1,4 +1,4 @@
-"""Which files are images: one definition, for the readers, for checks and for predictions."""
+"""List image files. Readers, checks and predictions share this definition of an image file."""
 
 import os
 import re
@@ -15,15 +15,15 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif")
 OTHER_IMAGES = frozenset(
     (".avif", ".bmp", ".exr", ".gif", ".heic", ".heif", ".jp2", ".pgm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 )
-"""Endings of images that are not read, in lower case."""
+"""Extensions of unsupported image types, in lower case."""
 
 NOT_DATA = frozenset(
     ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information")
 )
-"""What systems put into folders under visible names, in lower case; hidden names begin with a dot."""
+"""Visible files and folders created by operating systems, in lower case. Hidden names start with a dot."""
 
 STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
-ENDING = re.compile(r"\.(?!\d+$)[^./]{1,5}$")  # `.png` and `.jpeg`, not the number of `frame.0001`
+ENDING = re.compile(r"\.(?!\d+$)[^./]{1,5}$")  # `.png` and `.jpeg`, but not `.0001` in `frame.0001`
 
 
 class ImageFiles(NamedTuple):
@@ -41,22 +41,21 @@ class ImageFiles(NamedTuple):
 def image_files(folder: str | Path, *, recursive: bool = True, only: Callable[[str], bool] | None = None) -> ImageFiles:
     """List the PNG and JPEG files of a folder.
 
-    A file counts by its ending, `.png`, `.jpg` or `.jpeg` in any case, or, with any other ending or none, by its first
-    bytes. So listing a data set opens none of its files, and one that is empty or holds something else is not passed
-    over: reading it, by its contents and not by its ending, is an error that names it. Symbolic links to files and
-    folders are followed, as `find -L` does; one that leads back to a folder above it is not. Hidden files are
-    ignored, `._name.png` of macOS among them, and what systems leave behind, such as `Thumbs.db`.
+    A file counts as an image by its extension, `.png`, `.jpg` or `.jpeg` in any case, or else by its first bytes. So
+    listing a data set opens none of its files, and an empty or invalid image file is not skipped silently: reading it
+    raises an error that names it. Symbolic links to files and folders are followed, as by `find -L`, except links back
+    to a parent folder. Hidden files (such as `._name.png` of macOS) and system files (such as `Thumbs.db`) are ignored.
 
     Args:
-        folder: Where to look.
-        recursive: Whether to look in its subfolders too.
-        only: Takes the path below `folder`, with `/` between names, and returns whether the file is wanted at all.
+        folder: The folder.
+        recursive: Whether to include subfolders.
+        only: Takes a path relative to `folder`, with `/` as separator, and returns whether to consider the file at all.
 
     Returns:
-        The images, and what was left out.
+        The images, and the files that were left out.
 
     Raises:
-        DataError: If there is no such folder, or it or a folder in it cannot be read.
+        DataError: If there is no such folder, or it or one of its subfolders cannot be read.
 
     Example:
         >>> import tempfile
@@ -74,7 +73,7 @@ def image_files(folder: str | Path, *, recursive: bool = True, only: Callable[[s
 def named_images(
     folder: Path, *, recursive: bool, only: Callable[[str], bool] | None
 ) -> tuple[dict[str, Path], list[Path]]:
-    """The same, images by their paths below the folder."""
+    """List images as `image_files` does, keyed by relative path."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; check the path.")
     images: dict[str, Path] = {}
@@ -89,25 +88,25 @@ def named_images(
 
 
 def bare(name: str) -> str:
-    """A file's name, or path, without the ending."""
+    """A file name or path without its extension."""
     return ENDING.sub("", name)
 
 
 def described(left_out: Sequence[Path]) -> str:
-    """What was left out, as a part of a message, or nothing."""
+    """Describe the files left out, as part of an error message; empty if there are none."""
     if not left_out:
         return ""
     return f" (left out, being neither PNG nor JPEG: {endings(left_out)}, such as {left_out[0]})"
 
 
 def endings(paths: Iterable[Path]) -> str:
-    """How many files there are of each ending, the most common ones first."""
+    """Count files by extension, the most common first."""
     counts = Counter(path.suffix.lower() or "without an ending" for path in paths)
     return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
 
 
 def _entries(folder: Path, *, recursive: bool) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """The visible files in and below a folder, with their paths from there."""
+    """The visible files in a folder and below, with their relative paths."""
     waiting: list[tuple[Path, str, tuple[tuple[int, int], ...]]] = [(folder, "", (_identity(folder),))]
     while waiting:
         where, prefix, above = waiting.pop()
@@ -119,7 +118,7 @@ def _entries(folder: Path, *, recursive: bool) -> Iterator[tuple[str, os.DirEntr
         for entry in visible:
             if not _is_folder(entry):
                 yield prefix + entry.name, entry
-            elif recursive and (this := _identity(Path(entry))) not in above:  # or a link has led back
+            elif recursive and (this := _identity(Path(entry))) not in above:  # else a link leads back
                 waiting.append((Path(entry), f"{prefix}{entry.name}/", (*above, this)))
 
 
@@ -131,12 +130,12 @@ def _identity(folder: Path) -> tuple[int, int]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle
+    except OSError:  # a circular link
         return False
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    """By the ending where that tells, else by the first bytes. A link that is broken counts: reading it says so."""
+    """Decide by extension, or else by the first bytes. A broken link counts, so that reading it raises an error."""
     by_ending = entry.name.lower().endswith(ENDINGS)
     try:
         if not entry.is_file() and Path(entry).exists():  # a pipe, a device

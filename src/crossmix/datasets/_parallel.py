@@ -1,4 +1,4 @@
-"""Work over many files in processes, with a progress bar."""
+"""Process many files in parallel, with progress."""
 
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
@@ -16,12 +16,9 @@ Result = TypeVar("Result")
 def each(
     work: Callable[[Item], Result], items: Sequence[Item], title: str, *, workers: int = 0
 ) -> Iterator[tuple[Item, Result]]:
-    """Apply a function to every item, in order, and show how far it is on stderr.
-
-    A bar on a terminal where tqdm is installed; otherwise a line for every tenth.
-    """
+    """Apply a function to every item, in order, and show progress on stderr (see `shown`)."""
     if workers:
-        context = get_context("spawn")  # decoders hold the interpreter's lock, so threads would not do
+        context = get_context("spawn")  # processes, since decoders hold the GIL
         with started_quietly(context):
             pool = context.Pool(min(workers, len(items)) or 1, initializer=quiet_worker)
         with pool:

@@ -1,4 +1,4 @@
-"""PNG files as tensors: the header is looked at first, every failure names the file."""
+"""Read and write PNG files as tensors. Errors name the file."""
 
 import struct
 import zlib
@@ -27,19 +27,19 @@ __all__ = [
 ]
 
 MAX_PIXELS = 100_000_000
-"""More is refused before decoding: a file of some hundred kilobytes can unfold to gigabytes."""
+"""Larger images are refused before decoding, since a small file can decompress to gigabytes."""
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 MODES = {GREY: "mono", PALETTE: "mono", RGB: "rgb", RGBA: "rgba"}
-"""The decoder's names of colour types."""
+"""Names of colour types in kornia_rs."""
 
 Bytes = NDArray[np.uint8]
 
 
 class Header(NamedTuple):
-    """The fields of a PNG's first chunk."""
+    """The fields of a PNG's IHDR chunk."""
 
     width: int
     height: int
@@ -51,14 +51,14 @@ class Header(NamedTuple):
 
 
 def read_png(path: str | Path, *, deep: bool = False) -> Tensor:
-    """Read a PNG; of a palette file the indices, not the colours.
+    """Read a PNG; palette files give indices, not colours.
 
     Args:
-        path: The file, of 8 bits per channel. Grey and palette files may also have 1, 2 or 4 bits.
-        deep: Whether 16 bits are read too.
+        path: The file, with 8 bits per channel; grey and palette files may also have 1, 2 or 4 bits.
+        deep: Whether to accept 16 bits as well.
 
     Returns:
-        (C, H, W) uint8, C = 1, 3 or 4; int32 for files of 16 bits.
+        (C, H, W) uint8 with C = 1, 3 or 4; int32 for 16-bit files.
 
     Raises:
         DataError: If the file is missing, damaged, not a PNG, too large, or has 16 bits and `deep` is False.
@@ -77,7 +77,7 @@ def read_png(path: str | Path, *, deep: bool = False) -> Tensor:
 
 
 def write_png(path: str | Path, pixels: Tensor) -> None:
-    """Write an RGB picture or a grey map.
+    """Write an RGB image or a grey map as PNG.
 
     Args:
         path: The file; its folder must exist.
@@ -106,11 +106,11 @@ def write_png(path: str | Path, pixels: Tensor) -> None:
     try:
         io.write_image_png_u8(str(path), pixels.permute(1, 2, 0).contiguous().cpu().numpy(), mode)
     except Exception as error:  # kornia_rs raises bare Exception
-        raise OSError(f"{path}: cannot be written ({error}); check the folder and the space on the disk.") from error
+        raise OSError(f"{path}: cannot be written ({error}); check the folder and the disk space.") from error
 
 
 def read_start(path: Path) -> bytes:
-    """The first 33 bytes of a file: all of a PNG's header."""
+    """Read the first 33 bytes of a file, which contain the whole header of a PNG."""
     try:
         with path.open("rb") as file:
             return file.read(33)
@@ -121,10 +121,10 @@ def read_start(path: Path) -> bytes:
 
 
 def read_header(path: Path) -> Header:
-    """What the first bytes of a PNG say, without decoding it; a file of too many pixels is refused."""
+    """Read a PNG's header without decoding the file; refuse one with too many pixels."""
     start = read_start(path)
     if start.startswith(JPEG):
-        raise DataError(f"{path}: is a JPEG file, which changes ids a little everywhere; save label maps as PNG.")
+        raise DataError(f"{path}: is a JPEG file, whose lossy compression changes ids; save label maps as PNG.")
     if len(start) < 33 or not start.startswith(SIGNATURE) or start[12:16] != b"IHDR":
         if not start or start.startswith(SIGNATURE):
             raise DataError(f"{path}: is {'cut off' if start else 'empty'}; copy or download it again.")
@@ -135,14 +135,14 @@ def read_header(path: Path) -> Header:
 
 
 def read_exif(path: Path) -> bytes:
-    """The body of a PNG's eXIf chunk; nothing where it has none."""
+    """Read the body of a PNG's eXIf chunk; empty if it has none."""
     with path.open("rb") as file:
         file.seek(len(SIGNATURE))
         while len(start := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", start)
             if kind == b"eXIf":
                 return file.read(length)
-            file.seek(length + 4, 1)  # over its body and its checksum
+            file.seek(length + 4, 1)  # skip body and checksum
     return b""
 
 
@@ -150,24 +150,24 @@ def check_pixels(path: Path, width: int, height: int) -> None:
     """Refuse an image that would take too much memory."""
     if width * height > MAX_PIXELS:
         raise DataError(
-            f"{path}: has {width} x {height} pixels, more than the {MAX_PIXELS} that are read; "
+            f"{path}: has {width} x {height} pixels, more than the limit of {MAX_PIXELS}; "
             "check where the file comes from."
         )
 
 
 def _decoded(path: Path, header: Header) -> Bytes | NDArray[np.uint16]:
-    """Decode 8 or 16 bits: by what the file is, not by its ending as `io.read_image` does."""
+    """Decode 8 or 16 bits; `io.read_image` would choose the decoder by the extension instead."""
     if header.color_type not in MODES:
-        raise DataError(f"{path}: has grey with transparency, which is not read; save it without the transparency.")
+        raise DataError(f"{path}: is grey with transparency, which is not supported; save it without transparency.")
     read = io.read_image_png_u16 if header.bit_depth == 16 else io.read_image_png_u8
     return np.asarray(read(str(path), MODES[header.color_type]))
 
 
 def _read_packed(path: Path, header: Header) -> Bytes:
-    """Decode 1, 2 or 4 bits per pixel, grey or palette, which kornia_rs refuses: (H, W, 1)."""
+    """Decode grey or palette files with 1, 2 or 4 bits per pixel, which kornia_rs does not support, to (H, W, 1)."""
     if header.color_type not in {GREY, PALETTE} or header.interlace:
         raise DataError(
-            f"{path}: interlaced files of {header.bit_depth} bits are not read; save it without interlacing."
+            f"{path}: interlaced files of {header.bit_depth} bits are not supported; save it without interlacing."
         )
     stride = (header.width * header.bit_depth + 7) // 8
     size = header.height * (stride + 1)
@@ -186,7 +186,7 @@ def _read_packed(path: Path, header: Header) -> Bytes:
 
 
 def _image_data(path: Path) -> bytes:
-    """The compressed pixels: all IDAT chunks, their checksums verified."""
+    """The compressed pixels: all IDAT chunks, with their checksums verified."""
     found: list[bytes] = []
     data, position = path.read_bytes(), len(SIGNATURE)
     while position + 12 <= len(data):

@@ -1,9 +1,8 @@
-"""Where things are in a rendered street scene: a label map, and which object each pixel belongs to.
+"""The layout of a rendered street scene: its label map and the object that each pixel shows.
 
-The camera looks along a street. A point of the ground at depth t (0 at the horizon, 1 at the lower edge) and lateral
-position u (in units of the camera's height, 0 straight ahead) lies at x = vanish + u * t * scale, y = horizon + t *
-scale; a thing of height h there is h * t * scale pixels tall. So one number, t, gives place, size and order of
-everything.
+The camera looks along a street. A ground point at depth t (0 at the horizon, 1 at the lower edge) and lateral position
+u (in units of the camera height, 0 straight ahead) projects to x = vanish + u * t * scale, y = horizon + t * scale; an
+object of height h there is h * t * scale pixels tall. So t alone determines the position, size and order of objects.
 """
 
 from typing import NamedTuple
@@ -24,8 +23,8 @@ class Layout(NamedTuple):
     """A street scene without its appearance.
 
     Attributes:
-        label: (H, W) uint8 train ids, 255 for the own car.
-        instance: (H, W) int64 index into `classes`: which object a pixel shows.
+        label: (H, W) uint8 train ids, 255 for the ego-vehicle.
+        instance: (H, W) int64 index into `classes`: the object that a pixel shows.
         classes: The train id of each object.
         depth: (H, W) float64, t of the ground point below each pixel: 0 far, 1 near.
         detail: (H, W) float64 in [-1, 1]: windows, lane markings, rails of fences.
@@ -59,7 +58,7 @@ class _Scene:
         self.lateral = np.abs(self.x - self.vanish) / self.scale  # of the vertical plane that a column sees, times t
 
     def paint(self, mask: Mask, name: str, depth: float | NDArray[np.float64], detail: float = 0.0) -> None:
-        """Put an object in front of everything so far."""
+        """Draw an object in front of everything drawn so far."""
         self.label[mask] = ID[name] if name != "own car" else IGNORED
         self.instance[mask] = len(self.classes)
         self.classes.append(ID.get(name, IGNORED))
@@ -71,7 +70,7 @@ class _Scene:
         unit = t * self.scale
         left, right = self.vanish + (u * self.scale + np.array(span) * self.scale) * t
         top, bottom = self.horizon + unit * (1 - rise[1]), self.horizon + unit * (1 - rise[0])
-        right, bottom = max(right, left + 1.0), max(bottom, top + 1.0)  # nothing is thinner than a pixel
+        right, bottom = max(right, left + 1.0), max(bottom, top + 1.0)  # at least one pixel
         mask: Mask = (self.x >= left) & (self.x < right) & (self.y >= top) & (self.y < bottom)
         return mask
 
@@ -109,7 +108,7 @@ def street_layout(size: tuple[int, int], rng: np.random.Generator) -> Layout:
     ]
     if rng.random() < 0.3:
         things.append((rng.uniform(0.25, 0.6), _train))
-    for t, thing in sorted(things, key=lambda item: item[0]):  # far things first
+    for t, thing in sorted(things, key=lambda item: item[0]):  # distant objects first
         thing(scene, t)
     if rng.random() < 0.5:
         _own_car(scene)
@@ -282,7 +281,7 @@ def _tree(scene: _Scene, t: float) -> None:
 
 
 def _own_car(scene: _Scene) -> None:
-    """The bonnet of the car that the camera is in: ignored, as in Cityscapes."""
+    """The bonnet of the ego-vehicle: ignored, as in Cityscapes."""
     height, width = scene.label.shape
     reach = height * scene.rng.uniform(0.04, 0.09)
     bow = ((scene.x - width / 2) / (0.42 * width)) ** 2

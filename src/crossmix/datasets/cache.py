@@ -1,8 +1,8 @@
-"""Decoded and resized samples on disk, read as memory maps.
+"""A cache of decoded and resized samples on disk, read through memory maps.
 
-A cache is a folder of files `samples-00000.bin`. Each holds the pixels of 32 samples, one after another; then a record
-in JSON: what they were made of, and where each is; then the length of the record and its SHA-256. A file is written
-under another name, synchronised and renamed, so it is there as a whole or not at all.
+A cache is a folder of files `samples-00000.bin`. Each contains the pixels of 32 samples, then a JSON record (the
+sources of the samples and the offset of each), then the length of the record and its SHA-256. Files are written
+atomically.
 """
 
 import hashlib
@@ -33,42 +33,42 @@ from crossmix.datasets.sample import DataError, Sample
 __all__ = ["CachedSamples"]
 
 FORMAT = 2
-"""Raise it when the files' layout changes, or when a reader returns other pixels for the same file."""
+"""Increase this when the file layout changes, or when a reader returns different pixels for the same file."""
 
 PER_FILE = 32
-"""Samples in a file. A process that is killed while building loses at most these: a few seconds of work."""
+"""Samples per file. A process killed while building loses at most these, a few seconds of work."""
 
 FOOTER = struct.Struct("<Q32s")
-"""The record's length in bytes and its SHA-256."""
+"""Length of the record in bytes, and its SHA-256."""
 
 
 class CachedSamples(Dataset[Sample]):
-    """A reader's samples from a cache on disk, which is built where it is missing.
+    """A reader's samples, cached on disk; the cache is built if it is missing.
 
-    Samples equal the reader's byte for byte. Their tensors are private memory maps: a crop loads only its own pages,
-    and writing to a tensor changes neither the file nor what is read later. A core cuts some thousand crops of 512 x
-    512 from 720 x 1280 per second (benchmarks/speed/input.py).
+    Samples equal the reader's byte for byte. Their tensors are private memory maps: a crop loads only the pages it
+    needs, and writing to a tensor changes neither the file nor later reads. One core cuts about a thousand crops of
+    512 x 512 from 720 x 1280 per second (benchmarks/speed/input.py).
 
-    A build that was killed continues where it stopped, at the last 32 samples. A pixel takes 3 bytes, 4 with its label:
-    92 GB for GTA5 at 720 x 1280, 6.2 GB for Cityscapes' training images at 512 x 1024. Whether the disk has room is
-    checked before anything is written.
+    An interrupted build resumes and loses at most 32 samples. A pixel takes 3 bytes, or 4 with its label: 92 GB for
+    GTA5 at 720 x 1280, 6.2 GB for the training images of Cityscapes at 512 x 1024. Free disk space is checked first.
 
-    Opening checks that the cache belongs to this reader and that no source file has changed since, by size and mtime (a
-    second for GTA5). When a process first reads a sample it compares the bytes with their CRC-32, in a millisecond, so
-    damaged bytes are an error before they are used. Damage that comes later, in the same process, is not noticed.
+    Opening verifies that the cache belongs to this reader and that no source file has changed, by size and mtime (one
+    second for GTA5). The first time a process reads a sample, it verifies the CRC-32 of the bytes (one millisecond), so
+    damage is reported before the bytes are used. Damage that occurs later is not noticed by the same process.
 
-    Several processes may open one cache: one builds, the others wait. A complete cache may be read-only. The cache and
-    its sources may be moved; copies of the sources must keep their mtimes.
+    Several processes may open one cache: one builds it, the others wait. A complete cache may be read-only. The cache
+    and its sources may be moved; copies of the sources must keep their mtimes.
 
     Args:
-        samples: A reader of this package; what its samples depend on besides the files, its `fingerprint()` says.
-        folder: The cache: a folder that is new, empty, or holds a cache of the same samples.
-        workers: Number of processes that build; 0 builds in this process. The files are the same.
-        progress: Whether to report on stderr the space needed and how far the build is.
+        samples: A reader of this package. Its `fingerprint()` identifies everything besides the files that samples
+            depend on.
+        folder: The folder of the cache: new, empty, or with a cache of the same samples.
+        workers: Number of processes that build the cache; 0 builds it in this process. The result is the same.
+        progress: Whether to report the required disk space and the progress of the build on stderr.
 
     Raises:
-        DataError: If the folder holds anything else, or a cache of other samples; if it cannot be written or has too
-            little space; if a source file has changed or cannot be read; if a file of the cache is damaged; on access,
+        DataError: If the folder contains anything else, or a cache of other samples; if it is not writable or the disk
+            is too small; if a source file has changed or cannot be read; if a file of the cache is damaged; on access,
             if the bytes of the sample are damaged.
         TypeError: If `samples` is not a reader of files, or `workers` is not an int.
         ValueError: If `workers` is negative, or the reader reads no images or has a `transform`.
@@ -92,7 +92,7 @@ class CachedSamples(Dataset[Sample]):
         if any(file.image is None for file in samples.files):
             raise ValueError("`samples` must have images, got a reader made with `images=False`; read them too.")
         if getattr(samples, "transform", None) is not None:
-            raise ValueError("`samples` must have no `transform`, which the cache would freeze; transform its samples.")
+            raise ValueError("`samples` must have no `transform`, which the cache would freeze; apply it afterwards.")
         workers = check_count("workers", workers)
         self.folder = Path(folder)
         cache = _Cache(samples, self.folder)
@@ -109,7 +109,7 @@ class CachedSamples(Dataset[Sample]):
         item = self._items[index]
         path = _path(self.folder, item.file)
         end = item.offset + math.prod(item.shape)
-        try:  # A map of its own for each read takes microseconds, and keeps what a caller writes to it from the others.
+        try:  # A new map per read takes microseconds and isolates callers that write to their tensor.
             mapped = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)
         except RuntimeError as error:
             raise DataError(f"{path}: cannot be read ({error}); {_again(path)}.") from error
@@ -118,17 +118,17 @@ class CachedSamples(Dataset[Sample]):
             if zlib.crc32(pixels.data) != item.crc32:
                 raise DataError(f"{path}: the bytes of sample {item.name!r} are damaged; {_again(path)}.")
             self._checked[index] = 1
-        # Through numpy, so that the tensor's storage is this sample alone: loaders' workers send whole storages.
+        # Go through NumPy, so that the storage covers this sample only: loader workers send whole storages.
         planes = torch.from_numpy(pixels).view(*item.shape)
         return Sample(planes[:3], planes[3] if len(planes) == 4 else None, item.name)
 
     def __getstate__(self) -> dict[str, object]:
-        """Another process checks for itself: it may be on another machine."""
+        """Let another process verify the samples again: it may run on another machine."""
         return {**self.__dict__, "_checked": bytearray(len(self._items))}
 
 
 class _Item(NamedTuple):
-    """Where a sample is: uint8 of `shape` (3 or 4, H, W), image above label, from `offset` on."""
+    """Location of a sample: uint8 of `shape` (3 or 4, H, W), image then label, starting at `offset`."""
 
     name: str
     file: int
@@ -138,7 +138,7 @@ class _Item(NamedTuple):
 
 
 class _Cache(Dataset[int | Exception]):
-    """The files of a cache. Item i writes file i, so that the workers of a loader write several at once."""
+    """The files of a cache. Getting item i writes file i, so that loader workers write files in parallel."""
 
     def __init__(self, samples: FolderDataset, folder: Path) -> None:
         self.samples = samples
@@ -147,23 +147,23 @@ class _Cache(Dataset[int | Exception]):
         self.made_by = {
             "format": FORMAT,
             "number of samples": len(samples),
-            "reader": json.loads(json.dumps(samples.fingerprint())),  # lists for tuples, as it is read back
+            "reader": json.loads(json.dumps(samples.fingerprint())),  # tuples become lists, as when read back
         }
         paths = [path.absolute().as_posix() for files in samples.files for path in _paths(files)]
-        self.common = len(os.path.commonprefix(paths))  # noqa: RUF071 - left out, so that the sources may be moved
+        self.common = len(os.path.commonprefix(paths))  # noqa: RUF071 - not recorded, so that sources may be moved
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, number: int) -> int | Exception:
-        """Write a file; return how many samples it has, or the error: a loader would wrap what is raised."""
+        """Write a file; return its number of samples, or the error, since a loader would wrap a raised one."""
         path, offset = _path(self.folder, number), 0
         items: list[_Item] = []
         stats = []
         try:
             with whole_file(path) as file:
                 for index in self.spans[number]:
-                    stats.append(_stats(self.samples.files[index]))  # before reading, during which a source may change
+                    stats.append(_stats(self.samples.files[index]))  # before reading, in case the source changes then
                     sample = self.samples[index]
                     planes = _planes(sample)
                     data = planes.numpy().data
@@ -177,12 +177,12 @@ class _Cache(Dataset[int | Exception]):
         return len(items)
 
     def missing(self) -> list[int]:
-        """The files that are not there."""
+        """The numbers of the missing files."""
         names = self._names()
         return [number for number in range(len(self)) if _path(self.folder, number).name not in names]
 
     def read(self, number: int) -> list[_Item]:
-        """Read a file's record; refuse one that is damaged, of other samples, or older than its sources."""
+        """Read a file's record; refuse one that is damaged, of other samples, or out of date."""
         path = _path(self.folder, number)
         record = _record(path)
         for key, now in self._made_of(number).items():
@@ -202,7 +202,7 @@ class _Cache(Dataset[int | Exception]):
         return [_Item(*item) for item in record["items"]]
 
     def build(self, workers: int, *, progress: bool) -> None:
-        """Write the missing files, or wait for the process that does."""
+        """Write the missing files, or wait for another process that does."""
 
         def say(text: str) -> None:
             if progress:
@@ -213,25 +213,25 @@ class _Cache(Dataset[int | Exception]):
             with FolderLock(self.folder, waiting=lambda text: say(f"{text}; waiting for it")):
                 missing = self.missing()
                 for number in {*range(len(self))} - {*missing}:
-                    self.read(number)  # to refuse it now, not after hours of building the others
+                    self.read(number)  # raise now rather than after hours of building the rest
                 if not missing:
                     return
-                for left in self.folder.glob("samples-*.bin.tmp.*"):  # by processes that were killed
+                for left in self.folder.glob("samples-*.bin.tmp.*"):  # left behind by killed processes
                     left.unlink(missing_ok=True)
                 need, free = self._bytes(missing), shutil.disk_usage(self.folder).free
                 text = f"{self.folder}: the cache needs {amount(need)} more, {amount(free)} are free"
                 if need > free:
-                    raise DataError(f"{text}; make room, choose another folder, or read at a smaller `size`.")
+                    raise DataError(f"{text}; free some space, choose another folder, or use a smaller `size`.")
                 say(text)
                 self._fill(missing, workers, progress=progress)
         except OSError as error:
             raise DataError(
-                f"{error.filename or self.folder}: cannot be written: {error.strerror or error}. The cache is not "
-                "complete; what is finished is kept."
+                f"{error.filename or self.folder}: cannot be written: {error.strerror or error}. The cache is "
+                "incomplete; finished files are kept."
             ) from error
 
     def _fill(self, missing: list[int], workers: int, *, progress: bool) -> None:
-        # A generator of its own: a loader draws a seed for its workers, by default from the global one.
+        # Its own generator, because a loader draws a seed for its workers, by default from the global one.
         workers, generator = min(workers, len(missing)), torch.Generator()
         loader = QuietLoader(self, batch_size=None, sampler=missing, num_workers=workers, generator=generator)
 
@@ -246,16 +246,16 @@ class _Cache(Dataset[int | Exception]):
             pass
 
     def _bytes(self, missing: list[int]) -> int:
-        """How many the pixels of files take."""
+        """The number of bytes of the pixels of missing files."""
         indices = [index for number in missing for index in self.spans[number]]
-        first = _planes(self.samples[indices[0]])  # that there are no label files does not say that there are no labels
+        first = _planes(self.samples[indices[0]])  # read one: samples can have labels even without label files
         if self.samples.size is not None:
             return first.numel() * len(indices)
         headers = (read_header(self.samples.files[index].image or Path()) for index in indices)
         return first.shape[0] * sum(header.height * header.width for header in headers)
 
     def _made_of(self, number: int) -> dict[str, Any]:
-        """What a file's samples depend on, apart from the contents of the sources."""
+        """Everything that a file's samples depend on, except the contents of the sources."""
         made_of: dict[str, Any] = dict(self.made_by)
         for index in self.spans[number]:
             files = self.samples.files[index]
@@ -272,11 +272,11 @@ class _Cache(Dataset[int | Exception]):
             raise DataError(f"{self.folder}: cannot be listed ({error.strerror}); choose another folder.") from error
 
     def _refuse_foreign(self) -> None:
-        """Leave a folder alone that holds anything but this cache, or parts of it."""
+        """Refuse a folder that contains anything but this cache or parts of it."""
         ours = {_path(self.folder, number).name for number in range(len(self))}
         for name in sorted(self._names()):
             if not name.startswith(".") and re.sub(r"\.tmp\.\d+$", "", name) not in ours:
-                raise DataError(f"{self.folder}: holds {name!r}, which is not of this cache; choose an empty folder.")
+                raise DataError(f"{self.folder}: holds {name!r}, which is not part of this cache; use an empty folder.")
 
 
 def _path(folder: Path, number: int) -> Path:

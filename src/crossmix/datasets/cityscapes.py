@@ -17,26 +17,26 @@ LAYOUT = (
 
 
 class Cityscapes(FolderDataset):
-    """Read Cityscapes as its zips unpack, in sorted order.
+    """Read Cityscapes as unpacked from its zips, in sorted order.
 
-    `leftImg8bit/<split>/<city>/*_leftImg8bit.png` with `gtFine/<split>/<city>/*_gtFine_labelIds.png`, or with
-    `gtCoarse` for the split `train_extra`; each may lie in the folder of its zip, `leftImg8bit_trainvaltest`,
+    Pairs `leftImg8bit/<split>/<city>/*_leftImg8bit.png` with `gtFine/<split>/<city>/*_gtFine_labelIds.png`, or with
+    `gtCoarse` for the split `train_extra`. Each may be inside the folder of its zip, `leftImg8bit_trainvaltest`,
     `gtFine_trainvaltest` and so on. Label ids are mapped to train ids.
 
     Args:
-        root: The folder that holds `leftImg8bit` and `gtFine`.
+        root: The folder that contains `leftImg8bit` and `gtFine`.
         split: `"train"`, `"val"`, `"train_extra"`, or any other folder there.
         size: (height, width) that images (bilinear, antialiased) and labels (nearest) are resized to; (512, 1024) in
             the released code. None keeps their own size.
-        names: A text file that lists the images to take, a name per line, with or without folders and
+        names: A text file that lists the images to use, one name per line, with or without folders and
             `_leftImg8bit.png`.
-        images: Whether to read images; without, `image` is empty, (3, 0, 0), for those who count classes.
-        labels: Whether to read label maps. An unlabelled target needs none; they may then be missing.
+        images: Whether to read images. Without, `image` is empty, (3, 0, 0); useful for counting classes.
+        labels: Whether to read label maps. An unlabelled target needs none; the files may then be missing.
 
     Raises:
-        DataError: If the split is missing or empty or images and label maps do not pair up, or `names` lists what is
-            not there; on access, if a file is damaged or holds ids that are no label ids.
-        TypeError: If `size` is no pair of ints.
+        DataError: If the split is missing or empty, images and label maps do not pair up, or `names` lists missing
+            files; on access, if a file is damaged or contains ids that are not label ids.
+        TypeError: If `size` is not a pair of ints.
         ValueError: If `size` is not positive, or neither images nor labels are read.
 
     Example:
@@ -76,12 +76,12 @@ class Cityscapes(FolderDataset):
 
 
 def labels_of(split: str) -> str:
-    """Which annotations a split has."""
+    """The annotations (fine or coarse) of a split."""
     return COARSE if split == "train_extra" else FINE
 
 
 def of_split(root: Path, split: str, folder: str, suffix: str) -> Found:
-    """Files of a split by "<city>/<name>"."""
+    """The files of a split, keyed by "<city>/<name>"."""
     for base in _bases(root, folder):
         if (base / split).is_dir():
             return find(
@@ -102,6 +102,6 @@ def splits(root: Path) -> list[str]:
 
 
 def _bases(root: Path, folder: str) -> list[Path]:
-    """Where a kind of file may lie, with or without the folder of its zip."""
+    """Folders that may contain a kind of file, with or without the folder of its zip."""
     zips = sorted(root.glob(f"{folder}_*"))
     return [root / folder, *(path / folder for path in zips), *zips]

@@ -1,6 +1,6 @@
-"""The classes of Cityscapes, GTA5 and SYNTHIA as one table, and what follows from it.
+"""The classes of Cityscapes, GTA5 and SYNTHIA in one table, and the tables derived from it.
 
-A train id is a class's row in the table. Ids that no row names (ego vehicle, rectification border, licence plate, ...)
+A train id is the row of a class in the table. Ids without a row (ego vehicle, rectification border, licence plate, ...)
 are ignored: train id 255.
 """
 
@@ -45,7 +45,7 @@ CLASSES = (
 """Train ids 0 to 18: name, RGB colour, id in Cityscapes and GTA5 label files, id in SYNTHIA."""
 
 IGNORED = 255
-"""The train id of pixels that count nowhere."""
+"""The train id of ignored pixels."""
 
 CLASS_NAMES = tuple(row.name for row in CLASSES)
 """Names by train id."""
@@ -54,30 +54,30 @@ PALETTE = tuple(row.color for row in CLASSES)
 """RGB colours by train id."""
 
 CLASSES_16 = tuple(i for i, name in enumerate(CLASS_NAMES) if name not in {"terrain", "truck", "train"})
-"""The train ids that SYNTHIA labels: what its 16-class mean is taken over."""
+"""The train ids that SYNTHIA labels; its 16-class mean is taken over these."""
 
 CLASSES_13 = tuple(i for i in CLASSES_16 if CLASS_NAMES[i] not in {"wall", "fence", "pole"})
 """The train ids of SYNTHIA's 13-class mean."""
 
 KNOWN_LABEL_IDS = frozenset(range(35)) | {255}
-"""What a Cityscapes or GTA5 label file may hold: the official ids, -1 (licence plate) saved as 255."""
+"""Valid ids in Cityscapes and GTA5 label files: the official ones, with -1 (licence plate) saved as 255."""
 
 
 KNOWN_SYNTHIA_IDS = frozenset(range(23))
-"""What a SYNTHIA label file may hold: void, 21 classes, lane marking."""
+"""Valid ids in SYNTHIA label files: void, 21 classes, lane marking."""
 
 
 def train_ids(ids: Literal["cityscapes", "synthia"] = "cityscapes") -> Tensor:
     """Return the table from a data set's label ids to train ids.
 
-    SYNTHIA's description lists terrain, truck and train too, but SYNTHIA-RAND-CITYSCAPES holds none of them and the
-    published numbers are means over the 16 others: their ids are ignored.
+    SYNTHIA's description also lists terrain, truck and train, but SYNTHIA-RAND-CITYSCAPES contains none of them, and
+    the published numbers are means over the 16 others; so their ids are ignored.
 
     Args:
         ids: `"cityscapes"`, whose ids GTA5 shares, or `"synthia"`.
 
     Returns:
-        (256,) uint8: index it with a label map.
+        (256,) uint8, to be indexed with a label map.
 
     Example:
         >>> train_ids()[torch.tensor([7, 8, 34])]
@@ -96,7 +96,7 @@ def train_ids(ids: Literal["cityscapes", "synthia"] = "cityscapes") -> Tensor:
 
 
 def label_ids() -> Tensor:
-    """Return the table from train ids to label ids of Cityscapes and GTA5; ignored becomes 0, "unlabeled".
+    """Return the table from train ids to label ids of Cityscapes and GTA5; ignored pixels become 0, "unlabeled".
 
     Returns:
         (256,) uint8.

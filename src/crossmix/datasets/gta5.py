@@ -15,24 +15,24 @@ LAYOUT = "expected <root>/images/*.png and <root>/labels/*.png with the same nam
 
 
 class GTA5(FolderDataset):
-    """Read GTA5 as its zips unpack: `images/*.png` and `labels/*.png`, in sorted order.
+    """Read GTA5 as unpacked from its zips: `images/*.png` and `labels/*.png`, in sorted order.
 
-    Label ids are mapped to train ids. Palette files give their indices, which are the ids.
+    Label ids are mapped to train ids. Label files with a palette are read as indices, which are the ids.
 
     Args:
-        root: The folder that holds `images` and `labels`.
-        size: (height, width) that images (bicubic, antialiased) and labels (nearest) are resized to, as in the released
-            code: (720, 1280); (760, 1280) in the paper's text. None keeps each pair's own size.
-        names: A text file that lists the images to take, a name per line with or without folders and ending, such as
-            the lists of the released code.
-        images: Whether to read images; without, `image` is empty, (3, 0, 0), for those who count classes.
-        labels: Whether to read label maps; without, `label` is None, and the files may be missing.
+        root: The folder that contains `images` and `labels`.
+        size: (height, width) that images (bicubic, antialiased) and labels (nearest) are resized to: (720, 1280) in the
+            released code, (760, 1280) in the paper's text. None keeps each pair's own size.
+        names: A text file that lists the images to use, one name per line, with or without folders and extension, such
+            as the lists of the released code.
+        images: Whether to read images. Without, `image` is empty, (3, 0, 0); useful for counting classes.
+        labels: Whether to read label maps. Without, `label` is None, and the files may be missing.
 
     Raises:
-        DataError: If a folder is missing or empty, an image has no label map, or `names` lists what is not there; on
-            access, if a file is damaged, holds ids that are no label ids, or the two files of a pair differ in size and
-            `size` is None.
-        TypeError: If `size` is no pair of ints.
+        DataError: If a folder is missing or empty, an image has no label map, or `names` lists missing files; on
+            access, if a file is damaged, contains ids that are not label ids, or the two files of a pair differ in size
+            and `size` is None.
+        TypeError: If `size` is not a pair of ints.
         ValueError: If `size` is not positive, or neither images nor labels are read.
 
     Example:

@@ -1,4 +1,4 @@
-"""What readers return, and what they raise."""
+"""The type that readers return, and the error that they raise."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ class Sample(NamedTuple):
     """An image with its label map.
 
     Attributes:
-        image: (3, H, W) uint8, RGB; (3, 0, 0) where images are not read.
-        label: (H, W) uint8, train ids or 255 for ignored pixels; None where labels are not read, but all ignored from
-            `SegmentationFolder`, whose samples collate.
-        name: The file's stem without the data set's suffix; with folders in front where stems repeat.
+        image: (3, H, W) uint8, RGB; (3, 0, 0) if images are not read.
+        label: (H, W) uint8 train ids, 255 for ignored pixels; None if labels are not read, except that
+            `SegmentationFolder` then returns a map of ignored pixels, so that samples collate.
+        name: The file's stem without the data set's suffix, preceded by its folders if stems are not unique.
     """
 
     image: Tensor
@@ -23,4 +23,4 @@ class Sample(NamedTuple):
 
 
 class DataError(ValueError):
-    """Something is wrong with data on disk; the message names the file or folder, what was expected, and what to do."""
+    """Invalid data on disk; the message names the file or folder, what was expected, and what to do."""

@@ -1,4 +1,4 @@
-"""Drawing source images so that rare classes are seen more often.
+"""Rare-class sampling: draw source images so that rare classes are seen more often.
 
 Rare-class sampling: Hoyer et al. (DAFormer), CVPR 2022, https://arxiv.org/abs/2111.14887, section 3.2.
 """
@@ -18,37 +18,37 @@ __all__ = ["RareClassSampler"]
 
 
 class RareClassSampler(Sampler[int]):
-    """Draw a class, the rarer the likelier, and then one of the images that have enough of it.
+    """Draw a class, favouring rare ones, and then an image that has enough pixels of it.
 
         P(c) = exp((1 - f_c) / T) / sum_k exp((1 - f_k) / T)
 
-    f_c is the share of class c among all labelled pixels. The sum is over the classes that some image has with at least
-    `min_pixels` pixels; all others are never drawn. The image is then one of those with at least `min_pixels` pixels
-    of the class, each as likely as the others. Draws are with replacement: an epoch need not show every image.
+    f_c is the share of class c among all labelled pixels. The sum runs over classes of which some image has at least
+    `min_pixels` pixels; other classes are never drawn. The image is then drawn uniformly from those with at least
+    `min_pixels` pixels of the class. Draws are with replacement, so an epoch need not contain every image.
 
-    Draw k of an epoch is a pure function of (seed, epoch, k). Rank r of R takes draws r, r + R, r + 2R, ..., so that
-    ranks share the draws of one process out among them; for equally many each, as DDP needs, let `num_samples` be a
-    multiple of `world_size` and the batch size. Call `set_epoch` before every epoch, or all will be the same.
+    Draw k of an epoch is a pure function of (seed, epoch, k). Rank r of R takes draws r, r + R, r + 2R, ..., so ranks
+    split the draws of a single process; for equal shares, as DDP needs, make `num_samples` a multiple of `world_size`
+    times the batch size. Call `set_epoch` before every epoch; otherwise all epochs are the same.
 
     Args:
-        counts: (images, C), pixels of each class in each image, as `class_counts` gives them. A column 255 holds
-            ignored pixels and counts nowhere, nor does a column that is set to 0. Any real dtype, numpy's too.
-        temperature: T > 0. The lower, the more the rarest classes are preferred; 0.01 is DAFormer's.
+        counts: (images, C), pixels of each class in each image, from `class_counts`. Column 255 holds ignored pixels
+            and is not used, like any column set to 0. Any real dtype, also a NumPy array.
+        temperature: T > 0. Lower values favour the rarest classes more; 0.01 in DAFormer.
         min_pixels: How many pixels of a class an image must have to be drawn for it, at the size at which it was
-            counted; 3000 is DAFormer's for images of about two megapixels.
-        num_samples: The number of draws of an epoch, of all ranks together; that of the images by default.
+            counted; 3000 in DAFormer, for images of about two megapixels.
+        num_samples: Number of draws per epoch over all ranks; the number of images by default.
         seed: Seed of the run.
-        rank: The rank that draws.
-        world_size: The number of ranks.
+        rank: Index of this rank.
+        world_size: Number of ranks.
 
     Attributes:
         probabilities: (C,) float64, P(c); 0 for classes that are never drawn.
-        num_images: How many images there are counts of.
+        num_images: Number of images counted.
 
     Raises:
-        TypeError: If `counts` is no tensor or array of numbers, or another argument no number of its kind.
-        ValueError: If `counts` is not (images, C), empty, negative or not finite, no image has `min_pixels` pixels of
-            any class, or another argument is out of range.
+        TypeError: If `counts` is not a tensor or array of numbers, or another argument has the wrong type.
+        ValueError: If `counts` is not (images, C), or is empty, negative or not finite, if no image has `min_pixels`
+            pixels of any class, or if another argument is out of range.
 
     Example:
         >>> counts = torch.tensor([[9000, 0], [6000, 3000], [9000, 10]])
@@ -75,7 +75,7 @@ class RareClassSampler(Sampler[int]):
         if isinstance(temperature, bool) or not isinstance(temperature, int | float):
             raise TypeError(f"`temperature` must be a float, got {type(temperature).__name__}.")
         if not temperature > 0:
-            raise ValueError(f"`temperature` must be positive, got {temperature}; the lower, the rarer.")
+            raise ValueError(f"`temperature` must be positive, got {temperature}; low values favour rare classes.")
         self.temperature = temperature
         self.min_pixels = check_count("min_pixels", min_pixels, least=1)
         self.num_images = len(pixels)
@@ -89,11 +89,11 @@ class RareClassSampler(Sampler[int]):
 
         enough = pixels >= self.min_pixels
         _, self._images = enough.T.nonzero(as_tuple=True)  # class by class
-        self._many = enough.sum(0)  # (C,) images that have enough of each class
+        self._many = enough.sum(0)  # (C,) number of images with enough of each class
         if not len(self._images):
             raise ValueError(
-                f"`min_pixels` must be no more than an image has of some class, got {min_pixels}, but the most is "
-                f"{int(pixels.max())}; lower it, in proportion to the size of the images."
+                f"`min_pixels` must be reached by some class in some image, got {min_pixels}, but the most is "
+                f"{int(pixels.max())}; scale it with the size of the images."
             )
         self.probabilities = _probabilities(pixels.sum(0), self._many > 0, temperature)
 
@@ -101,10 +101,10 @@ class RareClassSampler(Sampler[int]):
         """Turn uniform numbers into draws.
 
         Args:
-            scores: (..., 2) floating in [0, 1): what chooses the class, then the image among those that have it.
+            scores: (..., 2) floating in [0, 1): the first selects the class, the second the image.
 
         Returns:
-            Indices of images, and the classes that they were drawn for, both (...) int64.
+            Indices of images, and the classes they were drawn for, both (...) int64.
 
         Raises:
             ValueError: If `scores` is not (..., 2).
@@ -115,26 +115,26 @@ class RareClassSampler(Sampler[int]):
             (tensor([0, 2]), tensor([0, 1]))
         """
         if scores.shape[-1:] != (2,):
-            raise ValueError(f"`scores` must have shape (..., 2), got {tuple(scores.shape)}; draw two a sample.")
+            raise ValueError(f"`scores` must have shape (..., 2), got {tuple(scores.shape)}; draw two per sample.")
         scores = scores.double()
         upper = self.probabilities.cumsum(0)
-        upper[int(self._many.nonzero()[-1]) :] = 1  # whatever the sum is rounded to
+        upper[int(self._many.nonzero()[-1]) :] = 1  # exact despite rounding of the sum
         classes = torch.searchsorted(upper, scores[..., 0].contiguous(), right=True)
         first = self._many.cumsum(0) - self._many
         images = self._images[first[classes] + (scores[..., 1] * self._many[classes]).long()]
         return images, classes
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
-        """Choose the epoch of the next iteration, and where in it to begin.
+        """Set the epoch of the next iteration and, to resume, where in it to start.
 
         Args:
-            epoch: The number of the epoch, from 0.
-            start: How many draws of this rank are left out, because they were made before an interruption: the number
-                of batches done times the batch size.
+            epoch: Number of the epoch, from 0.
+            start: Number of draws of this rank to skip because they were made before an interruption: finished batches
+                times batch size.
 
         Raises:
-            TypeError: If a number is no int.
-            ValueError: If one is negative.
+            TypeError: If a number is not an int.
+            ValueError: If a number is negative.
         """
         self.epoch = check_count("epoch", epoch)
         self.start = check_count("start", start)
@@ -143,18 +143,18 @@ class RareClassSampler(Sampler[int]):
         return len(self._draws())
 
     def __iter__(self) -> Iterator[int]:
-        epoch = self.epoch  # as it is when the iteration begins
+        epoch = self.epoch  # fixed for this iteration
         for draw in self._draws():
             generator = keyed_generator(self.seed, epoch, draw)
             yield int(self.pick(torch.rand(2, dtype=torch.float64, generator=generator))[0])
 
     def _draws(self) -> range:
-        """The draws of this rank that are still to be made."""
+        """The remaining draws of this rank."""
         return range(self.rank, self.num_samples, self.world_size)[self.start :]
 
 
 def _checked(counts: object) -> Tensor:
-    """Counts as (images, C) float64 on the CPU, 0 for ignored pixels."""
+    """The counts, checked, as (images, C) float64 on the CPU, with 0 for ignored pixels."""
     if isinstance(counts, list | tuple | np.ndarray):
         try:
             counts = torch.as_tensor(counts)
@@ -167,10 +167,10 @@ def _checked(counts: object) -> Tensor:
         )
     if counts.ndim != 2 or 0 in counts.shape:
         raise ValueError(
-            f"`counts` must have shape (images, C), a row for each image, got {tuple(counts.shape)}; "
+            f"`counts` must have shape (images, C), one row per image, got {tuple(counts.shape)}; "
             "pass `class_counts(dataset)`."
         )
-    pixels = counts.detach().cpu().double()  # off the device before it is double
+    pixels = counts.detach().cpu().double()  # in this order, as the device may lack float64
     if not bool(pixels.isfinite().all()) or bool((pixels < 0).any()):
         raise ValueError("`counts` must be finite and not negative; count the pixels of each class in each image.")
     if pixels.shape[1] > IGNORED:
@@ -180,7 +180,7 @@ def _checked(counts: object) -> Tensor:
 
 
 def _probabilities(pixels: Tensor, drawn: Tensor, temperature: float) -> Tensor:
-    """P(c), (C,), of the classes that are drawn. The rarest has the exponent 0, so that nothing overflows."""
+    """P(c), (C,). Exponents are relative to the rarest class, so that nothing overflows."""
     shares = pixels / pixels.sum()
     exponents = (shares[drawn].min() - shares) / temperature
     return exponents.where(drawn, -torch.inf).softmax(0)

@@ -1,4 +1,4 @@
-"""Anybody's own images and label maps."""
+"""A reader for folders of your own images and label maps."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -26,24 +26,24 @@ PAIRS = (
     ("RGB", "GT"),
     ("leftImg8bit", "gtFine"),
 )
-"""What people call folders of images and of label maps that lie side by side."""
+"""Common names of adjacent folders of images and of label maps."""
 
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 LAYOUT = (
-    "expected PNG or JPEG images and PNG label maps of the same names in two folders, a folder with both as `images` "
-    "and `labels`, or two patterns with `*` for what they share"
+    "expected PNG or JPEG images and PNG label maps with the same names in two folders, a folder with both as `images` "
+    "and `labels`, or two patterns with `*` for the common part"
 )
 
 
 class SegmentationFolder(FolderDataset):
-    """Read images, PNG or JPEG, and label maps, PNG, from two folders, or by two patterns, in sorted order.
+    """Read PNG or JPEG images and PNG label maps from two folders or by two patterns, in sorted order.
 
-    With folders, files of the same path below them are a pair, at any depth. With patterns, such as
-    `"data/*_img.jpg"` and `"data/*_labelIds.png"`, those where the `*` stands for the same text; `*` stays within a
-    folder's name, `**` crosses folders, and endings match in any case. Which files are images, `image_files` says.
+    With folders, files with the same relative path form a pair, at any depth. With patterns, such as `"data/*_img.jpg"`
+    and `"data/*_labelIds.png"`, files form a pair if `*` stands for the same text; `*` matches within one folder name,
+    `**` across folders, and extensions match in any case. `image_files` defines which files are images.
 
-    A sample is named by its file's stem, or, where stems repeat in several folders, by its path. Without label maps a
-    sample's label is all `ignore_index`, so that samples of one size collate in a plain `DataLoader` in any case.
+    A sample is named by its file's stem, or by its path if stems are not unique. Without label maps, every pixel of the
+    label is `ignore_index`, so that samples of one size collate in a plain `DataLoader`.
 
     Args:
         images: Folder or pattern of images, grey ones become RGB; or, without `labels`, a folder that holds `images`
@@ -54,20 +54,20 @@ class SegmentationFolder(FolderDataset):
             is, without label maps.
         unlisted: `"raise"`: an id that `mapping` does not list is an error that names the file. `"ignore"`: it becomes
             `ignore_index`.
-        num_classes: C. Ids that are neither 0..C-1 nor `ignore_index` are an error that names the file. None takes the
-            number from `mapping`; with neither, all ids are read.
+        num_classes: C. Ids other than 0..C-1 and `ignore_index` are errors that name the file. By default the number is
+            taken from `mapping`; with neither, all ids are accepted.
         ignore_index: The train id of ignored pixels.
         size: (height, width) that images (antialiased) and labels (nearest) are resized to; None keeps their own size.
         resampling: `"bilinear"` or `"bicubic"`, for images.
-        names: A text file that lists the images to take, a name per line, with or without ending, with as much of the
-            path as tells it from others; of patterns, what `*` stands for.
-        transform: Takes each `Sample`; what it returns is the item. It is called in the loader's workers.
+        names: A text file that lists the images to use, one name per line, with or without extension, and with enough
+            of the path to be unambiguous; for patterns, the text that `*` stands for.
+        transform: Called with each `Sample`, in the loader's workers; its result is the item.
 
     Attributes:
-        labelled: Whether there are label maps; without, every label is all `ignore_index`.
-        num_classes: C where it is known, else None.
+        labelled: Whether there are label maps; otherwise all labels are `ignore_index`.
+        num_classes: C if known, else None.
         ignore_index: The train id of ignored pixels.
-        transform: What is done to each sample, or None.
+        transform: The transform, or None.
 
     Raises:
         DataError: If nothing is found, an image has no label map, there are none but `mapping` or `num_classes` is
@@ -125,7 +125,7 @@ class SegmentationFolder(FolderDataset):
         self.transform = transform
 
     def __getitem__(self, index: int) -> Sample:
-        """Read a sample as the other readers do, with a label in any case, and transform it."""
+        """Read a sample, fill in the label if there is none, and transform it."""
         sample = super().__getitem__(index)
         if sample.label is None:
             label = torch.full(sample.image.shape[1:], self.ignore_index, dtype=torch.uint8)
@@ -134,7 +134,7 @@ class SegmentationFolder(FolderDataset):
 
 
 def found(images: str | Path | None, labels: str | Path | None) -> tuple[Found | None, Found | None]:
-    """The files of two folders or patterns, or of one folder that holds both, as `images` and `labels`."""
+    """The files of two folders or patterns, or of one folder that contains `images` and `labels`."""
     if images is None or labels is not None:
         if images is not None and labels is not None and Path(images).absolute() == Path(labels).absolute():
             raise DataError(f"{images}: is given for both images and labels; {LAYOUT}.")
@@ -156,7 +156,7 @@ def found(images: str | Path | None, labels: str | Path | None) -> tuple[Found |
 
 
 def _refuse_root_above(root: Path, images: Found) -> None:
-    """Refuse a folder that holds label maps too, somewhere below: they would be taken for images."""
+    """Refuse a folder that also contains label maps at some depth: they would be read as images."""
     folders = {folder for path in images.files.values() for folder in path.relative_to(root).parents}
     for folder in sorted(folders):
         for name, other in PAIRS:
@@ -168,7 +168,7 @@ def _refuse_root_above(root: Path, images: Found) -> None:
 
 
 def _looked_up(where: Path) -> Found:
-    """Image files by what tells them apart: their path below a folder, or what the stars of a pattern stand for."""
+    """Image files by key: their path relative to a folder, or the text matched by the stars of a pattern."""
     if "*" not in where.as_posix():
         if not where.is_dir():
             raise DataError(f"{where}: no such folder; pass a folder of image files, or a pattern with `*`.")
@@ -183,7 +183,7 @@ def _looked_up(where: Path) -> Found:
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    """A pattern as a regular expression with a group for each star; the ending in any case, `.*` being any."""
+    """Translate a pattern to a regular expression with a group per star. Extensions match in any case, `.*` any."""
     stars = {"**/": "((?:[^/]+/)*)", "*": "([^/]*)"}
     stem = bare(pattern)
     ending = r"\.[^./]+" if pattern[len(stem) :] == ".*" else re.escape(pattern[len(stem) :])

@@ -1,4 +1,4 @@
-"""How often every class occurs, counted once and kept."""
+"""Count how often every class occurs, and cache the counts."""
 
 import hashlib
 import json
@@ -27,28 +27,27 @@ __all__ = ["class_counts"]
 def class_counts(dataset: Dataset[Sample], *, cache: str | os.PathLike[str] | None = None, workers: int = 0) -> Tensor:
     """Count the pixels of every class in every label map.
 
-    For class frequencies, for a prior, for drawing rare classes more often (`RareClassSampler`). A reader's maps are
-    counted at their own size, whatever its `size=` is, and its images are not read; of a cache of samples, of
-    StreetScenes and of any other data set the labels are counted as they come.
+    The counts give class frequencies, a prior, or rare-class sampling (`RareClassSampler`). A reader's maps are counted
+    at their original size, whatever its `size=`, and its images are not read. For a `CachedSamples`, StreetScenes and
+    other data sets, labels are counted as returned.
 
     Args:
-        dataset: A data set of this package, or any whose items have a `label` (H, W) of integers from 0 to 255; also as
-            `Subset` and `ConcatDataset` of `torch.utils.data` hold it.
-        cache: A file that keeps the counts of a reader, beside the data or anywhere; `stats` of the command line keeps
-            them in ROOT/crossmix-stats.jsonl. It holds a line of JSON per map. A line is taken where the map's size and
-            time of change, and the ids that the reader makes of it, are as they were, and its checksum is right. All
-            other maps are counted and added, so an interrupted count goes on where it was. Several data sets, or
-            processes, may share one file.
-        workers: Processes that read maps or samples; 0 counts in this one.
+        dataset: A data set of this package, or any whose items have a `label` (H, W) of integers from 0 to 255; also
+            wrapped in `Subset` or `ConcatDataset` of `torch.utils.data`.
+        cache: A file that stores the counts of a reader, next to the data or elsewhere; the command `stats` uses
+            ROOT/crossmix-stats.jsonl. It has one JSON line per map. A line is reused if the map's size and mtime and
+            the reader's ids are unchanged and its checksum is correct; all other maps are counted and appended, so an
+            interrupted count resumes. Several data sets and processes may share one file.
+        workers: Number of processes that read maps or samples; 0 reads in this one.
 
     Returns:
-        A row for each sample, (N, 256) int64. Columns are train ids 0 to 254, then ignored pixels (where a reader was
-        given another `ignore_index`, they are in that column).
+        One row per sample, (N, 256) int64. Columns are train ids 0 to 254, then ignored pixels (or, if a reader was
+        given another `ignore_index`, ignored pixels in that column).
 
     Raises:
-        DataError: If a map is missing, damaged, or holds an id in no table, a sample's label is None, or `cache` is no
-            such file.
-        TypeError: If the items have no `label`, or `workers` is no int.
+        DataError: If a map is missing, damaged, or contains an unknown id, a sample's label is None, or `cache` is a
+            file of another kind.
+        TypeError: If the items have no `label`, or `workers` is not an int.
         ValueError: If `workers` is negative, or `cache` is given for a data set that reads no files.
 
     Example:
@@ -65,9 +64,7 @@ def class_counts(dataset: Dataset[Sample], *, cache: str | os.PathLike[str] | No
         return torch.cat([class_counts(part, cache=cache, workers=workers) for part in dataset.datasets])
     if (chosen := _files(dataset)) is None:
         if cache is not None:
-            raise ValueError(
-                f"`cache` keeps counts of label files, which {type(dataset).__name__} has none of; omit it."
-            )
+            raise ValueError(f"`cache` stores counts of label files, but {type(dataset).__name__} has none; omit it.")
         return _of_samples(dataset, workers)
     files, labelled = chosen
     paths = [file.label for file in files if file.label is not None]
@@ -77,7 +74,7 @@ def class_counts(dataset: Dataset[Sample], *, cache: str | os.PathLike[str] | No
 
 
 def _files(dataset: Dataset[Sample]) -> tuple[list[Files], LabelFormat] | None:
-    """Where a reader's samples are, or those of a subset of it; None where samples are not read from files."""
+    """The files of a reader, or of a subset of one; None if samples are not read from files."""
     if isinstance(dataset, FolderDataset):
         return dataset.files, dataset.label_format
     if isinstance(dataset, Subset) and (whole := _files(dataset.dataset)) is not None:
@@ -86,7 +83,7 @@ def _files(dataset: Dataset[Sample]) -> tuple[list[Files], LabelFormat] | None:
 
 
 def _of_samples(dataset: Dataset[Sample], workers: int) -> Tensor:
-    """Counts of the labels that a data set returns."""
+    """Count the labels that a data set returns."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(f"`dataset` must have a length and items, got {type(dataset).__name__}; pass a data set.")
     counted = _Counted(dataset)
@@ -101,7 +98,7 @@ def _of_samples(dataset: Dataset[Sample], workers: int) -> Tensor:
 
 
 class _Counted(Dataset[Tensor]):
-    """The counts of each label map, (256,) int64, in place of its sample."""
+    """A data set of the counts of each label map, (256,) int64."""
 
     def __init__(self, dataset: Any) -> None:  # noqa: ANN401 - any data set
         self.dataset = dataset
@@ -109,7 +106,7 @@ class _Counted(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __iter__(self) -> Iterator[Tensor]:  # a data set need not stop by itself
+    def __iter__(self) -> Iterator[Tensor]:  # plain iteration over a data set need not stop
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, i: int) -> Tensor:
@@ -117,7 +114,7 @@ class _Counted(Dataset[Tensor]):
         name = f"sample {i} of {type(self.dataset).__name__}"
         if not hasattr(item, "label"):
             raise TypeError(
-                f"`dataset` must hold items with a `label`, as `Sample` has, got {type(item).__name__}; wrap them so."
+                f"`dataset` must hold items with a `label`, like `Sample`, got {type(item).__name__}; wrap them."
             )
         if (label := item.label) is None:
             raise DataError(f"{name} has no label; read the data set with its labels.")
@@ -127,13 +124,13 @@ class _Counted(Dataset[Tensor]):
 
 
 def count_files(paths: list[Path], labelled: LabelFormat, cache: Path | None, *, workers: int) -> Tensor:
-    """The same for label maps given as paths."""
+    """Count label maps given as paths; see `class_counts`."""
     ids = hashlib.sha256(labelled.signature.encode()).hexdigest()[:16]
     known = {} if cache is None else _read(cache, ids)
     counted = {path: known[key] for path in paths if (key := _key(path)) in known}
     rest = [path for path in dict.fromkeys(paths) if path not in counted]
     if cache is not None and rest:
-        _append(cache, b"")  # if it cannot be written, that is said before anything is counted
+        _append(cache, b"")  # fail before counting if the file is not writable
     for path, counts in each(partial(_count, labelled=labelled), rest, "counting", workers=workers):
         counted[path] = counts
         if cache is not None:
@@ -152,11 +149,11 @@ def _count(path: Path, labelled: LabelFormat) -> dict[int, int]:
 
 Key = tuple[str, int, int]
 START = b'{"ids": "'
-"""What a file of counts begins with, since each of its lines does."""
+"""Start of every line, and so of the file."""
 
 
 def _key(path: Path) -> Key:
-    """What a count belongs to: this file, as it is now."""
+    """The identity of a file in its current state."""
     try:
         status = path.stat()
     except OSError as error:
@@ -175,7 +172,7 @@ def _checksum(entry: dict[str, Any]) -> int:
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """A line of the file; None where it is damaged or cut off."""
+    """Parse a line of the file; None if it is damaged or cut off."""
     try:
         entry: dict[str, Any] = json.loads(line)
         checksum = entry.pop("crc32")
@@ -185,7 +182,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 
 def _read(cache: Path, ids: str) -> dict[Key, dict[int, int]]:
-    """The counts in a file, of maps read as these ids."""
+    """The counts in a file that belong to these ids."""
     try:
         data = cache.read_bytes()
     except FileNotFoundError:
@@ -193,7 +190,7 @@ def _read(cache: Path, ids: str) -> dict[Key, dict[int, int]]:
     except OSError as error:
         raise DataError(f"{cache}: cannot be read ({error.strerror}); pass another file.") from error
     if not START.startswith(data[: len(START)]):
-        raise DataError(f"{cache}: is no file of counts; pass another file, or delete it to count again.")
+        raise DataError(f"{cache}: is not a file of counts; pass another file, or delete it to count again.")
     return {
         (entry["file"], entry["size"], entry["mtime_ns"]): {int(value): n for value, n in entry["counts"].items()}
         for entry in map(_entry, data.split(b"\n"))
@@ -202,10 +199,10 @@ def _read(cache: Path, ids: str) -> dict[Key, dict[int, int]]:
 
 
 def _append(cache: Path, lines: bytes) -> None:
-    """Add to the file. What is in it stays, also a line that was cut off, after which a new one begins."""
+    """Append to the file, on a new line if the last one was cut off."""
     try:
         with cache.open("a+b") as file:
-            if file.seek(0, os.SEEK_END) < len(START):  # the first line was cut off so soon that nothing tells it
+            if file.seek(0, os.SEEK_END) < len(START):  # too short to be recognised: an interrupted first write
                 file.truncate(0)
             elif file.seek(-1, os.SEEK_END) and file.read() != b"\n":
                 lines = b"\n" + lines

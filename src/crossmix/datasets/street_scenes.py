@@ -1,9 +1,9 @@
-"""StreetScenes: rendered street scenes in two looks, a small pair of domains that anyone has.
+"""StreetScenes: rendered street scenes in two styles, a small pair of domains that needs no download.
 
-The source look is a clean computer game: one saturated colour per class, little variation, no texture. The target look
-is a camera on a dull day: muted colours, in which road and sidewalk, building, wall and fence, vegetation and terrain,
-person and rider nearly agree; texture, a colour cast, uneven light, haze, blur and noise. Scenes of both are drawn
-alike.
+The source looks like a clean computer game: one saturated colour per class, little variation, no texture. The target
+looks like camera images on an overcast day: muted colours, nearly equal for road and sidewalk, for building, wall and
+fence, for vegetation and terrain, and for person and rider; texture, a colour cast, uneven light, haze, blur and noise.
+The layouts of both have the same distribution.
 """
 
 import os
@@ -27,7 +27,7 @@ __all__ = ["StreetScenes"]
 
 Array = NDArray[np.float64]
 
-# Mean colour of each class, and how far single objects stray from it: (R, G, B), spread, all in 0..255.
+# Mean colour (R, G, B) of each class and the standard deviation of an object's brightness, all in 0..255.
 SOURCE_COLORS: dict[str, tuple[tuple[int, int, int], int]] = {
     "road": ((92, 84, 104), 10),
     "sidewalk": ((196, 158, 150), 14),
@@ -79,13 +79,13 @@ class StreetScenes(Dataset[Sample]):
     Item i is a pure function of (domain, size, seed, i).
 
     Args:
-        length: How many scenes.
-        domain: `"source"`, the clean look, or `"target"`, the shifted one.
+        length: Number of scenes.
+        domain: `"source"`, the clean style, or `"target"`, the shifted one.
         size: Height and width of the images, in pixels, at least 16 each.
         seed: Scenes of different seeds are unrelated.
 
     Raises:
-        TypeError: If `length`, `size` or `seed` are no ints.
+        TypeError: If `length`, `size` or `seed` are not ints.
         ValueError: If an argument is out of range.
 
     Example:
@@ -119,12 +119,12 @@ class StreetScenes(Dataset[Sample]):
     def write(
         self, root: str | os.PathLike[str], *, layout: Literal["gta5", "cityscapes"], split: str = "train"
     ) -> None:
-        """Write all scenes to disk as an official data set has them, with label ids in the label maps.
+        """Write all scenes to disk in the layout of an official data set, with label ids in the label maps.
 
         Args:
-            root: The data set's folder; made where missing. Files of the same names are replaced.
+            root: The data set's folder, created if missing. Files with the same names are replaced.
             layout: `"gta5"` for the reader `GTA5`, `"cityscapes"` for `Cityscapes`.
-            split: The folder of the split, with `"cityscapes"`.
+            split: The folder of the split, for `"cityscapes"`.
 
         Raises:
             ValueError: If the layout is unknown.
@@ -152,7 +152,7 @@ class StreetScenes(Dataset[Sample]):
 
 
 def _source_look(layout: Layout, rng: np.random.Generator) -> Array:
-    """Flat bright colours under an even light."""
+    """Render flat bright colours under even light."""
     image = _painted(layout, SOURCE_COLORS, rng, hue=8.0)
     image += 0.12 * layout.detail[..., None]
     image *= rng.uniform(0.8, 1.15)
@@ -160,7 +160,7 @@ def _source_look(layout: Layout, rng: np.random.Generator) -> Array:
 
 
 def _target_look(layout: Layout, rng: np.random.Generator) -> Array:
-    """What lens, light and weather make of a scene."""
+    """Render muted colours with the effects of lens, light and weather."""
     height, width = layout.label.shape
     image = _painted(layout, TARGET_COLORS, rng, hue=4.0)
     image += 0.09 * layout.detail[..., None]
@@ -178,7 +178,7 @@ def _target_look(layout: Layout, rng: np.random.Generator) -> Array:
 def _painted(
     layout: Layout, colors: dict[str, tuple[tuple[int, int, int], int]], rng: np.random.Generator, *, hue: float
 ) -> Array:
-    """Each object in a colour near that of its class: lighter or darker by the spread, and a little off in hue."""
+    """Paint each object in a colour near its class's: lighter or darker by the spread, with a small shift in hue."""
     table = np.empty((len(layout.classes), 3))
     for i, train_id in enumerate(layout.classes):
         mean, spread = ((40, 40, 44), 10) if train_id == IGNORED else colors[CLASS_NAMES[train_id]]
@@ -188,7 +188,7 @@ def _painted(
 
 
 def _texture(height: int, width: int, rng: np.random.Generator) -> Array:
-    """Noise of three sizes, of unit variance in all."""
+    """Noise at three scales with unit total variance."""
     texture = np.zeros((height, width))
     for cell in (1, 2, 4):
         grid = rng.normal(0, 1, (-(-height // cell), -(-width // cell)))
@@ -198,7 +198,7 @@ def _texture(height: int, width: int, rng: np.random.Generator) -> Array:
 
 
 def _blurred(image: Array, sigma: float) -> Array:
-    """Gaussian blur over five taps; edges repeat."""
+    """Gaussian blur with five taps; edges are repeated."""
     taps = np.exp(-0.5 * (np.arange(-2, 3) / sigma) ** 2)
     taps /= taps.sum()
     out: Array = image

@@ -16,25 +16,25 @@ LAYOUT = "expected <root>/RGB/*.png and <root>/GT/LABELS/*.png with the same nam
 
 
 class Synthia(FolderDataset):
-    """Read SYNTHIA-RAND-CITYSCAPES as its archive unpacks: `RGB/*.png` and `GT/LABELS/*.png`, in sorted order.
+    """Read SYNTHIA-RAND-CITYSCAPES as unpacked from its archive: `RGB/*.png` and `GT/LABELS/*.png`, in sorted order.
 
-    The label files are 16-bit RGB with the class in the first channel; programs that take the high byte of each number
-    read zeros. Here they are read as they are, and so are one-channel files of the same ids in 8 or 16 bits, which the
-    community calls `synthia_mapped_to_cityscapes`; what a file is, its header and content decide. Ids of void, parking,
+    The label files are 16-bit RGB with the class in the first channel; programs that keep only the high byte of each
+    value read zeros. This reader handles them correctly, as well as one-channel files of the same ids in 8 or 16 bits,
+    known as `synthia_mapped_to_cityscapes`; the format is detected from header and content. The ids of void, parking,
     road work and lane marking are ignored, and so are terrain, truck and train, which this part of SYNTHIA lacks.
 
     Args:
-        root: The folder that holds `RGB` and `GT/LABELS` (or `synthia_mapped_to_cityscapes`).
-        size: (height, width) that images (bicubic, antialiased) and labels (nearest) are resized to. None keeps their
-            own, 760 x 1280, as published.
-        names: A text file that lists the images to take, a name per line, with or without folders and ending.
-        images: Whether to read images; without, `image` is empty, (3, 0, 0), for those who count classes.
-        labels: Whether to read label maps; without, `label` is None, and the files may be missing.
+        root: The folder that contains `RGB` and `GT/LABELS` (or `synthia_mapped_to_cityscapes`).
+        size: (height, width) that images (bicubic, antialiased) and labels (nearest) are resized to. None keeps the
+            published 760 x 1280.
+        names: A text file that lists the images to use, one name per line, with or without folders and extension.
+        images: Whether to read images. Without, `image` is empty, (3, 0, 0); useful for counting classes.
+        labels: Whether to read label maps. Without, `label` is None, and the files may be missing.
 
     Raises:
-        DataError: If a folder is missing or empty, an image has no label map, or `names` lists what is not there; on
-            access, if a file is damaged, was saved from the high bytes, or holds ids that are not SYNTHIA's.
-        TypeError: If `size` is no pair of ints.
+        DataError: If a folder is missing or empty, an image has no label map, or `names` lists missing files; on
+            access, if a file is damaged, was saved from the high bytes, or contains ids that are not SYNTHIA's.
+        TypeError: If `size` is not a pair of ints.
         ValueError: If `size` is not positive, or neither images nor labels are read.
 
     Example:

@@ -1,4 +1,4 @@
-"""What self-training is doing, with and without true labels of the target."""
+"""Diagnostics of self-training, with and without true labels of the target."""
 
 from crossmix.diagnostics.pseudo_labels import PseudoLabelMonitor, PseudoLabelQuality
 from crossmix.diagnostics.unsupervised import UnsupervisedQuality, UnsupervisedScores

@@ -1,8 +1,8 @@
-"""What the pseudo-labels are doing: precision and recall, class shares, lambda, agreement.
+"""Quality of pseudo-labels: precision and recall, class shares, lambda, agreement with the student.
 
-The failure to look for is class conflation (DACS, https://arxiv.org/abs/2007.08702, sections 3.2 and 4.5): a class
-loses its pixels to a larger one, with ever more confidence. Its recall and its share of the pseudo-labels fall to 0,
-the precision of the class that takes its place falls too, and lambda rises all the same.
+The failure to watch for is class conflation (DACS, https://arxiv.org/abs/2007.08702, sections 3.2 and 4.5): a class
+loses its pixels to a larger one, with growing confidence. Its recall and its share of the pseudo-labels fall to 0, the
+precision of the class that replaces it falls as well, and lambda rises regardless.
 """
 
 import math
@@ -28,29 +28,28 @@ from crossmix._tensors import at_least_float32
 __all__ = ["PseudoLabelMonitor", "PseudoLabelQuality"]
 
 BINS = 15  # of the calibration error, as in Guo et al., ICML 2017, https://arxiv.org/abs/1706.04599
-UNIT = 2**20  # Confidence is summed in units of 1 / UNIT: whole numbers give one sum in any order, on any device.
+UNIT = 2**20  # confidence is summed as integers, in units of 1 / UNIT, so that sums do not depend on order or device
 
 
 class PseudoLabelQuality(NamedTuple):
-    """What pseudo-labels were like, as fractions; NaN where there was nothing to compute them from.
+    """Quality of pseudo-labels as fractions; NaN for values without any data.
 
     Attributes:
-        precision: (C,) float64 on the CPU: TP / (TP + FP) over pixels with a true label; NaN for a class that is not
+        precision: (C,) float64 on the CPU: TP / (TP + FP) over pixels with a true label; NaN for classes that are never
             predicted.
-        recall: (C,) likewise: TP / (TP + FN); NaN for a class that is not in the true labels.
-        confident_precision: (C,) likewise, over confident pixels alone.
-        confident_recall: (C,) likewise, over confident pixels alone.
+        recall: (C,) likewise: TP / (TP + FN); NaN for classes absent from the true labels.
+        confident_precision: (C,) likewise, over confident pixels only.
+        confident_recall: (C,) likewise, over confident pixels only.
         share: (C,) likewise: share of each class among the pseudo-labels.
-        expected_share: (C,) likewise: the prior handed to `compute`, or else the share of each class among the true
-            labels.
-        divergence: Total variation between the two, sum_c abs(share_c - expected_share_c) / 2: the share of pixels that
-            would have to change class. In [0, 1], and finite when a class is lost, where the KL divergence is not.
-        confident_share: Share of pixels with confidence >= threshold: the mean of lambda over batches of one size.
-        mean_confidence: Mean confidence, to 1e-6.
-        agreement: Share of pixels to which the student gives the class of the pseudo-label.
-        calibration_error: Expected calibration error over pixels with a true label, in 15 equal bins of confidence b:
+        expected_share: (C,) likewise: the prior passed to `compute`, or the share of each class among the true labels.
+        divergence: Total variation distance between the two, sum_c abs(share_c - expected_share_c) / 2: the share of
+            pixels that would have to change class. In [0, 1]; unlike the KL divergence, finite when a class is lost.
+        confident_share: Share of pixels with confidence >= threshold; the mean of lambda over batches of equal size.
+        mean_confidence: Mean confidence, accurate to 1e-6.
+        agreement: Share of pixels where the student predicts the class of the pseudo-label.
+        calibration_error: Expected calibration error over pixels with a true label, in 15 equal bins b of confidence:
             sum_b (number of pixels in b) / (number of pixels) * abs(accuracy_b - mean confidence_b).
-        never_predicted: The number of classes that no pseudo-label has, ignored ones left out.
+        never_predicted: The number of classes that occur in no pseudo-label, without ignored ones.
         pixels: The number of pixels counted.
     """
 
@@ -69,15 +68,15 @@ class PseudoLabelQuality(NamedTuple):
     pixels: int
 
     def as_dict(self, class_names: Sequence[str] | None = None) -> dict[str, float | int | None]:
-        """Return every number under a name of its own, for a JSON log or TensorBoard.
+        """Flatten to one number per key, for a JSON log or TensorBoard.
 
         Args:
             class_names: One name per class, e.g. `crossmix.datasets.classes.CLASS_NAMES`; class ids by default.
 
         Returns:
-            "lambda" (the confident share), "divergence" and the other fields by name, with the class after a slash
-            where there is one number per class: "recall/road". None, which JSON has and NaN is not, where undefined;
-            the keys are always the same.
+            "lambda" (the confident share), "divergence" and the other fields by name; fields with one number per class
+            have the class after a slash, as in "recall/road". Undefined values are None, since JSON has no NaN; the
+            keys are always the same.
 
         Raises:
             ValueError: If there is not one distinct name per class.
@@ -106,15 +105,15 @@ class PseudoLabelQuality(NamedTuple):
 
 
 class PseudoLabelMonitor(nn.Module):
-    """Count, over batches, what pseudo-labels are like, with and without true labels to hold against them.
+    """Accumulate the quality of pseudo-labels over batches, with or without true labels.
 
-    True labels of the target are for looking only: validation images, or a labelled target set that training ignores.
+    True labels of the target are for monitoring only: validation images, or a labelled target set unused in training.
 
     Args:
         num_classes: The number of classes C.
-        threshold: Confidence in [0, 1] from which a pixel is confident; that of the loss.
-        ignore_index: The id of ignored pixels in all label maps. Where it is one of the classes, that class has no
-            pixels, is not counted as never predicted, and has no part in a given prior.
+        threshold: Confidence in [0, 1] from which a pixel counts as confident; use that of the loss.
+        ignore_index: The id of ignored pixels in all label maps. If it is one of the classes, that class has no pixels,
+            does not count as never predicted, and is left out of a given prior.
 
     State:
         Buffers of int64, which `update` adds to and `reset` zeroes. `counts`: (C, 2, 4), pixels by class, confident or
@@ -123,7 +122,7 @@ class PseudoLabelMonitor(nn.Module):
         in those units. `agreement`: (2,), pixels where the student disagrees and agrees.
 
     Raises:
-        TypeError: If an argument is of the wrong type.
+        TypeError: If an argument has the wrong type.
         ValueError: If `num_classes` is not positive or `threshold` is not in [0, 1].
 
     Example:
@@ -161,18 +160,18 @@ class PseudoLabelMonitor(nn.Module):
     def update(
         self, labels: Tensor, confidence: Tensor, *, truth: Tensor | None = None, student: Tensor | None = None
     ) -> None:
-        """Count a batch, without a host sync: `update(*teacher.pseudo_label(images))`, or in every training step.
+        """Count a batch, without a host sync: `update(*teacher.pseudo_label(images))`, in every step if you like.
 
-        A pixel counts nowhere where its pseudo-label or its given true label is ignored or no class, or its confidence
-        is NaN. Batches without truth count for shares, lambda and agreement; for `share` and `expected_share` to be
-        over the same pixels, give truth with every batch or with none.
+        Pixels whose pseudo-label or given true label is ignored or not a class, or whose confidence is NaN, do not
+        count at all. Batches without truth count for shares, lambda and agreement; to compute `share` and
+        `expected_share` over the same pixels, pass truth with every batch or with none.
 
         Args:
             labels: (N, H, W) uint8, int16, int32 or int64 pseudo-labels, before any threshold.
-            confidence: (N, H, W) floating in [0, 1]; what is beyond counts as the nearest end.
+            confidence: (N, H, W) floating in [0, 1]; values outside are clamped.
             truth: (N, H, W) integer true labels.
-            student: (N, H, W) integer classes that the student predicts; where they are ignored or no class, the pixel
-                does not count for the agreement.
+            student: (N, H, W) integer predictions of the student; ignored pixels and ids that are not classes do not
+                count for the agreement.
 
         Raises:
             TypeError: If a dtype is wrong.
@@ -207,27 +206,27 @@ class PseudoLabelMonitor(nn.Module):
         self._merged = None
 
     def merge(self) -> None:
-        """Add up the counts of all ranks for `compute`; twice, or without a process group, it changes nothing."""
+        """Sum the counts of all ranks for `compute`. Idempotent, and a no-op without a process group."""
         self._merged = {name: all_reduce_sum(buffer) for name, buffer in self.named_buffers()}
 
     def reset(self) -> None:
-        """Forget all counts."""
+        """Reset all counts to 0."""
         for buffer in self.buffers():
             buffer.zero_()
         self._merged = None
 
     def compute(self, prior: Tensor | Sequence[float] | None = None) -> PseudoLabelQuality:
-        """Compute everything from the counts, those of all ranks after `merge`.
+        """Compute all values from the counts; after `merge`, from those of all ranks.
 
         Args:
-            prior: (C,) class frequencies or counts to hold the shares against, >= 0, scaled to sum to 1: the source's,
-                say, where the target has no labels. The shares of the true labels by default.
+            prior: (C,) class frequencies or counts to compare the shares with, >= 0, normalised to sum to 1; for
+                example the source's, if the target has no labels. The shares of the true labels by default.
 
         Returns:
             The quality of the pseudo-labels counted since the last `reset`.
 
         Raises:
-            ValueError: If `prior` is not C numbers that can be scaled.
+            ValueError: If `prior` is not C numbers that can be normalised.
         """
         state = {name: value.cpu().double() for name, value in (self._merged or dict(self.named_buffers())).items()}
         wrong, right, alone, true = state["counts"].unbind(2)  # (C, 2) each
@@ -259,7 +258,7 @@ class PseudoLabelMonitor(nn.Module):
 
     def _given_prior(self, prior: Tensor | Sequence[float]) -> Tensor:
         """The prior as (C,) float64 on the CPU, summing to 1 over the classes that are not ignored."""
-        given = prior.detach().cpu() if isinstance(prior, Tensor) else prior  # off the device before it is double
+        given = prior.detach().cpu() if isinstance(prior, Tensor) else prior  # the device may lack float64
         values = torch.as_tensor(given, dtype=torch.float64, device="cpu")
         if tuple(values.shape) != (self.num_classes,):
             raise ValueError(
@@ -274,7 +273,7 @@ class PseudoLabelMonitor(nn.Module):
         return values / values.sum()
 
     def _ids(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Class ids in one row, 0 where there is none, and where there is one."""
+        """Flattened class ids, with 0 where a pixel has no valid class, and a mask of the valid pixels."""
         index = labels.flatten().long()
         known = (index >= 0) & (index < self.num_classes) & (index != self.ignore_index)
         return index.where(known, 0), known
@@ -293,7 +292,7 @@ class PseudoLabelMonitor(nn.Module):
 
 
 def _forget(monitor: PseudoLabelMonitor, _: object) -> None:
-    """A loaded state takes the place of everything counted before, here and on other ranks."""
+    """Discard merged counts when a state is loaded, which replaces everything counted before."""
     monitor._merged = None
 
 

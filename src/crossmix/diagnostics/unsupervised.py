@@ -1,4 +1,4 @@
-"""Scores of a network on the target that need no labels of it, to choose among checkpoints and settings.
+"""Label-free scores of a network on the target, for choosing among checkpoints and hyperparameters.
 
 Soft neighbourhood density: Saito et al., ICCV 2021, https://arxiv.org/abs/2108.10860, section 3.2.
 """
@@ -10,25 +10,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from crossmix._checks import check_logits, check_num_classes, check_same_device
+from crossmix._checks import check_int, check_logits, check_num_classes, check_same_device
 from crossmix._distributed import all_reduce_sum
 from crossmix._tensors import at_least_float32
 
 __all__ = ["UnsupervisedQuality", "UnsupervisedScores"]
 
-UNIT = 2**26  # Sums are kept in units of 1 / UNIT, good for 10**10 pixels: whole numbers do not drift, in any order.
+UNIT = 2**26  # sums are integers in units of 1 / UNIT (enough for 10**10 pixels), independent of the order of addition
 
 
 class UnsupervisedQuality(NamedTuple):
-    """Scores without labels, in nats; NaN where nothing was seen.
+    """Label-free scores in nats; NaN without any data.
 
     Attributes:
-        entropy: Mean over pixels of the entropy of the prediction, in [0, ln C]; lower is better, but a network that is
-            sure of one class everywhere has the lowest.
-        information: Entropy of the mean prediction less `entropy`, in [0, ln C]; higher is better: sure of each pixel,
-            and of many classes.
-        neighborhood_density: Soft neighbourhood density, in [0, ln(pixels - 1)]; higher is better: predictions lie in
-            dense groups.
+        entropy: Mean over pixels of the entropy of the prediction, in [0, ln C]. Lower is better, but a network that
+            confidently predicts one class everywhere has the lowest.
+        information: Entropy of the mean prediction minus `entropy`, in [0, ln C]. Higher is better: confident
+            predictions, spread over many classes.
+        neighborhood_density: Soft neighbourhood density, in [0, ln(pixels - 1)]. Higher is better: predictions form
+            dense clusters.
     """
 
     entropy: float
@@ -37,29 +37,29 @@ class UnsupervisedQuality(NamedTuple):
 
 
 class UnsupervisedScores(nn.Module):
-    """Score predictions on the target, over batches, without labels.
+    """Accumulate label-free scores of predictions on the target over batches.
 
-    With p_i the softmax output of sampled pixel i, and the mean over i of
+    The neighbourhood density is the mean over sampled pixels i, with softmax outputs p_i, of
 
-        density = - sum_{j != i} q_ij ln q_ij,    q_ij = softmax over j != i of cos(p_i, p_j) / temperature
+        density_i = - sum_{j != i} q_ij ln q_ij,    q_ij = softmax over j != i of cos(p_i, p_j) / temperature
 
-    The sampled pixels are spread evenly over each update, and are the same for updates of the same shape: nothing is
-    random. Scores are to be compared between networks on the same images in batches of the same size.
+    The sampled pixels are spread evenly over each update and depend only on its shape, so nothing is random. Compare
+    scores between networks on the same images, in batches of the same size.
 
     Args:
         num_classes: The number of classes C.
-        pixels: How many pixels of each update are compared with each other, at least 2; all where there are fewer. Time
-            and memory of that grow with the square: 1000 take 4 MB.
-        temperature: Of the similarities, > 0; 0.05 is the paper's.
+        pixels: Number of pixels of each update that are compared with each other, at least 2 (all, if there are fewer).
+            Time and memory grow quadratically: 1000 pixels take 4 MB.
+        temperature: Temperature of the similarities, > 0; 0.05 in the paper.
 
     State:
-        Buffers of int64, which `update` adds to and `reset` zeroes. `prediction`: (C,), sum of the probabilities in
-        units of 2**-26. `entropy`: (2,), its sum in these units, and the number of pixels. `density`: (2,), likewise of
-        the sampled pixels.
+        int64 buffers, which `update` adds to and `reset` zeroes. `prediction`: (C,), sum of the probabilities in units
+        of 2**-26. `entropy`: (2,), its sum in these units, and the number of pixels. `density`: (2,), likewise for the
+        sampled pixels.
 
     Raises:
-        TypeError: If an argument is of the wrong type.
-        ValueError: If one is out of range.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> scores = UnsupervisedScores(2)
@@ -75,10 +75,7 @@ class UnsupervisedScores(nn.Module):
     def __init__(self, num_classes: int, *, pixels: int = 1000, temperature: float = 0.05) -> None:
         super().__init__()
         check_num_classes(num_classes)
-        if isinstance(pixels, bool) or not isinstance(pixels, int):
-            raise TypeError(f"`pixels` must be an int, got {type(pixels).__name__}.")
-        if pixels < 2:
-            raise ValueError(f"`pixels` must be at least 2, got {pixels}; each is compared with all others.")
+        check_int("pixels", pixels, least=2, hint="; each is compared with all others")
         if isinstance(temperature, bool) or not isinstance(temperature, int | float):
             raise TypeError(f"`temperature` must be a float, got {type(temperature).__name__}.")
         if not temperature > 0:
@@ -94,19 +91,19 @@ class UnsupervisedScores(nn.Module):
 
     @torch.no_grad()
     def update(self, logits: Tensor) -> None:
-        """Add a batch of predictions, without a host sync. A pixel with NaN among its logits counts nowhere.
+        """Add a batch of predictions, without a host sync. Pixels with NaN logits do not count.
 
         Args:
-            logits: (N, C, H, W) floating, of the target, of any size: the network's own, before they are upsampled.
+            logits: (N, C, H, W) floating logits of target images, of any size; those before upsampling suffice.
 
         Raises:
-            TypeError: If the dtype is wrong.
-            ValueError: If it has another shape or number of classes, or is on another device.
+            TypeError: If `logits` is not floating.
+            ValueError: If the shape, the number of classes or the device is wrong.
         """
         check_logits("logits", logits)
         if logits.shape[1] != self.num_classes:
             raise ValueError(
-                f"`logits` have {logits.shape[1]} classes but `num_classes` is {self.num_classes}; make both one."
+                f"`logits` have {logits.shape[1]} classes but `num_classes` is {self.num_classes}; they must agree."
             )
         check_same_device(prediction=self.prediction, logits=logits)
         probs = at_least_float32(logits).softmax(1)
@@ -123,23 +120,23 @@ class UnsupervisedScores(nn.Module):
         self._merged = None
 
     def merge(self) -> None:
-        """Add up the sums of all ranks for `compute`; twice, or without a process group, it changes nothing."""
+        """Sum the state of all ranks for `compute`. Idempotent, and a no-op without a process group."""
         self._merged = {name: all_reduce_sum(buffer) for name, buffer in self.named_buffers()}
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset all sums to 0."""
         for buffer in self.buffers():
             buffer.zero_()
         self._merged = None
 
     def compute(self) -> UnsupervisedQuality:
-        """Compute the scores of what was added since the last `reset`, on all ranks after `merge`.
+        """Compute the scores of everything added since the last `reset`; after `merge`, of all ranks.
 
         Returns:
             The scores.
         """
         state = {name: value.cpu().double() for name, value in (self._merged or dict(self.named_buffers())).items()}
-        mean = state["prediction"] / state["prediction"].sum()  # 0 / 0 is NaN here and below: nothing was seen
+        mean = state["prediction"] / state["prediction"].sum()  # here and below, 0 / 0 is NaN: no data
         entropy = float(state["entropy"][0] / UNIT / state["entropy"][1])
         return UnsupervisedQuality(
             entropy=entropy,
@@ -154,7 +151,7 @@ class UnsupervisedScores(nn.Module):
 
 
 def _forget(scores: UnsupervisedScores, _: object) -> None:
-    """A loaded state takes the place of everything added before, here and on other ranks."""
+    """Discard merged sums when a state is loaded, which replaces everything added before."""
     scores._merged = None
 
 
@@ -163,10 +160,10 @@ def _units(total: Tensor) -> Tensor:
 
 
 def _spread(total: int, count: int, device: torch.device) -> Tensor:
-    """`count` different places of `total`, one in each of as many equal parts.
+    """Choose `count` distinct indices below `total`, one in each of `count` equal parts.
 
-    Where in its part is told by multiples of the golden ratio, so that no row or column is preferred where the parts
-    are as long as the rows. Whole numbers give the same places on every device.
+    Multiples of the golden ratio give the position within a part, so that no row or column is favoured if the parts are
+    as long as the rows. Integer arithmetic gives the same indices on every device.
     """
     edges = torch.arange(count + 1, device=device) * total // count
     shift = torch.arange(count, device=device) * 40503 % 65536  # 40503 / 65536 = 0.618
@@ -174,12 +171,12 @@ def _spread(total: int, count: int, device: torch.device) -> Tensor:
 
 
 def _density(probs: Tensor, temperature: float) -> Tensor:
-    """Sum of the entropies of the similarities between pixels, in units, and the number of pixels, from (n, C)."""
+    """From probabilities (n, C): the sum of the entropies of the similarities, in units, and the number of pixels."""
     known = ~probs.isnan().any(1)
     directions = functional.normalize(probs.where(known[:, None], 0), dim=1)
     with torch.autocast(probs.device.type, enabled=False):
         similarity = directions @ directions.T / temperature  # (n, n)
     similarity = similarity.where(known, -torch.inf).fill_diagonal_(-torch.inf)
-    counted = known & (known.sum() > 1)  # a single one has no others
+    counted = known & (known.sum() > 1)  # a single pixel has nothing to be compared with
     entropy = torch.special.entr(similarity.softmax(1)).sum(1).where(counted, 0)
     return torch.stack([_units(entropy.sum()), counted.sum()])

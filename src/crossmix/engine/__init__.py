@@ -1,6 +1,6 @@
-"""What a trainer needs around its loop: sampling, checkpoints, a log, progress, a lock, a way to stop, a guard.
+"""Building blocks of a training loop: sampling, checkpoints, logging, progress, locking, shutdown, non-finite guard.
 
-Nothing in here knows about mixing, networks or data sets.
+They are independent of mixing, networks and data sets.
 """
 
 from crossmix._files import BusyError, FolderLock

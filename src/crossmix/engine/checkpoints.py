@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there: written aside, hashed, renamed into place, verified when read."""
+"""Atomic, verified checkpoints: written to a temporary file, hashed, renamed into place, verified on loading."""
 
 import hashlib
 import os
@@ -23,22 +23,23 @@ LEFT_BEHIND = re.compile(rf"{OURS}(\.sha256)?\.tmp\.\d+")
 
 
 class CheckpointError(RuntimeError):
-    """No checkpoint could be read, though there are some; the message names the files and the reasons."""
+    """Checkpoints exist, but none can be read; the message names the files and the reasons."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run: the last few and the best.
+    """The checkpoints of one run: the newest few and the best.
 
-    A checkpoint is a file `step-<number>.pt` with its sha256 beside it in `step-<number>.pt.sha256`, and the best one
-    `best.pt`. It is loadable with `torch.load(path, weights_only=True)`. It is whole if it matches its sha256; copied
-    without it, if its parts match the checksums that torch writes into the file. Nothing else is ever loaded.
+    A checkpoint is a file `step-<number>.pt`, with its SHA-256 in `step-<number>.pt.sha256`; the best one is `best.pt`.
+    `torch.load(path, weights_only=True)` reads it. A checkpoint is valid if it matches its SHA-256 or, if the hash file
+    is missing (after copying, say), if its parts match the checksums that torch stores in the file. Invalid checkpoints
+    are never loaded.
 
-    One process at a time may save into a folder (see `FolderLock`).
+    Only one process at a time may save into a folder (see `FolderLock`).
 
     Args:
-        folder: Where they are; made when the first one is saved.
-        keep: How many of the newest whole ones to keep, at least 2, so that one that comes to be damaged has a
-            predecessor. A damaged one takes nobody's place.
+        folder: The folder of the checkpoints, created on the first save.
+        keep: How many of the newest valid checkpoints to keep, at least 2, so that there is a fallback if the newest is
+            damaged. Damaged ones do not count.
 
     Raises:
         ValueError: If `keep` is less than 2.
@@ -59,25 +60,25 @@ class CheckpointStore:
 
     @property
     def best(self) -> Path:
-        """The file of the best one."""
+        """The path of the best checkpoint."""
         return self.folder / "best.pt"
 
     def save(self, step: int, state: Mapping[str, Any], *, best: bool = False) -> Path:
-        """Write a checkpoint, then drop those that are no longer kept.
+        """Write a checkpoint, then delete the ones that are no longer kept.
 
-        The ones that are kept are verified for that: reading a gigabyte takes a second or two.
+        This verifies the checkpoints that are kept, which takes a second or two per gigabyte.
 
         Args:
-            step: Finished optimizer steps.
+            step: Number of finished optimizer steps.
             state: Tensors, numbers, strings and containers of them.
-            best: Whether to keep it as `best.pt` too.
+            best: Whether to save it as `best.pt` as well.
 
         Returns:
-            The file.
+            The path of the checkpoint.
 
         Raises:
-            OSError: If it cannot be written, on a full disk with the bytes needed and free; earlier checkpoints are
-                untouched then, and nothing is left of it.
+            OSError: If writing fails. On a full disk the message states how many bytes are needed and free. Earlier
+                checkpoints are untouched, and no partial file is left behind.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clear()
@@ -95,20 +96,20 @@ class CheckpointStore:
         return path
 
     def load_newest(self) -> dict[str, Any] | None:
-        """Read the newest checkpoint that is whole, warning of newer ones that are not.
+        """Load the newest valid checkpoint, with a warning for each newer one that is damaged.
 
         Returns:
-            Its state on the CPU, or None where nothing was ever saved.
+            Its state on the CPU, or None if nothing was ever saved.
 
         Raises:
-            CheckpointError: If there are checkpoints but none is whole.
+            CheckpointError: If there are checkpoints but none is valid.
         """
         problems: list[str] = []
         for path in reversed(self._steps()):
             problem = _problem(path)
             if problem is None:
                 for text in problems:
-                    warnings.warn(f"{text}; taking {path.name} instead", stacklevel=2)
+                    warnings.warn(f"{text}; loading {path.name} instead", stacklevel=2)
                 return _read(path)
             problems.append(f"{path}: {problem}")
         if problems:
@@ -116,20 +117,21 @@ class CheckpointStore:
         return None
 
     def load_best(self) -> dict[str, Any] | None:
-        """Read the best checkpoint.
+        """Load the best checkpoint.
 
         Returns:
-            Its state on the CPU, or None where none was saved as the best.
+            Its state on the CPU, or None if none was saved with `best=True`.
 
         Raises:
-            CheckpointError: If it is damaged; the next one that is saved as the best replaces it.
+            CheckpointError: If it is damaged. The next `save` with `best=True` replaces it.
         """
         if not self.best.exists():
             return None
         problem = _problem(self.best)
         if problem is not None:
             raise CheckpointError(
-                f"{self.best}: {problem}; the next best one replaces it, until then take the newest of {self.folder}."
+                f"{self.best}: {problem}; the next best checkpoint replaces it, until then use the newest in "
+                f"{self.folder}."
             )
         return _read(self.best)
 
@@ -138,7 +140,7 @@ class CheckpointStore:
         return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
 
     def _clear(self) -> None:
-        """Remove what writers that were killed have left, before more is written."""
+        """Remove leftovers of killed writers: temporary files, and hashes without a checkpoint."""
         for path in self.folder.iterdir():
             alone = re.fullmatch(rf"{OURS}\.sha256", path.name) and not path.with_suffix("").exists()
             if alone or LEFT_BEHIND.fullmatch(path.name):
@@ -146,7 +148,7 @@ class CheckpointStore:
 
 
 class _Hashing:
-    """A file to write that hashes and counts what passes, on its way to another file where there is one."""
+    """A writable file that counts bytes and, if it has an underlying file, hashes them and passes them on."""
 
     def __init__(self, file: BinaryIO | None = None) -> None:
         self.file = file
@@ -161,7 +163,7 @@ class _Hashing:
         return count
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """Do nothing: writes are not buffered here."""
 
 
 def _write(path: Path, state: Mapping[str, Any]) -> None:
@@ -176,7 +178,7 @@ def _write(path: Path, state: Mapping[str, Any]) -> None:
             hashing = _Hashing(file)
             torch.save(dict(state), hashing)  # type: ignore[arg-type]
             new = hashing.sha256.hexdigest()
-            # Whenever this is cut short, the file that is in place then is whole: the old one as well as the new.
+            # Both hashes, so that an interruption at any point leaves a checkpoint, old or new, that matches one.
             write_whole(digest, "\n".join([new, *_hashes(path)[:1], ""]).encode())
     except BaseException:
         if not path.exists():
@@ -191,7 +193,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _problem(path: Path) -> str | None:
-    """Why a checkpoint is not whole, or None."""
+    """Why a checkpoint is invalid, or None if it is valid."""
     try:
         hashes = _hashes(path)
         if not hashes:
@@ -204,7 +206,7 @@ def _problem(path: Path) -> str | None:
 
 
 def _damage(path: Path) -> str | None:
-    """What the checksums in a file of torch say, or None where all is well."""
+    """Check a file against the checksums that torch stores in it; None if they match."""
     try:
         part = damaged_part(path)
         if part is None:
@@ -219,7 +221,7 @@ def _hash_file(path: Path) -> Path:
 
 
 def _hashes(path: Path) -> list[str]:
-    """The hashes beside a file: one, or, if its writer was killed at the last moment, those of the new and the old."""
+    """The hashes stored beside a file: one, or those of the new and the old file if the writer was killed late."""
     try:
         return _hash_file(path).read_text(encoding="utf-8", errors="replace").split()
     except FileNotFoundError:

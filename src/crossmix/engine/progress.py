@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, a line per interval in a file."""
+"""Console progress: a bar on a terminal, one line per interval otherwise."""
 
 import importlib.util
 import sys
@@ -10,20 +10,20 @@ import torch
 
 try:
     from tqdm import tqdm
-except ImportError:  # the bar is an extra; the lines need nothing
+except ImportError:  # optional dependency; without it progress is printed line by line
     tqdm = None
 
 __all__ = ["Progress"]
 
 
 class Progress:
-    """Speed, time left, time spent waiting for data, and peak memory.
+    """Show speed, remaining time, the share of time spent waiting for data, and peak memory.
 
     Args:
-        total: Steps of the run.
-        start: Steps that are done already.
-        title: What the bar is called.
-        shown: Whether to print at all; False on all ranks but one.
+        total: Number of steps of the run.
+        start: Number of steps already done.
+        title: Label of the bar.
+        shown: Whether to print anything; pass False on all ranks but one.
 
     Example:
         >>> progress = Progress(10, title="demo")
@@ -45,7 +45,7 @@ class Progress:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside a `with` block as waiting for data."""
+        """Count the time spent inside a `with` block as waiting for data."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
@@ -54,11 +54,11 @@ class Progress:
         """Measure the interval since the last call.
 
         Args:
-            done: Steps that are done now.
+            done: Number of steps done so far.
 
         Returns:
-            `it_per_s`; `data_wait`, the share of the time that went into waiting for data; `memory_mb`, the peak of
-            allocated GPU memory in MB, or of the process's memory without a GPU.
+            `it_per_s`; `data_wait`, the share of the time spent waiting for data; `memory_mb`, the peak allocated GPU
+            memory in MB, or the peak memory of the process if no GPU is used.
         """
         now = time.perf_counter()
         elapsed = max(now - self._then, 1e-9)
@@ -73,10 +73,10 @@ class Progress:
         return record
 
     def show(self, record: Mapping[str, float | int]) -> None:
-        """Show a record of the log: on the bar, or as a line with the time that is left.
+        """Show a log record on the bar, or print it as a line with the remaining time.
 
         Args:
-            record: Numbers by name; holds `step` and `it_per_s`.
+            record: Values by name, including `step` and `it_per_s`.
         """
         values = " ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
         if self._bar is not None:
@@ -86,7 +86,7 @@ class Progress:
             self.say(f"step {record['step']}/{self.total} {values} left {left:.0f} s")
 
     def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one.
+        """Print a line, above the bar if there is one.
 
         Args:
             text: The line.
@@ -98,13 +98,13 @@ class Progress:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 def _peak_memory() -> float:
-    """Of the GPU where one is in use, otherwise of this process, in MB."""
+    """Peak memory in MB: allocated GPU memory if a GPU is in use, otherwise resident memory of this process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e6
     if importlib.util.find_spec("resource") is None:  # Windows

@@ -1,4 +1,4 @@
-"""A run's log: one JSON object per line, appended and flushed, cut back when a run resumes."""
+"""Append-only JSON Lines log of a training run, truncated to the checkpoint's step on resume."""
 
 import json
 import os
@@ -14,10 +14,10 @@ __all__ = ["RunLog"]
 
 
 class RunLog:
-    """`log.jsonl`: records with a `step` key.
+    """A JSON Lines file with one record per logged step; every record has a `step` key.
 
     Args:
-        path: The file; it and its folder are made when the first record is written.
+        path: The file. It and its parent folder are created on the first write.
 
     Example:
         >>> import tempfile
@@ -34,10 +34,10 @@ class RunLog:
         """Append a record.
 
         Args:
-            record: JSON-serialisable; holds `step`.
+            record: JSON-serialisable; must contain `step`.
 
         Raises:
-            OSError: If it cannot be written, on a full disk with the bytes needed and free.
+            OSError: If writing fails. On a full disk the message states how many bytes are needed and free.
         """
         line = (json.dumps(record) + "\n").encode()
         try:
@@ -48,9 +48,9 @@ class RunLog:
             raise explained(error, self.path, lambda: len(line)) from error
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all whole records.
+        """Return all complete records.
 
-        A last line that was cut off by a crash is left out, and so, with a warning, are lines that are no records.
+        A last line truncated by a crash is ignored. Other invalid lines are skipped with a warning.
         """
         if not self.path.exists():
             return []
@@ -62,17 +62,17 @@ class RunLog:
                 if line:
                     records.append({**record, "step": record["step"]})
             except (ValueError, KeyError, TypeError):
-                warnings.warn(f"{self.path}: line {number} is damaged, and left out.", stacklevel=2)
+                warnings.warn(f"{self.path}: line {number} is damaged and was skipped.", stacklevel=2)
         return records
 
     def cut(self, step: int) -> None:
-        """Drop the records of later steps, before a run goes on from `step`.
+        """Drop the records after `step`, before a run resumes from it.
 
         Args:
             step: The last step to keep.
 
         Raises:
-            OSError: If it cannot be written; what was there is untouched then.
+            OSError: If writing fails; the log is then unchanged.
         """
         if self.path.exists():
             kept = [record for record in self.read() if record["step"] <= step]
@@ -80,7 +80,7 @@ class RunLog:
 
 
 def _append(file: FileIO, line: bytes) -> None:
-    """Write all of a line or nothing."""
+    """Append a line; truncate the file again if only part of it could be written."""
     size, done = file.tell(), 0
     try:
         while done < len(line):

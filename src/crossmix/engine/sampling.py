@@ -1,7 +1,7 @@
-"""Data and randomness as pure functions of a key, so that resuming needs no generator state.
+"""Random crops as a pure function of a key, so that resuming needs no generator state.
 
-A draw is numbered through the whole run: draw = step * batch + slot. What it yields depends on (seed, stream, draw)
-alone, not on the number of workers, on prefetching or on restarts.
+Draws are numbered over the whole run: draw = step * batch + slot. The result depends on (seed, stream, draw) alone, not
+on the number of workers, on prefetching or on restarts.
 """
 
 import itertools
@@ -29,7 +29,7 @@ MORE_CROPS = 10
 
 
 class Labelled(Protocol):
-    """An image with its label map, as the readers of `crossmix.datasets` return it."""
+    """An image and its label map, as the readers of `crossmix.datasets` return them."""
 
     @property
     def image(self) -> Tensor:
@@ -41,55 +41,54 @@ class Labelled(Protocol):
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """Name used in error messages."""
 
 
 class Samples(Protocol):
     """A map-style data set."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of samples."""
 
     def __getitem__(self, index: int, /) -> Labelled:
-        """The one at an index."""
+        """Sample at an index."""
 
 
 class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
-    """Random crops of a labelled or unlabelled data set, indexed by draw number without end.
+    """Random crops of a labelled or unlabelled data set, indexed by draw number without an upper limit.
 
-    Every image is drawn once in each pass, in an order of the pass's own; the crop's position is uniform.
+    Each epoch visits every image once, in its own random order; the position of the crop is uniform.
 
-    With `rare` an image is drawn as `RareClassSampler` draws it, for a class, and cropped again until the crop has
-    enough pixels of that class, at most 10 times more; the last crop is then taken as it is. Enough is half of the
-    sampler's `min_pixels`, and in proportion to the area where the crop is larger than 512 x 512: 1500 there and 6000
-    at 1024 x 1024, as in DAFormer and HRDA. Where that is more than half of the crop, half of the crop is enough.
+    With `rare`, a class and an image are drawn as by `RareClassSampler`, and the image is cropped up to 10 more times
+    until the crop has enough pixels of that class; failing that, the last crop is used. Enough is half of the sampler's
+    `min_pixels`, scaled with the area for crops larger than 512 x 512: 1500 at 512 x 512 and 6000 at 1024 x 1024, as in
+    DAFormer and HRDA. It is never more than half of the crop.
 
-    A sample that cannot be read, or whose image is smaller than the crop, is an error. With `skip` up to so many
-    different ones are left out instead, each logged as a warning and kept in `skipped`: the draw then takes the sample
-    that the same draw of the next pass would take (of an ordinary pass, with `rare`), so that it is a pure function
-    still, of the files as they are. Each worker process counts for itself. With `pad` small images are padded instead,
-    and are no errors.
+    A sample that cannot be read, or whose image is smaller than the crop, is an error. With `skip`, up to that many
+    different samples are skipped instead; each is logged as a warning and recorded in `skipped`. The draw then uses the
+    sample at the same position of the next epoch (of an ordinary epoch, with `rare`), so it remains a pure function of
+    the key and the files. Each worker process counts on its own. With `pad`, small images are padded and are no error.
 
     Args:
         samples: Items with `image` (3, H, W) uint8, `label` (H, W) uint8 or None, and `name`.
         size: Height and width of the crops, in pixels.
         seed: Seed of the run.
-        stream: Tells the data sets of one run apart: the same seed with another stream is unrelated.
-        skip: How many different samples that cannot be read are left out before one is an error.
-        pad: Whether an image smaller than the crop is padded, below and to the right, with black pixels of label 255.
-        rare: Draws rare classes more often: a sampler made of the counts of these samples. Only its probabilities and
-            `min_pixels` matter: the draw is keyed by `seed` and `stream` as everything else is.
+        stream: Distinguishes the data sets of one run: different streams of one seed are unrelated.
+        skip: Number of different unreadable samples to skip before the next one raises.
+        pad: Whether to pad images smaller than the crop, at the bottom and right, with black pixels of label 255.
+        rare: Draws rare classes more often: a sampler built from the class counts of these samples. Only its
+            probabilities and `min_pixels` are used; the draw itself is keyed by `seed` and `stream`.
 
     Attributes:
-        skipped: Indices of the samples left out so far, with the reasons.
+        skipped: Indices of the samples skipped so far, with the reasons.
 
     Raises:
-        DataError: On access, without `pad`, if an image is smaller than the crop, or with `rare` has no label; the file
-            is named. What reading a sample raises is passed on.
+        DataError: On access, if an image is smaller than the crop (without `pad`) or has no label (with `rare`); the
+            message names the file. Errors from reading a sample are passed on.
         IndexError: If a draw is negative.
-        TypeError: If `size` is no pair of ints, a draw no int, or `rare` no sampler.
+        TypeError: If `size` is not a pair of ints, a draw is not an int, or `rare` is not a sampler.
         ValueError: If there are no samples, the size is not positive, `skip`, `seed` or `stream` is negative, or `rare`
-            has the counts of more or fewer samples.
+            was built from the counts of another number of samples.
 
     Example:
         >>> from crossmix.datasets import StreetScenes
@@ -112,7 +111,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         if len(samples) == 0:
             raise ValueError("`samples` must not be empty; check the folder that they are read from.")
-        keyed_generator(seed, stream)  # refuses a negative one here, and not in a worker
+        keyed_generator(seed, stream)  # reject negative values here rather than in a worker
         self.samples = samples
         self.size = _checked(size)
         self.seed = seed
@@ -133,7 +132,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
             draw: Number of the draw, from 0.
 
         Returns:
-            Image (3, h, w) uint8 and label (h, w) uint8, all 255 where there is no label.
+            Image (3, h, w) uint8 and label (h, w) uint8, filled with 255 if the sample has no label.
         """
         draw = operator.index(draw)
         sample, wanted = self._read(draw)
@@ -150,21 +149,21 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         return image, self._padded(label, 255)
 
     def _box(self, sample: Labelled, generator: torch.Generator) -> Box:
-        """Where the next crop of a sample is."""
+        """Draw the position of a crop."""
         (height, width), (crop_height, crop_width) = sample.image.shape[-2:], self.size
         top = int(torch.randint(max(0, height - crop_height) + 1, (), generator=generator))
         left = int(torch.randint(max(0, width - crop_width) + 1, (), generator=generator))
         return slice(top, top + crop_height), slice(left, left + crop_width)
 
     def _padded(self, pixels: Tensor, value: int) -> Tensor:
-        """Fill up to the size of the crop; what has it already is only laid out in memory."""
+        """Pad to the size of the crop; without padding, only make the pixels contiguous."""
         missing = [size - side for size, side in zip(self.size, pixels.shape[-2:], strict=True)]
         if not any(missing):
             return pixels.contiguous()
         return functional.pad(pixels, (0, missing[1], 0, missing[0]), value=value)
 
     def _read(self, draw: int) -> tuple[Labelled, int | None]:
-        """The sample of a draw, or the next in line where it cannot be used and may be skipped; and its class."""
+        """The sample of a draw, or its first usable replacement, and the class to look for."""
         for index, wanted in self._in_line(draw):
             if index not in self.skipped:
                 try:
@@ -174,28 +173,28 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
                         raise
                     if len(self.skipped) == min(self.skip, len(self.samples) - 1):
                         raise ValueError(
-                            f"{error} It is one more than the {len(self.skipped)} broken samples that `skip` allows."
+                            f"{error} This is one more than the {len(self.skipped)} broken samples that `skip` allows."
                         ) from error
                     self.skipped[index] = str(error)
-                    LOG.warning("left out: %s", error)
+                    LOG.warning("skipped: %s", error)
         raise AssertionError("there is always a next one")
 
     def _fit(self, index: int, sample: Labelled) -> Labelled:
-        """Refuse an image that is smaller than the crop and is not to be padded, and one without the label it needs."""
+        """Refuse an image smaller than the crop (unless padded), and one that lacks a label needed by `rare`."""
         (height, width), (crop_height, crop_width) = sample.image.shape[-2:], self.size
-        files = getattr(self.samples, "files", None)  # where the samples are those of a reader
+        files = getattr(self.samples, "files", None)  # readers know the path
         name = sample.name if files is None else files[index].image
         if self.rare is not None and sample.label is None:
             raise DataError(f"{name}: has no label to look for rare classes in; read the data set with its labels.")
         if not self.pad and (height < crop_height or width < crop_width):
             raise DataError(
                 f"{name}: the image is {height} x {width}, smaller than the crop of {crop_height} x {crop_width}; "
-                "crop smaller, pad, or resize the images when reading them."
+                "use a smaller crop, pad, or resize the images when reading them."
             )
         return sample
 
     def index(self, draw: int) -> int:
-        """Return which sample a draw takes.
+        """Return the index of the sample that a draw uses.
 
         Args:
             draw: Number of the draw, from 0.
@@ -206,14 +205,14 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         return next(self._in_line(operator.index(draw)))[0]
 
     def _in_line(self, draw: int) -> Iterator[tuple[int, int | None]]:
-        """Which sample a draw takes, and with `rare` the class that it is drawn for; then those in place of it."""
+        """The sample of a draw and, with `rare`, its class; then its replacements in order."""
         if draw < 0:
             raise IndexError(f"draws are numbered from 0, got {draw}")
         if self.rare is not None:
             generator = keyed_generator(self.seed, self.stream, 2, draw)
             image, wanted = self.rare.pick(torch.rand(2, dtype=torch.float64, generator=generator))
             yield int(image), int(wanted)
-        for later in itertools.count(draw, len(self.samples)):  # the same draw of this pass and of the later ones
+        for later in itertools.count(draw, len(self.samples)):  # the same position of this and later epochs
             epoch, position = divmod(later, len(self.samples))
             if self._order is None or self._order[0] != epoch:
                 generator = keyed_generator(self.seed, self.stream, 0, epoch)
@@ -230,18 +229,17 @@ class Resident(NamedTuple):
 
 
 def resident(samples: Samples, device: torch.device | str) -> list[Resident]:
-    """Read a whole data set once and keep it on a device, where `KeyedCrops` then crops it.
+    """Load a whole data set onto a device, so that `KeyedCrops` crops it there.
 
     Args:
-        samples: Items with `image`, `label` and `name`; best those of a cache, for every one is read here.
+        samples: Items with `image`, `label` and `name`. All of them are read now, so a cached data set is best.
         device: The device.
 
     Returns:
-        The samples in order, to be given to `KeyedCrops` in place of the data set. Crops come out on the device, and
-        are those of the data set itself.
+        The samples in order, to pass to `KeyedCrops` in place of the data set. The crops are the same, on the device.
 
     Raises:
-        ValueError: If the device has less free memory than the samples need; nothing is left on it.
+        ValueError: If the device has less free memory than the samples need; nothing is left allocated.
 
     Example:
         >>> from crossmix.datasets import StreetScenes
@@ -256,7 +254,7 @@ def resident(samples: Samples, device: torch.device | str) -> list[Resident]:
         free, _ = torch.cuda.mem_get_info(device)
         if need > free:
             raise ValueError(
-                f"{device}: has {free / 2**30:.1f} GiB free, but {len(samples)} samples like the first need "
+                f"{device}: has {free / 2**30:.1f} GiB free, but {len(samples)} samples of the first one's size need "
                 f"{need / 2**30:.1f} GiB; read them from a cache on disk instead."
             )
     kept = []
@@ -268,14 +266,14 @@ def resident(samples: Samples, device: torch.device | str) -> list[Resident]:
 
 
 def _with_enough(image: Tensor, label: Tensor, boxes: list[Box], wanted: int, enough: float) -> tuple[Tensor, Tensor]:
-    """The first crop that has enough pixels of a class, or the last one."""
+    """The first crop with enough pixels of a class, or the last one if none has."""
     if label.device.type == "cpu":
         for box in boxes:
             found = label[box]
-            if np.count_nonzero(found.numpy() == wanted) >= enough:  # eight times as fast as torch
+            if np.count_nonzero(found.numpy() == wanted) >= enough:  # eight times faster than torch here
                 break
         return image[:, *box], found
-    labels = torch.stack([label[box] for box in boxes])  # all of them, since a look would wait for the device
+    labels = torch.stack([label[box] for box in boxes])  # all crops: testing one by one would sync with the device
     fits = (labels == wanted).sum((1, 2)) >= enough
     fits[-1].fill_(True)  # noqa: FBT003
     first = fits.int().argmax().view(1)  # the first of several maxima
@@ -284,9 +282,9 @@ def _with_enough(image: Tensor, label: Tensor, boxes: list[Box], wanted: int, en
 
 
 def _enough(rare: RareClassSampler, size: tuple[int, int], length: int) -> float:
-    """How many pixels of its class a crop should have, once it is known that the sampler belongs to the samples."""
+    """Check that the sampler belongs to the samples; return how many pixels of its class a crop should have."""
     if not isinstance(rare, RareClassSampler):
-        raise TypeError(f"`rare` must be a RareClassSampler, got {type(rare).__name__}; make one of the class counts.")
+        raise TypeError(f"`rare` must be a RareClassSampler, got {type(rare).__name__}; build one from class counts.")
     if rare.num_images != length:
         raise ValueError(
             f"`rare` has the counts of {rare.num_images} images, but there are {length} samples; count these."
@@ -296,7 +294,7 @@ def _enough(rare: RareClassSampler, size: tuple[int, int], length: int) -> float
 
 
 def _checked(size: object) -> tuple[int, int]:
-    """A crop's size as two ints."""
+    """The crop size, checked, as two ints."""
     sides = list(size) if isinstance(size, tuple | list) else []
     if len(sides) != 2 or not all(hasattr(side, "__index__") and side is not True for side in sides):
         raise TypeError(f"`size` must be (height, width) in whole pixels, got {size!r}; pass a pair of ints.")

@@ -1,4 +1,4 @@
-"""Stop at the end of a step when asked to, on all ranks at the same one."""
+"""Graceful shutdown: on SIGTERM or Ctrl-C, all ranks stop after the same step."""
 
 import os
 import signal
@@ -12,14 +12,14 @@ __all__ = ["StopRequest"]
 
 
 class StopRequest:
-    """Turn SIGTERM and Ctrl-C into a question that a training loop asks after each step.
+    """Turn SIGTERM and Ctrl-C into a flag that the training loop checks after each step.
 
-    The first signal is remembered; a second Ctrl-C ends the process at once. Handlers are those of before when the
-    `with` block is left. Outside the main thread, where there are no handlers, nothing is ever requested.
+    The first signal sets the flag; a second Ctrl-C ends the process at once. Leaving the `with` block restores the
+    previous handlers. Outside the main thread, where Python allows no signal handlers, a stop is never requested.
 
     Args:
-        group: A process group on CPUs (gloo). `agreed` then asks all ranks, so that each of them has to call it at the
-            same step.
+        group: A CPU process group (gloo). `agreed` then combines the flags of all ranks, so every rank must call it at
+            the same step.
 
     Example:
         >>> import os, signal
@@ -50,7 +50,7 @@ class StopRequest:
         self._before.clear()
 
     def agreed(self) -> bool:
-        """Return whether any rank was asked to stop."""
+        """Return whether a stop was requested on any rank."""
         if self.group is None:
             return self.requested
         flag = torch.tensor(int(self.requested))

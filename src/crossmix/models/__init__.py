@@ -1,4 +1,4 @@
-"""Reference networks, and their weights."""
+"""Reference networks and their weights."""
 
 from crossmix.models.deeplab_v2 import DeepLabV2, deeplab_v2_resnet101, deeplab_v2_tiny
 from crossmix.models.weight_files import WeightsError

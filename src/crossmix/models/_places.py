@@ -1,4 +1,4 @@
-"""Where in a file a network's weights are: told by the names, with what wrappers and containers add to them."""
+"""Find the part of a file that contains a network's weights, by names, allowing for prefixes and nesting."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,24 +11,24 @@ from crossmix.models.weight_files import WeightsError
 __all__ = ["WRAPPERS", "Place", "core", "few", "find", "fits", "is_extra", "part_of", "tensors"]
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "Scale"}
-"""Parts of a file's names that wrappers put there (the last one is the multi-scale wrapper of the ImageNet file), or
-that are the network's own: the network's names tell."""
+"""Components of names that wrappers add (`Scale` is the multi-scale wrapper of the ImageNet file). They may also be
+the network's own; its names decide."""
 ENTRIES: dict[str | None, tuple[str, ...]] = {
     None: ("student", "model", "state_dict"),
     "student": ("student", "model"),
     "teacher": ("teacher", "ema_model"),
 }
-"""What an entry is called in files: the first that is there."""
+"""The keys under which an entry may be stored, in order of preference."""
 
 
 class Place(NamedTuple):
-    """A part of a file that a network's weights may be in."""
+    """A part of a file that may contain a network's weights."""
 
-    path: tuple[str, ...]  # to it: keys of mappings, then parts of names
+    path: tuple[str, ...]  # path to it: keys of mappings, then components of names
     keys: int  # how many of these are keys
-    entry: int  # how many lead to the entry that was asked for
+    entry: int  # how many lead to the requested entry
     state: Mapping[str, Any]  # the mapping behind the keys
-    matches: Mapping[str, list[str]]  # the names of `state` that stand for each of the network's own
+    matches: Mapping[str, list[str]]  # for each of the network's names, the matching names of `state`
 
     @property
     def name(self) -> str:
@@ -37,22 +37,22 @@ class Place(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        """What the names of `state` begin with here."""
+        """Prefix of the names of `state` in this part."""
         return "".join(f"{part}." for part in self.path[self.keys :])
 
     @property
     def scope(self) -> str:
-        """What they begin with in the whole entry."""
+        """Prefix of the names of `state` in the whole entry."""
         return "".join(f"{part}." for part in self.path[self.keys : self.entry])
 
     @property
     def is_guessed(self) -> bool:
-        """Whether more leads to it than the entry and wrappers."""
+        """Whether the path contains more than the entry and wrappers."""
         return not WRAPPERS.issuperset(self.path[self.entry :])
 
 
 def find(contents: Mapping[str, Any], own: Mapping[str, Tensor], entry: str | None, path: Path) -> Place:
-    """The part of a file that holds most of a network's names; of equal ones the entry, and for None the student."""
+    """The part of a file that matches most of a network's names; among equals, the requested entry or the student."""
     everywhere = _places(contents, own)
     names = ENTRIES.get(entry, (entry or "",))
     ranked = []
@@ -61,7 +61,7 @@ def find(contents: Mapping[str, Any], own: Mapping[str, Tensor], entry: str | No
             continue
         rank, end = next(((i, end) for i, name in enumerate(names) if (end := _entry_end(place.path, name))), (None, 0))
         if rank is None and entry is None:
-            rank = len(names) if place.path else -1  # a guess, or the whole file
+            rank = len(names) if place.path else -1  # any other part, or the whole file
         if rank is not None:
             ranked.append(((*_score(place, own), rank, end, len(place.path)), place._replace(entry=end)))
     ranked = [(key, place) for key, place in ranked if not place.is_guessed or 2 * len(place.matches) >= len(own)]
@@ -71,12 +71,12 @@ def find(contents: Mapping[str, Any], own: Mapping[str, Tensor], entry: str | No
     rivals = _outermost([place for key, place in ranked if key[:-1] == best[:-1]])
     if len(rivals) > 1:
         listed = " or ".join(f"`entry={place.name!r}`" for place in rivals)
-        raise WeightsError(f"{path}: {len(rivals)} parts of it match the model alike; pass {listed}.")
+        raise WeightsError(f"{path}: {len(rivals)} parts of it match the model equally well; pass {listed}.")
     return chosen
 
 
 def part_of(contents: Mapping[str, Any], own: Mapping[str, Tensor]) -> str:
-    """The largest part of a network, by name, all of whose tensors are in a file; empty where there is none."""
+    """The name of the largest part of a network all of whose tensors are in a file; empty if there is none."""
     starts = {name[: i + 1] for name in own for i, letter in enumerate(name) if letter == "."}
     for start in sorted(starts, key=len):
         part = {name.removeprefix(start): tensor for name, tensor in own.items() if name.startswith(start)}
@@ -86,7 +86,7 @@ def part_of(contents: Mapping[str, Any], own: Mapping[str, Tensor]) -> str:
 
 
 def _places(contents: Mapping[str, Any], own: Iterable[str]) -> list[Place]:
-    """Every part of a file in which any of a network's names is found."""
+    """All parts of a file that contain any of a network's names."""
     alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for name in own:
         parts = tuple(name.split("."))
@@ -106,7 +106,7 @@ def _places(contents: Mapping[str, Any], own: Iterable[str]) -> list[Place]:
 def _mappings(
     contents: Mapping[Any, Any], keys: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """A mapping and those inside it, with the keys that lead there."""
+    """A mapping and the mappings nested in it, with their keys."""
     yield keys, contents
     for key, value in contents.items():
         if isinstance(key, str) and isinstance(value, Mapping) and len(keys) < 8:
@@ -114,15 +114,15 @@ def _mappings(
 
 
 def core(parts: Sequence[str]) -> tuple[str, ...]:
-    """The parts of a name that no wrapper can have put there."""
+    """The components of a name that cannot come from a wrapper."""
     return tuple(part for part in parts if part not in WRAPPERS)
 
 
 def _same(parts: Sequence[str], candidates: Sequence[tuple[str, ...]]) -> tuple[str, ...] | None:
-    """Which of the network's names, alike but for wrappers, a name of the file stands for.
+    """Choose which of the network's names, equal up to wrapper components, matches a name of the file.
 
-    The longest that it contains, so that a part of the network's own name is not taken for a wrapper's. A network whose
-    name has such a part more than the file is another kind of wrapper, where there is only one such name.
+    It is the longest one contained in the file's name, so that the network's own component is not mistaken for a
+    wrapper's. If none is contained, a single candidate still matches: then the network has one more wrapper.
     """
     contained = [own for own in candidates if _is_subsequence(own, parts)]
     return max(contained or (candidates if len(candidates) == 1 else []), key=len, default=None)
@@ -130,11 +130,11 @@ def _same(parts: Sequence[str], candidates: Sequence[tuple[str, ...]]) -> tuple[
 
 def _is_subsequence(some: Sequence[str], parts: Sequence[str]) -> bool:
     rest = iter(parts)
-    return all(part in rest for part in some)  # `in` moves on behind what it finds
+    return all(part in rest for part in some)  # `in` advances the iterator past the match
 
 
 def _entry_end(path: tuple[str, ...], entry: str) -> int:
-    """How many parts of a path lead to an entry, which may be deeper inside, between wrappers; 0 where it is not."""
+    """How many components of a path lead to an entry, at any depth and between wrappers; 0 if it is not in the path."""
     wanted = tuple(entry.split("."))
     spots = [i for i, part in enumerate(path) if part not in WRAPPERS or part in wanted]
     for i in range(len(spots) - len(wanted) + 1):
@@ -145,13 +145,13 @@ def _entry_end(path: tuple[str, ...], entry: str) -> int:
 
 
 def _score(place: Place, own: Mapping[str, Tensor]) -> tuple[int, int]:
-    """How well a part matches, the lower the better: tensors that fit, then names."""
+    """How well a part matches, lower is better: minus the number of fitting tensors, then of matching names."""
     fitting = [name for name, names in place.matches.items() if fits(own[name], place.state[names[0]])]
     return -len(fitting), -len(place.matches)
 
 
 def _outermost(places: Iterable[Place]) -> list[Place]:
-    """Those that lie in no other one."""
+    """The parts that are not inside another one."""
     found: list[Place] = []
     for place in sorted(places, key=lambda place: len(place.path)):
         if not any(place.path[: len(outer.path)] == outer.path for outer in found):
@@ -162,7 +162,7 @@ def _outermost(places: Iterable[Place]) -> list[Place]:
 def _without_match(
     contents: Mapping[str, Any], everywhere: Sequence[Place], own: Mapping[str, Tensor], entry: str | None, path: Path
 ) -> Place:
-    """The entry that nothing of the network is in, for the report, or an error that says where something is."""
+    """The requested entry although nothing in it matches, for the report; or an error that names a matching part."""
     mappings = list(_mappings(contents))
     inside = [(keys, tuple(str(name).split(".")), state) for keys, state in mappings for name in state]
     ends = (
@@ -184,22 +184,22 @@ def _without_match(
 
 
 def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state_dict, without the extra state that is no weight."""
+    """The tensors of a state_dict, without extra state."""
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and not is_extra(name)}
 
 
 def is_extra(name: object) -> bool:
-    """Whether a name is that of `get_extra_state`, such as the teacher's count of updates: no weight."""
+    """Whether a name belongs to `get_extra_state`, such as the teacher's update count."""
     return not isinstance(name, str) or name.rpartition(".")[2] == "_extra_state"
 
 
 def fits(own: Tensor, value: Tensor) -> bool:
-    """Whether a value can be copied into a tensor of the network's."""
+    """Whether a value can be copied into a tensor of the network."""
     return own.shape == value.shape and own.is_floating_point() == value.is_floating_point()
 
 
 def few(names: Iterable[object]) -> str:
-    """The first names of many, in parentheses."""
+    """The first three names, in parentheses, with the number of the others."""
     names = list(names)
     more = f", and {len(names) - 3} more" if len(names) > 3 else ""
     return f"({', '.join(map(str, names[:3]))}{more})" if names else ""

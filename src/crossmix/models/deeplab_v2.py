@@ -1,7 +1,7 @@
 """DeepLab-v2: a dilated ResNet with atrous spatial pyramid pooling that sums its branches.
 
-DeepLab-v2: Chen et al., PAMI 2018, https://arxiv.org/abs/1606.00915. The variant here is the one that domain adaptation
-has used since AdaptSegNet, https://arxiv.org/abs/1802.10349, and that the DACS numbers come from.
+DeepLab-v2: Chen et al., PAMI 2018, https://arxiv.org/abs/1606.00915. This is the variant used in domain adaptation
+since AdaptSegNet, https://arxiv.org/abs/1802.10349, and for the published DACS numbers.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from crossmix._checks import check_images, check_num_classes
 __all__ = ["DeepLabV2", "deeplab_v2_resnet101", "deeplab_v2_tiny"]
 
 MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
-"""What the Caffe-trained weights expect to be subtracted from images in 0..255."""
+"""Mean that the Caffe-trained weights expect to be subtracted from images in 0..255."""
 
 
 class DeepLabV2(nn.Module):
-    """DeepLab-v2 on a bottleneck ResNet, images in [0, 1] to logits.
+    """DeepLab-v2 on a bottleneck ResNet; maps images in [0, 1] to logits.
 
-    The stride of a bottleneck sits on its first 1x1 convolution, the max-pooling rounds up, the last two stages are
-    dilated by 2 and 4 instead of strided, and the head sums 3x3 convolutions of different dilations. The preprocessing
-    that the published weights expect (BGR, 0..255, minus the mean) happens inside.
+    Bottlenecks have their stride on the first 1x1 convolution, the max-pooling rounds sizes up, the last two stages are
+    dilated by 2 and 4 instead of strided, and the head sums 3x3 convolutions with different dilations. The network
+    itself applies the preprocessing that the published weights expect (BGR, 0..255, minus the mean).
 
     Use `deeplab_v2_resnet101` or `deeplab_v2_tiny` to build one.
 
@@ -31,15 +31,15 @@ class DeepLabV2(nn.Module):
         num_classes: The number of classes C.
         blocks: Bottlenecks in each of the four stages.
         width: Channels of the stem; stage i has 4 * width * 2^i.
-        stem_stride: Stride of the first convolution; the output stride is four times it.
-        dilations: Dilation of each of the head's branches.
-        aspp_branches: How many of the branches are summed, from the first. The others stay parameters without gradient,
-            as in the released code, which returns after two of four; DistributedDataParallel then needs
+        stem_stride: Stride of the first convolution; the output stride is four times that.
+        dilations: Dilation of each branch of the head.
+        aspp_branches: Number of branches to sum, starting with the first. The others remain parameters that get no
+            gradient, as in the released code, which returns after two of four; DistributedDataParallel then needs
             `find_unused_parameters=True`.
-        freeze_bn_affine: Whether BatchNorm's scale and shift get no gradient, as published; its running statistics move
-            in either case.
-        upsample: Whether `forward` returns logits of the images' size, bilinear with align_corners=True, or those of
-            `forward_features`.
+        freeze_bn_affine: Whether BatchNorm's scale and shift get no gradient, as published. Running statistics are
+            updated in either case.
+        upsample: Whether `forward` returns logits at the size of the images, upsampled bilinearly with
+            align_corners=True, or those of `forward_features`.
 
     Raises:
         ValueError: If `num_classes` or `aspp_branches` is out of range.
@@ -85,7 +85,7 @@ class DeepLabV2(nn.Module):
             images: (N, 3, H, W) floating, RGB in [0, 1].
 
         Returns:
-            (N, C, H, W) logits, or those of `forward_features` where built with `upsample=False`.
+            (N, C, H, W) logits, or those of `forward_features` if built with `upsample=False`.
 
         Raises:
             TypeError: If `images` is not floating.
@@ -122,13 +122,13 @@ def deeplab_v2_resnet101(
 ) -> DeepLabV2:
     """Build the published network: ResNet-101, output stride 8, dilations 6, 12, 18 and 24 in the head.
 
-    Parameter names and shapes are those of the released checkpoints. Random weights are drawn as published, N(0, 0.01).
+    Parameter names and shapes are those of the released checkpoints. Weights are initialised as published, N(0, 0.01).
 
     Args:
         num_classes: The number of classes C.
-        aspp_branches: 4, or 2 as the released code has it.
-        freeze_bn_affine: As published; see `DeepLabV2`.
-        upsample: Whether to return logits of the images' size.
+        aspp_branches: 4, or 2 as in the released code.
+        freeze_bn_affine: Whether to freeze BatchNorm's scale and shift, as published; see `DeepLabV2`.
+        upsample: Whether to return logits at the size of the images.
 
     Returns:
         The network, in training mode.
@@ -156,15 +156,15 @@ def deeplab_v2_resnet101(
 def deeplab_v2_tiny(
     num_classes: int = 19, *, aspp_branches: int = 4, freeze_bn_affine: bool = False, upsample: bool = True
 ) -> DeepLabV2:
-    """Build a small network of the same design for laptops, tests and demos, to be trained from random weights.
+    """Build a small network of the same design for laptops, tests and demos, trained from random weights.
 
-    One bottleneck per stage, three sixteenths of the width, output stride 8, dilations 1, 3, 6 and 9 in the head.
+    It has one bottleneck per stage, 3/16 of the width, output stride 8, and dilations 1, 3, 6 and 9 in the head.
 
     Args:
         num_classes: The number of classes C.
-        aspp_branches: How many branches of the head are summed.
+        aspp_branches: Number of branches of the head to sum.
         freeze_bn_affine: Whether BatchNorm's scale and shift get no gradient.
-        upsample: Whether to return logits of the images' size.
+        upsample: Whether to return logits at the size of the images.
 
     Returns:
         The network, in training mode.
@@ -187,13 +187,13 @@ def deeplab_v2_tiny(
         upsample=upsample,
     )
     for module in network.modules():
-        if isinstance(module, nn.Conv2d) and module.bias is None:  # the backbone; the head is drawn as published
+        if isinstance(module, nn.Conv2d) and module.bias is None:  # the backbone; the head is initialised as published
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return network
 
 
 class _Bottleneck(nn.Module):
-    """1x1 (with the stride), 3x3 (with the dilation), 1x1, and a projection where shapes change."""
+    """1x1 (with the stride), 3x3 (with the dilation) and 1x1 convolutions, and a projection if shapes change."""
 
     expansion = 4
 
@@ -222,13 +222,13 @@ class _Bottleneck(nn.Module):
 
 
 class _Pyramid(nn.Module):
-    """The head: the sum of 3x3 convolutions of different dilations."""
+    """The head: a sum of 3x3 convolutions with different dilations."""
 
     def __init__(self, inputs: int, num_classes: int, dilations: Sequence[int], branches: int) -> None:
         super().__init__()
         if not 1 <= branches <= len(dilations):
             raise ValueError(
-                f"`aspp_branches` must lie in 1..{len(dilations)}, got {branches}; the published ones are 2 and 4."
+                f"`aspp_branches` must lie in 1..{len(dilations)}, got {branches}; the published values are 2 and 4."
             )
         self.branches = branches
         self.conv2d_list = nn.ModuleList(
@@ -246,13 +246,13 @@ class _Pyramid(nn.Module):
 
 
 def _caffe_images(images: Tensor) -> Tensor:
-    """RGB in [0, 1] to BGR in 0..255 minus the mean, as Python's numbers, which a buffer would round for float64."""
+    """Convert RGB in [0, 1] to BGR in 0..255 minus the mean. A float32 buffer would round the mean for float64."""
     blue_green_red = reversed(images.unbind(1))
     return torch.stack([channel * 255 - mean for channel, mean in zip(blue_green_red, MEAN_BGR, strict=True)], 1)
 
 
 def _stage(inputs: int, planes: int, count: int, stride: int, dilation: int) -> nn.Sequential:
-    """`count` bottlenecks; the first one strides and projects."""
+    """A stage of `count` bottlenecks; the first one has the stride and the projection."""
     blocks = [_Bottleneck(inputs, planes, stride, dilation, project=True)]
     outputs = planes * _Bottleneck.expansion
     blocks += [_Bottleneck(outputs, planes, 1, dilation, project=False) for _ in range(count - 1)]

@@ -1,4 +1,4 @@
-"""Where weights come from: a table of published files, downloads, and files read without running what is in them."""
+"""Published weights, downloads, and reading weight files without executing code from them."""
 
 import builtins
 import hashlib
@@ -23,7 +23,7 @@ __all__ = ["SOURCES", "WeightSource", "WeightsError", "read_weights", "safetenso
 
 
 class WeightsError(ValueError):
-    """Weights cannot be read or do not fit; the message names the file, what is wrong, and what to do."""
+    """Weights cannot be read or do not match; the message names the file, the problem, and what to do."""
 
 
 class WeightSource(NamedTuple):
@@ -66,12 +66,12 @@ SOURCES = {
         "https://download.pytorch.org/models/resnet101-cd907fc2.pth", "BSD-3-Clause", "cd907fc2", ""
     ),
 }
-"""Published weights by short name. The checksums are the first digits of the sha256, which the files' names carry by
-torch's convention; no checksum of the released DACS checkpoint is known."""
+"""Published weights by short name. The checksums are the first digits of the SHA-256, which by torch's convention are
+part of the file name; none is known for the released DACS checkpoint."""
 
 
 def read_weights(path_or_url: str | os.PathLike[str], sha256: str | None) -> tuple[Path, Mapping[str, Any]]:
-    """Find a file, downloading it where it is a URL or a key of `SOURCES`, and return it and what it holds."""
+    """Read a file, after downloading it if it is a URL or a key of `SOURCES`; return its path and contents."""
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{8,64}", sha256.lower()):
         raise ValueError(f"`sha256` must be 8 to 64 hexadecimal digits, got {sha256!r}.")
     source = SOURCES.get(str(path_or_url), WeightSource(str(path_or_url), "", None, ""))
@@ -82,12 +82,12 @@ def read_weights(path_or_url: str | os.PathLike[str], sha256: str | None) -> tup
     try:
         return path, _read(path, checksum)
     except WeightsError as error:
-        path.unlink(missing_ok=True)  # so that the next call downloads it again
+        path.unlink(missing_ok=True)  # the next call downloads it again
         raise WeightsError(f"{error} It came from {source.url}. {source.note}".strip()) from error.__cause__
 
 
 def _downloaded(source: WeightSource, checksum: str) -> Path:
-    """The file behind a URL, from torch.hub's folder where it was downloaded before."""
+    """The file behind a URL, downloaded into torch.hub's folder unless it is there already."""
     name = Path(urlsplit(source.url).path).name or "weights"
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / f"{hashlib.sha256(source.url.encode()).hexdigest()[:8]}-{name}"
@@ -95,31 +95,31 @@ def _downloaded(source: WeightSource, checksum: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(source.url, str(path), checksum or None, progress=False)
-        except (OSError, HTTPException, RuntimeError, ValueError) as error:  # RuntimeError: another checksum
+        except (OSError, HTTPException, RuntimeError, ValueError) as error:  # RuntimeError: wrong checksum
             advice = source.note or "download it by hand and pass its path"
             raise WeightsError(f"{source.url}: it cannot be downloaded ({error}); {advice}.") from error
     return path
 
 
 def _read(path: Path, checksum: str) -> Mapping[str, Any]:
-    """What a file holds, or why it is not a file of weights."""
+    """The contents of a file; raises if it is not a file of weights."""
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file; pass the path of weights, a URL, or one of {', '.join(map(repr, SOURCES))}."
         )
     if not path.is_file():
-        raise WeightsError(f"{path}: expected a file of weights, got a folder; pass a file in it.")
+        raise WeightsError(f"{path}: expected a file of weights, got a folder; pass a file inside it.")
     with path.open("rb") as file:
         start = file.read(64).lstrip()
         digest = hashlib.file_digest(file, "sha256").hexdigest() if checksum and not file.seek(0) else ""
     if not digest.startswith(checksum):
-        raise WeightsError(f"{path}: expected the sha256 {checksum}, got {digest}; get the file again.")
+        raise WeightsError(f"{path}: expected the sha256 {checksum}, got {digest}; download the file again.")
     if not path.stat().st_size:
-        raise WeightsError(f"{path}: expected weights, got an empty file; get it again.")
+        raise WeightsError(f"{path}: expected weights, got an empty file; download it again.")
     flat = _is_safetensors(path)
     if not flat and start.startswith((b"<", b"version https://git-lfs")):
-        kind = "an HTML page, as hosts send in place of a file" if start.startswith(b"<") else "a Git LFS pointer"
-        raise WeightsError(f"{path}: expected weights, got {kind}; get the file itself.")
+        kind = "an HTML page, which some hosts send instead" if start.startswith(b"<") else "a Git LFS pointer"
+        raise WeightsError(f"{path}: expected weights, got {kind}; download the file itself.")
     by_name = path.suffix == ".safetensors" and not zipfile.is_zipfile(path)
     library = safetensors_of(path) if flat or by_name else None
     try:
@@ -132,7 +132,7 @@ def _read(path: Path, checksum: str) -> Mapping[str, Any]:
 
 
 def _read_torch(path: Path) -> object:
-    """`torch.load`, which does not check the checksums in the file by itself."""
+    """Read a file of `torch.save`, verifying its checksums, which `torch.load` does not."""
     if zipfile.is_zipfile(path):
         damaged = damaged_part(path)
         if damaged is not None:
@@ -141,44 +141,44 @@ def _read_torch(path: Path) -> object:
 
 
 def _unpickled(path: Path) -> object:
-    """What `torch.load` makes of a file, which it would take for one of safetensors by a name that ends so."""
+    """`torch.load` from an open file: given a path, it would decide by the suffix `.safetensors`."""
     with path.open("rb") as file:
         contents: object = torch.load(file, map_location="cpu", weights_only=True)
     return contents
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins like one: a length that fits into the file, then a brace."""
+    """Whether a file starts like a safetensors file: a header length that fits into the file, then a brace."""
     with path.open("rb") as file:
         start = file.read(9)
     return start[8:] == b"{" and 8 + int.from_bytes(start[:8], "little") <= path.stat().st_size
 
 
 def safetensors_of(path: Path) -> ModuleType:
-    """The package that reads and writes a file of safetensors, which is imported only for one."""
+    """Import safetensors lazily: it is an optional dependency."""
     try:
         import safetensors.torch  # noqa: PLC0415
     except ImportError as error:
         raise ImportError(
-            f"{path}: is a file of safetensors, and the package safetensors cannot be imported ({error}); "
-            "install it by `pip install crossmix[weights]`."
+            f"{path}: is a safetensors file, but the package safetensors cannot be imported ({error}); "
+            "install it with `pip install crossmix[weights]`."
         ) from error
     return safetensors.torch
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Why a file cannot be read, and what to do, without torch's advice to trust it."""
+    """Explain why a file cannot be read and what to do, without torch's advice to trust it."""
     if isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL \S|Can only build ", str(error)):
         return _objects(path, error)
-    text = "it is no pickle" if isinstance(error, pickle.UnpicklingError) else re.split(r"\.\s", str(error))[0]
+    text = "it is not a pickle" if isinstance(error, pickle.UnpicklingError) else re.split(r"\.\s", str(error))[0]
     return (
-        f"it is truncated, damaged or no file of weights ({type(error).__name__}: {text}); "
-        "nothing was loaded, get the file again."
+        f"it is truncated, damaged or not a file of weights ({type(error).__name__}: {text}); "
+        "nothing was loaded, download the file again."
     )
 
 
 class _StandIn:
-    """In place of an object that a file names: takes what is done to it and does nothing."""
+    """An inert replacement for an object that a file refers to."""
 
     calls: list[tuple[object, ...]]
 
@@ -194,10 +194,10 @@ class _StandIn:
 
 
 def _objects(path: Path, refusal: Exception) -> str:
-    """What a file holds other than tensors, and what to do.
+    """Describe the objects in a file that are not tensors, and what to do about them.
 
-    Torch names the first object that it does not know. With a class of ours in its place it names the next one, until
-    it has read the file or meets what no permission helps against; so what is advised is known to work.
+    Torch names only the first unknown object. Replacing it by a stand-in reveals the next one, and so on, until the
+    file can be read or fails for another reason. The advice given is therefore known to work.
     """
     stand_ins: dict[str, type[_StandIn]] = {}
     contents: object = None
@@ -208,38 +208,42 @@ def _objects(path: Path, refusal: Exception) -> str:
         with torch.serialization.safe_globals(allowed):
             try:
                 contents, last = _unpickled(path), None
-            except Exception as error:  # noqa: BLE001 - looked at above
+            except Exception as error:  # noqa: BLE001 - inspected by the loop condition
                 last = error
     names = list(stand_ins)
-    if dtype := stand_ins.get("numpy.dtype"):  # torch wants the classes of its instances too, which no file names
+    if dtype := stand_ins.get("numpy.dtype"):  # torch also requires the dtype classes, which the file does not name
         names += dict.fromkeys(_dtype_class(*call) for call in dtype.calls)
     if last and (found := re.search(r"(?:GLOBAL|Can only build .* got <class) '?([\w.]+)", str(last))):
         names.append(found[1])
     said = f"it holds code or objects other than tensors ({', '.join(names)}), which were not run; nothing was loaded"
     if isinstance(contents, _StandIn):
-        return f"{said}. It is a {type(contents).__name__} as a whole: load it where its code is, save its state_dict."
-    if last is None and not _holds_tensors(contents):
-        return f"{said}. Without them it has no tensors: load it where its code is, save the network's state_dict."
-    if code := [name for name in names if "." not in name and not isinstance(vars(builtins).get(name), type)]:
         return (
-            f"{said}. It calls {', '.join(code)}, by which a file can do anything: do not allow it, get another file."
+            f"{said}. The whole file is a pickled {type(contents).__name__}: load it where its code is available and "
+            "save its state_dict."
         )
+    if last is None and not _holds_tensors(contents):
+        return (
+            f"{said}. Without them it has no tensors: load it where its code is available and save the network's "
+            "state_dict."
+        )
+    if code := [name for name in names if "." not in name and not isinstance(vars(builtins).get(name), type)]:
+        return f"{said}. It calls {', '.join(code)}, which can run arbitrary code: do not allow it, use another file."
     if last and not (last is refusal and "Can only build" in str(last)):
-        return f"{said}. Torch refuses them even where they are allowed: save the state_dict alone, where it was made."
+        return f"{said}. Torch refuses them even if allowed: save only the state_dict, where the file was made."
     listed = ", ".join(map(_expression, names))
     return (
-        f"{said}. If you trust the file, allow them while you load it, `with torch.serialization.safe_globals("
-        f"[{listed}]):`, or save the state_dict alone, where the file was made."
+        f"{said}. If you trust the file, allow them while loading it, `with torch.serialization.safe_globals("
+        f"[{listed}]):`, or save only the state_dict, where the file was made."
     )
 
 
 def _holds_tensors(value: object) -> bool:
-    """Whether there is a tensor in mappings of mappings."""
+    """Whether nested mappings contain a tensor."""
     return isinstance(value, torch.Tensor) or (isinstance(value, Mapping) and any(map(_holds_tensors, value.values())))
 
 
 def _dtype_class(code: object, *_: object) -> str:
-    """The name of numpy's class for a dtype, such as `numpy.dtypes.Float64DType` for `f8`."""
+    """The name of NumPy's class for a dtype, such as `numpy.dtypes.Float64DType` for `f8`."""
     try:
         kind = type(np.dtype(str(code)))
     except TypeError:
@@ -248,15 +252,15 @@ def _dtype_class(code: object, *_: object) -> str:
 
 
 def _qualified(name: str) -> str:
-    """The name that torch looks for, which its message has without the module for what is built in."""
+    """The qualified name; torch's message omits the module of builtins."""
     return name if "." in name else f"builtins.{name}"
 
 
 def _expression(name: str) -> str:
-    """What to pass to `safe_globals` for a name: itself, and the name in the file where that is not its own."""
+    """The expression for `safe_globals`: the object, with its name in the file if that differs from its own."""
     module, _, attribute = _qualified(name).rpartition(".")
     renamed = re.sub(r"^numpy\._?core", "numpy._core" if "numpy._core" in sys.modules else "numpy.core", module)
-    for place in dict.fromkeys((module, renamed)):  # numpy 2 has moved what files of numpy 1 name
+    for place in dict.fromkeys((module, renamed)):  # NumPy 2 moved objects that files of NumPy 1 refer to
         found = vars(sys.modules[place]).get(attribute) if place in sys.modules else None
         if found is not None:
             own = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"

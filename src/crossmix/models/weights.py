@@ -1,4 +1,4 @@
-"""Load and save weights: what a file holds is matched by name and shape, and whatever does not match is said."""
+"""Load and save weights. Tensors are matched by name and shape, and mismatches are reported."""
 
 import logging
 import os
@@ -21,19 +21,19 @@ __all__ = ["LoadReport", "load_weights", "save_weights"]
 
 LOG = logging.getLogger(__name__)
 TORCHVISION = (
-    "it was taken for torchvision's ResNet-101: the preprocessing is converted, but layer2.0 has its stride on the "
-    "first convolution and the max-pooling rounds up, so its features are not torchvision's before training"
+    "it was recognised as torchvision's ResNet-101: the preprocessing is converted, but layer2.0 has its stride on the "
+    "first convolution and the max-pooling rounds up, so its features differ from torchvision's before training"
 )
 
 
 class LoadReport(NamedTuple):
-    """What `load_weights` did, as names of tensors.
+    """The result of `load_weights`, as names of tensors.
 
     Attributes:
-        matched: The model's, now with the file's values.
-        missing: The model's that the file does not have; they are as they were.
-        unexpected: The file's that the model does not have.
-        mismatched: The model's that the file has in another shape; they are as they were.
+        matched: Tensors of the model that were loaded.
+        missing: Tensors of the model that the file lacks; unchanged.
+        unexpected: Tensors of the file that the model lacks.
+        mismatched: Tensors of the model that have another shape in the file; unchanged.
     """
 
     matched: tuple[str, ...]
@@ -54,43 +54,44 @@ def load_weights(
     sha256: str | None = None,
     head: str = "layer5",
 ) -> LoadReport:
-    """Copy the weights of a file into a model, and report and log what matched.
+    """Load weights from a file into a model; report and log what matched.
 
-    Reads files of `torch.save`, always with `weights_only=True`, and safetensors (by the package of that name). On any
-    error the model is as it was.
+    Reads files of `torch.save`, always with `weights_only=True`, and safetensors files (with the package safetensors).
+    On any error the model is unchanged.
 
-    Wrappers around the model or parts of it (DistributedDataParallel, `torch.compile`, ...) are told by their type and
-    looked through. In the file, what wrappers add to names (`module.`, `_orig_mod.`, `Scale.`, ...) is taken off where
-    the rest is a name of the model's; a name of the model's own wins. So is whatever else all names begin with,
-    `net.` or `model.`, wherever in the file they are: the part that most of the model's names match is taken, and a
-    warning says which it was. Where several match alike, they are named in an error, to be passed as `entry`.
+    Wrappers around the model or its parts (DistributedDataParallel, `torch.compile`, ...) are recognised by type and
+    ignored. Prefixes that wrappers add to names in the file (`module.`, `_orig_mod.`, `Scale.`, ...) are stripped where
+    the rest is a name in the model; the model's own names take precedence. Any other common prefix, such as `net.` or
+    `model.`, is handled as well, wherever in the file it is: the part of the file that matches most names of the model
+    is loaded, and a warning names it. If several parts match equally well, an error lists them, to be passed as
+    `entry`.
 
-    torchvision's ResNet-101, told by its `fc`, is another network: with `strict=False` the first convolution and its
-    normalisation are converted to this library's preprocessing (exact in eval mode, image borders apart), but the
-    stride of `layer2.0` stays on its first convolution and the max-pooling rounds up. A warning is logged.
+    torchvision's ResNet-101, recognised by its `fc`, is a different network. With `strict=False` its first convolution
+    and normalisation are converted to this library's preprocessing (exact in eval mode, except at image borders), but
+    the stride of `layer2.0` stays on the first convolution and the max-pooling rounds up. A warning is logged.
 
     Args:
         model: A `crossmix.models.DeepLabV2`, or any network, wrapped or not.
-        path_or_url: A file, an http(s) or file URL, downloaded once into torch.hub's folder, or a key of
+        path_or_url: A file; an http(s) or file URL, downloaded once into torch.hub's folder; or a key of
             `crossmix.models.weight_files.SOURCES`: `"coco"`, `"imagenet"`, `"dacs-gta5"`, `"torchvision-v1"`,
             `"torchvision-v2"`.
-        entry: Which part of a checkpoint: a key, or what names begin with, at any depth. `"student"` is also the
-            released code's `model`, `"teacher"` its `ema_model`. None takes the whole file, `student`, `model` or
-            `state_dict`, the first that matches, or a part of another name that is no teacher.
-        strict: Whether everything has to match but `num_batches_tracked`, which files of before 2018 lack. False allows
-            another head and more in the file; the whole backbone has to match in either case.
-        sha256: The file's checksum in hexadecimal, or its first digits, at least eight.
+        entry: The part of a checkpoint to load: a key or a prefix of names, at any depth. `"student"` also stands for
+            the released code's `model`, `"teacher"` for its `ema_model`. None loads the whole file, `student`, `model`
+            or `state_dict`, whichever matches first, or a part with another name that is not a teacher.
+        strict: Whether everything has to match, except `num_batches_tracked`, which files from before 2018 lack. False
+            allows another head and additional tensors in the file; the whole backbone always has to match.
+        sha256: The file's checksum in hexadecimal, or at least its first eight digits.
         head: Name of the submodule that is the head.
 
     Returns:
-        What matched and what did not. It is logged too, as a warning where something of the model or the file is left.
+        What matched and what did not. It is also logged, as a warning if anything did not match.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ImportError: If it is of safetensors, and the package is not installed.
-        WeightsError: If it cannot be downloaded or read, holds code or objects that are no tensors (the message says
-            how to allow them), or does not match as it has to.
-        ValueError: If `sha256` is no checksum, or the model is on the meta device.
+        ImportError: If it is a safetensors file, and the package is not installed.
+        WeightsError: If it cannot be downloaded or read, contains code or objects other than tensors (the message says
+            how to allow them), or does not match as required.
+        ValueError: If `sha256` is not a checksum, or the model is on the meta device.
 
     Example:
         >>> import tempfile
@@ -105,24 +106,24 @@ def load_weights(
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str | None = None) -> Path:
-    """Write a model's weights, so that the released code's `load_state_dict` takes them.
+    """Save a model's weights in a form that the released code's `load_state_dict` accepts.
 
-    Names are those of the model without wrappers (DistributedDataParallel, `torch.compile`, ..., told by their type,
-    and averages such as `MeanTeacher`), values on the CPU, each with memory of its own. The file is written aside and
-    renamed into place. Sharded parameters (FSDP2) are gathered, so all ranks have to call.
+    Names are those of the model without wrappers (DistributedDataParallel, `torch.compile`, ..., and averages such as
+    `MeanTeacher`); tensors are on the CPU and share no memory. The file is written atomically. Sharded parameters
+    (FSDP2) are gathered, so all ranks have to call.
 
     Args:
         model: The model, wrapped or not.
-        path: The file: safetensors where its name ends so, otherwise a dict of tensors by `torch.save`.
-        entry: Wrap the dict into another under this name: `"model"` is what the released evaluation script looks for.
+        path: The file: safetensors if the name ends in `.safetensors`, otherwise a dict of tensors by `torch.save`.
+        entry: Nest the dict under this key; the released evaluation script expects `"model"`.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        ImportError: If it is of safetensors, and the package is not installed.
-        OSError: If it cannot be written; what was there is untouched.
-        ValueError: If `entry` is given for safetensors, which are flat, or they know no such dtype.
+        ImportError: If it is a safetensors file, and the package is not installed.
+        OSError: If writing fails; an existing file is untouched.
+        ValueError: If `entry` is given for a safetensors file, which is flat, or safetensors lacks a dtype.
 
     Example:
         >>> import tempfile
@@ -133,7 +134,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str |
     path = Path(path)
     flat = path.suffix == ".safetensors"
     if flat and entry is not None:
-        raise ValueError(f"`entry` must be None for safetensors, which are flat, got {entry!r}; write a .pth file.")
+        raise ValueError(f"`entry` must be None for safetensors files, which are flat, got {entry!r}; use .pth.")
     library = safetensors_of(path) if flat else None
     state = {name: _whole(tensor) for name, (_, tensor) in _named(model).items()}
     if library is None:
@@ -152,13 +153,13 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str |
 def _load(
     model: nn.Module, contents: Mapping[str, Any], entry: str | None, path: Path, *, strict: bool, head: str
 ) -> LoadReport:
-    """Match names and shapes, refuse what has to be refused, then copy."""
+    """Match names and shapes, check the result, then copy."""
     ours = _named(model)
     own = {name: tensor for name, (_, tensor) in ours.items()}
     if any(tensor.is_meta or is_lazy(tensor) for tensor in own.values()):
         raise ValueError(
-            "`model` must have memory, got tensors on the meta device or without a shape; call `model.to_empty(...)` "
-            "or run it once first."
+            "`model` must have memory, got meta or uninitialised tensors; call `model.to_empty(...)` or run a batch "
+            "through it first."
         )
     place = find(contents, own, entry, path)
     if clash := next((names for names in place.matches.values() if len(names) > 1), None):
@@ -168,7 +169,7 @@ def _load(
     inside = [name for name in place.state if str(name).startswith(place.scope)]
     if not any(isinstance(place.state[name], Tensor) for name in inside):
         raise WeightsError(
-            f"{path}: expected tensors, got {few(inside) or 'an empty dict'}; pass another `entry`, or file."
+            f"{path}: expected tensors, got {few(inside) or 'an empty dict'}; pass another `entry`, or another file."
         )
     used = {*names.values()}
     report = LoadReport(
@@ -187,7 +188,7 @@ def _load(
     for start in torchvisions:
         values |= _preprocessing_converted(values, start)
     copied = {full: _as_sharded(values[clean[full]], own[clean[full]]) for full in report.matched}
-    model.load_state_dict(copied, strict=False)  # into the parameters themselves, where state_dict gave copies (FSDP)
+    model.load_state_dict(copied, strict=False)  # not into `own`: the state_dict of FSDP holds copies
     _log(path, place, report, careful=bool(lacking or report.unexpected))
     if torchvisions:
         LOG.warning("%s: %s", path, TORCHVISION)
@@ -205,39 +206,39 @@ def _check(
     torchvisions: bool,
     part: str,
 ) -> None:
-    """Refuse what does not match as it has to, with what would."""
+    """Raise if the report violates `strict` or the backbone does not match, with advice."""
     backbone = bool(report.matched) and all(name.startswith(f"{head}.") for name in lacking)
     if backbone and not (strict and (lacking or report.unexpected)):
         return
     if part:
         advice = f"these are the weights of a part of it, load them into `model.{part}`"
     elif not (strict and backbone):
-        advice = "build the network that it was saved from"
+        advice = "build the network that the weights were saved from"
     elif torchvisions:
-        advice = "it looks like torchvision's ResNet-101, which `strict=False` converts as far as it can be"
+        advice = "it looks like torchvision's ResNet-101, which `strict=False` converts as far as possible"
     elif lacking:
         advice = "pass `strict=False` to leave out the head"
     elif place.prefix and not any(name.startswith(place.prefix) for name in report.unexpected):
-        advice = f"pass `entry={place.name!r}` to leave out what is beside it"
+        advice = f"pass `entry={place.name!r}` to ignore the rest of the file"
     else:
-        advice = "pass `strict=False` to leave out what is more in the file"
+        advice = "pass `strict=False` to ignore additional tensors in the file"
     what = "everything" if strict else "the whole backbone"
     where = f" in its part {place.name!r}" if place.path else ""
-    raise WeightsError(f"{path}: expected {what} to match, got {report}{where}; the model is as it was; {advice}.")
+    raise WeightsError(f"{path}: expected {what} to match, got {report}{where}; the model is unchanged; {advice}.")
 
 
 def _log(path: Path, place: Place, report: LoadReport, *, careful: bool) -> None:
-    """Say what was loaded, and from where in the file."""
+    """Log what was loaded, and from which part of the file."""
     if place.path:
         beside = [str(name) for name in place.state if not str(name).startswith(place.scope or place.prefix)]
-        left = f", and left {len(beside)} names beside it {few(beside)}" if beside else ""
+        left = f"; ignored {len(beside)} other names {few(beside)}" if beside else ""
         level = logging.WARNING if place.is_guessed else logging.INFO
-        LOG.log(level, "%s: took %r for the model%s", path, place.name, left)
+        LOG.log(level, "%s: loaded the part %r%s", path, place.name, left)
     LOG.log(logging.WARNING if careful else logging.INFO, "%s: %s", path, report)
 
 
 def _named(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """A model's tensors by the names that they have without wrappers, with their names in its state_dict."""
+    """A model's tensors by their names without wrappers, each with its name in the state_dict."""
     named = {plain_name(model, name): (name, tensor) for name, tensor in tensors(model.state_dict()).items()}
     if _averaged(model) is None:
         return named
@@ -245,9 +246,9 @@ def _named(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
 
 
 def _averaged(model: nn.Module) -> nn.Module | None:
-    """The network in something that keeps an average of one, whose counters are no weights; None in anything else.
+    """The network inside an averaged model, recognised by `update_parameters` and `module`; None for others.
 
-    It answers to `update_parameters` and `module`, as `torch.optim.swa_utils.AveragedModel` does.
+    These are the names of `torch.optim.swa_utils.AveragedModel`, whose counters are not weights.
     """
     model = unwrapped(model)
     network = getattr(model, "module", None)
@@ -258,7 +259,7 @@ def _averaged(model: nn.Module) -> nn.Module | None:
 def _with_shared(
     own: Mapping[str, Tensor], names: dict[str, str], state: Mapping[str, Any], path: Path
 ) -> dict[str, str]:
-    """The file's names for the network's, one for all names of a shared tensor where the file has only some of them."""
+    """Complete the mapping from the network's to the file's names for shared tensors stored under only some names."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in own.items():
         if type(tensor) is Tensor and tensor.numel():
@@ -274,13 +275,13 @@ def _with_shared(
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A copy on the CPU with memory of its own, of all ranks' shards."""
-    gather = getattr(tensor, "full_tensor", lambda: tensor)  # of a DTensor
+    """A contiguous copy on the CPU, with the shards of all ranks gathered."""
+    gather = getattr(tensor, "full_tensor", lambda: tensor)  # DTensors only
     return cast("Tensor", gather().detach().cpu().contiguous().clone())
 
 
 def _as_sharded(value: Tensor, own: Tensor) -> Tensor:
-    """A tensor in shards like those of FSDP2, where the network's is."""
+    """Shard a tensor like the network's own, if that is a DTensor (FSDP2)."""
     tensor = sys.modules.get("torch.distributed.tensor")
     if tensor is None or not isinstance(own, tensor.DTensor):
         return value
@@ -289,10 +290,7 @@ def _as_sharded(value: Tensor, own: Tensor) -> Tensor:
 
 
 def _torchvisions(model: nn.Module, values: Mapping[str, Tensor], unexpected: Iterable[str]) -> list[str]:
-    """Networks of this library in a model that a file has torchvision's classifier for, in place of the head.
-
-    As what their names begin with in the model.
-    """
+    """Prefixes of the DeepLabs in a model for which a file has torchvision's classifier instead of the head."""
     if not any(core(name.split("."))[-2:] == ("fc", "weight") for name in unexpected):
         return []
     parts = named_parts(_averaged(model) or model)
@@ -302,10 +300,10 @@ def _torchvisions(model: nn.Module, values: Mapping[str, Tensor], unexpected: It
 
 
 def _preprocessing_converted(values: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
-    """Make the stem of torchvision's network, which sees (RGB - mean) / deviation, see BGR in 0..255 minus a mean."""
+    """Convert torchvision's stem from (RGB - mean) / deviation to BGR in 0..255 minus the Caffe mean."""
     weight = values[f"{start}conv1.weight"]
     mean, deviation = weight.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    offset = (weight.new_tensor(MEAN_BGR[::-1])[:, None, None] / 255 - mean) / deviation  # of what is zero here
+    offset = (weight.new_tensor(MEAN_BGR[::-1])[:, None, None] / 255 - mean) / deviation  # our 0 in torchvision's terms
     return {
         f"{start}conv1.weight": (weight / (255 * deviation)).flip(1),
         f"{start}bn1.running_mean": values[f"{start}bn1.running_mean"] - (weight * offset).sum((1, 2, 3)),
