@@ -59,10 +59,9 @@ def evidence() -> list[str]:
     pairs = {"StreetScenes": read("ablation-streetscenes"), "CamVid, day to dusk": read("ablation-camvid")}
     seeds = min(len(entry["runs"]) for document in pairs.values() for entry in document["rows"].values())
     lines = [
-        "mIoU in percent for the paper's ablation, source-only training with the colour jitter of DACS, and an oracle,",
-        f"{seeds} seeds each. [Results](docs/results.md) lists every seed, expected and missed findings, statistics of",
-        "the pseudo-labels, and the options that matter (`python -m benchmarks.study ablation --save`, and with",
-        "`--pair camvid`):",
+        f"mIoU in percent, {seeds} seeds each: the paper's ablation, source-only with the colour jitter of DACS, and",
+        "an oracle. [Results](docs/results.md) lists all seeds, missed expectations, statistics of the pseudo-labels, and",
+        "the options that matter (`python -m benchmarks.study ablation --save`, also with `--pair camvid`):",
         "",
         f"| pair | {' | '.join(pairs['StreetScenes']['rows'])} |",
         "|---" + "|---:" * len(pairs["StreetScenes"]["rows"]) + "|",
