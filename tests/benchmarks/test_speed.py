@@ -89,6 +89,7 @@ def test_step__the_marked_one_is_the_step(released: list[float]) -> None:
     assert all(value > 0 for value in parts.values())
 
 
+@pytest.mark.slow
 def test_step__measures_time_memory_parts_and_arithmetic() -> None:
     names = ["plain", "RepeatedSGD"]
     found = step.measured(SMALL, 2, names, ["RepeatedSGD"])
@@ -137,6 +138,7 @@ def test_pages__say_what_the_result_files_say() -> None:
         assert made().strip() in path.read_text(encoding="utf-8"), f"{path}: run python -m benchmarks.publish --write"
 
 
+@pytest.mark.slow
 def test_pictures__show_the_data_of_the_result_files() -> None:
     said = re.compile("data [0-9a-f]{64}")
     for path, made in publish.pictures().items():

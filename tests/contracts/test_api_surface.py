@@ -199,29 +199,26 @@ def run(code: str, *flags: str) -> str:
     return result.stdout
 
 
-def test_import__touches_no_global_state() -> None:
+def test_import__touches_no_global_state_warns_of_nothing_and_brings_in_little() -> None:
     code = """
-import logging, os, random, warnings
+import logging, os, random, sys, warnings
 import numpy, torch
+warnings.simplefilter("error")
 def state():
     return (torch.get_rng_state().tolist(), str(numpy.random.get_state()), random.getstate(), torch.get_default_dtype(),
             torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), dict(os.environ),
             list(logging.getLogger().handlers), logging.getLogger().level, list(warnings.filters),
             torch.is_grad_enabled())
-before = state()
-import crossmix, crossmix.models, crossmix.datasets, crossmix.engine, crossmix.evaluation, crossmix.diagnostics
+before, modules = state(), set(sys.modules)
+import crossmix
+print(*(set(sys.modules) - modules))
+import crossmix.models, crossmix.datasets, crossmix.engine, crossmix.evaluation, crossmix.diagnostics
 assert state() == before
 """
-    run(code)
-
-
-def test_import__warns_of_nothing_and_needs_no_asserts() -> None:
-    run("import torch, warnings; warnings.simplefilter('error'); import crossmix")
-    checked = "import torch, crossmix\ntry:\n crossmix.ClassMix(0)\nexcept ValueError:\n print('refused')"
-    assert run(checked, "-O").strip() == "refused"
-
-
-def test_import__brings_in_little() -> None:
-    code = "import sys, torch; a = set(sys.modules); import crossmix; print(*(set(sys.modules) - a))"
     outside = {name.split(".")[0] for name in run(code).split()} - {"crossmix", "torch"}
     assert not outside - sys.stdlib_module_names, outside
+
+
+def test_import__needs_no_asserts() -> None:
+    checked = "import torch, crossmix\ntry:\n crossmix.ClassMix(0)\nexcept ValueError:\n print('refused')"
+    assert run(checked, "-O").strip() == "refused"

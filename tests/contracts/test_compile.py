@@ -107,11 +107,12 @@ def test_mixing__compiled_under_another_default_device_and_without_channels() ->
 @pytest.mark.parametrize(
     "mixer",
     [
-        CrossDomainMix(C, class_weights=[1, 2, 3, 4, 5], include_ignored=True),
-        CrossDomainMix(C, masks=BoxMasks()),
-        CrossDomainMix(C, masks=CowMasks(sigma=(1.0, 3.0))),
+        pytest.param(
+            CrossDomainMix(C, class_weights=[1, 2, 3, 4, 5], include_ignored=True), id="odds", marks=pytest.mark.slow
+        ),
+        pytest.param(CrossDomainMix(C, masks=BoxMasks()), id="boxes"),
+        pytest.param(CrossDomainMix(C, masks=CowMasks(sigma=(1.0, 3.0))), id="blobs", marks=pytest.mark.slow),
     ],
-    ids=["odds", "boxes", "blobs"],
 )
 def test_mixing__options_by_one_graph_of_any_batch_and_image_size(mixer: CrossDomainMix) -> None:
     torch.compiler.reset()
@@ -168,7 +169,12 @@ class Twins:
         torch.testing.assert_close(*(dict(one.state_dict()) for one in self.trainings), rtol=1e-4, atol=1e-5)
 
 
-CASES = [*((name, False, "released") for name in recipes.METHODS), ("dacs", True, "released"), ("dacs", True, "mic")]
+CASES = [
+    *(pytest.param(name, False, "released", marks=pytest.mark.slow) for name in recipes.METHODS if name != "dacs"),
+    ("dacs", False, "released"),
+    pytest.param("dacs", True, "released", marks=pytest.mark.slow),
+    pytest.param("dacs", True, "mic", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("method", "upsample", "recipe"), CASES)

@@ -119,7 +119,7 @@ def restated(state: dict[str, Tensor], images: Tensor, dilations: tuple[int, ...
 
 @pytest.mark.parametrize("size", [(65, 97), (64, 96), (50, 35)])
 @pytest.mark.parametrize("branches", [2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_resnet101__equals_a_restatement(
     network: DeepLabV2, dtype: torch.dtype, branches: int, size: tuple[int, int]
 ) -> None:

@@ -268,8 +268,9 @@ def test_jitter__gradients_of_every_order(flavor: str) -> None:
     ("flavor", "size", "sigma"),
     [
         ("additive", (16, 17), (0.15, 1.15)),
-        ("torchvision", (4, 7), (0.15, 1.15)),  # too small to reflect
-        ("torchvision", (50, 9), (3, 9)),  # a kernel that is not unrolled
+        # Too small to reflect; and a kernel that is not unrolled.
+        pytest.param("torchvision", (4, 7), (0.15, 1.15), marks=pytest.mark.slow),
+        pytest.param("torchvision", (50, 9), (3, 9), marks=pytest.mark.slow),
     ],
 )
 def test_forward__compiles_in_one_graph(flavor: str, size: tuple[int, int], sigma: tuple[float, float]) -> None:
@@ -309,7 +310,7 @@ def test_forward__inductor_equals_one_operation_after_the_other() -> None:
     torch.testing.assert_close(got, augment_one_by_one(images, draw, "additive"), rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("size", [(16, 12), (5, 1), (1, 1)])
+@pytest.mark.parametrize("size", [(16, 12), *(pytest.param(size, marks=pytest.mark.slow) for size in ((5, 1), (1, 1)))])
 @pytest.mark.parametrize("options", [{}, {"jitter_p": 0}, {"blur_p": 0}, {"jitter_p": 0, "blur_p": 0}], ids=str)
 def test_forward__keeps_the_layout(options: dict[str, float], size: tuple[int, int]) -> None:
     torch.compiler.reset()
