@@ -23,13 +23,9 @@ def at_least_float32(value: Tensor) -> Tensor:
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Keep to the dtypes that are there, on devices with autocast and on those without one, such as meta."""
-    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_autocast(device_type: str) -> bool:
-    """A constant to the compiler, which before torch 2.12 cannot trace the question."""
-    return torch.amp.is_autocast_available(device_type)
+    # Before torch 2.12 the compiler cannot trace whether a device has autocast. Of those it compiles for, all have.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known and device.type != "meta" else nullcontext()
 
 
 def weight_maps(weights: Tensor, like: Tensor) -> Tensor:

@@ -336,8 +336,6 @@ def test_rare_classes__the_source_alone_is_drawn_by_them(
 def test_rare_classes__a_bad_step_names_what_was_drawn(
     trainer: ModuleType, own_copy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_trainer_stops import poison
-
     import domains
     from options import read_options
 
