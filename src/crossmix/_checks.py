@@ -104,11 +104,11 @@ def check_weights(name: str, weights: Tensor, labels_shape: Sequence[int]) -> No
 
 
 def check_class_weights(weights: Tensor, num_classes: int | None, *, may_be_zero: bool = False) -> None:
-    """Refuse anything but (C,) floating numbers that are finite and positive, or at least 0; looked at on a CPU alone.
+    """Refuse anything but (C,) floating numbers, finite and positive (or >= 0); values are checked on the CPU only.
 
     Args:
-        weights: What was given.
-        num_classes: C; None accepts any.
+        weights: The class weights.
+        num_classes: C; None accepts any number.
         may_be_zero: Whether a class may have weight 0.
     """
     check_tensor("class_weights", weights)
@@ -117,15 +117,15 @@ def check_class_weights(weights: Tensor, num_classes: int | None, *, may_be_zero
     if weights.ndim != 1 or len(weights) == 0 or (num_classes is not None and len(weights) != num_classes):
         want = "(C,)" if num_classes is None else f"(C,) = ({num_classes},)"
         raise ValueError(
-            f"`class_weights` must have shape {want}, got {tuple(weights.shape)}; give one per class, "
-            "none for the ignored pixels."
+            f"`class_weights` must have shape {want}, got {tuple(weights.shape)}; pass one per class, "
+            "none for ignored pixels."
         )
     if not can_look(weights):
         return
     fits = weights >= 0 if may_be_zero else weights > 0
     if not bool((fits & weights.isfinite()).all()):
         want = "finite and at least 0" if may_be_zero else "positive and finite"
-        hint = "0 leaves a class out" if may_be_zero else "give a class that is hardly ever to be drawn a small one"
+        hint = "0 leaves a class out" if may_be_zero else "use a small weight for a class that should rarely be drawn"
         raise ValueError(f"`class_weights` must be {want}, got {weights.tolist()}; {hint}.")
 
 

@@ -1,4 +1,4 @@
-"""The class weights that a module holds: the odds of a mix, the factors of a loss."""
+"""Class weights held by a module: the odds of a mix, or the factors of a loss."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ __all__ = ["buffer_of", "kept_in_float32", "shown"]
 def buffer_of(
     weights: Tensor | Sequence[float] | None, num_classes: int | None, *, may_be_zero: bool = False
 ) -> Tensor | None:
-    """Class weights as a float32 copy. Their values are looked at once, here, where it may wait for a GPU."""
+    """Copy class weights to float32. Their values are checked only here, once, where a sync is acceptable."""
     if weights is None:
         return None
     try:
@@ -21,21 +21,21 @@ def buffer_of(
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"`class_weights` must be a sequence of numbers, got {type(weights).__name__} ({error}); "
-            "give one per class."
+            "pass one per class."
         ) from error
     check_class_weights(values if values.is_meta else values.cpu(), num_classes, may_be_zero=may_be_zero)
     return values
 
 
 def kept_in_float32(module: nn.Module, before: Tensor | None) -> None:
-    """Undo what `module.half()` or the like did to its `class_weights`, which rounding would change."""
+    """Restore a module's float32 `class_weights` after a cast to a lower precision, which would round them."""
     after = module.class_weights
     if before is not None and isinstance(after, Tensor) and after.dtype.itemsize < 4:
         module.class_weights = before.to(after.device)
 
 
 def shown(weights: Tensor | None) -> object:
-    """Class weights for `repr`."""
+    """Format class weights for `repr`."""
     if weights is None:
         return None
     return "on meta" if weights.is_meta else [round(weight, 4) for weight in weights.tolist()]

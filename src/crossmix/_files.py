@@ -17,7 +17,7 @@ __all__ = ["BusyError", "FolderLock", "amount", "damaged_part", "explained", "sy
 
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 FOLDER = 0x10
-"""The attribute of a part of a zip file that calls it a folder."""
+"""The attribute that marks a part of a zip file as a folder."""
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 """Errors of file systems without locks, such as some NFS, Lustre and FUSE mounts."""
 
@@ -75,20 +75,20 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def damaged_part(path: str | os.PathLike[str]) -> str | None:
-    """Name a part of a zip file that is not what its writer wrote, which torch does not look for when it reads one.
+    """Find a damaged part of a zip file. `torch.load` does not verify the checksums in the files it reads.
 
-    The directory at the end of the file has no checksum, and torch reads nothing of a part that it calls a folder, and
-    leaves a tensor of whatever was in memory. Torch writes no attributes at all; other programs, which say that they
-    are, write permissions.
+    The directory at the end of the file has no checksum. If it marks a part as a folder, torch reads no data for that
+    part and returns a tensor of uninitialised memory. Torch itself writes no attributes; other programs, which identify
+    themselves in the file, write permissions.
 
     Args:
         path: The file.
 
     Returns:
-        The part, or None where all is well.
+        The name of a damaged part, or None if there is none.
 
     Raises:
-        zipfile.BadZipFile: If it is no such file, or its directory is damaged.
+        zipfile.BadZipFile: If it is not a zip file, or its directory is damaged.
         OSError: If it cannot be read.
     """
     with zipfile.ZipFile(path) as archive:

@@ -1,6 +1,6 @@
-"""The cross-entropy of labels that are probabilities, and of weights per class with smoothed labels.
+"""Cross-entropy with soft labels, and with class weights and label smoothing.
 
-Each class of each pixel has a factor of its own here, where `_cross_entropy` knows one label per pixel.
+Here each class of each pixel has its own factor, whereas `_cross_entropy` handles one label per pixel.
 """
 
 import math
@@ -15,11 +15,11 @@ __all__ = ["class_factors", "dense_losses", "factors"]
 
 
 def class_factors(labels: Tensor, num_classes: int, class_weights: Tensor | None, ignore_index: int) -> Tensor:
-    """The class weight of each pixel's label, (N, H, W): of a soft one the sum over its classes, 0 where ignored."""
+    """The class weight of each pixel's label, (N, H, W); summed over the classes of a soft label, 0 if ignored."""
     if labels.is_floating_point():
         dtype = arithmetic(labels, class_weights)
         mass = factors(labels, num_classes, class_weights, ignore_index, dtype=dtype).sum(1)
-        return mass.where(mass.isfinite(), 0)  # where it is not, the loss is NaN too, unless the pixel weighs 0
+        return mass.where(mass.isfinite(), 0)  # otherwise the loss is NaN anyway, unless the pixel has weight 0
     index, valid = valid_pixels(labels, num_classes, ignore_index)
     if class_weights is None:
         return valid.to(torch.float32)
@@ -35,14 +35,14 @@ def factors(
     dtype: torch.dtype,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """What -log p of each class is multiplied by, (N, C, H, W): the smoothed label, times the class weight.
+    """The factors of -log p per class, (N, C, H, W): the smoothed label times the class weight.
 
     Args:
         labels: (N, H, W) integer, or (N, C, H, W) floating.
         num_classes: C.
         class_weights: (C,) floating, or None.
-        ignore_index: The id of ignored pixels in integer labels, which are all 0 before they are smoothed.
-        dtype: Of the result.
+        ignore_index: The id of ignored pixels in integer labels; their factors are 0 before smoothing.
+        dtype: The dtype of the result.
         label_smoothing: Share of the uniform distribution.
     """
     if labels.is_floating_point():
@@ -57,15 +57,15 @@ def factors(
 
 
 def dense_losses(logits: Tensor, target: Tensor, weights: Tensor | None, valid: Tensor | None = None) -> Tensor:
-    """Weighted losses (N, H, W) against factors (N, C, H, W), as `pixel_losses` for labels.
+    """Weighted losses (N, H, W) for factors (N, C, H, W), like `pixel_losses` for labels.
 
-    Exactly 0 in loss and gradient where a pixel is not valid or weighs 0, whatever stands there.
+    Loss and gradient are exactly 0 for pixels that are not valid or have weight 0, even with NaN or infinite logits.
     """
     dtype = arithmetic(logits, target, weights)
     logits, target, counted = logits.to(dtype), target.to(dtype), valid
     if weights is not None:
         weights = weight_maps(weights, target[:, 0]).to(dtype)
-        # A weight of 0 silences what is not finite. A finite loss stays, as the weight's gradient.
+        # A weight of 0 hides a loss that is not finite. A finite one stays, for it is the weight's gradient.
         most = (logits.detach().amax(1) - logits.detach().amin(1) + logits.shape[1]) * target.detach().abs().sum(1)
         heard = (weights != 0) | (most < math.inf)
         counted = heard if valid is None else valid & heard
@@ -73,7 +73,7 @@ def dense_losses(logits: Tensor, target: Tensor, weights: Tensor | None, valid: 
     if counted is not None:
         logits, target = (value.where(counted.unsqueeze(1), 0) for value in (logits, target))
     log_probs = logits.log_softmax(1)
-    # A class that is ruled out and not asked for costs nothing: 0 * inf would be NaN.
+    # A class with probability 0 and factor 0 contributes nothing; 0 * inf would be NaN.
     log_probs = log_probs.masked_fill((log_probs == -math.inf) & (target == 0), 0)
     losses = -(target * log_probs).sum(1)
     return losses if weights is None else losses * weights

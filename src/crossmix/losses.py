@@ -39,7 +39,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 class _How(NamedTuple):
-    """What a loss is, apart from its tensors of pixels."""
+    """The options of a loss."""
 
     ignore_index: int
     normalizer: Normalizer
@@ -322,7 +322,7 @@ class ConfidenceWeightedCE(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the class weights as torch does, but leave them in float32 where `fn` casts, and rounds, to less."""
+        """Move the class weights as usual, but keep them in float32 when casting to a lower precision."""
         before = self.class_weights
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         kept_in_float32(self, before)
@@ -445,8 +445,8 @@ def _check_loss_inputs(logits: Tensor, labels: Tensor, weights: Tensor | None, c
         check_labels("labels", labels)
     elif labels.shape[1] != logits.shape[1]:
         raise ValueError(
-            f"`labels` that are soft must have shape (N, C, H, W) with C = {logits.shape[1]} as `logits`, got "
-            f"{tuple(labels.shape)}; give one probability per class."
+            f"soft `labels` must have shape (N, C, H, W) with C = {logits.shape[1]} like `logits`, got "
+            f"{tuple(labels.shape)}; pass one probability per class."
         )
     if len(labels) != len(logits):
         raise ValueError(

@@ -313,7 +313,7 @@ _ARGUMENTS = ("prior", "sync", "ignore_index", "upsample", "align_corners", "log
 def _resolve(
     recipe: str | Recipe, overrides: dict[str, Any]
 ) -> tuple[Recipe, dict[str, dict[str, Any]], dict[str, Any]]:
-    """The recipe with its fields overridden, the other options of each part, and the parts that are given whole."""
+    """The recipe with overridden fields, the other options of each part, and the parts given by the user."""
     if isinstance(recipe, str):
         named = {"released": RELEASED, "paper": PAPER, "mic": MIC}
         check_choice("recipe", recipe, tuple(named))
@@ -330,7 +330,7 @@ def _resolve(
     given = {part: overrides[part] for part in _OPTIONS if part in overrides}
     for part in given:
         if used := [name for name in (*_FIELDS[part], *_OPTIONS[part]) if name in overrides]:
-            raise ValueError(f"`{used[0]}` must be left out where `{part}` is given; give it to that.")
+            raise ValueError(f"`{used[0]}` must be left out if `{part}` is given; set it there.")
     options = {part: {name: overrides[name] for name in names if name in overrides} for part, names in _OPTIONS.items()}
     fields = {name: value for name, value in overrides.items() if name in Recipe.__dataclass_fields__}
     return replace(recipe, **fields), options, given  # values are checked by Recipe, and by the parts
@@ -339,13 +339,13 @@ def _resolve(
 def _refuse_unused(
     method: str, options: dict[str, dict[str, Any]], given: dict[str, Any], prior: Tensor | Sequence[float] | None
 ) -> None:
-    """Refuse what would have no effect: options of parts that the method does not have, or that are given."""
+    """Refuse options without effect: those of parts that the method lacks, or that the user gives."""
     if prior is not None and "align" in given:
-        raise ValueError("`prior` must be left out where `align` is given; give it to that.")
+        raise ValueError("`prior` must be left out if `align` is given; set it there.")
     if method == "source" and given.get("teacher") is not None:
-        raise ValueError("`teacher` must be left out of method='source', which has none; take method='pseudo-label'.")
+        raise ValueError("`teacher` must be left out for method='source', which has none; use method='pseudo-label'.")
     missing = {"source": ("mix", "teacher", "align"), "pseudo-label": ("mix", "align"), "alignment": ()}
     for part in missing.get(method, ("align",)):
         if options[part]:
             name = next(iter(options[part]))
-            raise ValueError(f"`{name}` must be left out of method={method!r}, where nothing takes it.")
+            raise ValueError(f"`{name}` must be left out for method={method!r}, where it has no effect.")

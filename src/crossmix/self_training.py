@@ -236,9 +236,9 @@ class SelfTraining(nn.Module):
             bonnet). Like pixels with `target_weights` 0, they still count in lambda, as in the authors' code
             (DAFormer).
         ignore_bottom: As `ignore_top`, at the bottom.
-        mean: What each channel of the images is normalised by, (x - mean) / std, where a data loader does that: images
-            are then refused outside of what [0, 1] becomes. By default that of a `StrongAugment` among the parts.
-        std: Given with `mean`.
+        mean: Mean per channel if the data loader normalises images as (x - mean) / std; the range check of images then
+            refers to the normalised range. By default that of a `StrongAugment` among the parts.
+        std: Standard deviation per channel; required with `mean`.
 
     Attributes:
         num_classes: The number of classes that the networks must return; None (unknown) accepts any.
@@ -336,7 +336,7 @@ class SelfTraining(nn.Module):
         self.consistency_weight = consistency_weight
         self.ignore_top = ignore_top
         self.ignore_bottom = ignore_bottom
-        normalised = StrongAugment(mean=mean, std=std)  # which looks at both
+        normalised = StrongAugment(mean=mean, std=std)  # checks both
         self.mean, self.std = normalised.mean, normalised.std
         self._check_normalised()
         self._mix_keyword()
@@ -752,17 +752,17 @@ class SelfTraining(nn.Module):
         check_range("target_images", target_images, mean=mean, std=std)
 
     def _check_normalised(self) -> None:
-        """Refuse a `StrongAugment` for images that are normalised otherwise."""
+        """Refuse a `StrongAugment` with other normalisation statistics."""
         for name in ("augment", "consistency_augment"):
             part = getattr(self, name)
             if self.mean is not None and _is_ours(part) and (part.mean, part.std) != (self.mean, self.std):
                 raise ValueError(
                     f"`{name}` must have the mean={self.mean} and std={self.std} of SelfTraining, got {part.mean} and "
-                    f"{part.std}; make both for the same images."
+                    f"{part.std}; use the same for both."
                 )
 
     def _normalised(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-        """What images are normalised by."""
+        """Mean and std of the images' normalisation, or None."""
         augments = [part for part in (self.augment, self.consistency_augment) if _is_ours(part)]
         return (augments[0].mean, augments[0].std) if augments else (self.mean, self.std)
 

@@ -665,7 +665,7 @@ def _move(pairs: _Pairs, decay: float) -> None:
     """Update averages in place from (average, current) pairs; integers are copied."""
     copied = pairs if decay == 0 else [pair for pair in pairs if not _averages(pair[0])]
     lerped = [] if decay in {0, 1} else [pair for pair in pairs if _averages(pair[0])]
-    kinds: dict[tuple[torch.dtype, torch.dtype], _Pairs] = {}  # one launch copies many tensors of one kind
+    kinds: dict[tuple[torch.dtype, torch.dtype], _Pairs] = {}  # one launch copies many tensors of equal dtypes
     for old, new in copied:
         kinds.setdefault((old.dtype, new.dtype), []).append((old, new))
     for alike in kinds.values():

@@ -142,8 +142,8 @@ def test_num_classes__ids_at_or_beyond_it_are_refused(tmp_path: Path) -> None:
 def test_num_classes__without_label_maps_is_refused(tmp_path: Path, given: str, options: dict[str, Any]) -> None:
     pairs(tmp_path)
     for root in (tmp_path / "images", tmp_path / "images" / "*.png"):
-        said = rf"{re.escape(str(root))}: has no label maps, to which `{given}` applies: .*`images` and `labels`"
-        with pytest.raises(DataError, match=rf"{said}; pass `labels`, or leave `{given}` out"):
+        said = rf"{re.escape(str(root))}: has no label maps for `{given}`: .*`images` and `labels`"
+        with pytest.raises(DataError, match=rf"{said}; pass `labels`, or leave out `{given}`"):
             SegmentationFolder(root, **options)
         assert not SegmentationFolder(root).labelled
 

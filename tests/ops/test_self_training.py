@@ -1356,8 +1356,8 @@ LEFT_OUT: dict[str, tuple[dict[str, object], type[Exception], str]] = {
         TypeError,
         "given with each batch, when the result is called",
     ),
-    "given mix": ({"mix": None, "ratio": 0.5}, ValueError, "`ratio` must be left out where `mix` is given"),
-    "given augment": ({"augment": None, "flavor": "additive"}, ValueError, "`flavor` must be left out where `augment`"),
+    "given mix": ({"mix": None, "ratio": 0.5}, ValueError, "`ratio` must be left out if `mix` is given"),
+    "given augment": ({"augment": None, "flavor": "additive"}, ValueError, "`flavor` must be left out if `augment`"),
     "given teacher": (
         {"teacher": MeanTeacher(nn.Conv2d(3, C, 1)), "decay": 0.9},
         ValueError,
@@ -1367,15 +1367,15 @@ LEFT_OUT: dict[str, tuple[dict[str, object], type[Exception], str]] = {
     "given alignment": (
         {"method": "alignment", "align": DistributionAlignment(C), "prior": [1 / C] * C},
         ValueError,
-        "`prior` must be left out where `align` is given",
+        "`prior` must be left out if `align` is given",
     ),
-    "no mix": ({"method": "pseudo-label", "ratio": 0.5}, ValueError, "left out of method='pseudo-label'"),
-    "no teacher": ({"method": "source", "warmup": False}, ValueError, "`warmup` must be left out of method='source'"),
-    "no alignment": ({"momentum": 0.5}, ValueError, "`momentum` must be left out of method='dacs'"),
+    "no mix": ({"method": "pseudo-label", "ratio": 0.5}, ValueError, "left out for method='pseudo-label'"),
+    "no teacher": ({"method": "source", "warmup": False}, ValueError, "`warmup` must be left out for method='source'"),
+    "no alignment": ({"momentum": 0.5}, ValueError, "`momentum` must be left out for method='dacs'"),
     "source's teacher": (
         {"method": "source", "teacher": MeanTeacher(nn.Conv2d(3, C, 1))},
         ValueError,
-        "take method='pseudo-label'",
+        "use method='pseudo-label'",
     ),
     "mean": ({"mean": (0.5, 0.5, 0.5)}, ValueError, "`mean` and `std` belong together"),
     "another mean": (

@@ -341,7 +341,7 @@ CASES: dict[str, tuple[Callable[[Loss], object], type[Exception], str]] = {
     "classes": (
         lambda loss: loss(LOGITS, SOFT[:, :2]),
         ValueError,
-        r"soft must have shape .* C = 3 as `logits`, got \(2, 2",
+        r"soft `labels` must have shape .* C = 3 like `logits`, got \(2, 2",
     ),
     "batch": (lambda loss: loss(LOGITS, SOFT[:1]), ValueError, "hold 2 images but `labels` 1"),
     "rank": (lambda loss: loss(LOGITS, SOFT[0]), TypeError, "must be uint8, int16, int32 or int64, got torch.float32"),

@@ -114,8 +114,8 @@ class SegmentationFolder(FolderDataset):
         if of_labels is None and (mapping is not None or num_classes is not None):
             given = "num_classes" if mapping is None else "mapping"
             raise DataError(
-                f"{images}: has no label maps, to which `{given}` applies: no `labels` are given, and it does not hold "
-                f"`{IMAGES}` and `{LABELS}`; pass `labels`, or leave `{given}` out to read images alone."
+                f"{images}: has no label maps for `{given}`: `labels` is not given, and the folder does not contain "
+                f"`{IMAGES}` and `{LABELS}`; pass `labels`, or leave out `{given}` to read only images."
             )
         files = paired(f"images {images}, labels {labels}:", of_images, of_labels, LAYOUT, names=names)
         super().__init__(files, label_format, size, resampling, any_kind=True)
