@@ -59,7 +59,7 @@ def evidence() -> list[str]:
     seeds = min(len(entry["runs"]) for document in pairs.values() for entry in document["rows"].values())
     lines = [
         f"mIoU in percent, {seeds} seeds each: the paper's ablation, source-only with the colour jitter of DACS, and",
-        "an oracle. [Results](docs/results.md) has all seeds, missed expectations, pseudo-label statistics, and",
+        "an oracle. [Results](docs/results.md) lists all seeds, missed expectations, pseudo-label statistics, and",
         "the options that matter (`python -m benchmarks.study ablation --save`, also with `--pair camvid`):",
         "",
         f"| pair | {' | '.join(pairs['StreetScenes']['rows'])} |",
