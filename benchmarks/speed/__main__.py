@@ -84,7 +84,6 @@ def arguments() -> argparse.Namespace:
 
 
 def save(suite: str, device: str, results: object, folder: Path, *, rounds: int) -> None:
-    """Write the results with all that they depend on."""
     document = {
         "suite": suite,
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
