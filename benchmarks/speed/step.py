@@ -229,7 +229,7 @@ KINDS = {  # of kernels, by what their names hold
 
 
 def measure_kernels(device: str, rounds: int, *, quick: bool) -> dict[str, object]:  # noqa: ARG001 - it is quick
-    """What the device does in a captured step: milliseconds and launches of each kind of kernel."""
+    """Profile a captured step: milliseconds and launches of each kind of kernel."""
     size = default_size(device)
     work, step = stepper(forms(device)["graph"], size)
     for _ in range(3):

@@ -135,7 +135,7 @@ def memory(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 -
     return [share("step, fp32, memory", used, 11_000, "11 GB", 1, unit="MB")]
 
 
-def kernels(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - on a GPU alone
+def kernels(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - GPU only
     """All kernels of a step against the rate to reach."""
     spent = sum(row["ms"] for row in results["kernels"].values())
     return [share("step, captured, all kernels", spent, 25, "40 it/s", 1)]

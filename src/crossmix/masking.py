@@ -318,11 +318,11 @@ class CowMasks(nn.Module):
         # The waves are orthonormal, so the squares of the amplitudes sum to those of the pixels (Parseval).
         std = (heights.square().sum((1, 2), keepdim=True) / (height * width)).sqrt()
         level = _quantile(std, self.ratio) * math.sqrt(height * width)
-        heights = torch.where(frequency > 0, heights, -level)  # the level takes the place of a threshold: 0
-        # Waves number 0, 2, 4, ... are the same in the lower half, upside down, and 1, 3, 5, ... the negative of it:
-        # half of the products, and half of the memory. On one CPU thread 3.1 ms for 8 x 512 x 512 in place of 4.1.
+        heights = torch.where(frequency > 0, heights, -level)  # subtract the level, so that the threshold is 0
+        # The lower half of even waves is the mirrored upper half, that of odd waves its negative. So half of the
+        # products and memory suffice: 3.1 instead of 4.1 ms for 8 x 512 x 512 on one CPU thread.
         half = (height + 1) // 2
-        with no_autocast(scores.device):  # half precision would move the blobs' edges
+        with no_autocast(scores.device):  # half precision would move the edges of the blobs
             lines = heights @ across.mT
             even, odd = (down[:half, parity::2].contiguous() @ lines[:, parity::2] for parity in (0, 1))
         lower = (even > odd)[:, : height // 2].flip(1)

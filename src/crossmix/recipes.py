@@ -286,8 +286,8 @@ def _masked_images(choice: Recipe, mean: Sequence[float] | None, std: Sequence[f
     return MaskedImages(masked.block, masked.ratio, fill)
 
 
-# The arguments of the parts, by the argument of `SelfTraining` in whose place a part of one's own is given: those in
-# which recipes differ, then all others.
+# Options by the part of `SelfTraining` that they configure, which the user may pass instead: first those in which the
+# recipes differ, then all others.
 _FIELDS = {
     "mix": ("include_ignored",),
     "teacher": ("decay", "mode"),

@@ -397,7 +397,7 @@ def test_class_files__that_are_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "classes.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(
-        DataError, match=r"classes\.json: is no file of classes \(.*\); expected a list of names"
+        DataError, match=r"classes\.json: is not a file of classes \(.*\); expected a list of names"
     ) as caught:
         read_classes(path)
     assert ".)" not in str(caught.value)

@@ -218,7 +218,7 @@ def test_own_data__what_is_wrong_is_found_first(trainer: ModuleType, place: Path
     assert "bare: has no label maps; expected images/ and labels/" in refused(trainer, *OURS, "--source", "bare")
     assert "street: has a split train but no test" in refused(trainer, *OURS, "--eval-split", "test")
     assert "--prior oracle" in refused(trainer, *OURS, "--method", "alignment")  # nobody labelled the training images
-    assert "is no file of classes" in refused(trainer, *OURS, "--classes", "my_networks.py")
+    assert "is not a file of classes" in refused(trainer, *OURS, "--classes", "my_networks.py")
     assert "gone.json: cannot be read" in refused(trainer, *OURS, "--classes", "gone.json")
     (place / "few.json").write_text(json.dumps(NAMES))  # no mapping, and ids beyond them
     assert re.search(

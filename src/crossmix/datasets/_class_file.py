@@ -64,7 +64,7 @@ def read_classes(path: str | Path) -> Classes:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path.") from error
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: is no file of classes ({str(error).rstrip('.')}); expected {FORMS}.") from error
+        raise DataError(f"{path}: is not a file of classes ({str(error).rstrip('.')}); expected {FORMS}.") from error
     return classes
 
 
@@ -98,7 +98,7 @@ def _mapping(content: object, names: tuple[str, ...]) -> dict[Key, int]:
     if len(mapping) < len(content):
         raise ValueError("an id or a colour is there twice")
     if wrong := [value for value in mapping.values() if isinstance(value, bool) or not isinstance(value, int)]:
-        raise TypeError(f"{wrong[0]!r} is no train id and no name")
+        raise TypeError(f"{wrong[0]!r} is neither a train id nor a name")
     return mapping
 
 
