@@ -57,10 +57,10 @@ def quiet_worker(_worker: int = 0) -> None:
 class QuietLoader(DataLoader[Sample_co]):
     """A `DataLoader` whose workers ignore SIGTERM and Ctrl-C from the moment they start.
 
-    Without a `worker_init_fn` the workers call `quiet_worker`; one of your own calls it itself. When a worker dies, as
-    for want of memory, the next batch raises a RuntimeError within seconds. (Torch has SIGCHLD raise it wherever this
-    process is, in the midst of a step or of a save too; so it does here once a plain DataLoader has started workers.)
-    Everything else is a DataLoader's.
+    Workers call `quiet_worker` unless you pass a `worker_init_fn`, which should then call it. If a worker dies, for
+    example for lack of memory, the next batch raises a RuntimeError within seconds. (A plain DataLoader raises it from
+    a SIGCHLD handler, which can interrupt a step or a save. That handler stays once such a loader has started workers.)
+    Everything else is as in DataLoader.
 
     Example:
         >>> [int(batch.sum()) for batch in QuietLoader(range(4), batch_size=2, num_workers=1)]

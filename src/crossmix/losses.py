@@ -92,24 +92,24 @@ def weighted_cross_entropy(
 
     loss = sum_p w_p * CE(logits_p, label_p) / divisor, over the pixels p that are not ignored
 
-    Labels are class ids, or soft: a probability for each class, as mixing soft labels or a teacher's softmax gives
-    them. Then CE(logits_p, y_p) = -sum_c y_pc log p_pc, as in `torch.nn.functional.cross_entropy`, and no pixel is
-    ignored: one that shall not count weighs 0.
+    Labels are class ids or soft labels: a probability for each class, such as a teacher's softmax. For these,
+    CE(logits_p, y_p) = -sum_c y_pc log p_pc, as in `torch.nn.functional.cross_entropy`. No pixel of soft labels is
+    ignored; to leave one out, give it weight 0.
 
-    Finite and differentiable in every degenerate batch: where nothing is left to learn from, the loss and its gradient
-    are 0, never NaN. A pixel that is ignored or weighs 0 adds exactly 0 to the loss and to the gradient of the logits,
-    whatever its logits are, NaN or infinity included; so does an ignored one whatever its weight is.
+    Finite and differentiable for every degenerate batch: if no pixel counts, the loss and its gradient are 0, never
+    NaN. A pixel that is ignored or has weight 0 adds exactly 0 to the loss and to the gradient of the logits, even if
+    its logits are NaN or infinite; an ignored one does so whatever its weight.
 
     Args:
         logits: (N, C, H, W) floating; computed in float32, or in float64 where an input is float64.
         labels: (N, H, W) uint8, int16, int32 or int64. Ids outside 0..C-1 count as ignored. Or (N, C, H, W) floating,
-            probabilities that sum to 1; their values are not checked.
-        weights: (N, H, W) or (N,) floating, >= 0; ones when not given.
-        ignore_index: The id of ignored pixels; without effect on soft labels.
-        normalizer: What the mean divides by: `"all"` pixels, ignored ones included (the paper, and the mixed loss of
-            the released code), the `"valid"` ones (the released source loss; torch's own), or the sum of the
-            `"weights"` of the valid ones, each times the class weight of its label. All pixels with soft labels are
-            valid; the class weight of a soft label is sum_c y_c class_weights_c.
+            probabilities that sum to 1; values are not checked.
+        weights: (N, H, W) or (N,) floating, >= 0; ones if not given.
+        ignore_index: The id of ignored pixels; no effect on soft labels.
+        normalizer: The divisor of the mean: the number of `"all"` pixels including ignored ones (the paper, and the
+            released mixed loss), of the `"valid"` ones (the released source loss, and torch), or the sum of the
+            `"weights"` of the valid ones, each times the class weight of its label. With soft labels all pixels are
+            valid, and the class weight of a label is sum_c y_c class_weights_c.
         label_smoothing: Share of the uniform distribution in the label, in [0, 1].
         class_weights: (C,) floating, >= 0: each class's part of the loss is multiplied by its weight, as torch's
             `weight=` does it. `normalizer="weights"` gives torch's mean of class ids, `"valid"` that of soft labels.
@@ -155,19 +155,19 @@ def upsampled_cross_entropy(
 ) -> Tensor:
     """Compute `weighted_cross_entropy` of smaller logits, upsampled to the size of the labels.
 
-    The upsampling is bilinear, in float32 (float64 where an input is). It goes by blocks of rows, and the gradient of
-    the small logits is made in the same pass, so that the full-size logits never exist: a fraction of the time and
-    memory of doing one after the other. The plain way is taken where it has to be: for `reduction="none"`, for soft
-    labels, for class weights with smoothed labels, for the gradient of weights, for a second derivative, for
-    forward-mode derivatives, under the transforms of `torch.func`, and for a DTensor. On a GPU the interpolation is a
-    matrix product, so it is in TF32 where `torch.backends.cuda.matmul.allow_tf32` says so.
+    Upsampling is bilinear, in float32 (float64 if an input is). It works on blocks of rows and computes the gradient of
+    the small logits in the same pass, so the full-size logits never exist; on a CPU this takes a fraction of the time
+    and memory of upsampling first, on a GPU a third of the memory and more time. The plain form is used where blocks
+    are impossible: for `reduction="none"`, soft labels, class weights with label smoothing, the gradient of weights,
+    second derivatives, forward-mode derivatives, the transforms of `torch.func`, and DTensors. On a GPU the
+    interpolation is a matrix product, in TF32 if `torch.backends.cuda.matmul.allow_tf32` is set.
 
     Args:
         logits: (N, C, h, w) floating, of any size.
         labels: (N, H, W) integer, or (N, C, H, W) floating.
-        weights: (N, H, W) or (N,) floating; ones when not given.
-        align_corners: Where the small pixels lie: True as in DeepLab-v2 and the released code, False as in
-            transformers, mmsegmentation and DAFormer.
+        weights: (N, H, W) or (N,) floating; ones if not given.
+        align_corners: Interpolation convention: True as in DeepLab-v2 and the released code, False as in transformers,
+            mmsegmentation and DAFormer.
         ignore_index: The id of ignored pixels.
         normalizer: As in `weighted_cross_entropy`.
         label_smoothing: As in `weighted_cross_entropy`.
@@ -209,10 +209,10 @@ class ConfidenceWeightedCE(nn.Module):
         normalizer: `"all"`, `"valid"` or `"weights"`; see `crossmix.functional.weighted_cross_entropy`.
         label_smoothing: Share of the uniform distribution in the label, in [0, 1].
         class_weights: (C,) numbers >= 0, the weights of the classes; see `crossmix.functional.weighted_cross_entropy`.
-            A buffer that is not saved, and stays in float32 where the module is cast to less.
-        sync: Whether divisors and the batch-scope lambda are those of the batch over all ranks. The loss of a rank is
-            then scaled by the number of ranks, so that the average that DistributedDataParallel takes of the gradients
-            is the gradient of the whole batch's loss. Without an initialised process group it changes nothing.
+            A non-persistent buffer that stays in float32 when the module is cast to a lower precision.
+        sync: Whether divisors and the batch-scope lambda are computed over the batch of all ranks. Each rank's loss is
+            then scaled by the number of ranks, so that DistributedDataParallel's average of the gradients is the
+            gradient of the loss of the whole batch. No effect without an initialised process group.
 
     Raises:
         TypeError: If an option is of another type.
@@ -272,7 +272,7 @@ class ConfidenceWeightedCE(nn.Module):
         Args:
             logits: (N, C, H, W) floating.
             labels: (N, H, W) integer, or (N, C, H, W) floating, soft labels.
-            weights: (N, H, W) or (N,) floating; ones when not given.
+            weights: (N, H, W) or (N,) floating; ones if not given.
 
         Returns:
             Scalar float32, or float64 where an input is float64.
@@ -294,7 +294,7 @@ class ConfidenceWeightedCE(nn.Module):
         Args:
             logits: (N, C, h, w) floating.
             labels: (N, H, W) integer, or (N, C, H, W) floating.
-            weights: (N, H, W) or (N,) floating; ones when not given.
+            weights: (N, H, W) or (N,) floating; ones if not given.
             align_corners: As in `crossmix.functional.upsampled_cross_entropy`.
 
         Returns:
@@ -306,7 +306,7 @@ class ConfidenceWeightedCE(nn.Module):
         """
         how = self._how()
         _check_small_logits(logits, labels, weights, self.class_weights)
-        if type(self).forward is not ConfidenceWeightedCE.forward:  # a subclass with a loss of its own
+        if type(self).forward is not ConfidenceWeightedCE.forward:  # a subclass with its own loss
             full = _upsampled(logits, labels, weights, how, align_corners=align_corners)
             loss: Tensor = self(full, labels, weights)
             return loss
@@ -355,7 +355,7 @@ def _confidence_weight(confidence: Tensor, threshold: float, scope: Scope, *, sy
 
 
 def _losses(logits: Tensor, labels: Tensor, weights: Tensor | None, how: _How) -> Tensor:
-    """Weighted losses (N, H, W) of logits at full size, of whatever labels."""
+    """Weighted losses (N, H, W) of full-size logits, for labels of either kind."""
     num_classes = logits.shape[1]
     if not _needs_factors(labels, how):
         weights = _by_class(labels, weights, num_classes, how)
@@ -394,12 +394,12 @@ def _upsampled_sum(logits: Tensor, labels: Tensor, weights: Tensor | None, how: 
 
 
 def _needs_factors(labels: Tensor, how: _How) -> bool:
-    """Whether more than one class of a pixel has a weight of its own in the loss."""
+    """Whether several classes of a pixel enter the loss with different weights."""
     return labels.is_floating_point() or (how.class_weights is not None and how.label_smoothing > 0)
 
 
 def _by_class(labels: Tensor, weights: Tensor | None, num_classes: int, how: _How) -> Tensor | None:
-    """The weights of pixels, each times the class weight of its label."""
+    """Pixel weights times the class weights of their labels."""
     if how.class_weights is None and not labels.is_floating_point():
         return weights
     each = class_factors(labels, num_classes, how.class_weights, how.ignore_index)
@@ -407,7 +407,7 @@ def _by_class(labels: Tensor, weights: Tensor | None, num_classes: int, how: _Ho
 
 
 def _divisor(labels: Tensor, weights: Tensor | None, total: Tensor, num_classes: int, how: _How) -> Tensor:
-    """What the mean of a total divides by."""
+    """The divisor of the mean."""
     soft = labels.is_floating_point()
     if how.normalizer == "all" or (how.normalizer == "valid" and soft):
         pixels = labels.numel() // num_classes if soft else labels.numel()
@@ -469,7 +469,7 @@ def _check_small_logits(logits: Tensor, labels: Tensor, weights: Tensor | None, 
     if 0 in logits.shape[2:] and labels.numel() > 0:
         raise ValueError(
             f"`logits` must have pixels to be upsampled to {tuple(labels.shape[-2:])}, got {tuple(logits.shape)}; "
-            "pass images that the network does not shrink to nothing."
+            "pass larger images."
         )
 
 

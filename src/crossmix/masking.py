@@ -78,10 +78,10 @@ def box_mask(
 def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Tensor:
     """Mark blobs where smoothed noise exceeds a quantile of the normal distribution (CowMix).
 
-    smooth > mean + std * sqrt(2) * erfinv(1 - 2 * ratio), with mean and std of each image, so that about a share
-    `ratio` is True. The Gaussian is as wide as the image allows; the noise is mirrored at the border. A tensor of
-    `sigma` is never looked at, so it may be on a GPU; a number takes less time, the less the larger it is. `CowMasks`,
-    which draws its own noise, is many times cheaper.
+    smooth > mean + std * sqrt(2) * erfinv(1 - 2 * ratio), with the mean and std of each image, so that about a share
+    `ratio` is True. The Gaussian is truncated only by the image size; the noise is mirrored at the border. The values
+    of a `sigma` tensor are not read on the host, so it may be on a GPU. A number is faster, the more so the larger it
+    is. `CowMasks`, which draws its own noise, is much cheaper.
 
     Args:
         noise: (N, H, W) floating, standard normal.
@@ -107,7 +107,7 @@ def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Ten
     widths = _check_sigma(sigma, noise)
     noise = at_least_float32(noise)
     known = None if isinstance(sigma, Tensor) else float(sigma)
-    with no_autocast(noise.device):  # products in half precision would move the blobs' edges
+    with no_autocast(noise.device):  # matrix products in half precision would move the edges of the blobs
         (down, then_down), (across, then_across) = (
             _smoothing(widths.to(noise.dtype), length, known) for length in noise.shape[1:]
         )
@@ -315,7 +315,7 @@ class CowMasks(nn.Module):
         # Uniform numbers to normal ones, (N, rows, columns); clamped where the result would be infinite.
         heights = (2 * scores[:, 1:] - 1).clamp(-ALMOST_ONE, ALMOST_ONE).erfinv().reshape(-1, rows, columns)
         heights = heights * damping
-        # The waves are orthonormal, so their squares sum up to those of the pixels.
+        # The waves are orthonormal, so the squares of the amplitudes sum to those of the pixels (Parseval).
         std = (heights.square().sum((1, 2), keepdim=True) / (height * width)).sqrt()
         level = _quantile(std, self.ratio) * math.sqrt(height * width)
         heights = torch.where(frequency > 0, heights, -level)  # the level takes the place of a threshold: 0
@@ -338,8 +338,8 @@ class CowMasks(nn.Module):
 
 
 def _quantile(std: Tensor, ratio: float) -> Tensor:
-    """What a share `ratio` of normal numbers of mean 0 is above."""
-    std = std.clamp(min=torch.finfo(std.dtype).tiny)  # no 0 * inf
+    """The value that a share `ratio` of normal numbers with mean 0 exceeds."""
+    std = std.clamp(min=torch.finfo(std.dtype).tiny)  # avoids 0 * inf
     return std * (math.sqrt(2) * std.new_full((), 1 - 2 * ratio).erfinv())
 
 
@@ -368,28 +368,28 @@ def _inside(length: Tensor, place: Tensor, size: int) -> Tensor:
 
 
 def _smoothing(sigma: Tensor, size: int, known: float | None) -> tuple[Tensor, Tensor | None]:
-    """One matrix, or two to be applied in turn, that smooth `size` pixels by a Gaussian, (n or 1, ..., ...).
+    """One matrix (n or 1, ..., ...), or two to apply in turn, that smooth `size` pixels with a Gaussian.
 
-    Taps reach as far as the image, and are mirrored beyond the border, without the edge itself. That damps each wave of
-    a cosine transform by a factor. Where sigma is known only the waves are taken of which something is left in the
-    arithmetic: at 16 pixels, 512 x 512 on one CPU thread take a sixth of the time of a matrix of all pixels.
+    Taps beyond the border are reflected, not repeating the edge, so that each wave of a cosine transform is damped by a
+    factor. If sigma is known, waves that vanish in the arithmetic are left out: at sigma 16, smoothing 512 x 512 pixels
+    on one CPU thread takes a sixth of the time of a matrix of all pixels.
 
     Args:
         sigma: (n,) or (1,), in pixels.
         size: The number of pixels.
-        known: The one value of sigma, or None where it is not looked at.
+        known: The value of sigma if it is a number, else None.
     """
     from kornia.filters import get_gaussian_kernel1d  # noqa: PLC0415 - importing kornia takes longer than crossmix
 
     reach, count = max(size - 1, 1), size
-    cut = math.sqrt(-2 * math.log(torch.finfo(sigma.dtype).eps))  # a Gaussian is less than eps there
-    if known is not None and known * cut < reach:  # else the taps end too early for waves to vanish
+    cut = math.sqrt(-2 * math.log(torch.finfo(sigma.dtype).eps))  # where the Gaussian falls below eps
+    if known is not None and known * cut < reach:  # otherwise the taps are cut off before waves vanish
         count = min(size, math.ceil(cut * reach / (math.pi * known)) + 1)
     pixel = torch.arange(size, device=sigma.device)
     is_end = (pixel == 0) | (pixel == size - 1)
     taps: Tensor = get_gaussian_kernel1d(2 * size - 1, sigma[:, None])[:, size - 1 :]  # of one side
-    if 2 * count > size:  # one product is then cheaper than two
-        taps = torch.where(pixel == reach, 2 * taps, taps)  # which one pixel gets from both sides
+    if 2 * count > size:  # one product is cheaper than two
+        taps = torch.where(pixel == reach, 2 * taps, taps)  # this tap arrives from both sides
         direct = torch.cat([taps.flip(1), taps[:, 1:]], 1).unfold(1, size, 1).flip(1)  # by j - i
         mirrored = torch.cat([taps, taps.flip(1)[:, 1:]], 1).unfold(1, size, 1)  # by j + i
         return (direct + mirrored) * torch.where(is_end, 0.5, 1.0), None

@@ -334,7 +334,7 @@ class _Mix(nn.Module):
         return codes.mask(classes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the weights as torch does, but leave them in float32 where `fn` casts, and rounds, to less."""
+        """Move the class weights as usual, but keep them in float32 when casting to a lower precision."""
         before = self.class_weights
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         kept_in_float32(self, before)

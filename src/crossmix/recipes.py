@@ -52,15 +52,15 @@ class Recipe:
             Algorithm 1.
         mode: Of `MeanTeacher`: `"train"` for batch statistics (all recipes), or `"eval"`.
         flavor: Of `StrongAugment`: `"additive"` jitter, as in old kornia, or `"torchvision"`.
-        same_on_batch: Of `StrongAugment`: one decision per batch to jitter or blur, or one per image.
-        threshold: Of `ConfidenceWeightedCE`: the confidence from which a pixel counts for lambda; the same in all, and
-            not stated in the paper.
-        ignore_top: Of `SelfTraining`: rows of pseudo-labels that get weight 0, at a height of 512.
-        ignore_bottom: Of `SelfTraining`.
-        consistency: Of `SelfTraining`: a `MaskedImages`, any other function of images, or None; or True for a
-            `MaskedImages` of `consistency_block` and `consistency_ratio`, and False for none. Its images are augmented
-            as the mixed ones are.
-        consistency_block: `block` of that `MaskedImages`; None is 64, or 32 for crops up to 512.
+        same_on_batch: Of `StrongAugment`: one decision to jitter or blur per batch, or one per image.
+        threshold: Of `ConfidenceWeightedCE`: the confidence from which a pixel counts in lambda; the same in all
+            recipes, and not stated in the paper.
+        ignore_top: Of `SelfTraining`: rows of pseudo-labels that get weight 0, for a height of 512.
+        ignore_bottom: Of `SelfTraining`, likewise.
+        consistency: Of `SelfTraining`: a `MaskedImages`, another function of images, or None; True builds a
+            `MaskedImages` from `consistency_block` and `consistency_ratio`, False means None. Its images are augmented
+            like the mixed ones.
+        consistency_block: `block` of that `MaskedImages`; None means 64, or 32 for crops up to 512.
         consistency_ratio: `ratio` of that `MaskedImages`.
         consistency_weight: Of `SelfTraining`.
 
@@ -183,12 +183,12 @@ def self_training(
         sync: Whether divisors, lambda and alignment averages are computed over the batch of all ranks.
         ignore_index: The id of ignored pixels, in all parts.
         upsample: Whether the student may return logits smaller than the images; see `SelfTraining`.
-        align_corners: Of that upsampling; see `SelfTraining`.
-        logits: Takes the logits out of what the student returns; see `SelfTraining`.
-        mean: Of `StrongAugment` and `SelfTraining`, with `std`: what images are normalised by, where the data loader
-            does it. Blocks that the recipe hides are then filled with the normalised mean colour.
+        align_corners: Convention of that upsampling; see `SelfTraining`.
+        logits: Extracts the logits from the student's output; see `SelfTraining`.
+        mean: Of `StrongAugment` and `SelfTraining`, with `std`: the statistics by which the data loader normalises
+            images, if it does. Hidden blocks are then filled with the normalised mean colour.
         std: Given with `mean`.
-        **overrides: Any other argument of the parts, by its name:
+        **overrides: Any other argument of the parts by its name:
 
             - fields of `Recipe`, such as `scope="image"`, or `consistency=None` to leave that term out;
             - of the mix: `ratio`, `rounding`, `whole_batch`, `class_weights` (odds of the draw), `masks`;
@@ -196,17 +196,17 @@ def self_training(
             - of `StrongAugment`: `brightness`, `contrast`, `saturation`, `hue`, `jitter_p`, `blur_p`, `blur_sigma`;
             - of the loss on mixed images: `normalizer`; of both losses: `label_smoothing`;
             - of `DistributionAlignment`: `momentum`;
-            - of `SelfTraining`, parts of your own in place of those that are built here: `mix`, `teacher`, `augment`
-              (which the images of the consistency term then get too), `consistency_augment`, `criterion`,
+            - of `SelfTraining`, your own parts in place of those built here: `mix`, `teacher`, `augment`
+              (also used for the images of the consistency term), `consistency_augment`, `criterion`,
               `source_criterion`, `align`.
 
     Returns:
         A `SelfTraining`; its student is `student` itself, not a copy.
 
     Raises:
-        TypeError: If there is no such option, or a value is of another type.
-        ValueError: If a method, a recipe or a value is unknown; an option would have no effect, since the method has no
-            such part or the part is given; or there is a consistency term without a teacher.
+        TypeError: If an option does not exist, or a value has the wrong type.
+        ValueError: If a method, a recipe or a value is unknown; an option has no effect, because the method lacks that
+            part or the part is given; or there is a consistency term without a teacher.
 
     Example:
         >>> training = self_training(nn.Conv2d(3, 19, 1), 19, recipe="paper", scope="batch")

@@ -46,13 +46,13 @@ class SegmentationFolder(FolderDataset):
     label is `ignore_index`, so that samples of one size collate in a plain `DataLoader`.
 
     Args:
-        images: Folder or pattern of images, grey ones become RGB; or, without `labels`, a folder that holds `images`
-            and `labels`. None reads label maps alone, and `image` is then empty, (3, 0, 0).
-        labels: Folder or pattern of label maps; None reads images alone.
-        mapping: From the ids in the files (8 or 16 bits), or from (R, G, B) colours, to train ids; `ignore_index` is
-            ignored. None takes 8-bit ids as they are. `read_classes` reads one from a file. Refused, as `num_classes`
-            is, without label maps.
-        unlisted: `"raise"`: an id that `mapping` does not list is an error that names the file. `"ignore"`: it becomes
+        images: Folder or pattern of images (grey ones become RGB); or, without `labels`, a folder that contains
+            `images` and `labels`. None reads only label maps, and `image` is empty, (3, 0, 0).
+        labels: Folder or pattern of label maps; None reads only images.
+        mapping: From the ids in the files (8 or 16 bits) or (R, G, B) colours to train ids or `ignore_index`. None
+            keeps 8-bit ids as they are. `read_classes` reads a mapping from a file. Like `num_classes`, it needs label
+            maps.
+        unlisted: `"raise"`: an id missing from `mapping` is an error that names the file. `"ignore"`: it becomes
             `ignore_index`.
         num_classes: C. Ids other than 0..C-1 and `ignore_index` are errors that name the file. By default the number is
             taken from `mapping`; with neither, all ids are accepted.
@@ -70,10 +70,10 @@ class SegmentationFolder(FolderDataset):
         transform: The transform, or None.
 
     Raises:
-        DataError: If nothing is found, an image has no label map, there are none but `mapping` or `num_classes` is
-            given, two images have one name, or `names` lists what is not there; on access, if a file is damaged or
-            holds an id that is no class.
-        TypeError: If an argument is of another type.
+        DataError: If nothing is found, an image has no label map, `mapping` or `num_classes` is given without label
+            maps, two images have the same name, or `names` lists missing files; on access, if a file is damaged or
+            contains an id that is not a class.
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range.
 
     Example:

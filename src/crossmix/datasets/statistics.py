@@ -89,7 +89,7 @@ def _of_samples(dataset: Dataset[Sample], workers: int) -> Tensor:
     counted = _Counted(dataset)
     rows: Iterator[Tensor] = iter(counted)
     if workers:
-        unseeded = torch.Generator()  # or the loader would draw from the global one
+        unseeded = torch.Generator()  # otherwise the loader draws from the global one
         rows = iter(QuietLoader(counted, batch_size=None, num_workers=workers, generator=unseeded))
     table = torch.zeros(len(counted), 256, dtype=torch.int64)
     for row, counts in zip(table, rows, strict=True):

@@ -116,10 +116,10 @@ class PseudoLabelMonitor(nn.Module):
             does not count as never predicted, and is left out of a given prior.
 
     State:
-        Buffers of int64, which `update` adds to and `reset` zeroes. `counts`: (C, 2, 4), pixels by class, confident or
-        not, and what they are: a wrong pseudo-label, a right one, one without a true label, a true label.
-        `confidence`: its sum in units of 2**-20. `gaps`: (15,), by bin of confidence, the sum of (correct - confidence)
-        in those units. `agreement`: (2,), pixels where the student disagrees and agrees.
+        int64 buffers, which `update` adds to and `reset` zeroes. `counts`: (C, 2, 4), pixels by class, confident or
+        not, and kind: wrong pseudo-label, right pseudo-label, pseudo-label without a true label, true label.
+        `confidence`: its sum in units of 2**-20. `gaps`: (15,), per bin of confidence, the sum of
+        (correct - confidence) in these units. `agreement`: (2,), pixels where the student disagrees and agrees.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -233,7 +233,7 @@ class PseudoLabelMonitor(nn.Module):
         known = wrong + right
         both = known + alone
         pixels = both.sum()
-        share = both.sum(1) / pixels  # 0 / 0 is NaN here and below: nothing to compute it from
+        share = both.sum(1) / pixels  # here and below, 0 / 0 is NaN: no data
         expected = true.sum(1) / true.sum() if prior is None else self._given_prior(prior)
         return PseudoLabelQuality(
             precision=right.sum(1) / known.sum(1),

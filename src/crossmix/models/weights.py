@@ -143,9 +143,9 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str |
         return path
     try:
         content = library.save(state, {"format": "pt"})
-    except KeyError as error:  # how safetensors refuse a dtype
+    except KeyError as error:  # safetensors does not support a dtype
         name = next((name for name, tensor in state.items() if tensor.dtype == error.args[0]), "it")
-        raise ValueError(f"safetensors have no {error}, which `{name}` is; write a .pth file.") from error
+        raise ValueError(f"safetensors has no dtype {error} (`{name}`); use .pth.") from error
     write_whole(path, content)
     return path
 
