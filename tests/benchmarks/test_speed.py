@@ -215,7 +215,7 @@ def test_command__a_failing_suite_is_named_and_the_others_run(
     ("words", "error"),
     [
         (["--quick", "--save"], "--save with --quick needs --out"),
-        (["--rounds", "1"], "--rounds must be at least 2, so that there is a spread, got 1"),
+        (["--rounds", "1"], "--rounds must be at least 2 to compute a spread, got 1"),
         (["mixin"], "unknown suite 'mixin'; the suites are mixing,"),
     ],
 )

@@ -561,7 +561,7 @@ def test_moved__cache_and_sources_may_be(root: Path, tmp_path: Path, monkeypatch
 def test_foreign__a_folder_that_holds_anything_else_is_left_alone(samples: GTA5, folder: Path, name: str) -> None:
     folder.mkdir()
     (folder / name).write_text("mine")
-    with pytest.raises(DataError, match=rf"cache: holds '{name}', which is not of this cache; choose an empty folder"):
+    with pytest.raises(DataError, match=rf"cache: holds '{name}', which is not part of this cache; use"):
         build(samples, folder)
     assert contents(folder) == {name: b"mine"}
 

@@ -255,11 +255,11 @@ def test_damaged_files__under_both_policies(tmp_path: Path, kind: str, reader: s
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (np.full((12, 20), 77, np.uint8), r"holds ids \[77\] that are no Cityscapes label ids"),
+        (np.full((12, 20), 77, np.uint8), r"holds ids \[77\] that are not Cityscapes label ids"),
         (np.where(np.arange(240).reshape(12, 20) % 2, 255, 4).astype(np.uint8), r"looks like train ids"),
         (
             np.zeros((12, 20, 3), np.uint8),
-            "got 3 channels of 8 bits; colour-coded maps are read by `SegmentationFolder`",
+            "got 3 channels of 8 bits; read colour-coded maps with `SegmentationFolder`",
         ),
         (np.zeros((12, 21), np.uint8), r"is 12 x 21 but its image 12 x 20; pass `size=`"),
     ],
@@ -369,15 +369,15 @@ def test_synthia__every_form_gives_the_same_train_ids(tmp_path: Path, kind: str)
 
 def test_synthia__high_bytes_are_told_and_refused(tmp_path: Path) -> None:
     data = Synthia(synthia(tmp_path, "high bytes"))
-    with pytest.raises(DataError, match=r"0000000\.png: holds no class but 0 in 8 bits, as files do that were saved"):
+    with pytest.raises(DataError, match=r"0000000\.png: holds no class but 0 in 8 bits, like files saved"):
         data[0]
 
 
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (np.full((12, 20, 3), 3 << 8), r"holds the id 768, but SYNTHIA's end at 22"),  # the bytes in reverse
-        (np.full((12, 20, 1), 31), r"holds ids \[31\] that are no SYNTHIA ids"),
+        (np.full((12, 20, 3), 3 << 8), r"holds the id 768, but SYNTHIA's ids end at 22"),  # the bytes in reverse
+        (np.full((12, 20, 1), 31), r"holds ids \[31\] that are not SYNTHIA ids"),
         (np.where(np.arange(240).reshape(12, 20, 1) % 2, 255, 4), "looks like train ids"),
     ],
     ids=["reversed bytes", "another id", "train ids"],

@@ -284,10 +284,10 @@ def test_lists__in_every_form(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("000000", "names 000000, which may be seq1/000000 or seq10/000000; write the folder too"),
+        ("000000", "names 000000, which may be seq1/000000 or seq10/000000; include the folder"),
         ("seq3/000000", r"names seq3/000000, which is not there \(1 of 1 are missing\)"),
         ("q1/000001", "names q1/000001, which is not there"),
-        ("../images/seq1/000001.png", r"names \.\./images/seq1/000001\.png, which leads out of the folder"),
+        ("../images/seq1/000001.png", r"names \.\./images/seq1/000001\.png, which is outside of the folder"),
         ("/etc/seq1/000001.png", "names /etc/seq1/000001, which is not there"),
         ("C:\\\\seq1\\\\000001.png", "names C:/seq1/000001, which is not there"),
         ("seq1/000001\nimages/seq1/000001", "names seq1/000001 and images/seq1/000001, but there is only"),
@@ -527,7 +527,7 @@ def test_class_counts__of_any_data_set_and_its_parts(every: dict[str, Any], name
 
 
 def test_class_counts__of_samples_refuses(every: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`cache` keeps counts of label files, which StreetScenes has none of"):
+    with pytest.raises(ValueError, match="`cache` stores counts of label files, but StreetScenes has none"):
         class_counts(every["street scenes"], cache=tmp_path / "counts.jsonl")
     bare = CachedSamples(GTA5(tmp_path / "g", labels=False), tmp_path / "bare", progress=False)
     with pytest.raises(DataError, match="sample 0 of CachedSamples has no label"):

@@ -66,11 +66,11 @@ def test_confusion_matrix__a_prediction_that_is_no_class() -> None:
     matrix = ConfusionMatrix(2)
     matrix.update(torch.tensor([[[0, 1, 7]]]), labels)  # not where there is no label
     for bad in (2, -1, 255):
-        with pytest.raises(ValueError, match=r"must lie in 0..1 where there is a label"):
+        with pytest.raises(ValueError, match=r"must lie in 0..1 at labelled pixels"):
             matrix.update(torch.tensor([[[0, bad, 0]]]), labels)
     assert matrix.counts.tolist() == [[1, 0], [0, 1]]  # nothing of it was counted
     matrix.invalid.add_(1)  # what a device that is not waited for would have left
-    with pytest.raises(ValueError, match=r"must lie in 0..1 where there is a label"):
+    with pytest.raises(ValueError, match=r"must lie in 0..1 at labelled pixels"):
         matrix.compute()
     matrix.reset()
     assert math.isnan(matrix.compute().mean)
