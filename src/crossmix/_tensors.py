@@ -23,7 +23,7 @@ def at_least_float32(value: Tensor) -> Tensor:
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Turn autocast off, on any device, including those without autocast, such as meta."""
-    # Before torch 2.12 the compiler cannot trace this question; the devices that it compiles for all have autocast.
+    # Before torch 2.12 the compiler cannot trace whether a device has autocast. Of those it compiles for, all have.
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known and device.type != "meta" else nullcontext()
 

@@ -59,7 +59,7 @@ class QuietLoader(DataLoader[Sample_co]):
 
     Workers call `quiet_worker` unless you pass a `worker_init_fn`, which should then call it. If a worker dies, for
     example for lack of memory, the next batch raises a RuntimeError within seconds. (A plain DataLoader raises it from
-    a SIGCHLD handler, which can interrupt a step or a save; once one has started workers, this happens here too.)
+    a SIGCHLD handler, which can interrupt a step or a save. That handler stays once such a loader has started workers.)
     Everything else is as in DataLoader.
 
     Example:

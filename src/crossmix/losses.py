@@ -92,9 +92,9 @@ def weighted_cross_entropy(
 
     loss = sum_p w_p * CE(logits_p, label_p) / divisor, over the pixels p that are not ignored
 
-    Labels are class ids, or soft: a probability per class, e.g. from mixed soft labels or a teacher's softmax. Then
-    CE(logits_p, y_p) = -sum_c y_pc log p_pc, as in `torch.nn.functional.cross_entropy`, and no pixel is ignored: give
-    pixels that should not count weight 0.
+    Labels are class ids or soft labels: a probability for each class, such as a teacher's softmax. For these,
+    CE(logits_p, y_p) = -sum_c y_pc log p_pc, as in `torch.nn.functional.cross_entropy`. No pixel of soft labels is
+    ignored; to leave one out, give it weight 0.
 
     Finite and differentiable for every degenerate batch: if no pixel counts, the loss and its gradient are 0, never
     NaN. A pixel that is ignored or has weight 0 adds exactly 0 to the loss and to the gradient of the logits, even if
@@ -103,13 +103,13 @@ def weighted_cross_entropy(
     Args:
         logits: (N, C, H, W) floating; computed in float32, or in float64 where an input is float64.
         labels: (N, H, W) uint8, int16, int32 or int64. Ids outside 0..C-1 count as ignored. Or (N, C, H, W) floating,
-            probabilities that sum to 1; their values are not checked.
+            probabilities that sum to 1; values are not checked.
         weights: (N, H, W) or (N,) floating, >= 0; ones if not given.
         ignore_index: The id of ignored pixels; no effect on soft labels.
         normalizer: The divisor of the mean: the number of `"all"` pixels including ignored ones (the paper, and the
             released mixed loss), of the `"valid"` ones (the released source loss, and torch), or the sum of the
             `"weights"` of the valid ones, each times the class weight of its label. With soft labels all pixels are
-            valid; the class weight of a soft label is sum_c y_c class_weights_c.
+            valid, and the class weight of a label is sum_c y_c class_weights_c.
         label_smoothing: Share of the uniform distribution in the label, in [0, 1].
         class_weights: (C,) floating, >= 0: each class's part of the loss is multiplied by its weight, as torch's
             `weight=` does it. `normalizer="weights"` gives torch's mean of class ids, `"valid"` that of soft labels.
@@ -156,11 +156,11 @@ def upsampled_cross_entropy(
     """Compute `weighted_cross_entropy` of smaller logits, upsampled to the size of the labels.
 
     Upsampling is bilinear, in float32 (float64 if an input is). It works on blocks of rows and computes the gradient of
-    the small logits in the same pass, so the full-size logits never exist; this takes a fraction of the time and memory
-    of upsampling first. The plain form is used where that is impossible: for `reduction="none"`, soft labels, class
-    weights with smoothed labels, the gradient of weights, second derivatives, forward-mode derivatives, the transforms
-    of `torch.func`, and DTensors. On a GPU the interpolation is a matrix product, in TF32 if
-    `torch.backends.cuda.matmul.allow_tf32` is set.
+    the small logits in the same pass, so the full-size logits never exist; on a CPU this takes a fraction of the time
+    and memory of upsampling first, on a GPU a third of the memory and more time. The plain form is used where blocks
+    are impossible: for `reduction="none"`, soft labels, class weights with label smoothing, the gradient of weights,
+    second derivatives, forward-mode derivatives, the transforms of `torch.func`, and DTensors. On a GPU the
+    interpolation is a matrix product, in TF32 if `torch.backends.cuda.matmul.allow_tf32` is set.
 
     Args:
         logits: (N, C, h, w) floating, of any size.
@@ -355,7 +355,7 @@ def _confidence_weight(confidence: Tensor, threshold: float, scope: Scope, *, sy
 
 
 def _losses(logits: Tensor, labels: Tensor, weights: Tensor | None, how: _How) -> Tensor:
-    """Weighted losses (N, H, W) of full-size logits, with hard or soft labels."""
+    """Weighted losses (N, H, W) of full-size logits, for labels of either kind."""
     num_classes = logits.shape[1]
     if not _needs_factors(labels, how):
         weights = _by_class(labels, weights, num_classes, how)
@@ -394,12 +394,12 @@ def _upsampled_sum(logits: Tensor, labels: Tensor, weights: Tensor | None, how: 
 
 
 def _needs_factors(labels: Tensor, how: _How) -> bool:
-    """Whether several classes of a pixel contribute to the loss, each with its own factor."""
+    """Whether several classes of a pixel enter the loss with different weights."""
     return labels.is_floating_point() or (how.class_weights is not None and how.label_smoothing > 0)
 
 
 def _by_class(labels: Tensor, weights: Tensor | None, num_classes: int, how: _How) -> Tensor | None:
-    """The weights of pixels times the class weights of their labels."""
+    """Pixel weights times the class weights of their labels."""
     if how.class_weights is None and not labels.is_floating_point():
         return weights
     each = class_factors(labels, num_classes, how.class_weights, how.ignore_index)

@@ -79,9 +79,9 @@ def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Ten
     """Mark blobs where smoothed noise exceeds a quantile of the normal distribution (CowMix).
 
     smooth > mean + std * sqrt(2) * erfinv(1 - 2 * ratio), with the mean and std of each image, so that about a share
-    `ratio` is True. The Gaussian is truncated only by the image size; the noise is mirrored at the border. A tensor
-    `sigma` is not read on the host, so it may be on a GPU; a number is faster, the more so the larger it is.
-    `CowMasks`, which draws its own noise, is much cheaper.
+    `ratio` is True. The Gaussian is truncated only by the image size; the noise is mirrored at the border. The values
+    of a `sigma` tensor are not read on the host, so it may be on a GPU. A number is faster, the more so the larger it
+    is. `CowMasks`, which draws its own noise, is much cheaper.
 
     Args:
         noise: (N, H, W) floating, standard normal.
@@ -338,7 +338,7 @@ class CowMasks(nn.Module):
 
 
 def _quantile(std: Tensor, ratio: float) -> Tensor:
-    """The quantile that a share `ratio` of normal numbers with mean 0 exceeds."""
+    """The value that a share `ratio` of normal numbers with mean 0 exceeds."""
     std = std.clamp(min=torch.finfo(std.dtype).tiny)  # avoids 0 * inf
     return std * (math.sqrt(2) * std.new_full((), 1 - 2 * ratio).erfinv())
 
@@ -368,28 +368,28 @@ def _inside(length: Tensor, place: Tensor, size: int) -> Tensor:
 
 
 def _smoothing(sigma: Tensor, size: int, known: float | None) -> tuple[Tensor, Tensor | None]:
-    """One matrix, or two to apply in turn, that smooth `size` pixels with a Gaussian, (n or 1, ..., ...).
+    """One matrix (n or 1, ..., ...), or two to apply in turn, that smooth `size` pixels with a Gaussian.
 
-    Taps reach as far as the image and are reflected at the border, not repeating the edge, which damps each wave of a
-    cosine transform by a factor. If sigma is known, only the waves that are not damped below the precision are used: at
-    16 pixels, 512 x 512 on one CPU thread take a sixth of the time of a full matrix.
+    Taps beyond the border are reflected, not repeating the edge, so that each wave of a cosine transform is damped by a
+    factor. If sigma is known, waves that vanish in the arithmetic are left out: at sigma 16, smoothing 512 x 512 pixels
+    on one CPU thread takes a sixth of the time of a matrix of all pixels.
 
     Args:
         sigma: (n,) or (1,), in pixels.
         size: The number of pixels.
-        known: The single value of sigma, or None if it must not be read.
+        known: The value of sigma if it is a number, else None.
     """
     from kornia.filters import get_gaussian_kernel1d  # noqa: PLC0415 - importing kornia takes longer than crossmix
 
     reach, count = max(size - 1, 1), size
-    cut = math.sqrt(-2 * math.log(torch.finfo(sigma.dtype).eps))  # where a Gaussian falls below eps
-    if known is not None and known * cut < reach:  # otherwise the taps end before any wave vanishes
+    cut = math.sqrt(-2 * math.log(torch.finfo(sigma.dtype).eps))  # where the Gaussian falls below eps
+    if known is not None and known * cut < reach:  # otherwise the taps are cut off before waves vanish
         count = min(size, math.ceil(cut * reach / (math.pi * known)) + 1)
     pixel = torch.arange(size, device=sigma.device)
     is_end = (pixel == 0) | (pixel == size - 1)
-    taps: Tensor = get_gaussian_kernel1d(2 * size - 1, sigma[:, None])[:, size - 1 :]  # one side
-    if 2 * count > size:  # then one product is cheaper than two
-        taps = torch.where(pixel == reach, 2 * taps, taps)  # that pixel is reached from both sides
+    taps: Tensor = get_gaussian_kernel1d(2 * size - 1, sigma[:, None])[:, size - 1 :]  # of one side
+    if 2 * count > size:  # one product is cheaper than two
+        taps = torch.where(pixel == reach, 2 * taps, taps)  # this tap arrives from both sides
         direct = torch.cat([taps.flip(1), taps[:, 1:]], 1).unfold(1, size, 1).flip(1)  # by j - i
         mirrored = torch.cat([taps, taps.flip(1)[:, 1:]], 1).unfold(1, size, 1)  # by j + i
         return (direct + mirrored) * torch.where(is_end, 0.5, 1.0), None

@@ -57,7 +57,7 @@ class Recipe:
             recipes, and not stated in the paper.
         ignore_top: Of `SelfTraining`: rows of pseudo-labels that get weight 0, for a height of 512.
         ignore_bottom: Of `SelfTraining`, likewise.
-        consistency: Of `SelfTraining`: a `MaskedImages`, any other function of images, or None; True builds a
+        consistency: Of `SelfTraining`: a `MaskedImages`, another function of images, or None; True builds a
             `MaskedImages` from `consistency_block` and `consistency_ratio`, False means None. Its images are augmented
             like the mixed ones.
         consistency_block: `block` of that `MaskedImages`; None means 64, or 32 for crops up to 512.
@@ -187,8 +187,8 @@ def self_training(
         logits: Extracts the logits from the student's output; see `SelfTraining`.
         mean: Of `StrongAugment` and `SelfTraining`, with `std`: the statistics by which the data loader normalises
             images, if it does. Hidden blocks are then filled with the normalised mean colour.
-        std: Required with `mean`.
-        **overrides: Any other argument of the parts, by its name:
+        std: Given with `mean`.
+        **overrides: Any other argument of the parts by its name:
 
             - fields of `Recipe`, such as `scope="image"`, or `consistency=None` to drop that term;
             - of the mix: `ratio`, `rounding`, `whole_batch`, `class_weights` (odds of the draw), `masks`;
@@ -196,16 +196,17 @@ def self_training(
             - of `StrongAugment`: `brightness`, `contrast`, `saturation`, `hue`, `jitter_p`, `blur_p`, `blur_sigma`;
             - of the loss on mixed images: `normalizer`; of both losses: `label_smoothing`;
             - of `DistributionAlignment`: `momentum`;
-            - of `SelfTraining`, your own parts instead of those built here: `mix`, `teacher`, `augment` (also used for
-              the images of the consistency term), `consistency_augment`, `criterion`, `source_criterion`, `align`.
+            - of `SelfTraining`, your own parts in place of those built here: `mix`, `teacher`, `augment`
+              (also used for the images of the consistency term), `consistency_augment`, `criterion`,
+              `source_criterion`, `align`.
 
     Returns:
         A `SelfTraining`; its student is `student` itself, not a copy.
 
     Raises:
-        TypeError: If there is no such option, or a value has the wrong type.
-        ValueError: If a method, a recipe or a value is unknown; an option would have no effect, because the method has
-            no such part or the part is given; or there is a consistency term without a teacher.
+        TypeError: If an option does not exist, or a value has the wrong type.
+        ValueError: If a method, a recipe or a value is unknown; an option has no effect, because the method lacks that
+            part or the part is given; or there is a consistency term without a teacher.
 
     Example:
         >>> training = self_training(nn.Conv2d(3, 19, 1), 19, recipe="paper", scope="batch")

@@ -50,8 +50,8 @@ class SegmentationFolder(FolderDataset):
             `images` and `labels`. None reads only label maps, and `image` is empty, (3, 0, 0).
         labels: Folder or pattern of label maps; None reads only images.
         mapping: From the ids in the files (8 or 16 bits) or (R, G, B) colours to train ids or `ignore_index`. None
-            keeps 8-bit ids as they are. `read_classes` reads a mapping from a file. Like `num_classes`, it is refused
-            without label maps.
+            keeps 8-bit ids as they are. `read_classes` reads a mapping from a file. Like `num_classes`, it needs label
+            maps.
         unlisted: `"raise"`: an id missing from `mapping` is an error that names the file. `"ignore"`: it becomes
             `ignore_index`.
         num_classes: C. Ids other than 0..C-1 and `ignore_index` are errors that name the file. By default the number is

@@ -117,9 +117,9 @@ class PseudoLabelMonitor(nn.Module):
 
     State:
         int64 buffers, which `update` adds to and `reset` zeroes. `counts`: (C, 2, 4), pixels by class, confident or
-        not, and kind: a wrong pseudo-label, a right one, one without a true label, a true label. `confidence`: its sum
-        in units of 2**-20. `gaps`: (15,), per bin of confidence, the sum of (correct - confidence) in these units.
-        `agreement`: (2,), pixels where the student disagrees and agrees.
+        not, and kind: wrong pseudo-label, right pseudo-label, pseudo-label without a true label, true label.
+        `confidence`: its sum in units of 2**-20. `gaps`: (15,), per bin of confidence, the sum of
+        (correct - confidence) in these units. `agreement`: (2,), pixels where the student disagrees and agrees.
 
     Raises:
         TypeError: If an argument has the wrong type.
