@@ -26,10 +26,12 @@ def start_code(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def wait_for(process: subprocess.Popen[str], word: str) -> None:
-    """Until the process has written a line, which is this word."""
+    """Until the process has written a line, which is this word. Byte by byte: `communicate` is to get all the rest."""
     assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.strip() == word, (line, process.stderr.read() if process.stderr else "")
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(process.stdout.fileno(), 1)):
+        line += byte
+    assert line.decode().strip() == word, (line, process.stderr.read() if process.stderr else "")
 
 
 RANK = """

@@ -967,7 +967,7 @@ def test_save__a_full_disk_is_named_with_the_space_needed(tmp_path: Path, name: 
     whole = path.read_bytes()
     path.with_name(f"{name}.tmp.{os.getpid()}").symlink_to("/dev/full")
     with pytest.raises(
-        OSError, match=r"\d+ (k|M)B are needed.*make room, what was there before is untouched"
+        OSError, match=r"\d+ (k|M)B are needed.*free some space, existing files are untouched"
     ) as caught:
         save_weights(tiny(2), path)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
