@@ -81,7 +81,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Tensor], int], object]] = {
 }
 
 
-@pytest.mark.parametrize("num_classes", [C, 40])
+@pytest.mark.parametrize("num_classes", [C, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functional__compiled_equals_eager(name: str, num_classes: int) -> None:
     torch.compiler.reset()

@@ -23,7 +23,7 @@ LOOP = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_stop__finishes_the_step(number: signal.Signals) -> None:
     process = start_code(LOOP, "0")
     wait_for(process, "ready")

@@ -226,7 +226,7 @@ def test_lock__other_errors_are_not_in_use(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("found", ["nothing", "3.16.0"])
+@pytest.mark.parametrize("found", ["nothing", pytest.param("3.16.0", marks=pytest.mark.slow)])
 def test_lock__asks_for_the_extra(tmp_path: Path, found: str) -> None:
     code = """
         import sys, types

@@ -203,6 +203,7 @@ def test_pool__goes_on_through_a_signal_and_can_be_ended(
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_quiet_worker__outside_a_worker_changes_nothing() -> None:
     code = """
         import signal, threading
@@ -282,6 +283,7 @@ ENDING = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS[:2])
 def test_workers__a_lost_signal_from_their_parent_is_repeated(
     start: Callable[..., subprocess.Popen[str]], method: str

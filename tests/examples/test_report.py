@@ -257,6 +257,7 @@ def test_missing_package__is_named_before_anything_is_trained(
         importlib.import_module("report")
 
 
+@pytest.mark.slow
 def test_trainer__compares_its_runs_and_mends_metrics_of_a_killed_one(run: Callable[..., Path]) -> None:
     out = run("--runs", "2")
     rows = Page(out / "report" / "index.html").rows

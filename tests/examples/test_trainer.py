@@ -18,7 +18,7 @@ from runs import assert_finite, assert_same, final, forget, log_of, metrics_of, 
 pytestmark = pytest.mark.usefixtures("no_charts")
 
 
-@pytest.mark.parametrize("recipe", ["released", "paper"])
+@pytest.mark.parametrize("recipe", ["released", pytest.param("paper", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", recipes.METHODS)
 def test_methods_and_outputs(run: Callable[..., Path], method: str, recipe: str) -> None:
     out = run("--method", method, "--recipe", recipe, "--source-size", "native", "--evaluation", "32x64")

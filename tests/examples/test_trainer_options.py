@@ -254,6 +254,7 @@ def test_tensorboard__is_looked_for_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard's own imports
 def test_tensorboard__events_are_live_and_a_resumed_run_doubles_none(
     trainer: ModuleType, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

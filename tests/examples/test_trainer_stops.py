@@ -281,7 +281,7 @@ def test_resume__needs_no_target_labels_for_the_prior(trainer: ModuleType, own_d
     assert_same(whole, final(out))
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_broken_validation_label__costs_no_training(
     trainer: ModuleType, own_data: list[str], tmp_path: Path, workers: str
 ) -> None:
@@ -313,7 +313,7 @@ def drawn(flags: list[str], step: int) -> str:
     return next(name for name in domains.drawn_names(config, data, step, 1) if name not in before)
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", ["broken", "small"])
 def test_broken_file__ends_the_run_saved_and_can_be_left_out_by_resuming(
     trainer: ModuleType, own_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
