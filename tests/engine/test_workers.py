@@ -256,8 +256,7 @@ if __name__ == "__main__":
     with subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "begun\n"
+        wait_for(process, "begun")
         os.killpg(process.pid, signal.SIGTERM)
         try:
             printed, _ = process.communicate(timeout=60)
