@@ -271,6 +271,38 @@ def test_guard__keep_forgets_a_step_that_is_not_settled() -> None:
     assert same(parts.state(), other.state())
 
 
+def add_a_layer(parts: Parts) -> None:
+    parts.student.layers.append(nn.Conv2d(2, 2, 1))
+    parts.optimizer.add_param_group({"params": list(parts.student.layers[-1].parameters())})
+    replace_the_teacher(parts)
+
+
+def replace_the_parameters(parts: Parts) -> None:
+    copies = {name: parameter.detach().clone() for name, parameter in parts.student.named_parameters()}
+    parts.student.load_state_dict(copies, strict=False, assign=True)
+    parts.optimizer.param_groups[0]["params"] = list(parts.student.parameters())
+    parts.optimizer.state.clear()
+
+
+def replace_the_teacher(parts: Parts) -> None:
+    assert parts.guard is not None
+    parts.teacher = MeanTeacher(parts.student, decay=0.9)
+    parts.guard.modules[1] = parts.teacher
+
+
+@pytest.mark.parametrize("guard", [FiniteGuard, Late])
+@pytest.mark.parametrize("change", [add_a_layer, replace_the_parameters, replace_the_teacher])
+def test_guard__follows_what_is_added_or_replaced(change: Callable[[Parts], None], guard: type[FiniteGuard]) -> None:
+    parts = Parts("SGD momentum", guard)
+    parts.step(0)
+    parts.state()  # settles the step
+    change(parts)
+    for number, bad in ((1, "loss"), (2, ""), (3, "gradient")):
+        before = parts.state()
+        parts.step(number, bad=bad)
+        assert same(parts.state(), before) == bool(bad)
+
+
 def test_guard__finite_half_gradients_whose_norm_is_not_are_good() -> None:
     weight = nn.Parameter(torch.zeros(1000, dtype=torch.float16))
     optimizer = torch.optim.SGD([weight], 1.0)

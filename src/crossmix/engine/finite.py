@@ -98,10 +98,11 @@ class FiniteGuard:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Accept the present state as good, for instance after loading a checkpoint."""
+        """Accept the present state as good, for instance after loading a checkpoint or replacing a module.
+
+        Without this call, the next `check` accepts what is new as it finds it: BatchNorm has moved by then.
+        """
         self._good = self._before = self._unsettled = None
-        every = (module for root in self.modules for module in root.modules())
-        self._extras = [one for one in every if type(one).get_extra_state is not nn.Module.get_extra_state]
         self._kept = {}
         self._keep_new()
 
@@ -225,6 +226,7 @@ class FiniteGuard:
         if self._kept and seen == self._seen:
             return
         self._inside = [part for module in self.modules for part in module.modules()]
+        self._extras = [one for one in self._inside if type(one).get_extra_state is not nn.Module.get_extra_state]
         self._seen = [id(value) for values in self._holders() for value in values]
         old, kinds = self._kept, dict[tuple[torch.dtype, torch.device], list[Tensor]]()
         for tensor in self._moving():
@@ -236,6 +238,7 @@ class FiniteGuard:
 
     def _holders(self) -> Iterator[Iterable[object]]:
         """What modules and optimizers hold: the same objects as long as nothing is added or replaced."""
+        yield self.modules
         for part in self._inside:
             yield from (part._parameters.values(), part._buffers.values(), part._modules.values())
         for one in self.optimizers:
