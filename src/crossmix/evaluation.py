@@ -2,14 +2,14 @@
 
 import logging
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from crossmix._checks import check_labels, check_tensor
 from crossmix._distributed import rank, world_size
@@ -106,7 +106,7 @@ def evaluate(
 
     Raises:
         TypeError: If the network does not return a tensor, an item or a size has another form, or `workers` or `sync`
-            is given but `data` has no length.
+            is given but `data` is not map-style.
         ValueError: If there is no data, an image or the whole folder has no labels, a label on the CPU is neither a
             class nor `ignore_index`, or the logits have another number of classes.
 
@@ -146,7 +146,7 @@ def evaluate(
                 scores = [upsample(view, labels.shape[-2:], align_corners=align_corners) for view in views]
                 matrices[name].update(_classes(scores, soft=parts is not None), labels)
             seen += len(images)
-    if not (len(data) if sync and isinstance(data, Sized) else seen):
+    if not (_length(data) if sync else seen):
         raise ValueError("`data` must not be empty; check the folder that it is read from.")
     if sync:
         for matrix in matrices.values():
@@ -231,14 +231,27 @@ def _refuse_unlabelled(data: object) -> None:
 def _each(data: Samples | Iterable[object], workers: int, *, sync: bool, progress: bool) -> Iterator[object]:
     """The items of this rank, with progress shown if asked for."""
     items: Iterable[object] = data  # type: ignore[assignment]
-    total = len(data) if isinstance(data, Sized) else None
-    if hasattr(data, "__getitem__") and isinstance(data, Sized):
+    total = _length(data)
+    if _is_map_style(data):
         share = range(rank(), len(data), world_size()) if sync else range(len(data))
         items, total = _indexed(data, share, workers), len(share)
     elif workers or sync:
         hint = "; pass its `dataset`" if isinstance(data, DataLoader) else ""
-        raise TypeError(f"`workers` and `sync` need a data set with a length, got {type(data).__name__}{hint}.")
+        raise TypeError(f"`workers` and `sync` need a map-style data set, got {type(data).__name__}{hint}.")
     yield from shown(items, total, "evaluating", "item") if progress and rank() == 0 else items
+
+
+def _length(data: object) -> int | None:
+    """The number of items; None if unknown, as for a `DataLoader` of an `IterableDataset` without a length."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _is_map_style(data: Samples | Iterable[object]) -> TypeGuard[Samples]:
+    """Whether items have indices. An `IterableDataset` inherits `__getitem__` but does not implement it."""
+    return hasattr(data, "__getitem__") and _length(data) is not None and not isinstance(data, IterableDataset)
 
 
 def _indexed(data: Samples, share: range, workers: int) -> Iterator[object]:
@@ -301,7 +314,8 @@ def _check_ids(batch: Batch, num_classes: int, ignore_index: int) -> None:
     """Refuse ids that would silently be ignored. Skipped on a GPU, where it would sync."""
     if batch.labels.device.type != "cpu" or not batch.labels.numel():
         return
-    low, high = batch.labels.masked_fill(batch.labels == ignore_index, 0).aminmax()
+    ignored = batch.labels.long() == ignore_index  # uint8 compares modulo 256: 156 would equal -100
+    low, high = batch.labels.masked_fill(ignored, 0).aminmax()
     if low < 0 or high >= num_classes:
         raise ValueError(
             f"{batch.name}: label ids must lie in 0..{num_classes - 1} or be {ignore_index}, "

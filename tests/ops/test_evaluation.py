@@ -3,7 +3,7 @@
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from crossmix._tensors import nearest
 from crossmix.datasets import Sample, SegmentationFolder, write_png
@@ -83,7 +83,7 @@ def test_evaluate__workers_and_precision() -> None:
             want.update(logits.argmax(1), label[None])
     assert torch.equal(half["native"].counts, want.counts)
     for options in ({"workers": 1}, {"sync": True}):
-        with pytest.raises(TypeError, match="need a data set with a length, got list_iterator"):
+        with pytest.raises(TypeError, match="need a map-style data set, got list_iterator"):
             evaluate(model, iter(data), num_classes=5, **options)
 
 
@@ -174,6 +174,29 @@ def test_evaluate__data_of_any_form(form: str) -> None:
                 assert (got[name].counts - matrix.counts).abs().sum() <= 4
             else:
                 assert torch.equal(got[name].counts, matrix.counts)
+
+
+class Stream(IterableDataset[Sample]):
+    """A data set without indices; `Dataset` has a `__getitem__` nevertheless."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(samples([(8, 12)] * 3))
+
+
+class LongStream(Stream):
+    def __len__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize("data", [Stream(), LongStream()])
+def test_evaluate__a_stream(data: Stream) -> None:
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, 5, 3, padding=1)
+    want = evaluate(network, samples([(8, 12)] * 3), num_classes=5)["native"].counts
+    for given in (data, DataLoader(data, batch_size=None), DataLoader(data, batch_size=None, num_workers=1)):
+        assert torch.equal(evaluate(network, given, num_classes=5, progress=True)["native"].counts, want)
+    with pytest.raises(TypeError, match="need a map-style data set, got"):
+        evaluate(network, data, num_classes=5, workers=1)
 
 
 class Wrapped(nn.Module):
@@ -372,6 +395,12 @@ def test_evaluate__refuses_ids_that_would_not_count(value: int, ignore_index: in
     with pytest.raises(ValueError, match=message):
         evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5, ignore_index=ignore_index)
     evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5, ignore_index=value)
+
+
+def test_evaluate__refuses_a_byte_that_equals_the_ignored_id_modulo_256() -> None:
+    data = [Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.full((4, 4), 156, dtype=torch.uint8), "street")]
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.4 or be -100, got 156"):
+        evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5, ignore_index=-100)
 
 
 IMAGE, LABEL = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
