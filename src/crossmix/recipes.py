@@ -206,7 +206,8 @@ def self_training(
     Raises:
         TypeError: If an option does not exist, or a value has the wrong type.
         ValueError: If a method, a recipe or a value is unknown; an option has no effect, because the method lacks that
-            part or the part is given; or there is a consistency term without a teacher.
+            part or the part is given (fields of `Recipe` fit every method); or there is a consistency term without a
+            teacher.
 
     Example:
         >>> training = self_training(nn.Conv2d(3, 19, 1), 19, recipe="paper", scope="batch")
@@ -222,7 +223,7 @@ def self_training(
     if prior is not None and method != "alignment":
         raise ValueError(f"`prior` belongs to method='alignment', got method={method!r}; leave it out.")
     choice, options, given = _resolve(recipe, overrides)
-    _refuse_unused(method, options, given, prior)
+    _refuse_unused(method, choice, options, given, prior)
     mix: CrossDomainMix | ClassMix | None = None
     if method == "dacs":
         mix = CrossDomainMix(
@@ -331,21 +332,39 @@ def _resolve(
     for part in given:
         if used := [name for name in (*_FIELDS[part], *_OPTIONS[part]) if name in overrides]:
             raise ValueError(f"`{used[0]}` must be left out if `{part}` is given; set it there.")
+    if callable(overrides.get("consistency", recipe.consistency)):
+        for name in ("consistency_block", "consistency_ratio"):
+            if name in overrides:
+                raise ValueError(f"`{name}` must be left out if `consistency` is a module or function; set it there.")
     options = {part: {name: overrides[name] for name in names if name in overrides} for part, names in _OPTIONS.items()}
     fields = {name: value for name, value in overrides.items() if name in Recipe.__dataclass_fields__}
     return replace(recipe, **fields), options, given  # values are checked by Recipe, and by the parts
 
 
 def _refuse_unused(
-    method: str, options: dict[str, dict[str, Any]], given: dict[str, Any], prior: Tensor | Sequence[float] | None
+    method: str,
+    choice: Recipe,
+    options: dict[str, dict[str, Any]],
+    given: dict[str, Any],
+    prior: Tensor | Sequence[float] | None,
 ) -> None:
     """Refuse options without effect: those of parts that the method lacks, or that the user gives."""
     if prior is not None and "align" in given:
         raise ValueError("`prior` must be left out if `align` is given; set it there.")
     if method == "source" and given.get("teacher") is not None:
         raise ValueError("`teacher` must be left out for method='source', which has none; use method='pseudo-label'.")
-    missing = {"source": ("mix", "teacher", "align"), "pseudo-label": ("mix", "align"), "alignment": ()}
-    for part in missing.get(method, ("align",)):
-        if options[part]:
-            name = next(iter(options[part]))
-            raise ValueError(f"`{name}` must be left out for method={method!r}, where it has no effect.")
+    missing = {
+        "source": ("mix", "teacher", "augment", "criterion", "align"),
+        "pseudo-label": ("mix", "align"),
+        "alignment": (),
+    }.get(method, ("align",))
+    has_effect = {name for part, names in options.items() if part not in missing for name in names}
+    for part in missing:
+        if unused := [name for name in options[part] if name not in has_effect]:
+            raise ValueError(f"`{unused[0]}` must be left out for method={method!r}, where it has no effect.")
+    if method != "source" and given.get("consistency_augment") is not None and choice.consistency in (None, False):
+        raise ValueError("`consistency_augment` must be left out if there is no `consistency`; pass both.")
+    if options["mix"].get("masks") is not None:
+        for name in ("ratio", "rounding", "whole_batch"):  # `class_weights` are refused by the mix
+            if name in options["mix"]:
+                raise ValueError(f"`{name}` must be left out if `masks` is given, which replace the drawn classes.")

@@ -1377,6 +1377,15 @@ LEFT_OUT: dict[str, tuple[dict[str, object], type[Exception], str]] = {
         ValueError,
         "use method='pseudo-label'",
     ),
+    "no augmentation": ({"method": "source", "hue": 0.1}, ValueError, "`hue` must be left out for method='source'"),
+    "no mixed loss": ({"method": "source", "normalizer": "valid"}, ValueError, "`normalizer` must be left out for"),
+    "no consistency": ({"consistency_augment": StrongAugment()}, ValueError, "if there is no `consistency`; pass both"),
+    "given consistency": (
+        {"consistency": MaskedImages(8), "consistency_block": 16},
+        ValueError,
+        "`consistency_block` must be left out if `consistency` is a module",
+    ),
+    "given masks": ({"masks": BoxMasks(), "ratio": 0.3}, ValueError, "`ratio` must be left out if `masks` is given"),
     "mean": ({"mean": (0.5, 0.5, 0.5)}, ValueError, "`mean` and `std` belong together"),
     "another mean": (
         {"augment": StrongAugment(), "mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0)},
@@ -1394,6 +1403,12 @@ def test_recipes__refuse_what_would_have_no_effect(name: str) -> None:
     options, error, message = LEFT_OUT[name]
     with pytest.raises(error, match=message):
         recipes.self_training(nn.Conv2d(3, C, 1), C, **options)
+
+
+def test_recipes__take_every_field_of_a_recipe_with_every_method() -> None:
+    for method in recipes.METHODS:  # fields of a recipe fit every method, so that methods can be compared
+        recipe = {name: getattr(recipes.MIC, name) for name in recipes.Recipe.__dataclass_fields__}
+        assert build(method, **recipe).source_criterion.normalizer == "valid"
 
 
 def test_recipes__know_every_argument_of_their_parts() -> None:
