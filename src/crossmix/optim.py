@@ -42,8 +42,9 @@ def parameter_groups(
             either; None puts the whole network into the backbone.
         head_factor: Ratio of the head's learning rate to the backbone's.
         no_decay: Kinds of parameters that get weight decay 0, whatever the optimizer's is: normalisation layers
-            (`"norm"`: classes whose name ends in it, such as LayerNorm or BatchNorm2d), biases (`"bias"`, by name), and
-            position embeddings (`"position"`: names with `pos`, `position` or `positional` as a word).
+            (`"norm"`: classes whose name, or a base class's, ends in it, such as LayerNorm or BatchNorm2d), biases
+            (`"bias"`, by name), and position embeddings (`"position"`: names with `pos`, `position` or `positional` as
+            a word).
         repeated: Whether to list the backbone's parameters as often as the released code does.
 
     Returns:
@@ -249,7 +250,7 @@ def poly_lr(
         The learning rate.
 
     Raises:
-        ValueError: If `step` does not lie in 0..steps, or `warmup` or `warmup_ratio` is out of range.
+        ValueError: If `step` does not lie in 0..steps, or `power`, `warmup` or `warmup_ratio` is out of range.
 
     Example:
         >>> poly_lr(0, 100, 2.5e-4), poly_lr(100, 100, 2.5e-4)
@@ -259,6 +260,8 @@ def poly_lr(
     """
     if not 0 <= step <= steps or steps < 1:
         raise ValueError(f"`step` must lie in 0..steps = {steps}, got {step}; count finished steps from 0.")
+    if not 0 <= power < math.inf:
+        raise ValueError(f"`power` must be finite and at least 0, got {power}; 0 means no decay.")
     if warmup < 0:
         raise ValueError(f"`warmup` must be at least 0 steps, got {warmup}; 0 means no warm-up.")
     if not 0 <= warmup_ratio <= 1:
@@ -294,7 +297,7 @@ def _undecayed(modules: Mapping[str, nn.Module], kinds: Collection[str]) -> set[
         raise ValueError(f"`no_decay` must be of 'norm', 'bias' and 'position', got {', '.join(map(repr, unknown))}.")
     found = set()
     for path, module in modules.items():
-        norm = bool(re.search(r"norm\d*d?$", type(module).__name__, re.IGNORECASE))
+        norm = any(re.search(r"norm\d*d?$", kind.__name__, re.IGNORECASE) for kind in type(module).__mro__)
         for name, parameter in module.named_parameters(recurse=False):
             words = re.split(r"[._]", f"{path}.{name}")
             is_kind = {

@@ -119,14 +119,17 @@ def test_groups__any_network_and_kinds_without_decay() -> None:
             super().__init__()
             self.scale = nn.Parameter(torch.zeros(4))
 
+    class Activated(nn.BatchNorm2d):
+        """Another name for a normalisation layer, as in timm."""
+
     network = nn.ModuleDict({
-        "body": nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Block(), RMSNorm2d()),
+        "body": nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Block(), RMSNorm2d(), Activated(4)),
         "classifier": nn.Sequential(nn.GroupNorm(1, 4), nn.Conv2d(4, 5, 1)),
         "auxiliary": nn.Conv2d(4, 5, 1),
     })  # fmt: skip
     names = {id(p): name for name, p in network.named_parameters()}
     norms = {"body.1.weight", "body.1.bias", "body.2.norm.weight", "body.2.norm.bias", "body.3.scale",
-             "classifier.0.weight", "classifier.0.bias"}  # fmt: skip
+             "body.4.weight", "body.4.bias", "classifier.0.weight", "classifier.0.bias"}  # fmt: skip
     positions = {"body.2.pos_embed", "body.2.position_embeddings.weight", "body.2.relative_position_bias_table"}
     biases = {name for name in names.values() if "bias" in name}
     assert "body.2.attention.in_proj_bias" in biases
@@ -469,5 +472,7 @@ def test_poly_lr__warms_up_linearly_below_the_decay() -> None:
     assert poly_lr(step=3, steps=9, lr=1.0) == poly_lr(3, 9, 1.0, warmup=3)  # it is over
     with pytest.raises(ValueError, match="`warmup` must be at least 0 steps, got -1"):
         poly_lr(0, 10, 1.0, warmup=-1)
+    with pytest.raises(ValueError, match="`power` must be finite and at least 0, got -1"):
+        poly_lr(10, 10, 1.0, power=-1)
     with pytest.raises(ValueError, match=r"`warmup_ratio` must lie in \[0, 1\], got 2"):
         poly_lr(0, 10, 1.0, warmup=1, warmup_ratio=2)
