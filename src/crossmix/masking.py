@@ -480,9 +480,10 @@ class MaskedImages(nn.Module):
         check_fraction("ratio", ratio)
         self.block = block
         self.ratio = ratio
-        if isinstance(fill, int | float):
-            raise TypeError(f"`fill` must hold a number per channel, got {type(fill).__name__}; repeat it.")
-        self.fill = tuple(float(value) for value in fill)
+        try:
+            self.fill = tuple(float(value) for value in fill)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"`fill` must hold a number per channel, got {fill!r}; repeat a single number.") from error
         if not self.fill or not all(map(math.isfinite, self.fill)):
             raise ValueError(f"`fill` must hold a finite number per channel, got {self.fill}.")
 

@@ -54,7 +54,7 @@ def parameter_groups(
         parameters of BatchNorm, are left out.
 
     Raises:
-        TypeError: If `head` has another type.
+        TypeError: If `head` or `no_decay` has another type.
         ValueError: If `head` is not part of the network or has no parameters, `no_decay` contains another name, or a
             learning rate is negative or not finite.
 
@@ -68,6 +68,8 @@ def parameter_groups(
     for name, value in (("lr", lr), ("head_factor", head_factor)):
         if not 0 <= value < math.inf:
             raise ValueError(f"`{name}` must be finite and not negative, got {value}; pass the size of a step.")
+    if not isinstance(no_decay, Collection):
+        raise TypeError(f"`no_decay` must hold 'norm', 'bias' or 'position', got {no_decay!r}; () means all decay.")
     modules = dict(named_parts(network))
     if head is None:
         heads: Iterable[str | nn.Module] = []

@@ -459,6 +459,8 @@ def test_groups__bad_arguments() -> None:
         parameter_groups(list(network.parameters()), 0.1)
     with pytest.raises(ValueError, match="`no_decay` must be of 'norm', 'bias' and 'position', got 'norms'"):
         parameter_groups(network, 0.1, head="head", no_decay=["norms"])
+    with pytest.raises(TypeError, match="`no_decay` must hold 'norm', 'bias' or 'position', got None"):
+        parameter_groups(network, 0.1, head="head", no_decay=None)
 
 
 def test_poly_lr__warms_up_linearly_below_the_decay() -> None:
