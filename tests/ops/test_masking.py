@@ -507,7 +507,7 @@ MASKED: list[tuple[str, Callable[[], object], type[Exception], str]] = [
     ("fill nan", lambda: MaskedImages(4, fill=(math.nan,) * 3), ValueError, "`fill` must hold a finite number"),
     ("fill type", lambda: MaskedImages(4, fill=0.5), TypeError, "`fill` must hold a number per channel, got 0.5"),
     ("fill word", lambda: MaskedImages(4, fill="mean"), TypeError, "`fill` must hold a number per channel, got 'mean'"),
-    ("fill none", lambda: MaskedImages(4, fill=[None]), TypeError, r"`fill` must hold a number per channel, got \[None"),
+    ("fill none", lambda: MaskedImages(4, fill=[None]), TypeError, r"must hold a number per channel, got \[None"),
     ("too large", lambda: MaskedImages()(IMAGES), ValueError, "got 64 pixels for images of 9 x 14; use a smaller one"),
     ("large", lambda: MaskedImages(10).sample(1, (9, 14)), ValueError, "got 10 pixels for images of 9 x 14"),
     ("size", lambda: MaskedImages().sample(1, 64), TypeError, "`size` must be two ints, height and width, got 64"),
