@@ -438,6 +438,7 @@ class SelfTraining(nn.Module):
         """
         batch = _Batch(source_images, source_labels, target_images, target_weights)
         self._check_batch(batch)
+        self._check_draw(draw)
         source_loss = self._source_loss(batch)
         nothing = torch.zeros_like(source_loss)
         if self.teacher is None:
@@ -490,7 +491,8 @@ class SelfTraining(nn.Module):
             ValueError: As `forward`.
         """
         batch = _Batch(source_images, source_labels, target_images, target_weights)
-        self._check_batch(batch)  # here, so that errors are raised by the call rather than by the first iteration
+        self._check_batch(batch)  # here, so that errors are raised by the call rather than by an iteration
+        self._check_draw(draw)
 
         def one_by_one() -> Iterator[tuple[str, Tensor]]:
             yield "source_loss", self._source_loss(batch)
@@ -537,13 +539,12 @@ class SelfTraining(nn.Module):
     def _draw(
         self, batch: _Batch, generator: torch.Generator | None, draw: SelfTrainingDraw | None
     ) -> SelfTrainingDraw:
-        """The draw that is given, once it is known to be complete, or a fresh one."""
-        if draw is None:
-            images = batch.target_images
-            size = (images.shape[-2], images.shape[-1])
-            return self.sample(len(images), size, generator=generator, device=images.device)
-        self._check_draw(draw)
-        return draw
+        """The draw that is given, or a fresh one."""
+        if draw is not None:
+            return draw
+        images = batch.target_images
+        size = (images.shape[-2], images.shape[-1])
+        return self.sample(len(images), size, generator=generator, device=images.device)
 
     def _sample_scores(
         self,
@@ -658,8 +659,10 @@ class SelfTraining(nn.Module):
         check_range(f"{name}(images)", changed, mean=mean, std=std)
         return changed.to(images.dtype)
 
-    def _check_draw(self, draw: SelfTrainingDraw) -> None:
+    def _check_draw(self, draw: SelfTrainingDraw | None) -> None:
         """Refuse an incomplete draw: the modules would silently draw the rest themselves."""
+        if draw is None or self.teacher is None:
+            return
         if not isinstance(draw, SelfTrainingDraw):
             raise TypeError(f"`draw` must be a SelfTrainingDraw, got {type(draw).__name__}; make it with `sample`.")
         consistent = self.consistency is not None

@@ -1159,6 +1159,21 @@ def test_terms__are_checked_at_once() -> None:
         build("dacs").terms(source, labels[:1], target)
 
 
+def test_forward__an_incomplete_draw_is_refused_before_the_student_runs() -> None:
+    network = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C)).double()
+    training = recipes.self_training(network, C, recipe="mic").train()
+    before = copy.deepcopy(network.state_dict())
+    data = batch(2)
+    draw = training.sample(2, (data[0].shape[-2], data[0].shape[-1]))
+    for missing in ("scores", "augment", "consistency", "consistency_augment"):
+        for step in (training, training.terms):  # `terms` refuses it when it is called, not when it is iterated over
+            with pytest.raises(ValueError, match=f"`draw.{missing}` must be given"):
+                step(*data, draw=draw._replace(**{missing: None}))
+    with pytest.raises(TypeError, match="`draw` must be a SelfTrainingDraw, got Tensor"):
+        training.terms(*data, draw=draw.scores)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 @pytest.mark.parametrize("weigh", ["target", "mixed"])
 @pytest.mark.parametrize("scope", ["image", "batch", "pixel"])
 @pytest.mark.parametrize("method", ["pseudo-label", "classmix", "dacs"])
