@@ -98,9 +98,10 @@ class FiniteGuard:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Accept the present state as good, for instance after loading a checkpoint or replacing a module.
+        """Accept the present state as good: after loading a checkpoint, or adding, replacing or converting modules.
 
-        Without this call, the next `check` accepts what is new as it finds it: BatchNorm has moved by then.
+        Without this call, the next `check` accepts what is new as it finds it, after the forward pass, which moves
+        BatchNorm's statistics.
         """
         self._good = self._before = self._unsettled = None
         self._kept = {}
