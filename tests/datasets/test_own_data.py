@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 from crossmix.datasets import (
     GTA5,
@@ -543,6 +543,18 @@ def test_class_counts__of_samples_refuses(every: dict[str, Any], tmp_path: Path)
             class_counts([item])
     with pytest.raises(TypeError, match="must have a length and items, got generator"):
         class_counts(iter_of(scene))
+    with pytest.raises(TypeError, match="must have a length and items, got LongStream"):
+        class_counts(LongStream())
+
+
+class LongStream(IterableDataset[Sample]):
+    """A stream with a length; `Dataset` has a `__getitem__`, which raises."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter([])
+
+    def __len__(self) -> int:
+        return 1
 
 
 def iter_of(scene: Sample) -> Any:

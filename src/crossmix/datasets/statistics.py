@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 from crossmix._workers import QuietLoader
 from crossmix.datasets._arguments import check_count
@@ -84,7 +84,8 @@ def _files(dataset: Dataset[Sample]) -> tuple[list[Files], LabelFormat] | None:
 
 def _of_samples(dataset: Dataset[Sample], workers: int) -> Tensor:
     """Count the labels that a data set returns."""
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not indexed or isinstance(dataset, IterableDataset):  # which inherits `__getitem__` without implementing it
         raise TypeError(f"`dataset` must have a length and items, got {type(dataset).__name__}; pass a data set.")
     counted = _Counted(dataset)
     rows: Iterator[Tensor] = iter(counted)
