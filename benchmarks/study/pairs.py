@@ -27,6 +27,7 @@ CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
 )  # fmt: skip
 
+SCENES = 1000  # rendered ones in streets-camvid
 # What the classes of StreetScenes are called in CamVid, whose cars include vans, trucks and buses, whose trees include
 # hedges and grass, and whose bicyclists include motorcyclists. A class without an entry would be ignored.
 CAMVID_NAMES = {
@@ -121,17 +122,20 @@ def streets_camvid(root: Path) -> Domains:
     That stretch is the first third of drive 0016E5. Most of the other two thirds was taken at 15 images per second.
     """
     size = PAIRS["streets-camvid"].crop
-    table = torch.full((256,), 255, dtype=torch.uint8)
-    for i, name in enumerate(CLASS_NAMES):
-        if name in CAMVID_NAMES:
-            table[i] = CAMVID_CLASSES.index(CAMVID_NAMES[name])
-    scenes = list_of(StreetScenes(1000, domain="source", size=size, seed=0))
-    source = [scene._replace(label=table[scene.label.long()]) for scene in scenes if scene.label is not None]
+    source = in_camvid_classes(StreetScenes(SCENES, domain="source", size=size, seed=0))
     drive, day, *dusk = (read(root, kind, size) for kind in CAMVID)
     third = len(day) // 3
     target = drive + day[third:]
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0))  # the first ones are monitored
     return Domains(source, [target[i] for i in order.tolist()], dusk[0] + dusk[1], day[:third])
+
+
+def in_camvid_classes(scenes: StreetScenes) -> list[Sample]:
+    table = torch.full((256,), 255, dtype=torch.uint8)
+    for i, name in enumerate(CLASS_NAMES):
+        if name in CAMVID_NAMES:
+            table[i] = CAMVID_CLASSES.index(CAMVID_NAMES[name])
+    return [scene._replace(label=table[scene.label.long()]) for scene in list_of(scenes) if scene.label is not None]
 
 
 # Parts of the SegNet version of CamVid: a drive, and the folders in which its images are.
