@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.study import network, pairs, trials
+from benchmarks.study import __main__ as command
+from benchmarks.study import network, page, pairs, trials
 from benchmarks.study.collected import row as collected_row
+from benchmarks.study.expected import checks
 from benchmarks.study.pairs import CAMVID_CLASSES, CAMVID_NAMES, PAIRS, Domains, class_shares, load, streets_camvid
 from benchmarks.study.studies import PRETRAINED, rows_of, seeds_of, steps_of
 from benchmarks.study.trials import Job
@@ -130,6 +132,7 @@ def test_streets_camvid__another_folder_is_refused(tmp_path: Path) -> None:
         load("streets-camvid", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_streets_camvid__on_the_real_drives(test_data: Path) -> None:
     found = load("streets-camvid", str(test_data / "camvid"))
     assert [len(part) for part in found] == [6, 101 + 204, 124, 101]
@@ -166,7 +169,9 @@ def test_rows__are_those_of_both_pairs_with_three_seeds() -> None:
 
 @has_weights
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", PRETRAINED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in {"source", "mic"} else pytest.mark.slow) for name in PRETRAINED]
+)
 def test_run__every_row_trains_and_writes_its_result_file(name: str, tmp_path: Path) -> None:
     job = Job("streets-camvid", name, PRETRAINED[name], seed=0, steps=3)
     (document,) = trials.run_all([job], tmp_path, workers=1)
@@ -219,7 +224,7 @@ def test_rare_classes__need_a_share_of_the_image_as_in_daformer() -> None:
 @has_weights
 @pytest.mark.slow
 def test_command__resumes_with_two_workers_on_photographs(test_data: Path, tmp_path: Path) -> None:
-    def command(*rows: str) -> str:
+    def output(*rows: str) -> str:
         arguments = ["ablation", "--pair", "streets-camvid", "--camvid", str(test_data / "camvid"), "--rows", *rows]
         short = ["--steps", "1", "--seeds", "1", "--workers", "2", "--out", str(tmp_path)]
         return subprocess.run(
@@ -230,20 +235,65 @@ def test_command__resumes_with_two_workers_on_photographs(test_data: Path, tmp_p
             check=True,
         ).stdout
 
-    command("dacs")
-    assert "1 of 3 runs are finished" in command("dacs", "mic", "oracle")
+    output("dacs")
+    assert "1 of 3 runs are finished" in output("dacs", "mic", "oracle")
     assert {path.name for path in tmp_path.glob("*.json")} == {
         f"{row}--seed-0.json" for row in ("dacs", "mic", "oracle")
     }
 
 
-def test_command__needs_the_folder_of_camvid() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.study", "ablation", "--pair", "day-dusk"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2
-    assert "--pair day-dusk needs --camvid DIR" in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ablation", "--pair", "day-dusk"], "--pair day-dusk needs --camvid DIR"),
+        (["causes", "--pair", "streets-camvid", "--camvid", "."], "causes is only available for"),
+    ],
+)
+def test_command__says_what_is_missing(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["study", *arguments])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert message in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- the page
+
+
+def test_checks__hold_dacs_to_the_margins_fixed_before_the_runs() -> None:
+    def row(*mious: float) -> dict[str, Any]:
+        return {"runs": [{"last": {"student": {"miou": miou / 100, "per_class": [miou / 100]}}} for miou in mious]}
+
+    rows = {
+        "source + jitter": row(20, 20, 20),
+        "dacs": row(24, 27, 19),  # more than 3 points above in the mean, and below in one seed
+        "dacs + rare classes": row(21, 23, 25),  # a third of a point below dacs, and a spread of 2
+        "dacs + masked consistency": row(21.9, 21.9, 21.9),
+    }
+    held = {check.claim: check.holds for check in checks(rows, ["road"], "streets-camvid")}
+    assert held == {
+        "dacs above source + jitter by at least 3 points in the mean": True,
+        "dacs above source + jitter in every seed": False,
+        "dacs + masked consistency not below dacs by more than its spread": False,
+        "dacs + rare classes not below dacs by more than its spread": True,
+    }
+    assert "dacs above source + jitter in the mean" in {check.claim for check in checks(rows, ["road"], "day-dusk")}
+
+
+@has_weights
+@pytest.mark.usefixtures("small")
+def test_page__leads_with_the_pair_and_its_scores_by_day(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for module in (page, command):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    assert "ImageNet" not in page.page()
+    documents = [trials.run(Job("streets-camvid", name, PRETRAINED[name], 0, 1)) for name in ("source", "dacs")]
+    rows = {name: collected_row([document]) for name, document in zip(("source", "dacs"), documents, strict=True)}
+    command.write("ablation-streets-camvid", command.summary("ablation-streets-camvid", documents, rows))
+    text = page.page()
+    assert text.index("## StreetScenes to CamVid, from ImageNet weights") < text.index("## StreetScenes\n")
+    assert "EfficientNet-Lite0 with ImageNet weights and a feature pyramid of 64 channels, 1 steps" in text
+    by_day = 100 * documents[0]["looks"][-1]["by_day"]["student"]["miou"]
+    assert f"| source | {by_day:.2f} | - | {by_day:.2f} |" in text
+    assert f"{page.PRETRAINED['ablation-day-dusk']}" not in text
+    assert all(f"](results/{name})" in text for name in page.figures())
