@@ -55,19 +55,20 @@ def convolution(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, gro
     return [convolved, nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01)]
 
 
-class Block(nn.Sequential):
+class Block(nn.Module):
     """Expand, filter each channel, project; with a shortcut if the shape does not change."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
         width = inputs * expansion
         expand = [*convolution(inputs, width), nn.ReLU6(inplace=True)] if expansion > 1 else []
         each = [*convolution(width, width, kernel, stride, groups=width), nn.ReLU6(inplace=True)]
-        super().__init__(*expand, *each, *convolution(width, outputs))
+        self.layers = nn.Sequential(*expand, *each, *convolution(width, outputs))
         self.shortcut = stride == 1 and inputs == outputs
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', ceil(H / stride), ceil(W / stride))."""
-        found: Tensor = super().forward(features)
+        found: Tensor = self.layers(features)
         return features + found if self.shortcut else found
 
 

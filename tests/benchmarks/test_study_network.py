@@ -121,8 +121,8 @@ def test_body__normalises_images_of_0_to_1_as_in_training() -> None:
 def test_block__adds_its_input_to_a_linear_projection() -> None:
     block = Block(8, 8, 3, 1, 6).eval()
     features = torch.randn(2, 8, 5, 7, generator=seeded(0))
-    nn.init.zeros_(block[-1].weight)  # of the last BatchNorm
-    nn.init.constant_(block[-1].bias, -3.0)
+    nn.init.zeros_(block.layers[-1].weight)  # of the last BatchNorm
+    nn.init.constant_(block.layers[-1].bias, -3.0)
     torch.testing.assert_close(block(features), features - 3)
 
 
@@ -172,7 +172,7 @@ def test_weights__are_in_the_right_places(classifier: Classifier) -> None:
     torch.testing.assert_close(body.stem[1].running_var, saved["_bn0.running_var"], rtol=0, atol=0)
     blocks = [block for stage in body.stages for block in stage]
     for i, block in enumerate(blocks):
-        layers = [m for m in block if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+        layers = [m for m in block.layers if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
         names = ["_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2"][-len(layers) :]
         for layer, name in zip(layers, names, strict=True):
             for key, value in layer.state_dict().items():
