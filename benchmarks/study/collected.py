@@ -8,6 +8,7 @@ from benchmarks.study.trials import best
 
 Document = dict[str, Any]
 CURVES = ("lambda", "agreement", "divergence")
+UNSUPERVISED = ("entropy", "information", "neighborhood_density")
 BY_CLASS = ("precision", "recall", "share")
 
 
@@ -38,6 +39,12 @@ def seed_of(document: Document) -> dict[str, Any]:
     }
     for loss in ("source_loss", "mixed_loss"):
         entry["curves"][loss] = rounded([look[loss] for look in looks], 3)
+    if "by_day" in looks[-1]:
+        entry["by_day"] = rounded(looks[-1]["by_day"], 5)
+        entry["curves"]["by_day"] = rounded([look["by_day"]["student"]["miou"] for look in looks], 4)
+    if "unsupervised" in looks[-1]:
+        for name in UNSUPERVISED:
+            entry["curves"][name] = rounded([look["unsupervised"][name] for look in looks], 4)
     if "pseudo_labels" in looks[-1]:
         entry["pseudo_labels"] = rounded({name: looks[-1]["pseudo_labels"][name] for name in BY_CLASS}, 4)
         entry["curves"]["mixed_accuracy"] = rounded([look["mixed_accuracy"] for look in looks], 3)

@@ -1,7 +1,7 @@
 """Generate docs/results.md and its figures from the committed result files.
 
-A suite without a result file is listed on the page as missing. Written remarks on a suite are copied from
-results/<suite>.md.
+A suite without a result file is listed on the page as missing, or left out if it starts from ImageNet weights. Written
+remarks on a suite are copied from results/<suite>.md.
 """
 
 import json
@@ -16,7 +16,11 @@ from benchmarks.study.expected import checks, mious
 from benchmarks.study.studies import BASE, OPTIONS, row_name
 from benchmarks.study.trials import LOOKED_AT
 
-TITLES = {"ablation-streetscenes": "StreetScenes", "ablation-camvid": "CamVid, day to dusk"}
+PRETRAINED = {
+    "ablation-streets-camvid": "StreetScenes to CamVid, from ImageNet weights",
+    "ablation-day-dusk": "CamVid, day to dusk, from ImageNet weights",
+}
+TITLES = PRETRAINED | {"ablation-streetscenes": "StreetScenes", "ablation-camvid": "CamVid, day to dusk"}
 SENSITIVITY = "sensitivity-streetscenes"
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t(0.975) by sample size
 BASELINES = ("source", "source + jitter")
@@ -67,6 +71,17 @@ otherwise it is within the spread of these seeds. By chance, one row in twenty w
 """
 
 PAIR_TEXT = {
+    "ablation-streets-camvid": (
+        "From rendered scenes to photographs: 1000 source scenes of StreetScenes, with its 19 classes mapped to the 11 "
+        "of CamVid, and two drives by day as the target (0006R0 and the last two thirds of 0016E5, 305 images). Scored "
+        "on drive 0001TP at dusk (124 images), and by day on the first third of 0016E5 (101 images). CamVid in the "
+        "SegNet version, resized to 160 x 213."
+    ),
+    "ablation-day-dusk": (
+        "Photographs from a moving car: drives 0006R0 and 0016E5 by day are the source (406 images), the first half of "
+        "drive 0001TP at dusk is the target (62), and its second half is for evaluation (62). CamVid in the SegNet "
+        "version, resized to 160 x 213."
+    ),
     "ablation-streetscenes": (
         "Rendered scenes in two styles (`crossmix.datasets.StreetScenes`): 400 source and 400 target scenes of "
         "64 x 128 pixels, and 100 more target scenes for evaluation. The gap and class balance were chosen by the "
@@ -119,11 +134,15 @@ def read(suite: str) -> Document | None:
 def ablation(suite: str) -> list[str]:
     document = read(suite)
     if document is None:
+        if suite in PRETRAINED:
+            return []
         return [f"## {TITLES[suite]}\n\nNot run yet: `benchmarks/results/{suite}.json` does not exist.\n"]
     name, rows = document["options"]["pair"]["name"], document["rows"]
     parts = [f"## {TITLES[suite]}\n", PAIR_TEXT[suite] + "\n", setting(document), scores_table(rows)]
-    parts += [figure(f"{name}-miou.svg", "mIoU of every method, a dot per seed")]
-    parts += ["### Expectations and results\n", checks_table(document), *tried(document)]
+    parts += [figure(f"{name}-miou.svg", "mIoU of every method, a dot per seed"), *by_day(rows)]
+    parts += ["### Expectations and results\n", checks_table(document)]
+    if suite not in PRETRAINED:
+        parts += tried(document)
     parts += remarks(suite)
     parts += ["### By class\n", "IoU of the student at the last step.\n", class_table(document)]
     if watched(rows):
@@ -141,10 +160,14 @@ def setting(document: Document) -> str:
     pair, runs = options["pair"], [run for entry in document["rows"].values() for run in entry["runs"]]
     height, width = pair["crop"]
     hours = sum(run["cpu_seconds"] for run in runs) / 3600
+    network, optimizer = "`deeplab_v2_tiny` from random weights", "weight decay 0.0005"
+    if pair.get("network") == "efficientnet-lite0":
+        network = "EfficientNet-Lite0 with ImageNet weights and a feature pyramid of 64 channels"
+        optimizer = "AdamW with weight decay 0.01"
     return (
-        f"`deeplab_v2_tiny` from random weights, {options['steps']} steps of {pair['batch']} source and "
+        f"{network}, {options['steps']} steps of {pair['batch']} source and "
         f"{pair['batch']} target crops of {height} x {width}, learning rate {pair['lr']} (head ten times that), "
-        f"polynomial decay 0.9, weight decay 0.0005; the released recipe with threshold {pair['threshold']} and EMA "
+        f"polynomial decay 0.9, {optimizer}; the released recipe with threshold {pair['threshold']} and EMA "
         f"decay {pair['decay']}. The {len(runs)} runs took {hours:.1f} core hours on {machine['processor']}, "
         f"torch {machine['torch']}, {document['date']}.\n"
     )
@@ -166,6 +189,22 @@ def scores_table(rows: Document) -> str:
         seeds = ", ".join(f"{100 * value:.2f}" for value in mious(rows, name))
         lines.append(f"| {name} | {' | '.join(cells)} | {seeds} |")
     return "\n".join([*lines, ""])
+
+
+def by_day(rows: Document) -> list[str]:
+    """Scores on the second set, by day, if there is one."""
+    lines = ["Scored by day, at the last step:\n", "| method | mIoU | teacher | seeds |", "|---|---:|---:|---|"]
+    scored = {name: [run["by_day"] for run in entry["runs"] if "by_day" in run] for name, entry in rows.items()}
+    for name, runs in scored.items():
+        if not runs:
+            return []
+        cells = [
+            mean_and_sd([run[network]["miou"] for run in runs]) if network in runs[0] else "-"
+            for network in ("student", "teacher")
+        ]
+        seeds = ", ".join(f"{100 * run['student']['miou']:.2f}" for run in runs)
+        lines.append(f"| {name} | {' | '.join(cells)} | {seeds} |")
+    return ["\n".join([*lines, ""])]
 
 
 def checks_table(document: Document) -> str:

@@ -6,7 +6,7 @@ from benchmarks.study.pairs import PAIRS
 from benchmarks.study.trials import Variant
 from crossmix import recipes
 
-__all__ = ["BASE", "METHODS", "OPTIONS", "SEEDS", "row_name", "rows_of", "steps_of"]
+__all__ = ["BASE", "METHODS", "OPTIONS", "PRETRAINED", "SEEDS", "row_name", "rows_of", "seeds_of", "steps_of"]
 
 METHODS = {
     "source": Variant("source"),
@@ -19,6 +19,30 @@ METHODS = {
 }
 BASE = METHODS["dacs"]
 STREET = PAIRS["streetscenes"]
+
+# The rows of the pairs that start from ImageNet weights: those above, and what later work adds to DACS.
+MIC = recipes.MIC
+PRETRAINED = {
+    "source": METHODS["source"],
+    "source + jitter": METHODS["source + jitter"],
+    "pseudo-label": METHODS["pseudo-label"],
+    "classmix": METHODS["classmix"],
+    "alignment": METHODS["alignment"],
+    "alignment, source prior": Variant("alignment", prior="source"),
+    "dacs": BASE,
+    "dacs + rare classes": replace(BASE, rare_classes=True),
+    "dacs + boxes": replace(BASE, boxes=True),
+    "dacs + masked consistency": replace(BASE, consistency=True),
+    "mic": Variant(
+        recipe="mic",
+        decay=MIC.decay,
+        scope=MIC.scope,
+        include_ignored=MIC.include_ignored,
+        rare_classes=True,
+        consistency=True,
+    ),
+    "oracle": METHODS["oracle"],
+}
 
 # One option of DACS at a time, with all its values in order; the base's own value is the base itself.
 OPTIONS: dict[str, dict[str, Variant]] = {
@@ -73,11 +97,21 @@ def rows_of(study: str, pair: str) -> dict[str, Variant]:
             for value, variant in values.items()
             if variant != BASE
         }
-    return METHODS if study == "ablation" else CAUSES[pair]
+    if study == "causes":
+        return CAUSES[pair]
+    return PRETRAINED if is_pretrained(pair) else METHODS
 
 
 def row_name(option: str, value: str) -> str:
     return f"{option}: {value}"
+
+
+def seeds_of(study: str, pair: str) -> int:
+    return 3 if is_pretrained(pair) else SEEDS[study]
+
+
+def is_pretrained(pair: str) -> bool:
+    return PAIRS[pair].network == "efficientnet-lite0"
 
 
 def steps_of(study: str, pair: str) -> int:

