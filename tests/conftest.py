@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors of tests are small: on shared cores threads wait for each other
+
 import pytest
 import torch
 import torch.distributed as dist
