@@ -563,6 +563,6 @@ def unusable(device: str) -> str:
         if kind.type == "meta":
             raise RuntimeError("it holds no numbers")
         torch.empty(1, device=kind)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch was built without it
         return f"--device {device} cannot be used: {str(error).splitlines()[0].rstrip('.')}; try --device cpu"
     return ""

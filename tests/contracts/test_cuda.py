@@ -247,7 +247,10 @@ def test_evaluate_equals_the_cpu() -> None:
     for options in ({}, {"window": (24, 32), "stride": (12, 16), "flip": True}):
         want = evaluate(copy.deepcopy(network), pairs, num_classes=C, **options)  # type: ignore[arg-type]
         got = evaluate(copy.deepcopy(network).cuda(), pairs, num_classes=C, device="cuda", **options)  # type: ignore[arg-type]
-        assert str(got) == str(want)
+        assert got.keys() == want.keys()
+        for size, matrix in want.items():
+            assert matrix.compute().per_class.nansum() > 0
+            torch.testing.assert_close([*got[size].cpu().buffers()], [*matrix.buffers()], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("flags", [[], ["--precision", "bf16"], ["--precision", "fp16"], ["--channels-last"]])
