@@ -1,0 +1,66 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# dependencies = ["nox>=2025.2.9"]
+# ///
+"""Tasks beside `.ci/run`: other Pythons, the lowest dependencies, the package, and external meters."""
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """Run the fast tests with the newest dependencies; arguments after -- go to pytest."""
+    session.install("-e", ".[dev]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(venv_backend="uv", python="3.11", default=False)
+def lowest(session: nox.Session) -> None:
+    """Run the tests of eager use with the lowest dependencies that pyproject.toml allows."""
+    session.install("--resolution", "lowest-direct", "-e", ".[dev]")
+    session.run("python", "-m", "pytest", "tests/ops", "tests/models", "tests/engine", *session.posargs)
+
+
+@nox.session(default=False)
+def package(session: nox.Session) -> None:
+    """Build wheel and sdist into dist/ and check both."""
+    session.install("build", "check-wheel-contents", "pyroma", "twine", "validate-pyproject[all]")
+    session.run("validate-pyproject", "pyproject.toml")
+    session.run("python", "-m", "build")
+    session.run("twine", "check", "--strict", *map(str, Path("dist").iterdir()))
+    session.run("check-wheel-contents", *map(str, Path("dist").glob("*.whl")))
+    session.run("pyroma", "--min=10", ".")
+
+
+@nox.session(default=False)
+def meters(session: nox.Session) -> None:
+    """Measure the repository by tools of others."""
+    session.install("codespell", "deptry", "interrogate", "sp-repo-review[cli]", "zizmor")
+    session.run("sp-repo-review", ".")
+    session.run("codespell", "src", "tests", "examples", "benchmarks", "docs", *map(str, Path().glob("*.md")))
+    session.run("deptry", ".")
+    session.run("interrogate", "src")
+    session.run("zizmor", "--offline", ".github")
+
+
+@nox.session(default=False)
+def types(session: nox.Session) -> None:
+    """Measure how much of the public API is typed, as installed by a user."""
+    session.install(".", "basedpyright")
+    session.run("basedpyright", "--ignoreexternal", "--verifytypes", "crossmix")
+
+
+@nox.session(default=False)
+def links(session: nox.Session) -> None:
+    """Look at every link of the documentation."""
+    session.install("-e", ".[docs]")
+    session.run("sphinx-build", "-b", "linkcheck", "docs", str(Path(session.create_tmp()) / "links"))
+
+
+if __name__ == "__main__":
+    nox.main()
