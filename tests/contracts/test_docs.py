@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from crossmix.datasets import read_image
+
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md")
@@ -28,6 +30,10 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
     names: dict[str, object] = {}
     for body in blocks(page, "python"):
         exec(compile(body, str(page), "exec"), names)  # noqa: S102 - our own pages
+    for picture in tmp_path.glob("*.png"):  # the page shows what its code draws
+        shown = page.parent / picture.name
+        if shown.exists():
+            assert (read_image(picture).int() - read_image(shown).int()).abs().max() <= 1, picture.name
 
 
 def shell_lines() -> list[str]:

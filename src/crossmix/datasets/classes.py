@@ -42,7 +42,7 @@ CLASSES = (
     _Class("motorcycle", (0, 0, 230), 32, 12),
     _Class("bicycle", (119, 11, 32), 33, 11),
 )
-"""Train ids 0 to 18: name, RGB colour, id in Cityscapes and GTA5 label files, id in SYNTHIA."""
+"""Name, RGB colour, id in Cityscapes and GTA5 label files, and id in SYNTHIA of each train id from 0 to 18."""
 
 IGNORED = 255
 """The train id of ignored pixels."""
