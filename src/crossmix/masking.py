@@ -330,7 +330,7 @@ class CowMasks(nn.Module):
 
     def _waves(self, length: int) -> int:
         """Number of waves along one side, including the constant one, that are not damped below 0.01."""
-        return min(length, max(2, math.ceil(CUT * length / (math.pi * self.sigma[0]))))
+        return math.ceil(min(length, max(2, CUT * length / (math.pi * self.sigma[0]))))
 
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
