@@ -55,8 +55,9 @@ def noise() -> Array:
     spectrum = np.fft.rfft2(np.random.default_rng(0).normal(size=(256, 256)))
     frequency = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.rfftfreq(256))
     frequency[0, 0] = math.inf
-    values: Array = np.fft.irfft2(spectrum / frequency)
-    return (values / values.std()).astype(np.float32)
+    values = np.fft.irfft2(spectrum / frequency)
+    scaled: Array = (values / values.std()).astype(np.float32)
+    return scaled
 
 
 @functools.cache
