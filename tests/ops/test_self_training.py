@@ -114,9 +114,8 @@ def slow_losses(
         weights[:, H - round(120 / 512 * H) :] = 0
     mask = mask_by_loop(labels, classes_by_loop(labels, C, draw.scores, 0.5, 255, ignored=recipe == "released"), 255)
     ones = torch.ones_like(weights)
-    images, mixed_labels, mixed_weights = paste(
-        (source, labels, lam if paper else ones), (target, pseudo, weights), mask
-    )
+    pasted = (source, labels, lam if paper else ones)
+    images, mixed_labels, mixed_weights = paste(pasted, (target, pseudo, weights), mask)
     parts = {"images": images, "labels": mixed_labels.long(), "weights": mixed_weights, "confidence": confidence}
     if mic:
         images = parts["images"] = augment_one_by_one(images, draw.augment, "torchvision")
@@ -243,9 +242,8 @@ def test_consistency__is_the_loss_on_hidden_target_images(method: str, upsample:
     assert float(without.consistency_loss) == 0
     torch.testing.assert_close(output.loss, without.loss + output.consistency_loss)
 
-    images = MaskedImages(4)(
-        training.consistency_augment(target, draw=draw.consistency_augment), scores=draw.consistency
-    )
+    jittered = training.consistency_augment(target, draw=draw.consistency_augment)
+    images = MaskedImages(4)(jittered, scores=draw.consistency)
     full_size = nn.Upsample((36, 12), mode="bilinear", align_corners=True)
     probs = full_size(training.teacher(target)).softmax(1)
     pseudo = F.pseudo_label_from_probs(probs if training.align is None else training.align(probs))

@@ -361,6 +361,11 @@ def test_cast__other_conversions_are_those_of_any_module() -> None:
     assert dtypes(teacher) == {torch.float32, torch.int64}
     assert teacher(IMAGES.bfloat16()).dtype == torch.bfloat16
     assert teacher.float()(IMAGES).dtype == torch.float32
+    teacher = MeanTeacher(student())
+    teacher.module.bfloat16()  # by hand, which stays so in the forward pass
+    teacher.update(student())
+    assert dtypes(teacher) == {torch.float32, torch.int64}
+    assert teacher(IMAGES.bfloat16()).dtype == torch.bfloat16
 
 
 class MixedDtypes(nn.Module):
