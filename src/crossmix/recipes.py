@@ -99,10 +99,8 @@ class Recipe:
                 raise TypeError(f"`{name}` must be True or False, got {value!r}.")
         check_ignored_rows(self.ignore_top, self.ignore_bottom)
         if not (self.consistency is None or isinstance(self.consistency, bool) or callable(self.consistency)):
-            raise TypeError(
-                "`consistency` must be True, False, None, a MaskedImages or another function of images, got "
-                f"{self.consistency!r}."
-            )
+            kinds = "True, False, None, a MaskedImages or another function of images"
+            raise TypeError(f"`consistency` must be {kinds}, got {self.consistency!r}.")
         if self.consistency_block is not None:
             check_pixels("consistency_block", self.consistency_block)
         check_fraction("consistency_ratio", self.consistency_ratio)
@@ -131,10 +129,8 @@ PAPER = Recipe(
 )
 """The paper's text."""
 
-MIC = Recipe(
-    weigh="target",
-    scope="batch",
-    source_normalizer="valid",
+MIC = replace(
+    RELEASED,
     include_ignored=False,
     decay=0.999,
     flavor="torchvision",
@@ -247,15 +243,8 @@ def self_training(
         jitter = {"flavor": choice.flavor, "same_on_batch": choice.same_on_batch, **options["augment"]}
         return StrongAugment(**jitter, mean=mean, std=std)
 
-    parts: dict[str, Any] = {
-        "mix": mix,
-        "teacher": teacher,
-        "augment": augment(),
-        "criterion": criterion,
-        "source_criterion": source_criterion,
-        "align": align,
-        **given,
-    }
+    parts: dict[str, Any] = {"mix": mix, "teacher": teacher, "augment": augment(), "align": align}
+    parts |= {"criterion": criterion, "source_criterion": source_criterion, **given}
     consistency = choice.consistency
     if isinstance(consistency, bool):  # the source-only baseline has no consistency term in any recipe
         consistency = _masked_images(choice, mean, std) if consistency and method != "source" else None
@@ -294,12 +283,10 @@ _FIELDS = {
     "mix": ("include_ignored",),
     "teacher": ("decay", "mode"),
     "augment": ("flavor", "same_on_batch"),
-    "consistency_augment": (),
     "criterion": ("threshold", "scope"),
     "source_criterion": ("source_normalizer",),
-    "align": (),
 }
-_OPTIONS = {
+_OPTIONS: dict[str, tuple[str, ...]] = {
     "mix": ("ratio", "rounding", "whole_batch", "class_weights", "masks"),
     "teacher": ("warmup", "buffers", "network", "start"),
     "augment": ("brightness", "contrast", "saturation", "hue", "jitter_p", "blur_p", "blur_sigma"),
@@ -330,7 +317,7 @@ def _resolve(
         )
     given = {part: overrides[part] for part in _OPTIONS if part in overrides}
     for part in given:
-        if used := [name for name in (*_FIELDS[part], *_OPTIONS[part]) if name in overrides]:
+        if used := [name for name in (*_FIELDS.get(part, ()), *_OPTIONS[part]) if name in overrides]:
             raise ValueError(f"`{used[0]}` must be left out if `{part}` is given; set it there.")
     if callable(overrides.get("consistency", recipe.consistency)):
         for name in ("consistency_block", "consistency_ratio"):

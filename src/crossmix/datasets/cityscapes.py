@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from crossmix.datasets._arguments import check_size
-from crossmix.datasets._folder_dataset import FolderDataset, Found, find, paired
+from crossmix.datasets._folder_dataset import FolderDataset, find, paired
 from crossmix.datasets._labels import LABEL_IDS
-from crossmix.datasets._listing import bare
+from crossmix.datasets._listing import Found, bare
 
 __all__ = ["Cityscapes"]
 

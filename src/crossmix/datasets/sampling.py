@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from crossmix._checks import check_temperature
 from crossmix._keyed import keyed_generator
 from crossmix.datasets._arguments import check_count
 from crossmix.datasets.classes import IGNORED
@@ -72,10 +73,7 @@ class RareClassSampler(Sampler[int]):
     ) -> None:
         super().__init__()
         pixels = _checked(counts)
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-            raise TypeError(f"`temperature` must be a float, got {type(temperature).__name__}.")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be positive, got {temperature}; low values favour rare classes.")
+        check_temperature(temperature)
         self.temperature = temperature
         self.min_pixels = check_count("min_pixels", min_pixels, least=1)
         self.num_images = len(pixels)
@@ -91,10 +89,8 @@ class RareClassSampler(Sampler[int]):
         _, self._images = enough.T.nonzero(as_tuple=True)  # class by class
         self._many = enough.sum(0)  # (C,) number of images with enough of each class
         if not len(self._images):
-            raise ValueError(
-                f"`min_pixels` must be reached by some class in some image, got {min_pixels}, but the most is "
-                f"{int(pixels.max())}; scale it with the size of the images."
-            )
+            most = f"got {min_pixels}, but the most is {int(pixels.max())}"
+            raise ValueError(f"`min_pixels` must be reached by some class in some image, {most}; scale it.")
         self.probabilities = _probabilities(pixels.sum(0), self._many > 0, temperature)
 
     def pick(self, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,17 +121,7 @@ class RareClassSampler(Sampler[int]):
         return images, classes
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
-        """Set the epoch of the next iteration and, to resume, where in it to start.
-
-        Args:
-            epoch: Number of the epoch, from 0.
-            start: Number of draws of this rank to skip because they were made before an interruption: finished batches
-                times batch size.
-
-        Raises:
-            TypeError: If a number is not an int.
-            ValueError: If a number is negative.
-        """
+        """Set the epoch of the next iteration, from 0, and how many draws of this rank to skip, to resume in it."""
         self.epoch = check_count("epoch", epoch)
         self.start = check_count("start", start)
 
@@ -155,6 +141,7 @@ class RareClassSampler(Sampler[int]):
 
 def _checked(counts: object) -> Tensor:
     """The counts, checked, as (images, C) float64 on the CPU, with 0 for ignored pixels."""
+    hint = "pass `class_counts(dataset)`"
     if isinstance(counts, list | tuple | np.ndarray):
         try:
             counts = torch.as_tensor(counts)
@@ -162,14 +149,9 @@ def _checked(counts: object) -> Tensor:
             raise TypeError(f"`counts` must hold numbers, (images, C): {error}") from error
     if not isinstance(counts, Tensor) or counts.is_complex() or counts.dtype == torch.bool:
         found = counts.dtype if isinstance(counts, Tensor) else type(counts).__name__
-        raise TypeError(
-            f"`counts` must be a tensor of numbers, (images, C), got {found}; pass `class_counts(dataset)`."
-        )
+        raise TypeError(f"`counts` must be a tensor of numbers, (images, C), got {found}; {hint}.")
     if counts.ndim != 2 or 0 in counts.shape:
-        raise ValueError(
-            f"`counts` must have shape (images, C), one row per image, got {tuple(counts.shape)}; "
-            "pass `class_counts(dataset)`."
-        )
+        raise ValueError(f"`counts` must have shape (images, C), one row per image, got {tuple(counts.shape)}; {hint}.")
     pixels = counts.detach().cpu().double()  # in this order, as the device may lack float64
     if not bool(pixels.isfinite().all()) or bool((pixels < 0).any()):
         raise ValueError("`counts` must be finite and not negative; count the pixels of each class in each image.")

@@ -114,9 +114,8 @@ class _Counted(Dataset[Tensor]):
         item = self.dataset[i]
         name = f"sample {i} of {type(self.dataset).__name__}"
         if not hasattr(item, "label"):
-            raise TypeError(
-                f"`dataset` must hold items with a `label`, like `Sample`, got {type(item).__name__}; wrap them."
-            )
+            kind = type(item).__name__
+            raise TypeError(f"`dataset` must hold items with a `label`, like `Sample`, got {kind}; wrap them.")
         if (label := item.label) is None:
             raise DataError(f"{name} has no label; read the data set with its labels.")
         if label.numel() and (int(label.min()) < 0 or int(label.max()) > 255):

@@ -129,10 +129,8 @@ class CheckpointStore:
             return None
         problem = _problem(self.best)
         if problem is not None:
-            raise CheckpointError(
-                f"{self.best}: {problem}; the next best checkpoint replaces it, until then use the newest in "
-                f"{self.folder}."
-            )
+            hint = "the next best checkpoint replaces it, until then use the newest"
+            raise CheckpointError(f"{self.best}: {problem}; {hint}.")
         return _read(self.best)
 
     def _steps(self) -> list[Path]:
@@ -156,11 +154,11 @@ class _Hashing:
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> int:
-        count = len(data) if self.file is None else self.file.write(data)
-        self.size += count
+        self.size += len(data)
         if self.file is not None:
+            self.file.write(data)
             self.sha256.update(data)
-        return count
+        return len(data)
 
     def flush(self) -> None:
         """Do nothing: writes are not buffered here."""

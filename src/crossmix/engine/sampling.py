@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from crossmix._checks import check_size
 from crossmix._keyed import keyed_generator
 from crossmix.datasets.sample import DataError
 from crossmix.datasets.sampling import RareClassSampler
@@ -64,10 +65,10 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
     `min_pixels`, scaled with the area for crops larger than 512 x 512: 1500 at 512 x 512 and 6000 at 1024 x 1024, as in
     DAFormer and HRDA. It is never more than half of the crop.
 
-    A sample that cannot be read, or whose image is smaller than the crop, is an error. With `skip`, up to that many
-    different samples are skipped instead; each is logged as a warning and recorded in `skipped`. The draw then uses the
-    sample at the same position of the next epoch (of an ordinary epoch, with `rare`), so it remains a pure function of
-    the key and the files. Each worker process counts on its own. With `pad`, small images are padded and are no error.
+    A sample that cannot be read, or whose image is smaller than the crop (without `pad`), is an error. With `skip`, up
+    to that many different samples are skipped instead; each is logged as a warning and recorded in `skipped`. The draw
+    then uses the sample at the same position of the next epoch (of an ordinary epoch, with `rare`), so it remains a
+    pure function of the key and the files. Each worker process counts on its own.
 
     Args:
         samples: Items with `image` (3, H, W) uint8, `label` (H, W) uint8 or None, and `name`.
@@ -113,7 +114,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError("`samples` must not be empty; check the folder that they are read from.")
         keyed_generator(seed, stream)  # reject negative values here rather than in a worker
         self.samples = samples
-        self.size = _checked(size)
+        self.size = check_size("size", size)
         self.seed = seed
         self.stream = stream
         if skip < 0:
@@ -194,14 +195,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         return sample
 
     def index(self, draw: int) -> int:
-        """Return the index of the sample that a draw uses.
-
-        Args:
-            draw: Number of the draw, from 0.
-
-        Returns:
-            Index into `samples`.
-        """
+        """Return the index into `samples` that a draw, numbered from 0, uses."""
         return next(self._in_line(operator.index(draw)))[0]
 
     def _in_line(self, draw: int) -> Iterator[tuple[int, int | None]]:
@@ -257,12 +251,12 @@ def resident(samples: Samples, device: torch.device | str) -> list[Resident]:
                 f"{device}: has {free / 2**30:.1f} GiB free, but {len(samples)} samples of the first one's size need "
                 f"{need / 2**30:.1f} GiB; read them from a cache on disk instead."
             )
-    kept = []
-    for i in range(len(samples)):
-        sample = samples[i]
+
+    def moved(sample: Labelled) -> Resident:
         label = None if sample.label is None else sample.label.to(device)
-        kept.append(Resident(sample.image.to(device), label, sample.name))
-    return kept
+        return Resident(sample.image.to(device), label, sample.name)
+
+    return [moved(samples[i]) for i in range(len(samples))]
 
 
 def _with_enough(image: Tensor, label: Tensor, boxes: list[Box], wanted: int, enough: float) -> tuple[Tensor, Tensor]:
@@ -286,19 +280,6 @@ def _enough(rare: RareClassSampler, size: tuple[int, int], length: int) -> float
     if not isinstance(rare, RareClassSampler):
         raise TypeError(f"`rare` must be a RareClassSampler, got {type(rare).__name__}; build one from class counts.")
     if rare.num_images != length:
-        raise ValueError(
-            f"`rare` has the counts of {rare.num_images} images, but there are {length} samples; count these."
-        )
+        raise ValueError(f"`rare` has the counts of {rare.num_images} images, but there are {length} samples.")
     area = math.prod(size)
     return min(rare.min_pixels * max(0.5, area / (512 * 1024)), area / 2)
-
-
-def _checked(size: object) -> tuple[int, int]:
-    """The crop size, checked, as two ints."""
-    sides = list(size) if isinstance(size, tuple | list) else []
-    if len(sides) != 2 or not all(hasattr(side, "__index__") and side is not True for side in sides):
-        raise TypeError(f"`size` must be (height, width) in whole pixels, got {size!r}; pass a pair of ints.")
-    height, width = map(operator.index, sides)
-    if min(height, width) < 1:
-        raise ValueError(f"`size` must be positive (H, W), got {(height, width)}.")
-    return height, width

@@ -61,10 +61,9 @@ def load_weights(
 
     Wrappers around the model or its parts (DistributedDataParallel, `torch.compile`, ...) are recognised by type and
     ignored. Prefixes that wrappers add to names in the file (`module.`, `_orig_mod.`, `Scale.`, ...) are stripped where
-    the rest is a name in the model; the model's own names take precedence. Any other common prefix, such as `net.` or
-    `model.`, is handled as well, wherever in the file it is: the part of the file that matches most names of the model
-    is loaded, and a warning names it. If several parts match equally well, an error lists them, to be passed as
-    `entry`.
+    the rest is a name in the model. With any other prefix, such as `net.`, the part of the file that matches most names
+    of the model is loaded, and a warning names it. If several parts match equally well, an error lists them, to be
+    passed as `entry`.
 
     torchvision's ResNet-101, recognised by its `fc`, is a different network. With `strict=False` its first convolution
     and normalisation are converted to this library's preprocessing (exact in eval mode, except at image borders), but
@@ -158,8 +157,7 @@ def _load(
     own = {name: tensor for name, (_, tensor) in ours.items()}
     if any(tensor.is_meta or is_lazy(tensor) for tensor in own.values()):
         raise ValueError(
-            "`model` must have memory, got meta or uninitialised tensors; call `model.to_empty(...)` or run a batch "
-            "through it first."
+            "`model` must have memory, got meta or uninitialised tensors; call `model.to_empty(...)` or run a batch."
         )
     place = find(contents, own, entry, path)
     if clash := next((names for names in place.matches.values() if len(names) > 1), None):
@@ -168,20 +166,18 @@ def _load(
     values = {name: place.state[theirs] for name, theirs in names.items()}
     inside = [name for name in place.state if str(name).startswith(place.scope)]
     if not any(isinstance(place.state[name], Tensor) for name in inside):
-        raise WeightsError(
-            f"{path}: expected tensors, got {few(inside) or 'an empty dict'}; pass another `entry`, or another file."
-        )
+        found = few(inside) or "an empty dict"
+        raise WeightsError(f"{path}: expected tensors, got {found}; pass another `entry`, or another file.")
     used = {*names.values()}
+    fit = {name for name, value in values.items() if fits(own[name], value)}
     report = LoadReport(
-        matched=tuple(full for name, (full, to) in ours.items() if name in values and fits(to, values[name])),
+        matched=tuple(full for name, (full, _) in ours.items() if name in fit),
         missing=tuple(full for name, (full, _) in ours.items() if name not in values),
         unexpected=tuple(str(name) for name in inside if name not in used and not is_extra(name)),
-        mismatched=tuple(full for name, (full, to) in ours.items() if name in values and not fits(to, values[name])),
+        mismatched=tuple(full for name, (full, _) in ours.items() if name in values and name not in fit),
     )
     clean = {full: name for name, (full, _) in ours.items()}
-    lacking = {
-        clean[name] for name in (*report.missing, *report.mismatched) if not name.endswith("num_batches_tracked")
-    }
+    lacking = {name for name in own if name not in fit and not name.endswith("num_batches_tracked")}
     torchvisions = _torchvisions(model, values, report.unexpected)
     part = "" if report.matched else part_of(contents, own)
     _check(report, place, lacking, path, strict=strict, head=head, torchvisions=bool(torchvisions), part=part)
