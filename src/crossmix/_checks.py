@@ -21,6 +21,11 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"`{name}` must be a torch.Tensor, got {kind}; convert it with torch.as_tensor.")
 
 
+def wrong_shape(name: str, want: object, value: Tensor, hint: str) -> ValueError:
+    """The error about a tensor that must have another shape."""
+    return ValueError(f"`{name}` must have shape {want}, got {tuple(value.shape)}; {hint}.")
+
+
 def check_floating(name: str, value: Tensor, hint: str) -> None:
     """Refuse anything but a floating tensor."""
     check_tensor(name, value)
@@ -42,7 +47,7 @@ def check_images(name: str, images: Tensor, *, channels: int | None = None) -> N
         hint = "add the batch dimension with `[None]`" if images.ndim == 3 else "stack the images along dimension 0"
         if images.ndim == 4:
             hint = f"convert them to {channels} channels"
-        raise ValueError(f"`{name}` must have shape (N, {want}, H, W), got {tuple(images.shape)}; {hint}.")
+        raise wrong_shape(name, f"(N, {want}, H, W)", images, hint)
     if not images.is_floating_point():
         raise TypeError(f"`{name}` must be floating in [0, 1], got {images.dtype}; convert bytes by `.float() / 255`.")
 
@@ -51,20 +56,18 @@ def check_labels(name: str, labels: Tensor) -> None:
     """Refuse anything but (N, H, W) label maps of an accepted integer dtype."""
     check_tensor(name, labels)
     if labels.dtype not in LABEL_DTYPES:
-        raise TypeError(
-            f"`{name}` must be uint8, int16, int32 or int64, got {labels.dtype}; convert with `.long()`, "
-            "or take the argmax of probabilities first."
-        )
+        hint = "convert with `.long()`, or take the argmax of probabilities first"
+        raise TypeError(f"`{name}` must be uint8, int16, int32 or int64, got {labels.dtype}; {hint}.")
     if labels.ndim != 3:
         hint = "squeeze the channel dimension" if labels.ndim == 4 else "add the batch dimension with `[None]`"
-        raise ValueError(f"`{name}` must have shape (N, H, W), got {tuple(labels.shape)}; {hint}.")
+        raise wrong_shape(name, "(N, H, W)", labels, hint)
 
 
 def check_logits(name: str, logits: Tensor) -> None:
     """Refuse anything but a floating (N, C, H, W) tensor with at least one class."""
     check_floating(name, logits, hint := "pass the class scores before any argmax")
     if logits.ndim != 4 or logits.shape[1] < 1:
-        raise ValueError(f"`{name}` must have shape (N, C, H, W) with C >= 1, got {tuple(logits.shape)}; {hint}.")
+        raise wrong_shape(name, "(N, C, H, W) with C >= 1", logits, hint)
 
 
 def logits_in(output: object, name: str) -> str | None:
@@ -82,10 +85,8 @@ def check_confidence(confidence: Tensor) -> None:
     """Refuse anything but a floating (N, H, W) tensor."""
     check_floating("confidence", confidence, "pass probabilities in [0, 1]")
     if confidence.ndim != 3:
-        raise ValueError(
-            f"`confidence` must have shape (N, H, W), got {tuple(confidence.shape)}; "
-            "take the maximum of the probabilities over dimension 1."
-        )
+        hint = "take the maximum of the probabilities over dimension 1"
+        raise wrong_shape("confidence", "(N, H, W)", confidence, hint)
 
 
 def check_weights(name: str, weights: Tensor, labels_shape: Sequence[int]) -> None:
@@ -93,10 +94,8 @@ def check_weights(name: str, weights: Tensor, labels_shape: Sequence[int]) -> No
     check_floating(name, weights, "convert with `.float()`")
     shape = tuple(labels_shape)
     if tuple(weights.shape) not in (shape, shape[:1]):  # not a set: hashing a size makes torch.compile specialise on it
-        raise ValueError(
-            f"`{name}` must have shape (N, H, W) = {shape} or (N,), got {tuple(weights.shape)}; "
-            "squeeze the channel dimension or crop them to the labels."
-        )
+        hint = "squeeze the channel dimension or crop them to the labels"
+        raise wrong_shape(name, f"(N, H, W) = {shape} or (N,)", weights, hint)
 
 
 def check_class_weights(weights: Tensor, num_classes: int | None, *, may_be_zero: bool = False) -> None:
@@ -104,10 +103,7 @@ def check_class_weights(weights: Tensor, num_classes: int | None, *, may_be_zero
     check_floating("class_weights", weights, "convert with `.float()`")
     if weights.ndim != 1 or len(weights) == 0 or (num_classes is not None and len(weights) != num_classes):
         want = "(C,)" if num_classes is None else f"(C,) = ({num_classes},)"
-        raise ValueError(
-            f"`class_weights` must have shape {want}, got {tuple(weights.shape)}; pass one per class, "
-            "none for ignored pixels."
-        )
+        raise wrong_shape("class_weights", want, weights, "pass one per class, none for ignored pixels")
     if not can_look(weights):
         return
     fits = weights >= 0 if may_be_zero else weights > 0
@@ -120,10 +116,8 @@ def check_class_weights(weights: Tensor, num_classes: int | None, *, may_be_zero
 def check_same_shape(name: str, shape: Sequence[int], other_name: str, other_shape: Sequence[int]) -> None:
     """Refuse two shapes that differ, naming both."""
     if tuple(shape) != tuple(other_shape):
-        raise ValueError(
-            f"`{name}` {tuple(shape)} and `{other_name}` {tuple(other_shape)} must agree in batch size, height and "
-            "width; crop or resize them to one size."
-        )
+        both = f"`{name}` {tuple(shape)} and `{other_name}` {tuple(other_shape)}"
+        raise ValueError(f"{both} must agree in batch size, height and width; crop or resize them to one size.")
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -225,10 +219,8 @@ def class_shares(prior: Tensor | Sequence[float], num_classes: int, ignore_index
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"`prior` must be a sequence of numbers, got {type(prior).__name__} ({error}).") from error
     if tuple(values.shape) != (num_classes,):
-        raise ValueError(
-            f"`prior` must hold one number per class, shape ({num_classes},), got {tuple(values.shape)}; "
-            "count the pixels of each class."
-        )
+        want = f"one number per class, shape ({num_classes},)"
+        raise ValueError(f"`prior` must hold {want}, got {tuple(values.shape)}; count the pixels of each class.")
     values = values.where(torch.arange(num_classes, device="cpu") != ignore_index, 0)
     if not bool(values.isfinite().all()) or bool((values < 0).any()) or not bool((values > 0).any()):
         raise ValueError(

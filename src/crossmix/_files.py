@@ -112,14 +112,13 @@ class BusyError(RuntimeError):
 class FolderLock:
     """Lock a folder for the duration of a `with` block.
 
-    The operating system releases the lock when the process ends, however it ends, so a crash leaves nothing to clean
-    up. Forked processes, such as data loader workers that outlive their parent, do not hold the lock. On a file system
-    without locks, such as some NFS and Lustre mounts, the block runs unlocked, with a warning.
+    The operating system releases the lock when the process ends, however it ends. Forked processes, such as data loader
+    workers, do not hold it. On a file system without locks, such as some NFS and Lustre mounts, the block runs
+    unlocked, with a warning.
 
     Args:
         folder: The folder, created if missing. The lock is the file `.lock` in it; `.lock.holder` names the holder.
-        waiting: If given, wait for a folder in use instead of raising, and call this first with a text that names the
-            holder.
+        waiting: If given, called with a text that names the holder of a folder in use, to wait instead of raising.
 
     Raises:
         BusyError: On entering, if another process holds the lock and `waiting` is not given.

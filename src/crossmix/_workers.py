@@ -28,10 +28,13 @@ def quiet_worker(_worker: int = 0) -> None:
     """Make a worker ignore SIGTERM and Ctrl-C, and exit once its parent process is gone.
 
     Otherwise a signal to the whole process group (from SLURM, systemd, a container, or Ctrl-C in a terminal) ends the
-    workers before their parent can finish its step. Use it as `worker_init_fn` of data loaders (with its number) and as
-    `initializer` of pools; outside a worker it does nothing. SIGTERM sent by the parent itself still ends the worker.
-    On macOS and Windows, where the sender of a signal is unknown, every SIGTERM does. `QuietLoader` also covers the
-    seconds during which a worker is still starting.
+    workers before their parent can finish its step. Use it as `worker_init_fn` of data loaders and as `initializer` of
+    pools; outside a worker it does nothing. SIGTERM sent by the parent itself still ends the worker. On macOS and
+    Windows, where the sender of a signal is unknown, every SIGTERM does. `QuietLoader` also covers the seconds during
+    which a worker is still starting.
+
+    Args:
+        _worker: The worker's number, unused.
 
     Example:
         >>> loader = DataLoader(range(2), num_workers=1, worker_init_fn=quiet_worker)
@@ -53,8 +56,7 @@ class QuietLoader(DataLoader[Sample_co]):
 
     Workers call `quiet_worker` unless you pass a `worker_init_fn`, which should then call it. If a worker dies, for
     example for lack of memory, the next batch raises a RuntimeError within seconds. (A plain DataLoader raises it from
-    a SIGCHLD handler, which can interrupt a step or a save. That handler stays once such a loader has started workers.)
-    Everything else is as in DataLoader.
+    a SIGCHLD handler, which can interrupt a step or a save.) Everything else is as in DataLoader.
 
     Example:
         >>> [int(batch.sum()) for batch in QuietLoader(range(4), batch_size=2, num_workers=1)]

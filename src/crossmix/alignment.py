@@ -19,6 +19,7 @@ from crossmix._checks import (
     check_num_classes,
     check_same_device,
     class_shares,
+    wrong_shape,
 )
 from crossmix._distributed import all_reduce_sum
 from crossmix._tensors import KeepsFloat32, arithmetic, at_least_float32
@@ -56,7 +57,7 @@ def align_distribution(probs: Tensor, prior: Tensor, running: Tensor, *, eps: fl
         check_floating(name, value, "divide class counts by their sum")
         if tuple(value.shape) != (probs.shape[1],):
             want = f"(C,) = ({probs.shape[1]},) to match `probs`"
-            raise ValueError(f"`{name}` must have shape {want}, got {tuple(value.shape)}; pass one number per class.")
+            raise wrong_shape(name, want, value, "pass one number per class")
     check_same_device(probs=probs, prior=prior, running=running)
     if not eps > 0:
         raise ValueError(f"`eps` must be positive, got {eps}; the default is 1e-6.")
@@ -72,9 +73,9 @@ def align_distribution(probs: Tensor, prior: Tensor, running: Tensor, *, eps: fl
 class DistributionAlignment(KeepsFloat32):
     """Align predictions on the target with a class prior, and keep the running average this requires.
 
-    The paper's experiment takes the prior from the target's ground truth (an oracle): pass it as `prior=`. Otherwise
-    the prior is uniform until `update_prior` estimates it from source labels, a legitimate variant that the paper
-    leaves to future work. The paper gives no momentum; the released code has no alignment.
+    The paper's experiment takes the prior from the target's ground truth (an oracle): pass it as `prior=`. Otherwise it
+    is uniform until `update_prior` estimates it from source labels, which the paper leaves to future work. The paper
+    gives no momentum; the released code has no alignment.
 
     Args:
         num_classes: The number of classes C.
@@ -86,7 +87,7 @@ class DistributionAlignment(KeepsFloat32):
     State:
         `prior`, `running`: (C,) float32 buffers, each summing to 1, changed by `update_prior` and `update`.
         `prior_count`, `running_count`: int64 scalars, the number of updates.
-        The averages stay in float32 when a parent module is cast to a lower precision, in which they would stop moving.
+        The averages stay in float32 when a parent module is cast to a lower precision.
 
     Raises:
         TypeError: If `prior` is not a sequence of numbers.
@@ -120,8 +121,8 @@ class DistributionAlignment(KeepsFloat32):
         self.momentum = momentum
         self.sync = sync
         self.fixed_prior = prior is not None
-        # Its values are looked at here alone, once, where a sync is acceptable.
-        self._start = class_shares([1.0] * num_classes if prior is None else prior, num_classes).tolist()
+        # The values of a prior are read only here, once, where a sync is acceptable.
+        self._start = [1 / num_classes] * num_classes if prior is None else class_shares(prior, num_classes).tolist()
         for name in ("prior", "running"):
             self.register_buffer(name, torch.empty(num_classes, dtype=torch.float32))
             self.register_buffer(f"{name}_count", torch.empty((), dtype=torch.int64))
@@ -141,10 +142,7 @@ class DistributionAlignment(KeepsFloat32):
 
     @torch.no_grad()
     def update(self, probs: Tensor) -> None:
-        """Update the running average of predictions. An empty batch, or one with NaN or infinity, changes nothing.
-
-        Args:
-            probs: (N, C, H, W) floating, before alignment.
+        """Update the running average with (N, C, H, W) predictions before alignment; empty or NaN ones change nothing.
 
         Raises:
             TypeError: If `probs` is not floating.
@@ -152,19 +150,14 @@ class DistributionAlignment(KeepsFloat32):
         """
         check_logits("probs", probs)
         if probs.shape[1] != self.num_classes:
-            raise ValueError(
-                f"`probs` must have C = {self.num_classes} classes, got {probs.shape[1]}; "
-                "build DistributionAlignment with the network's `num_classes`."
-            )
+            count = f"C = {self.num_classes} classes, got {probs.shape[1]}"
+            raise ValueError(f"`probs` must have {count}; build DistributionAlignment with the network's number.")
         check_same_device(running=self.running, probs=probs)
         self._average(self.running, self.running_count, probs.sum((0, 2, 3), dtype=arithmetic(probs)))
 
     @torch.no_grad()
     def update_prior(self, labels: Tensor) -> None:
-        """Update the prior with the class frequencies of source labels. Maps without a valid pixel change nothing.
-
-        Args:
-            labels: (N, H, W) uint8, int16, int32 or int64; ids outside 0..C-1 are not counted.
+        """Update the prior with the class frequencies of source labels (N, H, W); other ids do not count.
 
         Raises:
             TypeError: If `labels` is not an accepted integer tensor.

@@ -124,15 +124,10 @@ class StrongAugment(nn.Module):
             raise ValueError(f"`std` must be positive in each channel, got {self.std}.")
 
     def sample(self, n: int, *, generator: Generator | None = None, device: Device = None) -> AugmentDraw:
-        """Draw all randomness for a batch.
+        """Draw all randomness for n images; rows can be sliced to split a batch.
 
-        Args:
-            n: The number of images.
-            generator: Source of randomness, used on its own device; None uses the global one.
-            device: Device of the result; by default the generator's device, or torch's default one.
-
-        Returns:
-            The draw; its rows can be sliced to split a batch.
+        `generator` draws on its own device; None is the global one. `device` is that of the result, by default the
+        generator's, or torch's default one.
         """
         numbers = uniform((11, n), generator=generator, device=device)
         decisions = numbers[:2, :1].expand(2, n) if self.same_on_batch else numbers[:2]

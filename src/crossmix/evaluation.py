@@ -84,8 +84,7 @@ def evaluate(
             neighbour, logits bilinearly.
         window: (height, width), or one number for both: run the network on sliding windows of this size and average
             the probabilities where they overlap. With None, or if the window covers the image, it sees whole images.
-        stride: (height, width), or one number for both, between windows; the last ones end with the image. Two thirds
-            of the window by default.
+        stride: Likewise, between windows; the last ones end with the image. Two thirds of the window by default.
         flip: Whether to average the probabilities with those of the mirrored image.
         align_corners: Convention for upsampling logits: True as in DeepLab, False as in transformers and
             mmsegmentation.
@@ -97,8 +96,7 @@ def evaluate(
         sync: Split a map-style data set over the ranks of torch.distributed and sum the counts, so that the result
             equals that of one process. Every rank has to call.
         ignore_index: The id of ignored pixels.
-        progress: Whether the first rank shows progress on stderr: a bar on a terminal with tqdm installed, otherwise a
-            line for every tenth of the items.
+        progress: Whether the first rank shows progress on stderr: a bar on a terminal with tqdm, otherwise lines.
 
     Returns:
         One `ConfusionMatrix` on the device per label size, keyed by "HxW", or "native" for None. If no pixel has a
@@ -301,10 +299,9 @@ def _check_ids(batch: Batch, num_classes: int, ignore_index: int) -> None:
     ignored = batch.labels.long() == ignore_index  # uint8 compares modulo 256: 156 would equal -100
     low, high = batch.labels.masked_fill(ignored, 0).aminmax()
     if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"{batch.name}: label ids must lie in 0..{num_classes - 1} or be {ignore_index}, "
-            f"got {int(low if low < 0 else high)}; map them, or pass another `num_classes` or `ignore_index`."
-        )
+        ids = f"0..{num_classes - 1} or be {ignore_index}, got {int(low if low < 0 else high)}"
+        hint = "map them, or pass another `num_classes` or `ignore_index`"
+        raise ValueError(f"{batch.name}: label ids must lie in {ids}; {hint}.")
 
 
 def _logits(out: object, n: int, num_classes: int) -> Tensor:

@@ -94,8 +94,7 @@ def weighted_cross_entropy(
     loss = sum_p w_p * CE(logits_p, label_p) / divisor, over the pixels p that are not ignored
 
     Labels are class ids or soft labels: a probability for each class, such as a teacher's softmax. For these,
-    CE(logits_p, y_p) = -sum_c y_pc log p_pc, as in `torch.nn.functional.cross_entropy`. No pixel of soft labels is
-    ignored; to leave one out, give it weight 0.
+    CE(logits_p, y_p) = -sum_c y_pc log p_pc, as in torch, and no pixel is ignored; to leave one out, give it weight 0.
 
     Finite and differentiable for every degenerate batch: if no pixel counts, the loss and its gradient are 0, never
     NaN. A pixel that is ignored or has weight 0 adds exactly 0 to the loss and to the gradient of the logits, even if
@@ -161,18 +160,15 @@ def upsampled_cross_entropy(
 
     Args:
         logits: (N, C, h, w) floating, of any size.
-        labels: (N, H, W) integer, or (N, C, H, W) floating.
-        weights: (N, H, W) or (N,) floating; ones if not given.
+        labels: As in `weighted_cross_entropy`.
+        weights: As there.
         align_corners: Interpolation convention: True as in DeepLab-v2 and the released code, False as in transformers,
             mmsegmentation and DAFormer.
-        ignore_index: The id of ignored pixels.
-        normalizer: As in `weighted_cross_entropy`.
-        label_smoothing: As in `weighted_cross_entropy`.
-        class_weights: As in `weighted_cross_entropy`.
-        reduction: As in `weighted_cross_entropy`.
-
-    Returns:
-        As `weighted_cross_entropy`.
+        ignore_index: As there.
+        normalizer: As there.
+        label_smoothing: As there.
+        class_weights: As there.
+        reduction: As there.
 
     Raises:
         TypeError: If a dtype is wrong.
@@ -250,20 +246,7 @@ class ConfidenceWeightedCE(KeepsFloat32):
         return _confidence_weight(confidence, self.threshold, self.scope, sync=self.sync)
 
     def forward(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the mean weighted cross-entropy.
-
-        Args:
-            logits: (N, C, H, W) floating.
-            labels: (N, H, W) integer, or (N, C, H, W) floating, soft labels.
-            weights: (N, H, W) or (N,) floating; ones if not given.
-
-        Returns:
-            Scalar float32, or float64 where an input is float64.
-
-        Raises:
-            TypeError: If a dtype is wrong.
-            ValueError: If shapes or devices disagree.
-        """
+        """Return the mean, a scalar; arguments and errors are those of `crossmix.functional.weighted_cross_entropy`."""
         _check_full_logits(logits, labels, weights, self.class_weights)
         how = self._how()
         total = _losses(logits, labels, weights, how).sum()
@@ -398,10 +381,9 @@ def _check_loss_inputs(logits: Tensor, labels: Tensor, weights: Tensor | None, c
     if not soft:
         check_labels("labels", labels)
     elif labels.shape[1] != logits.shape[1]:
-        raise ValueError(
-            f"soft `labels` must have shape (N, C, H, W) with C = {logits.shape[1]} like `logits`, got "
-            f"{tuple(labels.shape)}; pass one probability per class."
-        )
+        want = f"(N, C, H, W) with C = {logits.shape[1]} like `logits`"
+        got = tuple(labels.shape)
+        raise ValueError(f"soft `labels` must have shape {want}, got {got}; pass one probability per class.")
     if len(labels) != len(logits):
         raise ValueError(f"`logits` hold {len(logits)} images but `labels` {len(labels)}; pass those of one batch.")
     if weights is not None:
@@ -420,10 +402,8 @@ def _check_full_logits(logits: Tensor, labels: Tensor, weights: Tensor | None, c
 def _check_small_logits(logits: Tensor, labels: Tensor, weights: Tensor | None, class_weights: Tensor | None) -> None:
     _check_loss_inputs(logits, labels, weights, class_weights)
     if 0 in logits.shape[2:] and labels.numel() > 0:
-        raise ValueError(
-            f"`logits` must have pixels to be upsampled to {tuple(labels.shape[-2:])}, got {tuple(logits.shape)}; "
-            "pass larger images."
-        )
+        size = tuple(labels.shape[-2:])
+        raise ValueError(f"`logits` must have pixels to be upsampled to {size}, got {tuple(logits.shape)}.")
 
 
 def _how(ignore_index: int, normalizer: Normalizer, label_smoothing: float, class_weights: Tensor | None) -> _How:

@@ -19,6 +19,7 @@ from crossmix._checks import (
     check_pixels,
     check_positive,
     check_same_device,
+    wrong_shape,
 )
 from crossmix._tensors import Device, at_least_float32, no_autocast, uniform
 
@@ -62,7 +63,7 @@ def box_mask(
     height, width = _check_size(size)
     check_floating("scores", scores, DRAW)
     if scores.ndim != 2 or scores.shape[1] != 4:
-        raise ValueError(f"`scores` must have shape (N, 4), got {tuple(scores.shape)}; draw four numbers per image.")
+        raise wrong_shape("scores", "(N, 4)", scores, "draw four numbers per image")
     _check_box(area, aspect)
     share, shape, down, across = at_least_float32(scores)[:, :, None].unbind(1)
     pixels = (area[0] + (area[1] - area[0]) * share) * (height * width)
@@ -99,7 +100,7 @@ def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Ten
     """
     check_floating("noise", noise, DRAW)
     if noise.ndim != 3 or 0 in noise.shape[1:]:
-        raise ValueError(f"`noise` must have shape (N, H, W), got {tuple(noise.shape)}; draw one number per pixel.")
+        raise wrong_shape("noise", "(N, H, W)", noise, "draw one number per pixel")
     check_fraction("ratio", ratio)
     widths = _check_sigma(sigma, noise)
     noise = at_least_float32(noise)
@@ -139,18 +140,14 @@ def block_mask(scores: Tensor, size: Sequence[int], block: int, *, ratio: float 
     check_floating("scores", scores, DRAW)
     rows, columns = -(-height // block), -(-width // block)
     if scores.ndim != 3 or scores.shape[1] != rows or scores.shape[2] != columns:
-        raise ValueError(
-            f"`scores` must have shape (N, ceil(H / block), ceil(W / block)) = (N, {rows}, {columns}), "
-            f"got {tuple(scores.shape)}; draw one number per block."
-        )
+        want = f"(N, ceil(H / block), ceil(W / block)) = (N, {rows}, {columns})"
+        raise wrong_shape("scores", want, scores, "draw one number per block")
     hidden = (scores < ratio).repeat_interleave(block, 1).repeat_interleave(block, 2)
     return hidden[:, :height, :width].contiguous()
 
 
 class BoxMasks(nn.Module):
     """One box per image (CutMix), for `masks=` of `CrossDomainMix` and `ClassMix`.
-
-    A draw is (N, 4) uniform numbers, which `crossmix.functional.box_mask` turns into boxes.
 
     Args:
         area: Smallest and largest share of the image area, in [0, 1]; uniform in between. Default: UniMatch.
@@ -175,7 +172,7 @@ class BoxMasks(nn.Module):
         self, n: int, size: Sequence[int] | None = None, *, generator: Generator | None = None, device: Device = None
     ) -> Tensor:
         """Draw the shapes and positions of n boxes, (n, 4) uniform numbers, for any size; see `MaskSource.sample`."""
-        del size  # part of the protocol
+        del size  # the draw does not depend on it
         return uniform((n, 4), generator=generator, device=device)
 
     def forward(self, scores: Tensor, size: Sequence[int]) -> Tensor:
@@ -191,9 +188,9 @@ class CowMasks(nn.Module):
     """Blobs (CowMix), for `masks=` of `CrossDomainMix` and `ClassMix`.
 
     `crossmix.functional.cow_mask` smooths white noise with a Gaussian. This class draws only the low frequencies that
-    survive such a Gaussian, which has the same distribution because the cosine transform of white noise is white noise.
-    Frequencies that the narrowest Gaussian damps below 0.01 are left out; they make up 0.6 % of the standard deviation.
-    At 512 x 512 pixels this takes a sixtieth of the random numbers and less than a tenth of the time.
+    survive it, which has the same distribution because the cosine transform of white noise is white noise. Frequencies
+    that the narrowest Gaussian damps below 0.01 are left out; they make up 0.6 % of the standard deviation. At 512 x
+    512 pixels this takes a sixtieth of the random numbers and less than a tenth of the time.
 
     Args:
         sigma: Standard deviation of the Gaussian in pixels, positive: one for all images, or the smallest and largest
@@ -248,10 +245,8 @@ class CowMasks(nn.Module):
         rows, columns = self._waves(height), self._waves(width)
         check_floating("scores", scores, DRAW)
         if scores.ndim != 2 or scores.shape[1] != 1 + rows * columns:
-            raise ValueError(
-                f"`scores` must have shape (N, {1 + rows * columns}) for masks of {height} x {width}, "
-                f"got {tuple(scores.shape)}; draw them with `sample(n, size)`."
-            )
+            want = f"(N, {1 + rows * columns}) for masks of {height} x {width}"
+            raise wrong_shape("scores", want, scores, "draw them with `sample(n, size)`")
         scores = at_least_float32(scores)
         low, high = self.sigma
         sigma = (math.log(low) + (math.log(high) - math.log(low)) * scores[:, :1, None]).exp()
@@ -460,8 +455,6 @@ class MaskedImages(nn.Module):
         if self.block is None:
             return min(64 if max(height, width) > 512 else 32, height, width)
         if self.block > min(height, width):
-            raise ValueError(
-                f"`block` must fit into the images, got {self.block} pixels for images of {height} x {width}; use a "
-                "smaller one, or None."
-            )
+            got = f"{self.block} pixels for images of {height} x {width}"
+            raise ValueError(f"`block` must fit into the images, got {got}; use a smaller one, or None.")
         return self.block

@@ -119,11 +119,7 @@ class ConfusionMatrix(Counts):
         per_class = hits / (counts.sum(0) + counts.sum(1) - hits)  # 0 / 0 is NaN: absent from both
         if 0 <= self.ignore_index < self.num_classes:
             per_class[self.ignore_index] = torch.nan
-        return IoU(
-            per_class=per_class,
-            mean=float(per_class[chosen].nanmean()),
-            pixel_accuracy=float(hits.sum() / counts.sum()),
-        )
+        return IoU(per_class, float(per_class[chosen].nanmean()), float(hits.sum() / counts.sum()))
 
     def _clamped(self, ids: Tensor) -> Tensor:
         """Class ids plus one as int32: 0 for ids below the classes, C + 1 for ids above."""

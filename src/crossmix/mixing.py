@@ -23,6 +23,7 @@ from crossmix._checks import (
     check_same_shape,
     check_tensor,
     check_weights,
+    wrong_shape,
 )
 from crossmix._class_codes import Indices, Words, class_codes
 from crossmix._class_weights import buffer_of, shown
@@ -193,15 +194,13 @@ def mix(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
     check_tensor("base", base)
     _check_bool("mask", mask)
     if mask.ndim != 3:
-        raise ValueError(f"`mask` must have shape (N, H, W), got {tuple(mask.shape)}; drop the channel dimension.")
+        raise wrong_shape("mask", "(N, H, W)", mask, "drop the channel dimension")
     check_same_device(pasted=pasted, base=base, mask=mask)
     for name, value in (("pasted", pasted), ("base", base)):
         per_image = value.ndim == 1 and value.shape == mask.shape[:1]
         if not per_image and (value.ndim < 3 or _pixels(value) != tuple(mask.shape)):
-            raise ValueError(
-                f"`{name}` must have shape (N, ..., H, W) or (N,) to match `mask` {tuple(mask.shape)}, "
-                f"got {tuple(value.shape)}; crop or resize it to the mask."
-            )
+            want = f"(N, ..., H, W) or (N,) to match `mask` {tuple(mask.shape)}"
+            raise wrong_shape(name, want, value, "crop or resize it to the mask")
     if pasted.ndim >= 3 and base.ndim >= 3 and pasted.shape != base.shape:
         shapes = f"`pasted` {tuple(pasted.shape)} and `base` {tuple(base.shape)}"
         raise ValueError(f"{shapes} must have the same shape; check their channels.")
@@ -352,23 +351,10 @@ class ClassMix(_Mix):
         mask: Tensor | None = None,
         generator: Generator | None = None,
     ) -> Mixed:
-        """Mix a batch with itself. Pass at most one of `classes`, `scores` and `mask`.
+        """Mix a batch with itself; image i of the result is image i pasted onto image (i + 1) mod N.
 
-        Args:
-            images: (N, C, H, W) floating, any N.
-            labels: (N, H, W) integer pseudo-labels or ground truth.
-            weights: (N, H, W) or (N,) floating loss weights; ones if not given.
-            classes: (N, num_classes + 1) bool, the classes to paste; drawn if not given.
-            scores: The random numbers to draw with, from `sample_scores`.
-            mask: (N, H, W) bool, a ready-made mask: True where image i is pasted.
-            generator: Source of randomness; None uses the global one.
-
-        Returns:
-            The mixed batch; its image i is image i pasted onto image (i + 1) mod N.
-
-        Raises:
-            TypeError: If a dtype is wrong.
-            ValueError: If shapes or devices disagree, or two of `classes`, `scores` and `mask` are given.
+        `images` are (N, C, H, W) floating, any N, `labels` (N, H, W) integer pseudo-labels or ground truth, `weights`
+        (N, H, W) or (N,) floating, ones if not given. For the other arguments and errors see `CrossDomainMix.forward`.
         """
         check_images("images", images)
         check_labels("labels", labels)
@@ -521,10 +507,8 @@ def _scores(labels: Tensor, num_classes: int, scores: Tensor | None, generator: 
         return uniform(shape, generator=generator, device=labels.device)
     check_tensor("scores", scores)
     if tuple(scores.shape) != shape:
-        raise ValueError(
-            f"`scores` must have shape (N, num_classes + 1) = {shape}, got {tuple(scores.shape)}; "
-            "draw one number per image and class, plus one for ignored pixels."
-        )
+        hint = "draw one number per image and class, plus one for ignored pixels"
+        raise wrong_shape("scores", f"(N, num_classes + 1) = {shape}", scores, hint)
     check_same_device(labels=labels, scores=scores)
     return scores
 
@@ -536,10 +520,8 @@ def _check_classes(classes: Tensor, labels: Tensor, num_classes: int | None = No
     columns = None if num_classes is None else num_classes + 1
     fits = classes.ndim == 2 and len(classes) == len(labels) and classes.shape[1] >= 2
     if not fits or columns not in (None, classes.shape[1]):  # not a set, which hashes: torch.compile would specialise
-        raise ValueError(
-            f"`classes` must have shape (N, num_classes + 1) = ({len(labels)}, {columns or 'C + 1'}), "
-            f"got {tuple(classes.shape)}; use `sample_classes`."
-        )
+        want = f"(N, num_classes + 1) = ({len(labels)}, {columns or 'C + 1'})"
+        raise wrong_shape("classes", want, classes, "use `sample_classes`")
     check_same_device(labels=labels, classes=classes)
 
 
@@ -553,10 +535,8 @@ def _checked_mask(name: str, mask: Tensor, labels: Tensor) -> Tensor:
     """Check that a given mask fits the label maps, and return it."""
     _check_bool(name, mask)
     if tuple(mask.shape) != tuple(labels.shape):
-        raise ValueError(
-            f"`{name}` must have shape (N, H, W) = {tuple(labels.shape)}, got {tuple(mask.shape)}; "
-            "pass one mask per image, without a channel dimension."
-        )
+        want = f"(N, H, W) = {tuple(labels.shape)}"
+        raise wrong_shape(name, want, mask, "pass one mask per image, without a channel dimension")
     check_same_device(labels=labels, **{name: mask})
     return mask
 

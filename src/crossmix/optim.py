@@ -49,9 +49,8 @@ def parameter_groups(
 
     Returns:
         Groups for a torch optimizer, first backbone and head, then their parts without weight decay, if any. Each has
-        `lr` and, with the same value, `initial_lr` for a schedule. Each parameter is in exactly one group; parameters
-        shared by head and backbone are in the head's. Parameters without `requires_grad`, such as the frozen affine
-        parameters of BatchNorm, are left out.
+        `lr` and, with the same value, `initial_lr` for a schedule. Each parameter with `requires_grad` is in exactly
+        one group; those shared by head and backbone are in the head's.
 
     Raises:
         TypeError: If `head` or `no_decay` has another type.

@@ -181,10 +181,10 @@ class SelfTraining(nn.Module):
 
     The student makes two forward passes, source then mixed, as in the released code, so that BatchNorm sees one domain
     at a time. With `consistency` it makes a third, on partly hidden target images (masked image consistency).
-    `crossmix.recipes.self_training` builds this module from the names of a method and a recipe.
+    `crossmix.recipes.self_training` builds this module by the names of a method and a recipe.
 
-    The parts need not be instances of our classes: the protocols in this module state what is required of each. All
-    parts with an `ignore_index` or `num_classes` attribute must agree on it; the default losses adopt that value.
+    The protocols in this module state what is required of each part. All parts with an `ignore_index` or `num_classes`
+    attribute must agree on it; the default losses adopt that value.
 
     Args:
         student: The network f to train; takes `images`, returns (N, C, H, W) logits.
@@ -192,11 +192,10 @@ class SelfTraining(nn.Module):
             `update(student)` or `update_parameters(student)`. `.train()` and `.eval()` do not reach it: it keeps its
             mode. None gives the source-only baseline, whatever the other parts are.
         mix: `CrossDomainMix` (DACS), `ClassMix` (naive ClassMix), your own, or None (pseudo-labelling, without
-            pasting). A callable that accepts five arguments (`SourceOntoTarget`) pastes source onto target; one that
-            accepts three (`TargetOntoTarget`) mixes the target with itself. If it accepts the keyword `scores`, it gets
-            the draw: the result of its own `sample_scores(n, size, generator=, device=)` or, without that method,
-            (N, C + 1) uniform numbers if C is known. Otherwise it gets `generator` if it accepts that. Without `scores`
-            it is not replayed by `draw`.
+            pasting). A callable of five arguments (`SourceOntoTarget`) pastes source onto target; one of three
+            (`TargetOntoTarget`) mixes the target with itself. If it accepts the keyword `scores`, it gets the draw: the
+            result of its own `sample_scores(n, size, generator=, device=)` or, without that method, (N, C + 1) uniform
+            numbers. Otherwise it gets `generator` if it accepts that, and is not replayed by `draw`.
         num_classes: The number of classes C that the networks must return; by default that of the parts.
         augment: Applied only to the mixed images: a `StrongAugment`, or any callable on images, which gets no draw and
             no generator. It must not move pixels, since labels and weights are not transformed.
@@ -214,21 +213,18 @@ class SelfTraining(nn.Module):
             bilinearly upsampled logits, and the losses are `crossmix.functional.upsampled_cross_entropy`.
         align_corners: Convention of that upsampling: True as in DeepLab and the released code, False as in
             transformers, mmsegmentation and DAFormer.
-        logits: Extracts the logits from the output of student and teacher if that is not a tensor:
-            `lambda out: out.logits`.
+        logits: Extracts the logits from the networks' output if that is not a tensor: `lambda out: out.logits`.
         consistency: Adds a loss on partly hidden target images, with the same pseudo-labels and weights as the mixed
             loss (the teacher runs only once): a `MaskedImages`, or any callable on images, which gets no draw and must
             not move pixels. The loss is `criterion`.
-        consistency_augment: Applied to these images before hiding, as `augment` to the mixed ones; unused without
-            `consistency`.
+        consistency_augment: Applied to these images before hiding, as `augment` to the mixed ones.
         consistency_weight: Factor of that loss.
-        ignore_top: Rows at the top of target images whose pseudo-labels get weight 0, given for a height of 512 and
-            scaled to that of the images. The teacher is unreliable there (sky) and at the bottom (the car's own
-            bonnet). Like pixels with `target_weights` 0, they still count in lambda, as in the authors' code
-            (DAFormer).
-        ignore_bottom: As `ignore_top`, at the bottom.
-        mean: Mean per channel if the data loader normalises images as (x - mean) / std; the range check of images then
-            refers to the normalised range. By default that of a `StrongAugment` among the parts.
+        ignore_top: Rows at the top of target images (sky) whose pseudo-labels get weight 0, given for a height of 512
+            and scaled to that of the images. Like pixels with `target_weights` 0, they still count in lambda, as in
+            DAFormer's code.
+        ignore_bottom: As `ignore_top`, at the bottom (the car's own bonnet).
+        mean: Mean per channel if the data loader normalises images as (x - mean) / std, for the check of their range.
+            By default that of a `StrongAugment` among the parts.
         std: Standard deviation per channel; required with `mean`.
 
     Attributes:
@@ -329,10 +325,8 @@ class SelfTraining(nn.Module):
         self.mean, self.std = normalised.mean, normalised.std
         for name, part in (("augment", augment), ("consistency_augment", consistency_augment)):
             if mean is not None and _is_ours(part) and (part.mean, part.std) != (self.mean, self.std):
-                raise ValueError(
-                    f"`{name}` must have the mean={self.mean} and std={self.std} of SelfTraining, got {part.mean} and "
-                    f"{part.std}; use the same for both."
-                )
+                ours, got = f"mean={self.mean} and std={self.std}", f"{part.mean} and {part.std}"
+                raise ValueError(f"`{name}` must have the {ours} of SelfTraining, got {got}; use the same for both.")
         self._mix_keyword()
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - whatever a module may hold
@@ -356,16 +350,13 @@ class SelfTraining(nn.Module):
 
         The draw does not depend on the images, so it can be made for a global batch and split over ranks, be kept in
         static tensors for a CUDA graph, or be passed to a compiled function. What parts of your own draw internally is
-        not in it.
+        not in it. Without a teacher it is empty.
 
         Args:
             n: The number of target images, and so of mixed images.
             size: Their height and width, for parts whose draw depends on it: `MaskedImages` and some masks.
             generator: Source of randomness, used on its own device; None uses the global one.
             device: Device of the result; by default the generator's device, or torch's default one.
-
-        Returns:
-            The draw, for `forward(draw=...)`; empty without a teacher.
 
         Raises:
             ValueError: If a part needs `size` and it is not given.
@@ -408,8 +399,7 @@ class SelfTraining(nn.Module):
             source_labels: (N, H, W) integer ground truth.
             target_images: (N, 3, H, W), in the same range; of the same shape if the source is pasted onto them.
             target_weights: (N, H, W) or (N,) floating, multiplied into the weights of target pixels: 0 for padding or
-                the ego-vehicle. Such pixels still count in lambda. For the same rows in all images, see `ignore_top`
-                and `ignore_bottom`.
+                the ego-vehicle. Such pixels still count in lambda.
             generator: Source of randomness; None uses the global one. `torch.compile` cannot trace it: use `draw`.
             draw: A draw from `sample`, to replay it.
 
@@ -659,10 +649,8 @@ class SelfTraining(nn.Module):
             logits = self.logits(logits)
         if not isinstance(logits, Tensor):
             keys = f" with keys {', '.join(map(repr, logits))}" if isinstance(logits, Mapping) else ""
-            raise TypeError(
-                f"`{name}` must return logits as a tensor, got {type(logits).__name__}{keys}; "
-                f"pass `logits=lambda out: {logits_in(logits, 'out') or 'out.logits'}` to SelfTraining."
-            )
+            hint = f"pass `logits=lambda out: {logits_in(logits, 'out') or 'out.logits'}` to SelfTraining"
+            raise TypeError(f"`{name}` must return logits as a tensor, got {type(logits).__name__}{keys}; {hint}.")
         if logits.ndim != 4 or len(logits) != len(images):
             want = f"(N, C, H, W) with N = {len(images)}"
             raise ValueError(f"`{name}` must return logits of shape {want}, got {tuple(logits.shape)}.")
@@ -674,10 +662,8 @@ class SelfTraining(nn.Module):
                 f"{tuple(images.shape[-2:])}; pass `upsample=True` to SelfTraining, or upsample in the network."
             )
         if self.num_classes is not None and logits.shape[1] != self.num_classes:
-            raise ValueError(
-                f"`{name}` returned {logits.shape[1]} classes but SelfTraining was built with "
-                f"num_classes={self.num_classes}; use the same number for both."
-            )
+            built = f"SelfTraining was built with num_classes={self.num_classes}"
+            raise ValueError(f"`{name}` returned {logits.shape[1]} classes but {built}; use the same number for both.")
         return logits
 
     def _check_batch(self, batch: _Batch) -> None:
@@ -777,7 +763,5 @@ def _check_part(name: str, part: object, like: str, *methods: str) -> None:
         got = f"the class {part.__name__}" if isinstance(part, type) else type(part).__name__
         raise TypeError(f"`{name}` must be callable, got {got}; build a module such as {like}, or pass a function.")
     if methods and not any(callable(getattr(part, method.partition("(")[0], None)) for method in methods):
-        raise TypeError(
-            f"`{name}` must have a method {' or '.join(f'`.{method}`' for method in methods)}, got "
-            f"{type(part).__name__} without one; pass a {like}, or add the method."
-        )
+        wanted, got = " or ".join(f"`.{method}`" for method in methods), type(part).__name__
+        raise TypeError(f"`{name}` must have a method {wanted}, got {got} without one; pass a {like}, or add it.")

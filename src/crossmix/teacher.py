@@ -61,10 +61,8 @@ def pseudo_label(logits: Tensor) -> PseudoLabels:
         PseudoLabels(labels=tensor([[[1]]]), confidence=tensor([[[0.9820]]]))
     """
     if not isinstance(logits, Tensor) and (way := logits_in(logits, "output")):
-        raise TypeError(
-            f"`logits` must be a torch.Tensor, got {type(logits).__name__}; extract it from the network's output: "
-            f"crossmix.functional.pseudo_label({way})."
-        )
+        hint = f"extract it from the network's output: crossmix.functional.pseudo_label({way})"
+        raise TypeError(f"`logits` must be a torch.Tensor, got {type(logits).__name__}; {hint}.")
     check_logits("logits", logits)
     return pseudo_label_from_probs(at_least_float32(logits.detach()).softmax(1))
 
@@ -247,14 +245,7 @@ class MeanTeacher(nn.Module):
                 own[key] = value
 
     def pseudo_label(self, *inputs: Any, **named: Any) -> PseudoLabels:  # noqa: ANN401 - what the network takes
-        """Compute pseudo-labels for a batch of images.
-
-        Args:
-            *inputs: As in `forward`.
-            **named: As in `forward`.
-
-        Returns:
-            Labels (N, H, W) int64 and confidence (N, H, W).
+        """Compute labels (N, H, W) int64 and confidence (N, H, W) of images, the arguments of `forward`.
 
         Raises:
             TypeError: If the network does not return its logits as a tensor.
@@ -265,7 +256,7 @@ class MeanTeacher(nn.Module):
     @torch.inference_mode(mode=False)  # tensors created here are modified by later updates
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Update the average. Call this after each optimizer step, except after steps that were skipped.
+        """Update with the student, wrapped or not. Call this after each optimizer step, except after skipped ones.
 
         It runs eagerly inside a compiled function. Replays of a CUDA graph use the decay of the captured update and do
         not count: set `num_updates` to the number of steps before saving.
@@ -273,9 +264,6 @@ class MeanTeacher(nn.Module):
         Non-persistent buffers (caches) of the student that appeared or changed shape since are copied. If student and
         teacher are sharded alike (`fully_shard`), each rank averages its shards; an unsharded teacher gathers the
         student's.
-
-        Args:
-            student: The network given to the constructor, wrapped or not.
 
         Raises:
             TypeError: If it is not a module.
@@ -287,10 +275,9 @@ class MeanTeacher(nn.Module):
         self._end_ramp_if_loaded()
         decay = min(1.0 - 1.0 / (self.num_updates + 1), self.decay) if self.warmup else self.decay
         if decay < self.decay and _capturing():
-            raise RuntimeError(
-                f"`update` can be captured once the decay is constant, got {decay:.4g} on the way to {self.decay}; "
-                "warm up eagerly first, or build with `warmup=False`."
-            )
+            now = f"got {decay:.4g} on the way to {self.decay} after {self.num_updates} updates"
+            hint = "warm up eagerly first, or build with `warmup=False`"
+            raise RuntimeError(f"`update` can be captured only once the decay is constant, {now}; {hint}.")
         mine, theirs = self._wide_state(), _state(student)
         parameters, buffers, caches = _matched(mine, theirs)
         _move(parameters, decay)
@@ -305,16 +292,9 @@ class MeanTeacher(nn.Module):
     def follow(self, optimizer: torch.optim.Optimizer, student: nn.Module) -> RemovableHandle:
         """Call `update` automatically after every step of an optimizer.
 
-        This is correct under gradient accumulation, with a GradScaler (steps that it skips do not count), and in
-        frameworks that call the optimizer themselves. (With a GradScaler and a fused optimizer, which decides on the
-        device whether to skip, it costs one host sync per step.)
-
-        Args:
-            optimizer: The student's optimizer.
-            student: The network given to the constructor, wrapped or not.
-
-        Returns:
-            A handle; its `remove()` stops the updates.
+        This is correct under gradient accumulation, with a GradScaler (steps that it skips do not count; with a fused
+        optimizer it costs one host sync per step), and in frameworks that call the optimizer themselves. `remove()` of
+        the returned handle stops the updates.
 
         Raises:
             TypeError: If `optimizer` is not a torch.optim.Optimizer.

@@ -57,8 +57,7 @@ def _recognised(root: Path) -> list[Part]:
     if any(name.startswith((cityscapes.IMAGES, cityscapes.FINE, cityscapes.COARSE)) for name in names):
         return _cityscapes(root)
     if "RGB" in names or "GT" in names:
-        folder = next((name for name in synthia.LABEL_FOLDERS if (root / name).is_dir()), synthia.LABEL_FOLDERS[0])
-        return [part("SYNTHIA", find(root / "RGB"), find(root / folder), SYNTHIA_IDS, 9400)]
+        return [part("SYNTHIA", find(root / "RGB"), find(synthia.labels_in(root)), SYNTHIA_IDS, 9400)]
     if names & {"images", "labels"}:
         others = {name: find(root / name) for name in sorted(names - {"images", "labels"}) if name[0] != "."}
         unread = {f"{name} (read by no reader)": found for name, found in others.items() if found.files}

@@ -156,10 +156,9 @@ def paired(
         alone = sorted(keys ^ labels.files.keys() if strict else keys - labels.files.keys())
         if alone:
             lacking, missing = (labels, "label map") if alone[0] in keys else (images, "image")
-            raise DataError(
-                f"{where} has {len(keys)} images and {len(labels.files)} label maps that do not pair up, {alone[0]} "
-                f"has no {missing}{described(lacking.left_out)}; {layout}."
-            )
+            both = f"{len(keys)} images and {len(labels.files)} label maps that do not pair up"
+            one = f"{alone[0]} has no {missing}{described(lacking.left_out)}"
+            raise DataError(f"{where} has {both}, {one}; {layout}.")
     stems = Counter(key.rpartition("/")[2] for key in keys)
     whole = max(stems.values()) > 1
     return [

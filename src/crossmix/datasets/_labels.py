@@ -175,10 +175,8 @@ def _range(num_classes: int, ignored: int) -> str:
 
 def _only_channel(path: Path, pixels: Tensor) -> Tensor:
     if pixels.shape[0] != 1:
-        raise DataError(
-            f"{path}: expected a label map with one channel of ids, got {_kind(pixels)}; "
-            "read colour-coded maps with `SegmentationFolder` and a mapping of colours."
-        )
+        hint = "read colour-coded maps with `SegmentationFolder` and a mapping of colours"
+        raise DataError(f"{path}: expected a label map with one channel of ids, got {_kind(pixels)}; {hint}.")
     return pixels[0]
 
 

@@ -38,17 +38,9 @@ class Header(NamedTuple):
 
 
 def read_png(path: str | Path, *, deep: bool = False) -> Tensor:
-    """Read a PNG; palette files give indices, not colours.
+    """Read a PNG as (C, H, W) uint8 with C = 1, 3 or 4; palette files give indices, not colours.
 
-    Args:
-        path: The file, with 8 bits per channel; grey and palette files may also have 1, 2 or 4 bits.
-        deep: Whether to accept 16 bits as well.
-
-    Returns:
-        (C, H, W) uint8 with C = 1, 3 or 4; int32 for 16-bit files.
-
-    Raises:
-        DataError: If the file is missing, damaged, not a PNG, too large, or has 16 bits and `deep` is False.
+    Grey and palette files may also have 1, 2 or 4 bits; with `deep`, files of 16 bits are read as int32.
     """
     path = Path(path)
     header = read_header(path)

@@ -51,20 +51,18 @@ class CachedSamples(Dataset[Sample]):
     second for GTA5). The first time a process reads a sample, it verifies the CRC-32 of the bytes (one millisecond);
     damage that occurs later is not noticed by the same process.
 
-    Several processes may open one cache: one builds it, the others wait. A complete cache may be read-only. The cache
-    and its sources may be moved; copies of the sources must keep their mtimes.
+    Several processes may open one cache: one builds it, the others wait. A complete cache may be read-only. It and its
+    sources may be moved; copies of the sources must keep their mtimes.
 
     Args:
-        samples: A reader of this package. Its `fingerprint()` identifies everything besides the files that samples
-            depend on.
+        samples: A reader of this package, or one with `files` and `fingerprint()`.
         folder: The folder of the cache: new, empty, or with a cache of the same samples.
         workers: Number of processes that build the cache; 0 builds it in this process. The result is the same.
         progress: Whether to report the required disk space and the progress of the build on stderr.
 
     Raises:
         DataError: If the folder contains anything else, or a cache of other samples; if it is not writable or the disk
-            is too small; if a source file has changed or cannot be read; if a file of the cache is damaged; on access,
-            if the bytes of the sample are damaged.
+            is too small; if a source file has changed or cannot be read, or (also on access) the cache is damaged.
         TypeError: If `samples` is not a reader of files, or `workers` is not an int.
         ValueError: If `workers` is negative, or the reader reads no images or has a `transform`.
 

@@ -54,12 +54,7 @@ class GTA5(FolderDataset):
     ) -> None:
         size = check_size(size)
         self.root = Path(root)
-        files = paired(
-            f"{self.root}:",
-            find(self.root / "images") if images else None,
-            find(self.root / "labels") if labels else None,
-            LAYOUT,
-            names=names,
-            root=(self.root, "GTA5"),
-        )
+        folders = ((self.root / "images", images), (self.root / "labels", labels))
+        of_images, of_labels = (find(folder) if is_read else None for folder, is_read in folders)
+        files = paired(f"{self.root}:", of_images, of_labels, LAYOUT, names=names, root=(self.root, "GTA5"))
         super().__init__(files, LABEL_IDS, size, "bicubic")

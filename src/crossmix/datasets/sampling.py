@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from crossmix._checks import check_temperature
+from crossmix._checks import check_temperature, wrong_shape
 from crossmix._keyed import keyed_generator
 from crossmix.datasets._arguments import check_count
 from crossmix.datasets.classes import IGNORED
@@ -25,15 +25,15 @@ class RareClassSampler(Sampler[int]):
 
     f_c is the share of class c among all labelled pixels. The sum runs over classes of which some image has at least
     `min_pixels` pixels; other classes are never drawn. The image is then drawn uniformly from those with at least
-    `min_pixels` pixels of the class. Draws are with replacement, so an epoch need not contain every image.
+    `min_pixels` pixels of the class. Draws are with replacement.
 
-    Draw k of an epoch is a pure function of (seed, epoch, k). Rank r of R takes draws r, r + R, r + 2R, ..., so ranks
-    split the draws of a single process; for equal shares, as DDP needs, make `num_samples` a multiple of `world_size`
-    times the batch size. Call `set_epoch` before every epoch; otherwise all epochs are the same.
+    Draw k of an epoch is a pure function of (seed, epoch, k). Rank r of R takes draws r, r + R, r + 2R, ...; for equal
+    shares, as DDP needs, make `num_samples` a multiple of `world_size` times the batch size. Call `set_epoch` before
+    every epoch; otherwise all epochs are the same.
 
     Args:
-        counts: (images, C), pixels of each class in each image, from `class_counts`. Column 255 holds ignored pixels
-            and is not used, like any column set to 0. Any real dtype, also a NumPy array.
+        counts: (images, C), pixels of each class in each image, from `class_counts`, of any real dtype. Column 255
+            holds ignored pixels and is not used.
         temperature: T > 0. Lower values favour the rarest classes more; 0.01 in DAFormer.
         min_pixels: How many pixels of a class an image must have to be drawn for it, at the size at which it was
             counted; 3000 in DAFormer, for images of about two megapixels.
@@ -111,7 +111,7 @@ class RareClassSampler(Sampler[int]):
             (tensor([0, 2]), tensor([0, 1]))
         """
         if scores.shape[-1:] != (2,):
-            raise ValueError(f"`scores` must have shape (..., 2), got {tuple(scores.shape)}; draw two per sample.")
+            raise wrong_shape("scores", "(..., 2)", scores, "draw two per sample")
         scores = scores.double()
         upper = self.probabilities.cumsum(0)
         upper[int(self._many.nonzero()[-1]) :] = 1  # exact despite rounding of the sum
@@ -151,7 +151,7 @@ def _checked(counts: object) -> Tensor:
         found = counts.dtype if isinstance(counts, Tensor) else type(counts).__name__
         raise TypeError(f"`counts` must be a tensor of numbers, (images, C), got {found}; {hint}.")
     if counts.ndim != 2 or 0 in counts.shape:
-        raise ValueError(f"`counts` must have shape (images, C), one row per image, got {tuple(counts.shape)}; {hint}.")
+        raise wrong_shape("counts", "(images, C), one row per image", counts, hint)
     pixels = counts.detach().cpu().double()  # in this order, as the device may lack float64
     if not bool(pixels.isfinite().all()) or bool((pixels < 0).any()):
         raise ValueError("`counts` must be finite and not negative; count the pixels of each class in each image.")

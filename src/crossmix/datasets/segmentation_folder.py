@@ -42,22 +42,21 @@ class SegmentationFolder(FolderDataset):
         images: Folder or pattern of images (grey ones become RGB); or, without `labels`, a folder that contains
             `images` and `labels`. None reads only label maps, and `image` is empty, (3, 0, 0).
         labels: Folder or pattern of label maps; None reads only images.
-        mapping: From the ids in the files (8 or 16 bits) or (R, G, B) colours to train ids or `ignore_index`. None
-            keeps 8-bit ids as they are. `read_classes` reads a mapping from a file. Like `num_classes`, it needs label
-            maps.
+        mapping: From the ids in the files (8 or 16 bits) or (R, G, B) colours to train ids or `ignore_index`, for
+            example by `read_classes`. None keeps 8-bit ids as they are.
         unlisted: `"raise"`: an id missing from `mapping` is an error that names the file. `"ignore"`: it becomes
             `ignore_index`.
-        num_classes: C. Ids other than 0..C-1 and `ignore_index` are errors that name the file. By default the number is
-            taken from `mapping`; with neither, all ids are accepted.
+        num_classes: C, by default that of `mapping`. Other ids than 0..C-1 and `ignore_index` are errors that name the
+            file; with neither, all ids are accepted.
         ignore_index: The train id of ignored pixels.
         size: (height, width) that images (antialiased) and labels (nearest) are resized to; None keeps their own size.
         resampling: `"bilinear"` or `"bicubic"`, for images.
-        names: A text file that lists the images to use, one name per line, with or without extension, and with enough
-            of the path to be unambiguous; for patterns, the text that `*` stands for.
+        names: A text file that lists the images to use, one per line, with or without extension, and with enough of the
+            path to be unambiguous; for patterns, the text that `*` stands for.
         transform: Called with each `Sample`, in the loader's workers; its result is the item.
 
     Attributes:
-        labelled: Whether there are label maps; otherwise all labels are `ignore_index`.
+        labelled: Whether there are label maps.
         num_classes: C if known, else None.
         ignore_index: The train id of ignored pixels.
         transform: The transform, or None.

@@ -76,8 +76,7 @@ class PseudoLabelQuality(NamedTuple):
 
         Returns:
             "lambda" (the confident share), "divergence" and the other fields by name; fields with one number per class
-            have the class after a slash, as in "recall/road". Undefined values are None, since JSON has no NaN; the
-            keys are always the same.
+            have the class after a slash, as in "recall/road". Undefined values are None; the keys are always the same.
 
         Raises:
             ValueError: If there is not one distinct name per class.

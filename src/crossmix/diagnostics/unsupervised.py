@@ -86,10 +86,7 @@ class UnsupervisedScores(Counts):
 
     @torch.no_grad()
     def update(self, logits: Tensor) -> None:
-        """Add a batch of predictions, without a host sync. Pixels with NaN logits do not count.
-
-        Args:
-            logits: (N, C, H, W) floating logits of target images, of any size; those before upsampling suffice.
+        """Add (N, C, H, W) logits of target images, of any size, without a host sync. Pixels with NaN do not count.
 
         Raises:
             TypeError: If `logits` is not floating.

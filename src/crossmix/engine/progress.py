@@ -8,10 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-try:
-    from tqdm import tqdm
-except ImportError:  # optional dependency; without it progress is printed line by line
-    tqdm = None
+from crossmix._progress import tqdm
 
 __all__ = ["Progress"]
 

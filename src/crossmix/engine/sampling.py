@@ -9,7 +9,7 @@ import logging
 import math
 import operator
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from crossmix._checks import check_size
 from crossmix._keyed import keyed_generator
-from crossmix.datasets.sample import DataError
+from crossmix.datasets.sample import DataError, Sample
 from crossmix.datasets.sampling import RareClassSampler
 
 __all__ = ["KeyedCrops", "keyed_generator", "resident"]
@@ -62,8 +62,8 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
 
     With `rare`, a class and an image are drawn as by `RareClassSampler`, and the image is cropped up to 10 more times
     until the crop has enough pixels of that class; failing that, the last crop is used. Enough is half of the sampler's
-    `min_pixels`, scaled with the area for crops larger than 512 x 512: 1500 at 512 x 512 and 6000 at 1024 x 1024, as in
-    DAFormer and HRDA. It is never more than half of the crop.
+    `min_pixels`, scaled with the area of crops larger than 512 x 512 (1500, and 6000 at 1024 x 1024, as in DAFormer and
+    HRDA), but at most half of the crop.
 
     A sample that cannot be read, or whose image is smaller than the crop (without `pad`), is an error. With `skip`, up
     to that many different samples are skipped instead; each is logged as a warning and recorded in `skipped`. The draw
@@ -77,8 +77,8 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         stream: Distinguishes the data sets of one run: different streams of one seed are unrelated.
         skip: Number of different unreadable samples to skip before the next one raises.
         pad: Whether to pad images smaller than the crop, at the bottom and right, with black pixels of label 255.
-        rare: Draws rare classes more often: a sampler built from the class counts of these samples. Only its
-            probabilities and `min_pixels` are used; the draw itself is keyed by `seed` and `stream`.
+        rare: Draws rare classes more often: a sampler built from the class counts of these samples; its draws are keyed
+            by `seed` and `stream`.
 
     Attributes:
         skipped: Indices of the samples skipped so far, with the reasons.
@@ -127,14 +127,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         self._order: tuple[int, Tensor] | None = None
 
     def __getitem__(self, draw: int) -> tuple[Tensor, Tensor]:
-        """Return the crop of a draw.
-
-        Args:
-            draw: Number of the draw, from 0.
-
-        Returns:
-            Image (3, h, w) uint8 and label (h, w) uint8, filled with 255 if the sample has no label.
-        """
+        """Return the crop of a draw: image (3, h, w) uint8 and label (h, w) uint8, of 255 if the sample has none."""
         draw = operator.index(draw)
         sample, wanted = self._read(draw)
         generator = keyed_generator(self.seed, self.stream, 1, draw)
@@ -188,10 +181,8 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         if self.rare is not None and sample.label is None:
             raise DataError(f"{name}: has no label to look for rare classes in; read the data set with its labels.")
         if not self.pad and (height < crop_height or width < crop_width):
-            raise DataError(
-                f"{name}: the image is {height} x {width}, smaller than the crop of {crop_height} x {crop_width}; "
-                "use a smaller crop, pad, or resize the images when reading them."
-            )
+            smaller = f"the image is {height} x {width}, smaller than the crop of {crop_height} x {crop_width}"
+            raise DataError(f"{name}: {smaller}; use a smaller crop, pad, or resize the images when reading them.")
         return sample
 
     def index(self, draw: int) -> int:
@@ -214,23 +205,15 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
             yield int(self._order[1][position]), None
 
 
-class Resident(NamedTuple):
-    """A sample whose tensors are on a device."""
-
-    image: Tensor
-    label: Tensor | None
-    name: str
-
-
-def resident(samples: Samples, device: torch.device | str) -> list[Resident]:
-    """Load a whole data set onto a device, so that `KeyedCrops` crops it there.
+def resident(samples: Samples, device: torch.device | str) -> list[Sample]:
+    """Load a whole data set onto a device, to pass to `KeyedCrops`, whose crops are then the same, on that device.
 
     Args:
         samples: Items with `image`, `label` and `name`. All of them are read now, so a cached data set is best.
         device: The device.
 
     Returns:
-        The samples in order, to pass to `KeyedCrops` in place of the data set. The crops are the same, on the device.
+        The samples in order.
 
     Raises:
         ValueError: If the device has less free memory than the samples need; nothing is left allocated.
@@ -252,9 +235,9 @@ def resident(samples: Samples, device: torch.device | str) -> list[Resident]:
                 f"{need / 2**30:.1f} GiB; read them from a cache on disk instead."
             )
 
-    def moved(sample: Labelled) -> Resident:
+    def moved(sample: Labelled) -> Sample:
         label = None if sample.label is None else sample.label.to(device)
-        return Resident(sample.image.to(device), label, sample.name)
+        return Sample(sample.image.to(device), label, sample.name)
 
     return [moved(samples[i]) for i in range(len(samples))]
 

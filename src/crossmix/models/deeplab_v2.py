@@ -117,12 +117,6 @@ def deeplab_v2_resnet101(
         freeze_bn_affine: Whether to freeze BatchNorm's scale and shift, as published; see `DeepLabV2`.
         upsample: Whether to return logits at the size of the images.
 
-    Returns:
-        The network, in training mode.
-
-    Raises:
-        ValueError: If `num_classes` or `aspp_branches` is out of range.
-
     Example:
         >>> network = deeplab_v2_resnet101(19).eval()
         >>> sum(parameter.numel() for parameter in network.parameters())
@@ -147,7 +141,11 @@ def deeplab_v2_tiny(
 
     It has one bottleneck per stage, 3/16 of the width, output stride 8, and dilations 1, 3, 6 and 9 in the head.
 
-    The arguments, result and errors are those of `deeplab_v2_resnet101`.
+    Args:
+        num_classes: As in `deeplab_v2_resnet101`.
+        aspp_branches: As there.
+        freeze_bn_affine: As there.
+        upsample: As there.
 
     Example:
         >>> deeplab_v2_tiny(19).eval()(torch.rand(1, 3, 64, 128)).shape

@@ -185,7 +185,7 @@ def _objects(path: Path, refusal: Exception) -> str:
     """Describe the objects in a file that are not tensors, and what to do about them.
 
     Torch names only the first unknown object. Replacing it by a stand-in reveals the next one, and so on, until the
-    file can be read or fails for another reason. The advice given is therefore known to work.
+    file can be read or fails for another reason. So the advice is known to work.
     """
     stand_ins: dict[str, type[_StandIn]] = {}
     contents: object = None

@@ -77,8 +77,8 @@ def load_weights(
         entry: The part of a checkpoint to load: a key or a prefix of names, at any depth. `"student"` also stands for
             the released code's `model`, `"teacher"` for its `ema_model`. None loads the whole file, `student`, `model`
             or `state_dict`, whichever matches first, or a part with another name that is not a teacher.
-        strict: Whether everything has to match, except `num_batches_tracked`, which files from before 2018 lack. False
-            allows another head and additional tensors in the file; the whole backbone always has to match.
+        strict: Whether everything has to match, except `num_batches_tracked`, which old files lack. False allows
+            another head and additional tensors in the file; the whole backbone always has to match.
         sha256: The file's checksum in hexadecimal, or at least its first eight digits.
         head: Name of the submodule that is the head.
 
@@ -88,8 +88,8 @@ def load_weights(
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If it is a safetensors file, and the package is not installed.
-        WeightsError: If it cannot be downloaded or read, contains code or objects other than tensors (the message says
-            how to allow them), or does not match as required.
+        WeightsError: If it cannot be downloaded or read, contains objects other than tensors (the message says how to
+            allow them), or does not match as required.
         ValueError: If `sha256` is not a checksum, or the model is on the meta device.
 
     Example:
@@ -107,9 +107,9 @@ def load_weights(
 def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str | None = None) -> Path:
     """Save a model's weights in a form that the released code's `load_state_dict` accepts.
 
-    Names are those of the model without wrappers (DistributedDataParallel, `torch.compile`, ..., and averages such as
-    `MeanTeacher`); tensors are on the CPU and share no memory. The file is written atomically. Sharded parameters
-    (FSDP2) are gathered, so all ranks have to call.
+    Names are those of the model without wrappers (as in `load_weights`, and averages such as `MeanTeacher`); tensors
+    are on the CPU and share no memory. The file is written atomically. Sharded parameters (FSDP2) are gathered, so all
+    ranks have to call.
 
     Args:
         model: The model, wrapped or not.
