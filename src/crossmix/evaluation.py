@@ -274,9 +274,8 @@ def _batch(item: object, index: int) -> Batch:
     else:
         image, label, found = None, None, type(item).__name__
     if image is None:
-        raise TypeError(
-            f"`data` must hold items with `image` and `label`, (image, label), or dicts with these keys, got {found}."
-        )
+        kinds = "items with `image` and `label` attributes, (image, label), or dicts with these keys"
+        raise TypeError(f"`data` must hold {kinds}, got {found}; convert the items.")
     if label is None:
         raise ValueError(f"{name}: has no label to score against; read the data set with its labels.")
     check_tensor("image", image)

@@ -99,10 +99,7 @@ class ConfusionMatrix(Counts):
 
         Args:
             classes: Class ids to average over, e.g. the 16 or 13 classes of SYNTHIA; all by default. Confusions between
-                these and the other classes still count as errors.
-
-        Returns:
-            The scores; `per_class` always has all C entries.
+                these and the other classes still count as errors, and `per_class` always has all C entries.
 
         Raises:
             TypeError: If a class id is not an integer.

@@ -271,10 +271,9 @@ def self_training(
 def _masked_images(choice: Recipe, mean: Sequence[float] | None, std: Sequence[float] | None) -> MaskedImages:
     """`MaskedImages` whose fill is normalised like the images."""
     masked = MaskedImages(choice.consistency_block, choice.consistency_ratio)
-    if mean is None or std is None:
-        return masked
-    fill = [(value - m) / s for value, m, s in zip(masked.fill, mean, std, strict=True)]
-    return MaskedImages(masked.block, masked.ratio, fill)
+    if mean is not None and std is not None:
+        masked.fill = tuple((value - m) / s for value, m, s in zip(masked.fill, mean, std, strict=True))
+    return masked
 
 
 # Options by the part of `SelfTraining` that they configure, which the user may pass instead: first those in which the

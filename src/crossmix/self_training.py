@@ -403,9 +403,6 @@ class SelfTraining(nn.Module):
             generator: Source of randomness; None uses the global one. `torch.compile` cannot trace it: use `draw`.
             draw: A draw from `sample`, to replay it.
 
-        Returns:
-            Losses, the teacher's confidence and the mixed batch.
-
         Raises:
             TypeError: If a dtype is wrong, or a part returns the wrong type.
             ValueError: If shapes or devices disagree, images are far out of range (checked on the CPU only), or a

@@ -94,13 +94,7 @@ class RareClassSampler(Sampler[int]):
         self.probabilities = _probabilities(pixels.sum(0), self._many > 0, temperature)
 
     def pick(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn uniform numbers into draws.
-
-        Args:
-            scores: (..., 2) floating in [0, 1): the first selects the class, the second the image.
-
-        Returns:
-            Indices of images, and the classes they were drawn for, both (...) int64.
+        """Turn uniform numbers, (..., 2) in [0, 1), for class and image, into images and their classes, (...) int64.
 
         Raises:
             ValueError: If `scores` is not (..., 2).

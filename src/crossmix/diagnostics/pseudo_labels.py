@@ -208,9 +208,6 @@ class PseudoLabelMonitor(Counts):
             prior: (C,) class frequencies or counts to compare the shares with, >= 0, normalised to sum to 1; for
                 example the source's, if the target has no labels. The shares of the true labels by default.
 
-        Returns:
-            The quality of the pseudo-labels counted since the last `reset`.
-
         Raises:
             ValueError: If `prior` is not C numbers that can be normalised.
         """

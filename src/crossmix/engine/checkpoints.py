@@ -64,7 +64,7 @@ class CheckpointStore:
         return self.folder / "best.pt"
 
     def save(self, step: int, state: Mapping[str, Any], *, best: bool = False) -> Path:
-        """Write a checkpoint, then delete the ones that are no longer kept.
+        """Write a checkpoint, delete the ones that are no longer kept, and return its path.
 
         This verifies the checkpoints that are kept, which takes a second or two per gigabyte.
 
@@ -72,9 +72,6 @@ class CheckpointStore:
             step: Number of finished optimizer steps.
             state: Tensors, numbers, strings and containers of them.
             best: Whether to save it as `best.pt` as well.
-
-        Returns:
-            The path of the checkpoint.
 
         Raises:
             OSError: If writing fails. On a full disk the message states how many bytes are needed and free. Earlier

@@ -77,10 +77,7 @@ class DeepLabV2(nn.Module):
                 module.requires_grad_(requires_grad=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Score every pixel.
-
-        Args:
-            images: (N, 3, H, W) floating, RGB in [0, 1].
+        """Score images, (N, 3, H, W) floating, RGB in [0, 1].
 
         Returns:
             (N, C, H, W) logits, or those of `forward_features` if built with `upsample=False`.
