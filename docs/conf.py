@@ -24,5 +24,5 @@ napoleon_use_ivar = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|numpy|collections|typing|pathlib|os|argparse)\b.*"),
     (r"py:.*", r"(Tensor|nn\.Module|optional|Path|Any|Sequence)"),
-    (r"py:.*", r"crossmix\..*\.(Samples|Labelled|FileSamples|FolderDataset|_\w+)"),
+    (r"py:.*", r"crossmix\..*\.(Samples|Labelled|Resident|FileSamples|FolderDataset|_\w+)"),
 ]

@@ -71,7 +71,9 @@ def check_logits(name: str, logits: Tensor) -> None:
 
 
 def logits_in(output: object, name: str) -> str | None:
-    """The expression that takes the logits out of a network's output `name`; None if there is no guess."""
+    """The expression that takes the logits out of a network's output `name`; None without a guess, or for a tensor."""
+    if isinstance(output, Tensor):
+        return None
     if isinstance(getattr(output, "logits", None), Tensor):
         return f"{name}.logits"
     if isinstance(output, Mapping) and output:

@@ -99,8 +99,10 @@ class Recipe:
                 raise TypeError(f"`{name}` must be True or False, got {value!r}.")
         check_ignored_rows(self.ignore_top, self.ignore_bottom)
         if not (self.consistency is None or isinstance(self.consistency, bool) or callable(self.consistency)):
-            kinds = "True, False, None, a MaskedImages or another function of images"
-            raise TypeError(f"`consistency` must be {kinds}, got {self.consistency!r}.")
+            raise TypeError(
+                "`consistency` must be True, False, None, a MaskedImages or another function of images, got "
+                f"{self.consistency!r}."
+            )
         if self.consistency_block is not None:
             check_pixels("consistency_block", self.consistency_block)
         check_fraction("consistency_ratio", self.consistency_ratio)

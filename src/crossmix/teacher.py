@@ -60,7 +60,7 @@ def pseudo_label(logits: Tensor) -> PseudoLabels:
         >>> pseudo_label(torch.tensor([0.0, 4.0])[None, :, None, None])
         PseudoLabels(labels=tensor([[[1]]]), confidence=tensor([[[0.9820]]]))
     """
-    if not isinstance(logits, Tensor) and (way := logits_in(logits, "output")):
+    if way := logits_in(logits, "output"):
         hint = f"extract it from the network's output: crossmix.functional.pseudo_label({way})"
         raise TypeError(f"`logits` must be a torch.Tensor, got {type(logits).__name__}; {hint}.")
     check_logits("logits", logits)
@@ -152,8 +152,8 @@ class MeanTeacher(nn.Module):
         mode: How the forward pass runs, regardless of `.train()` and `.eval()`: `"train"` (the released code), where
             BatchNorm and InstanceNorm use batch statistics and leave the running ones unchanged, or `"eval"`. Dropout
             is off in both.
-        network: A second network of the same architecture, for a student that cannot be deep-copied; it becomes
-            `.module` and gets the student's weights. Shard it (`fully_shard`) as the student is.
+        network: A second network of the same architecture and without shared tensors, for a student that cannot be
+            deep-copied; it becomes `.module` and gets the student's weights. Shard it (`fully_shard`) as the student.
         start: First value of t: 1 for DAFormer's ramp, which never copies.
 
     State:
@@ -224,8 +224,8 @@ class MeanTeacher(nn.Module):
         """Run the teacher in its mode, without gradient and without changing any state.
 
         The one exception is `torch.optim.swa_utils.update_bn(loader, teacher)`, which refreshes the running statistics
-        of `.module`. It is recognised by BatchNorm layers whose `momentum` was set to None after the teacher was made.
-        (If the student's own layers have None, call `update_bn(loader, teacher.module)`.)
+        of `.module`. It is recognised by a teacher in training mode with BatchNorm layers whose `momentum` was set to
+        None after it was made. (If the student's own layers have None, call `update_bn(loader, teacher.module)`.)
 
         Args:
             *inputs: The network's inputs, usually images (N, 3, H, W) floating in [0, 1].
@@ -309,8 +309,7 @@ class MeanTeacher(nn.Module):
             1
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
-            kind = type(optimizer).__name__
-            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {kind}; unwrap it first.")
+            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}; unwrap it.")
 
         def after_step(stepped: torch.optim.Optimizer, *_: object) -> None:
             skipped = getattr(stepped, "found_inf", None)  # set by a GradScaler during a fused step

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"_checks", "_files", "_tensors", "_wrappers"},
     "datasets": {"_checks", "_files", "_keyed", "_progress", "_tensors", "_workers"},
     "optim": {"_checks", "_wrappers"},
-    "engine": {"_checks", "_files", "_keyed", "_progress", "_workers", "datasets.sample", "datasets.sampling"},
+    "engine": {"_checks", "_files", "_keyed", "_workers", "datasets.sample", "datasets.sampling"},
     "evaluation": {"_checks", "_distributed", "_progress", "_tensors", "_workers", "metrics", "datasets.classes"},
     "diagnostics": {"_checks", "_distributed", "_tensors", "metrics", "datasets.classes"},
     "visualize": {"_checks", "_tensors", "metrics", "datasets.classes"},

@@ -17,8 +17,8 @@ from crossmix.datasets.sample import DataError, Sample
 __all__ = ["SegmentationFolder", "found"]
 
 IMAGES, LABELS = "images", "labels"
-PAIRS = ((IMAGES, LABELS), (IMAGES, "masks"), ("image", "label"), ("imgs", "masks"))
-PAIRS += (("JPEGImages", "SegmentationClass"), ("RGB", "GT"), ("leftImg8bit", "gtFine"))
+PAIRS = [(IMAGES, LABELS), (IMAGES, "masks"), ("image", "label"), ("imgs", "masks")]
+PAIRS += [("JPEGImages", "SegmentationClass"), ("RGB", "GT"), ("leftImg8bit", "gtFine")]
 """Common names of adjacent folders of images and of label maps."""
 
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))

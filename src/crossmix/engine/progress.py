@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 import torch
 
-from crossmix._progress import tqdm
+try:
+    from tqdm import tqdm
+except ImportError:  # optional dependency; without it progress is printed line by line
+    tqdm = None
 
 __all__ = ["Progress"]
 
