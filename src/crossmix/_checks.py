@@ -184,7 +184,7 @@ def check_size(name: str, size: object, *, least: int = 1) -> tuple[int, int]:
         raise TypeError(f"`{name}` must be (height, width), ints in pixels, got {size!r}; pass both sides.")
     height, width = map(operator.index, sides)
     if min(height, width) < least:
-        want = "positive" if least == 1 else f"at least {least}"
+        want = "positive" if least == 1 else f"at least {least} pixels"
         raise ValueError(f"`{name}` must be {want}, got {(height, width)}; pass (height, width) in pixels.")
     return height, width
 

@@ -93,10 +93,7 @@ class CheckpointStore:
         return path
 
     def load_newest(self) -> dict[str, Any] | None:
-        """Load the newest valid checkpoint, with a warning for each newer one that is damaged.
-
-        Returns:
-            Its state on the CPU, or None if nothing was ever saved.
+        """Load the newest valid checkpoint to the CPU, or None before a save; warn of each newer, damaged one.
 
         Raises:
             CheckpointError: If there are checkpoints but none is valid.
@@ -114,10 +111,7 @@ class CheckpointStore:
         return None
 
     def load_best(self) -> dict[str, Any] | None:
-        """Load the best checkpoint.
-
-        Returns:
-            Its state on the CPU, or None if none was saved with `best=True`.
+        """Load the best checkpoint to the CPU, or None if none was saved with `best=True`.
 
         Raises:
             CheckpointError: If it is damaged. The next `save` with `best=True` replaces it.

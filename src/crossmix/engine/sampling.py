@@ -263,6 +263,7 @@ def _enough(rare: RareClassSampler, size: tuple[int, int], length: int) -> float
     if not isinstance(rare, RareClassSampler):
         raise TypeError(f"`rare` must be a RareClassSampler, got {type(rare).__name__}; build one from class counts.")
     if rare.num_images != length:
-        raise ValueError(f"`rare` has the counts of {rare.num_images} images, but there are {length} samples.")
+        count = rare.num_images
+        raise ValueError(f"`rare` has the counts of {count} images, but there are {length} samples; count these.")
     area = math.prod(size)
     return min(rare.min_pixels * max(0.5, area / (512 * 1024)), area / 2)
