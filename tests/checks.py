@@ -159,3 +159,8 @@ class Watch(TorchDispatchMode):
                 self.dtypes.add(tensor.dtype)
                 self.largest = max(self.largest, tensor.numel())
         return out
+
+
+def assert_equal_states(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
+    """Bit by bit."""
+    torch.testing.assert_close(dict(got), dict(want), rtol=0, atol=0)

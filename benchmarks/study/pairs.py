@@ -117,12 +117,12 @@ def load(name: str, camvid: str = "") -> Domains:
 
 
 def streets_camvid(root: Path) -> Domains:
-    """From rendered scenes to photographs by day, scored on a drive at dusk and on a stretch of road by day.
+    """From richly rendered scenes to photographs by day, scored on a drive at dusk and on a stretch of road by day.
 
     That stretch is the first third of drive 0016E5. Most of the other two thirds was taken at 15 images per second.
     """
     size = PAIRS["streets-camvid"].crop
-    source = in_camvid_classes(StreetScenes(SCENES, domain="source", size=size, seed=0))
+    source = in_camvid_classes(StreetScenes(SCENES, style="rich", size=size, seed=0))
     drive, day, *dusk = (read(root, kind, size) for kind in CAMVID)
     third = len(day) // 3
     target = drive + day[third:]

@@ -4,33 +4,11 @@ Every error says what was expected, what was given, and what to do.
 """
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-
-__all__ = [
-    "can_look",
-    "check_choice",
-    "check_class_weights",
-    "check_fraction",
-    "check_ignore_index",
-    "check_ignored_rows",
-    "check_images",
-    "check_int",
-    "check_labels",
-    "check_logits",
-    "check_module",
-    "check_nonnegative",
-    "check_num_classes",
-    "check_pixels",
-    "check_positive",
-    "check_range",
-    "check_same_device",
-    "check_same_shape",
-    "check_tensor",
-    "check_weights",
-]
 
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 SLACK = 0.5  # bicubic resizing overshoots [0, 1] by up to 0.45; normalised images and bytes by far more
@@ -39,9 +17,20 @@ SLACK = 0.5  # bicubic resizing overshoots [0, 1] by up to 0.45; normalised imag
 def check_tensor(name: str, value: object) -> None:
     """Refuse anything that is not a tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"`{name}` must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor."
-        )
+        kind = type(value).__name__
+        raise TypeError(f"`{name}` must be a torch.Tensor, got {kind}; convert it with torch.as_tensor.")
+
+
+def wrong_shape(name: str, want: object, value: Tensor, hint: str) -> ValueError:
+    """The error about a tensor that must have another shape."""
+    return ValueError(f"`{name}` must have shape {want}, got {tuple(value.shape)}; {hint}.")
+
+
+def check_floating(name: str, value: Tensor, hint: str) -> None:
+    """Refuse anything but a floating tensor."""
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"`{name}` must be floating, got {value.dtype}; {hint}.")
 
 
 def check_module(name: str, value: object) -> None:
@@ -58,68 +47,65 @@ def check_images(name: str, images: Tensor, *, channels: int | None = None) -> N
         hint = "add the batch dimension with `[None]`" if images.ndim == 3 else "stack the images along dimension 0"
         if images.ndim == 4:
             hint = f"convert them to {channels} channels"
-        raise ValueError(f"`{name}` must have shape (N, {want}, H, W), got {tuple(images.shape)}; {hint}.")
+        raise wrong_shape(name, f"(N, {want}, H, W)", images, hint)
     if not images.is_floating_point():
-        raise TypeError(
-            f"`{name}` must be floating in [0, 1], got {images.dtype}; convert uint8 with `.float() / 255`."
-        )
+        raise TypeError(f"`{name}` must be floating in [0, 1], got {images.dtype}; convert bytes by `.float() / 255`.")
 
 
 def check_labels(name: str, labels: Tensor) -> None:
     """Refuse anything but (N, H, W) label maps of an accepted integer dtype."""
     check_tensor(name, labels)
     if labels.dtype not in LABEL_DTYPES:
-        raise TypeError(
-            f"`{name}` must be uint8, int16, int32 or int64, got {labels.dtype}; convert with `.long()`, "
-            "or take the argmax of probabilities first."
-        )
+        hint = "convert with `.long()`, or take the argmax of probabilities first"
+        raise TypeError(f"`{name}` must be uint8, int16, int32 or int64, got {labels.dtype}; {hint}.")
     if labels.ndim != 3:
         hint = "squeeze the channel dimension" if labels.ndim == 4 else "add the batch dimension with `[None]`"
-        raise ValueError(f"`{name}` must have shape (N, H, W), got {tuple(labels.shape)}; {hint}.")
+        raise wrong_shape(name, "(N, H, W)", labels, hint)
 
 
 def check_logits(name: str, logits: Tensor) -> None:
     """Refuse anything but a floating (N, C, H, W) tensor with at least one class."""
-    check_tensor(name, logits)
+    check_floating(name, logits, hint := "pass the class scores before any argmax")
     if logits.ndim != 4 or logits.shape[1] < 1:
-        raise ValueError(
-            f"`{name}` must have shape (N, C, H, W) with C >= 1, got {tuple(logits.shape)}; "
-            "pass the class scores before any argmax."
-        )
-    if not logits.is_floating_point():
-        raise TypeError(f"`{name}` must be floating, got {logits.dtype}; pass the class scores before any argmax.")
+        raise wrong_shape(name, "(N, C, H, W) with C >= 1", logits, hint)
+
+
+def logits_in(output: object, name: str) -> str | None:
+    """The expression that takes the logits out of a network's output `name`; None without a guess, or for a tensor."""
+    if isinstance(output, Tensor):
+        return None
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return f"{name}.logits"
+    if isinstance(output, Mapping) and output:
+        return f"{name}[{next((key for key in ('logits', 'out') if key in output), next(iter(output)))!r}]"
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return f"{name}[0]"
+    return None
+
+
+def check_confidence(confidence: Tensor) -> None:
+    """Refuse anything but a floating (N, H, W) tensor."""
+    check_floating("confidence", confidence, "pass probabilities in [0, 1]")
+    if confidence.ndim != 3:
+        hint = "take the maximum of the probabilities over dimension 1"
+        raise wrong_shape("confidence", "(N, H, W)", confidence, hint)
 
 
 def check_weights(name: str, weights: Tensor, labels_shape: Sequence[int]) -> None:
     """Refuse anything but floating weights per pixel, (N, H, W) like the labels, or per image, (N,)."""
-    check_tensor(name, weights)
-    if not weights.is_floating_point():
-        raise TypeError(f"`{name}` must be floating, got {weights.dtype}; convert with `.float()`.")
+    check_floating(name, weights, "convert with `.float()`")
     shape = tuple(labels_shape)
     if tuple(weights.shape) not in (shape, shape[:1]):  # not a set: hashing a size makes torch.compile specialise on it
-        raise ValueError(
-            f"`{name}` must have shape (N, H, W) = {shape} or (N,), got {tuple(weights.shape)}; "
-            "squeeze the channel dimension or crop them to the labels."
-        )
+        hint = "squeeze the channel dimension or crop them to the labels"
+        raise wrong_shape(name, f"(N, H, W) = {shape} or (N,)", weights, hint)
 
 
 def check_class_weights(weights: Tensor, num_classes: int | None, *, may_be_zero: bool = False) -> None:
-    """Refuse anything but (C,) floating numbers, finite and positive (or >= 0); values are checked on the CPU only.
-
-    Args:
-        weights: The class weights.
-        num_classes: C; None accepts any number.
-        may_be_zero: Whether a class may have weight 0.
-    """
-    check_tensor("class_weights", weights)
-    if not weights.is_floating_point():
-        raise TypeError(f"`class_weights` must be floating, got {weights.dtype}; convert with `.float()`.")
+    """Refuse anything but (C,) floating numbers, finite and positive (or >= 0); values are checked on the CPU only."""
+    check_floating("class_weights", weights, "convert with `.float()`")
     if weights.ndim != 1 or len(weights) == 0 or (num_classes is not None and len(weights) != num_classes):
         want = "(C,)" if num_classes is None else f"(C,) = ({num_classes},)"
-        raise ValueError(
-            f"`class_weights` must have shape {want}, got {tuple(weights.shape)}; pass one per class, "
-            "none for ignored pixels."
-        )
+        raise wrong_shape("class_weights", want, weights, "pass one per class, none for ignored pixels")
     if not can_look(weights):
         return
     fits = weights >= 0 if may_be_zero else weights > 0
@@ -132,25 +118,18 @@ def check_class_weights(weights: Tensor, num_classes: int | None, *, may_be_zero
 def check_same_shape(name: str, shape: Sequence[int], other_name: str, other_shape: Sequence[int]) -> None:
     """Refuse two shapes that differ, naming both."""
     if tuple(shape) != tuple(other_shape):
-        raise ValueError(
-            f"`{name}` {tuple(shape)} and `{other_name}` {tuple(other_shape)} must agree in batch size, height and "
-            "width; crop or resize them to one size."
-        )
+        both = f"`{name}` {tuple(shape)} and `{other_name}` {tuple(other_shape)}"
+        raise ValueError(f"{both} must agree in batch size, height and width; crop or resize them to one size.")
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
     """Refuse tensors on different devices, naming the first two that differ."""
-    first: tuple[str, Tensor] | None = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if first is None:
-            first = (name, tensor)
-        elif tensor.device != first[1].device:
-            raise ValueError(
-                f"`{name}` is on {tensor.device} but `{first[0]}` is on {first[1].device}; "
-                f"move one of them with `.to({str(first[1].device)!r})`."
-            )
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(devices))
+    for name, device in devices.items():
+        if device != devices[first]:
+            there = devices[first]
+            raise ValueError(f"`{name}` is on {device} but `{first}` is on {there}; move one by `.to({str(there)!r})`.")
 
 
 def check_int(name: str, value: int, *, least: int | None = None, hint: str = "") -> None:
@@ -171,20 +150,43 @@ def check_ignore_index(ignore_index: int) -> None:
     check_int("ignore_index", ignore_index, hint="; to ignore no pixel, pass an id that no label has, such as -100")
 
 
-def check_fraction(name: str, value: float) -> None:
-    """Refuse anything but a number in [0, 1], NaN included."""
+def check_float(name: str, value: float) -> None:
+    """Refuse anything but an int or a float. A bool is neither here."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a float, got {type(value).__name__}.")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuse anything but a number in [0, 1], NaN included."""
+    check_float(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
 
 
 def check_nonnegative(name: str, value: float) -> None:
     """Refuse anything but a finite number >= 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a float, got {type(value).__name__}.")
+    check_float(name, value)
     if not 0.0 <= value < math.inf:
         raise ValueError(f"`{name}` must be finite and at least 0, got {value}.")
+
+
+def check_temperature(value: float) -> None:
+    """Refuse anything but a positive number."""
+    check_float("temperature", value)
+    if not value > 0:
+        raise ValueError(f"`temperature` must be positive, got {value}; start from the default.")
+
+
+def check_size(name: str, size: object, *, least: int = 1) -> tuple[int, int]:
+    """Refuse anything but (height, width), integers of any type of at least `least`; return them as ints."""
+    sides = size if isinstance(size, Sequence) and len(size) == 2 else [None]
+    if any(isinstance(side, bool) or not hasattr(side, "__index__") for side in sides):
+        raise TypeError(f"`{name}` must be (height, width), ints in pixels, got {size!r}; pass both sides.")
+    height, width = map(operator.index, sides)
+    if min(height, width) < least:
+        want = "positive" if least == 1 else f"at least {least} pixels"
+        raise ValueError(f"`{name}` must be {want}, got {(height, width)}; pass (height, width) in pixels.")
+    return height, width
 
 
 def check_pixels(name: str, value: int) -> None:
@@ -197,16 +199,37 @@ def check_ignored_rows(top: int, bottom: int) -> None:
     for name, rows in (("ignore_top", top), ("ignore_bottom", bottom)):
         check_int(name, rows, least=0, hint="; count rows of an image of 512 rows")
     if top + bottom >= 512:
-        raise ValueError(
-            f"`ignore_top` and `ignore_bottom` must leave some of 512 rows, got {top} and {bottom}; they are scaled "
-            "from 512 rows to the height of the images."
-        )
+        raise ValueError(f"`ignore_top` and `ignore_bottom` must leave some of 512 rows, got {top} and {bottom}.")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a string that is not one of `choices`, and list them."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def class_shares(prior: Tensor | Sequence[float], num_classes: int, ignore_index: int = -1) -> Tensor:
+    """Class frequencies or counts as (C,) float64 on the CPU, with sum 1, and 0 for an ignored class.
+
+    This reads the values of a tensor, and so syncs.
+    """
+    if isinstance(prior, Tensor) and prior.is_meta:
+        raise ValueError("`prior` must have values, got a meta tensor; create it outside of `torch.device('meta')`.")
+    try:
+        given = prior.detach().cpu() if isinstance(prior, Tensor) else prior  # its device may lack float64
+        values = torch.as_tensor(given, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"`prior` must be a sequence of numbers, got {type(prior).__name__} ({error}).") from error
+    if tuple(values.shape) != (num_classes,):
+        want = f"one number per class, shape ({num_classes},)"
+        raise ValueError(f"`prior` must hold {want}, got {tuple(values.shape)}; count the pixels of each class.")
+    values = values.where(torch.arange(num_classes, device="cpu") != ignore_index, 0)
+    if not bool(values.isfinite().all()) or bool((values < 0).any()) or not bool((values > 0).any()):
+        raise ValueError(
+            f"`prior` must be finite, not negative and not all zero, got {values.tolist()}; check the counts."
+        )
+    values = values / values.max()  # keeps the sum finite
+    return values / values.sum()
 
 
 def can_look(tensor: Tensor) -> bool:

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Indices", "Words", "class_codes"]
-
 PART = 1 << 18  # pixels of all images together: a megabyte of words
 
 

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crossmix._checks import check_class_weights
-
-__all__ = ["buffer_of", "kept_in_float32", "shown"]
 
 
 def buffer_of(
@@ -19,19 +17,10 @@ def buffer_of(
     try:
         values = torch.as_tensor(weights).detach().to(torch.float32, copy=True)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"`class_weights` must be a sequence of numbers, got {type(weights).__name__} ({error}); "
-            "pass one per class."
-        ) from error
+        found = f"{type(weights).__name__} ({error})"
+        raise TypeError(f"`class_weights` must be a sequence of numbers, got {found}; pass one per class.") from error
     check_class_weights(values if values.is_meta else values.cpu(), num_classes, may_be_zero=may_be_zero)
     return values
-
-
-def kept_in_float32(module: nn.Module, before: Tensor | None) -> None:
-    """Restore a module's float32 `class_weights` after a cast to a lower precision, which would round them."""
-    after = module.class_weights
-    if before is not None and isinstance(after, Tensor) and after.dtype.itemsize < 4:
-        module.class_weights = before.to(after.device)
 
 
 def shown(weights: Tensor | None) -> object:

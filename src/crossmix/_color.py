@@ -25,13 +25,8 @@ def additive_jitter(channels: Channels, order: Tensor, factors: Tensor) -> Chann
     Brightness adds and contrast multiplies, so both in a row, clamps included, are one clamped affine map. Saturation
     and hue are the two HSV passes, in the order of the image.
 
-    Args:
-        channels: Three (N, H, W) float tensors in [0, 1].
-        order: (N, 4) int64, a permutation of the four operations per image; the first entry is applied first.
-        factors: (4, N) in the dtype of the channels: brightness, contrast, saturation, hue.
-
-    Returns:
-        Three (N, H, W) tensors in [0, 1].
+    Channels are three (N, H, W) float tensors in [0, 1], `order` is (N, 4) int64, a permutation of the operations in
+    order of application, and `factors` (4, N) in the dtype of the channels: brightness, contrast, saturation, hue.
     """
     when = order.argsort(1).T  # (4, N): the position of each operation
     hue_first = when[HUE] < when[SATURATION]
@@ -80,14 +75,7 @@ def _affine_maps(when: Tensor, factors: Tensor) -> list[tuple[Tensor, Tensor, Te
 
         clamp(c clamp(x + b)) = clamp(c x + c b, 0, c)    and    clamp(clamp(c x) + b) = clamp(c x + b, 0, 1 + b),
 
-    both at most 1.
-
-    Args:
-        when: (4, N) int64, the position of each operation.
-        factors: (4, N), their factors.
-
-    Returns:
-        (scale, shift, high), each (N, 1, 1), for the three places.
+    both at most 1. `when` is (4, N), the position of each operation; scale, shift and high are (N, 1, 1) each.
     """
     slot = (when[:SATURATION, None] > when[None, SATURATION:]).sum(1)  # (2, N): how many HSV passes come before
     here = _one_hot(slot, 3)

@@ -10,8 +10,6 @@ and 0.77 with all of them. The committed results are the compiled rows of `bench
 import torch
 from torch import Tensor
 
-__all__ = ["convolve", "stored", "where"]
-
 
 def where(mask: Tensor, pasted: Tensor, base: Tensor) -> Tensor:
     """`pasted` where the mask (N, H, W) is true, `base` elsewhere, (N, ..., H, W)."""

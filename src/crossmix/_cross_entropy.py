@@ -17,8 +17,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from crossmix._tensors import arithmetic, no_autocast, upsample, weight_maps
 
-__all__ = ["pixel_losses", "sum_by_blocks", "upsample_for", "upsampled_sum", "valid_pixels"]
-
 
 def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The labels as int64, and where they hold a class that is not ignored."""

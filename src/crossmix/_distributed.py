@@ -1,9 +1,7 @@
-"""The few torch.distributed operations behind `sync=True`; without a process group there is one rank."""
+"""The few torch.distributed operations behind `sync=True` and `merge`; without a process group there is one rank."""
 
 import torch.distributed as dist
-from torch import Tensor
-
-__all__ = ["all_reduce_sum", "rank", "world_size"]
+from torch import Tensor, nn
 
 
 def world_size() -> int:
@@ -22,3 +20,33 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+class Counts(nn.Module):
+    """Integer buffers that batches add to, and that can be summed over ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._merged: dict[str, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
+
+    def merge(self) -> None:
+        """Sum the counts of all ranks for `compute`. Idempotent, and a no-op without a process group."""
+        self._merged = {name: all_reduce_sum(buffer) for name, buffer in self.named_buffers()}
+
+    def reset(self) -> None:
+        """Reset all counts to 0."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self._merged = None
+
+    def _totals(self) -> dict[str, Tensor]:
+        """The counts, after `merge` those of all ranks, as float64 on the CPU."""
+        return {name: value.cpu().double() for name, value in (self._merged or dict(self.named_buffers())).items()}
+
+
+def _forget(counts: Counts, _: object) -> None:
+    """Discard what belongs to the counts that a loaded state has replaced."""
+    for name in counts._non_persistent_buffers_set:
+        counts.get_buffer(name).zero_()
+    counts._merged = None

@@ -13,8 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-__all__ = ["BusyError", "FolderLock", "amount", "damaged_part", "explained", "sync_folder", "whole_file", "write_whole"]
-
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 FOLDER = 0x10
 """The attribute that marks a part of a zip file as a folder."""
@@ -28,17 +26,8 @@ def whole_file(path: str | os.PathLike[str], *, needed: Callable[[], int] | None
 
     The content goes to `<name>.tmp.<pid>` in the same folder, which is synced and renamed. If the block or the disk
     fails, the temporary file is removed and an existing file stays untouched. Only a killed process leaves a temporary
-    file behind; the owner of the folder has to remove it.
-
-    Args:
-        path: The file.
-        needed: Returns the size of the complete file in bytes; called only if the disk is full.
-
-    Yields:
-        The temporary file, open for binary writing.
-
-    Raises:
-        OSError: If writing fails; it names `path` and, on a full disk, the bytes needed and free.
+    file behind; the owner of the folder has to remove it. The OSError of a failed write names `path` and, on a full
+    disk, the bytes free and `needed()` for the complete file.
     """
     path = Path(path)
     aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
@@ -61,35 +50,17 @@ def whole_file(path: str | os.PathLike[str], *, needed: Callable[[], int] | None
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file atomically.
-
-    Args:
-        path: The file.
-        content: Its complete content.
-
-    Raises:
-        OSError: As `whole_file`.
-    """
+    """Write a file of this content atomically; see `whole_file`."""
     with whole_file(path, needed=lambda: len(content)) as file:
         file.write(content)
 
 
 def damaged_part(path: str | os.PathLike[str]) -> str | None:
-    """Find a damaged part of a zip file. `torch.load` does not verify the checksums in the files it reads.
+    """The name of a damaged part of a zip file, or None. `torch.load` does not verify the checksums in its files.
 
     The directory at the end of the file has no checksum. If it marks a part as a folder, torch reads no data for that
     part and returns a tensor of uninitialised memory. Torch itself writes no attributes; other programs, which identify
-    themselves in the file, write permissions.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The name of a damaged part, or None if there is none.
-
-    Raises:
-        zipfile.BadZipFile: If it is not a zip file, or its directory is damaged.
-        OSError: If it cannot be read.
+    themselves in the file, write permissions. A damaged directory raises `zipfile.BadZipFile`.
     """
     with zipfile.ZipFile(path) as archive:
         for part in archive.infolist():
@@ -121,16 +92,7 @@ def amount(count: int) -> str:
 
 
 def explained(error: OSError, path: Path, needed: Callable[[], int] | None = None) -> OSError:
-    """Rebuild a write error so that it names the intended file and says what to do.
-
-    Args:
-        error: The error raised by the system.
-        path: The file that was to be written.
-        needed: Returns its size in bytes; called only if the disk is full.
-
-    Returns:
-        An error with the same errno.
-    """
+    """Rebuild a write error so that it names the intended file and says what to do; see `whole_file`."""
     text = error.strerror or str(error)
     if error.errno in FULL:
         room = [] if needed is None else [f"{amount(needed())} are needed"]
@@ -150,14 +112,13 @@ class BusyError(RuntimeError):
 class FolderLock:
     """Lock a folder for the duration of a `with` block.
 
-    The operating system releases the lock when the process ends, however it ends, so a crash leaves nothing to clean
-    up. Forked processes, such as data loader workers that outlive their parent, do not hold the lock. On a file system
-    without locks, such as some NFS and Lustre mounts, the block runs unlocked, with a warning.
+    The operating system releases the lock when the process ends, however it ends. Forked processes, such as data loader
+    workers, do not hold it. On a file system without locks, such as some NFS and Lustre mounts, the block runs
+    unlocked, with a warning.
 
     Args:
         folder: The folder, created if missing. The lock is the file `.lock` in it; `.lock.holder` names the holder.
-        waiting: If given, wait for a folder in use instead of raising, and call this first with a text that names the
-            holder.
+        waiting: If given, called with a text that names the holder of a folder in use, to wait instead of raising.
 
     Raises:
         BusyError: On entering, if another process holds the lock and `waiting` is not given.

@@ -3,8 +3,6 @@
 import numpy as np
 import torch
 
-__all__ = ["keyed_generator"]
-
 
 def keyed_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Make a generator whose state is a pure function of a key.

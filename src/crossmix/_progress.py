@@ -9,8 +9,6 @@ try:
 except ImportError:  # optional dependency
     tqdm = None
 
-__all__ = ["shown"]
-
 Item = TypeVar("Item")
 
 

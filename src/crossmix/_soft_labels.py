@@ -11,8 +11,6 @@ from torch import Tensor
 from crossmix._cross_entropy import valid_pixels
 from crossmix._tensors import arithmetic, weight_maps
 
-__all__ = ["class_factors", "dense_losses", "factors"]
-
 
 def class_factors(labels: Tensor, num_classes: int, class_weights: Tensor | None, ignore_index: int) -> Tensor:
     """The class weight of each pixel's label, (N, H, W); summed over the classes of a soft label, 0 if ignored."""
@@ -37,13 +35,7 @@ def factors(
 ) -> Tensor:
     """The factors of -log p per class, (N, C, H, W): the smoothed label times the class weight.
 
-    Args:
-        labels: (N, H, W) integer, or (N, C, H, W) floating.
-        num_classes: C.
-        class_weights: (C,) floating, or None.
-        ignore_index: The id of ignored pixels in integer labels; their factors are 0 before smoothing.
-        dtype: The dtype of the result.
-        label_smoothing: Share of the uniform distribution.
+    For ignored pixels of integer labels they are 0 before smoothing.
     """
     if labels.is_floating_point():
         target = labels.to(dtype)

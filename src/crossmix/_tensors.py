@@ -1,13 +1,14 @@
 """Small tensor operations shared by several modules: arithmetic dtypes, weight maps, resizing, random numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Self, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["arithmetic", "at_least_float32", "nearest", "no_autocast", "uniform", "upsample", "weight_maps"]
+Device: TypeAlias = torch.device | str | None
 
 
 def arithmetic(*values: Tensor | None) -> torch.dtype:
@@ -19,6 +20,19 @@ def arithmetic(*values: Tensor | None) -> torch.dtype:
 def at_least_float32(value: Tensor) -> Tensor:
     """A floating tensor as float32, or unchanged if it is float64."""
     return value.to(arithmetic(value))
+
+
+class KeepsFloat32(nn.Module):
+    """A module whose floating buffers stay in float32 when it is cast to a lower precision, which would round them."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in before.items():
+            moved = self._buffers[name]
+            if value is not None and moved is not None and moved.dtype.itemsize < 4:
+                self._buffers[name] = value.to(moved.device)
+        return self
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -60,9 +74,7 @@ def _centres(old: int, new: int) -> Tensor:
     return steps.cumsum(0).long().clamp(max=old - 1)
 
 
-def uniform(
-    shape: Sequence[int], *, generator: torch.Generator | None, device: torch.device | str | None = None
-) -> Tensor:
+def uniform(shape: Sequence[int], *, generator: torch.Generator | None, device: Device = None) -> Tensor:
     """Uniform float32 numbers in [0, 1), drawn on the generator's device and moved to `device` if given."""
     if generator is None:
         return torch.rand(shape, dtype=torch.float32, device=device)

@@ -19,8 +19,6 @@ from typing import TypeVar
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-__all__ = ["QuietLoader", "quiet_worker", "started_quietly"]
-
 Sample_co = TypeVar("Sample_co", covariant=True)
 SIGNALS = {signal.SIGTERM, signal.SIGINT}
 TELLS_SENDER = hasattr(signal, "sigtimedwait")  # not on macOS and Windows
@@ -31,10 +29,9 @@ def quiet_worker(_worker: int = 0) -> None:
 
     Otherwise a signal to the whole process group (from SLURM, systemd, a container, or Ctrl-C in a terminal) ends the
     workers before their parent can finish its step. Use it as `worker_init_fn` of data loaders and as `initializer` of
-    pools, with any start method; outside a worker it does nothing. SIGTERM sent by the parent itself still ends the
-    worker. On macOS and Windows, where the sender of a signal is unknown, every SIGTERM does.
-
-    `QuietLoader` also covers the seconds during which a worker is still starting.
+    pools; outside a worker it does nothing. SIGTERM sent by the parent itself still ends the worker. On macOS and
+    Windows, where the sender of a signal is unknown, every SIGTERM does. `QuietLoader` also covers the seconds during
+    which a worker is still starting.
 
     Args:
         _worker: The worker's number, unused.
@@ -59,8 +56,7 @@ class QuietLoader(DataLoader[Sample_co]):
 
     Workers call `quiet_worker` unless you pass a `worker_init_fn`, which should then call it. If a worker dies, for
     example for lack of memory, the next batch raises a RuntimeError within seconds. (A plain DataLoader raises it from
-    a SIGCHLD handler, which can interrupt a step or a save. That handler stays once such a loader has started workers.)
-    Everything else is as in DataLoader.
+    a SIGCHLD handler, which can interrupt a step or a save.) Everything else is as in DataLoader.
 
     Example:
         >>> [int(batch.sum()) for batch in QuietLoader(range(4), batch_size=2, num_workers=1)]
@@ -88,9 +84,6 @@ def started_quietly(context: BaseContext | None = None) -> Iterator[None]:
 
     In the new processes both stay blocked until `quiet_worker` handles them. Processes of a fork server that was
     started earlier do not inherit the mask.
-
-    Args:
-        context: The multiprocessing context that starts the processes; None is the default one.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield

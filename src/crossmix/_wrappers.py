@@ -9,8 +9,6 @@ import sys
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["named_parts", "plain_name", "unwrapped"]
-
 # (module, class, attribute that holds the wrapped network). None of these is imported here: a network can contain one
 # only if its module has been imported already, and importing the compiler takes a second.
 _ELSEWHERE = (
@@ -33,12 +31,6 @@ def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """List all submodules except wrappers, with the names they would have without any wrapper.
 
     The order is that of `named_modules`, but a shared module is listed once for each of its names.
-
-    Args:
-        module: The network, with or without wrappers around it or its parts.
-
-    Returns:
-        Pairs of a name, such as `""` or `"backbone.0"`, and the module.
     """
     attributes = _attributes()
     found = []
@@ -57,14 +49,9 @@ def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
 def plain_name(module: nn.Module, name: str) -> str:
     """Strip the components added by wrappers from a name of `state_dict()` or `named_parameters()`.
 
-    Some wrappers leave their component out of a state_dict; such names work as well.
-
-    Args:
-        module: The network that the name belongs to, wrapped or not.
-        name: E.g. `"module.backbone._orig_mod.0.weight"`, of a DistributedDataParallel with a compiled backbone.
-
-    Returns:
-        E.g. `"backbone.0.weight"`. The network's own attributes are kept, whatever their names.
+    `"module.backbone._orig_mod.0.weight"`, of a DistributedDataParallel with a compiled backbone, becomes
+    `"backbone.0.weight"`; the network's own attributes are kept, whatever their names. Some wrappers leave their
+    component out of a state_dict; such names work as well.
     """
     attributes = _attributes()
     kept = []

@@ -5,22 +5,24 @@ For pseudo-labels of a target domain: DACS, Tranheden et al., WACV 2021, https:/
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crossmix._checks import (
+    check_floating,
     check_fraction,
     check_labels,
     check_logits,
     check_num_classes,
     check_same_device,
-    check_tensor,
+    class_shares,
+    wrong_shape,
 )
 from crossmix._distributed import all_reduce_sum
-from crossmix._tensors import arithmetic, at_least_float32
+from crossmix._tensors import KeepsFloat32, arithmetic, at_least_float32
 
 __all__ = ["DistributionAlignment", "align_distribution"]
 
@@ -52,14 +54,10 @@ def align_distribution(probs: Tensor, prior: Tensor, running: Tensor, *, eps: fl
     """
     check_logits("probs", probs)
     for name, value in (("prior", prior), ("running", running)):
-        check_tensor(name, value)
-        if not value.is_floating_point():
-            raise TypeError(f"`{name}` must be floating, got {value.dtype}; divide class counts by their sum.")
+        check_floating(name, value, "divide class counts by their sum")
         if tuple(value.shape) != (probs.shape[1],):
-            raise ValueError(
-                f"`{name}` must have shape (C,) = ({probs.shape[1]},) to match `probs`, got {tuple(value.shape)}; "
-                "pass one number per class."
-            )
+            want = f"(C,) = ({probs.shape[1]},) to match `probs`"
+            raise wrong_shape(name, want, value, "pass one number per class")
     check_same_device(probs=probs, prior=prior, running=running)
     if not eps > 0:
         raise ValueError(f"`eps` must be positive, got {eps}; the default is 1e-6.")
@@ -72,12 +70,12 @@ def align_distribution(probs: Tensor, prior: Tensor, running: Tensor, *, eps: fl
     return torch.where(usable, aligned / torch.where(usable, total, 1.0), probs)
 
 
-class DistributionAlignment(nn.Module):
+class DistributionAlignment(KeepsFloat32):
     """Align predictions on the target with a class prior, and keep the running average this requires.
 
-    The paper's experiment takes the prior from the target's ground truth (an oracle): pass it as `prior=`. Otherwise
-    the prior is uniform until `update_prior` estimates it from source labels, a legitimate variant that the paper
-    leaves to future work. The paper gives no momentum; the released code has no alignment.
+    The paper's experiment takes the prior from the target's ground truth (an oracle): pass it as `prior=`. Otherwise it
+    is uniform until `update_prior` estimates it from source labels, which the paper leaves to future work. The paper
+    gives no momentum; the released code has no alignment.
 
     Args:
         num_classes: The number of classes C.
@@ -89,7 +87,7 @@ class DistributionAlignment(nn.Module):
     State:
         `prior`, `running`: (C,) float32 buffers, each summing to 1, changed by `update_prior` and `update`.
         `prior_count`, `running_count`: int64 scalars, the number of updates.
-        The averages stay in float32 when a parent module is cast to a lower precision, in which they would stop moving.
+        The averages stay in float32 when a parent module is cast to a lower precision.
 
     Raises:
         TypeError: If `prior` is not a sequence of numbers.
@@ -123,7 +121,8 @@ class DistributionAlignment(nn.Module):
         self.momentum = momentum
         self.sync = sync
         self.fixed_prior = prior is not None
-        self._start = [1.0 / num_classes] * num_classes if prior is None else _given_prior(prior, num_classes)
+        # The values of a prior are read only here, once, where a sync is acceptable.
+        self._start = [1 / num_classes] * num_classes if prior is None else class_shares(prior, num_classes).tolist()
         for name in ("prior", "running"):
             self.register_buffer(name, torch.empty(num_classes, dtype=torch.float32))
             self.register_buffer(f"{name}_count", torch.empty((), dtype=torch.int64))
@@ -138,50 +137,34 @@ class DistributionAlignment(nn.Module):
         self.running_count.zero_()
 
     def forward(self, probs: Tensor) -> Tensor:
-        """Align predictions with the prior; see `crossmix.functional.align_distribution`.
-
-        Args:
-            probs: (N, C, H, W) floating, summing to 1 over dimension 1.
-
-        Returns:
-            (N, C, H, W) in the dtype of `probs`.
-
-        Raises:
-            TypeError: If `probs` is not floating.
-            ValueError: If the number of classes or the device disagrees.
-        """
+        """Align (N, C, H, W) predictions, in their dtype; see `crossmix.functional.align_distribution`."""
         return align_distribution(probs, self.prior, self.running).to(probs.dtype)
 
     @torch.no_grad()
     def update(self, probs: Tensor) -> None:
-        """Update the running average of predictions. An empty batch, or one with NaN or infinity, changes nothing.
-
-        Args:
-            probs: (N, C, H, W) floating, before alignment.
+        """Update the running average with (N, C, H, W) predictions before alignment; empty or NaN ones change nothing.
 
         Raises:
             TypeError: If `probs` is not floating.
             ValueError: If the number of classes or the device disagrees.
         """
         check_logits("probs", probs)
-        self._check_classes("probs", probs)
+        if probs.shape[1] != self.num_classes:
+            count = f"C = {self.num_classes} classes, got {probs.shape[1]}"
+            raise ValueError(f"`probs` must have {count}; build DistributionAlignment with the network's number.")
+        check_same_device(running=self.running, probs=probs)
         self._average(self.running, self.running_count, probs.sum((0, 2, 3), dtype=arithmetic(probs)))
 
     @torch.no_grad()
     def update_prior(self, labels: Tensor) -> None:
-        """Update the prior with the class frequencies of source labels. Maps without a valid pixel change nothing.
-
-        Args:
-            labels: (N, H, W) uint8, int16, int32 or int64; ids outside 0..C-1 are not counted.
+        """Update the prior with the class frequencies of source labels (N, H, W); other ids do not count.
 
         Raises:
             TypeError: If `labels` is not an accepted integer tensor.
             ValueError: If its shape or device is wrong, or the prior was given to the constructor.
         """
         if self.fixed_prior:
-            raise ValueError(
-                "`update_prior` cannot change a prior that was given as `prior=`; leave out one of the two."
-            )
+            raise ValueError("`update_prior` cannot change a prior that was given as `prior=`; leave out one.")
         check_labels("labels", labels)
         check_same_device(prior=self.prior, labels=labels)
         index = labels.flatten().long()
@@ -193,16 +176,6 @@ class DistributionAlignment(nn.Module):
         """Constructor arguments, for `repr`."""
         prior = "given" if self.fixed_prior else None
         return f"num_classes={self.num_classes}, prior={prior}, momentum={self.momentum}, sync={self.sync}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the averages as usual, but keep them in float32 when casting to a lower precision."""
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in before.items():
-            moved = self.get_buffer(name)
-            if moved.dtype.itemsize < 4:
-                setattr(self, name, value.to(moved.device))
-        return self
 
     def _load_from_state_dict(self, *args: Any) -> None:  # noqa: ANN401 - torch's
         super()._load_from_state_dict(*args)
@@ -218,35 +191,3 @@ class DistributionAlignment(nn.Module):
         share = (1.0 / (count.to(average.dtype) + 1.0)).clamp(min=1.0 - self.momentum)
         average.copy_(torch.where(seen, torch.lerp(average, current, share), average))
         count.add_(seen)
-
-    def _check_classes(self, name: str, probs: Tensor) -> None:
-        if probs.shape[1] != self.num_classes:
-            raise ValueError(
-                f"`{name}` must have C = {self.num_classes} classes, got {probs.shape[1]}; "
-                "build DistributionAlignment with the network's `num_classes`."
-            )
-        check_same_device(running=self.running, **{name: probs})
-
-
-def _given_prior(prior: Tensor | Sequence[float], num_classes: int) -> list[float]:
-    """The prior as C numbers summing to 1. Its values are checked only here, once, where a sync is acceptable."""
-    if isinstance(prior, Tensor) and prior.is_meta:
-        raise ValueError("`prior` must have values, got a meta tensor; create it outside of `torch.device('meta')`.")
-    try:
-        values = torch.as_tensor(prior, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"`prior` must be a sequence of numbers, got {type(prior).__name__} ({error}); "
-            "count the pixels of each class."
-        ) from error
-    if tuple(values.shape) != (num_classes,):
-        raise ValueError(
-            f"`prior` must hold one number per class, shape ({num_classes},), got {tuple(values.shape)}; "
-            "count the pixels of each class."
-        )
-    if not bool(values.isfinite().all()) or bool((values < 0).any()) or not bool((values > 0).any()):
-        raise ValueError(
-            f"`prior` must be finite, not negative and not all zero, got {values.tolist()}; check the counts."
-        )
-    values = values / values.max()  # keeps the sum finite
-    return (values / values.sum()).tolist()

@@ -9,20 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from crossmix._checks import (
-    check_choice,
-    check_fraction,
-    check_images,
-    check_range,
-    check_same_device,
-    check_tensor,
-)
+from crossmix._checks import check_choice, check_fraction, check_images, check_range, check_same_device, check_tensor
 from crossmix._color import Channels, additive_jitter, torchvision_jitter
 from crossmix._compiled import convolve
-from crossmix._tensors import at_least_float32, no_autocast, uniform
+from crossmix._tensors import Device, at_least_float32, no_autocast, uniform
 
 __all__ = ["AugmentDraw", "StrongAugment"]
 
@@ -61,9 +54,9 @@ class StrongAugment(nn.Module):
 
     Args:
         brightness: Strength v of the brightness factor, in [0, 1].
-        contrast: Strength of the contrast factor, in [0, 1].
-        saturation: Strength of the saturation factor, in [0, 1].
-        hue: Strength of the hue shift, as a fraction of the colour circle, in [0, 0.5].
+        contrast: That of the contrast factor, in [0, 1].
+        saturation: That of the saturation factor, in [0, 1].
+        hue: That of the hue shift, as a fraction of the colour circle, in [0, 0.5].
         jitter_p: Probability of the jitter.
         blur_p: Probability of the blur.
         blur_sigma: Smallest and largest standard deviation of the blur, in pixels.
@@ -105,11 +98,9 @@ class StrongAugment(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
+        fractions = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
+        for name, value in {**fractions, "jitter_p": jitter_p, "blur_p": blur_p}.items():
             check_fraction(name, value)
-        check_fraction("jitter_p", jitter_p)
-        check_fraction("blur_p", blur_p)
-        check_fraction("hue", hue)
         if hue > 0.5:
             raise ValueError(f"`hue` must lie in [0, 0.5], half of the colour circle, got {hue}.")
         least, greatest = _numbers("blur_sigma", blur_sigma, 2, "the smallest and the largest")
@@ -132,18 +123,11 @@ class StrongAugment(nn.Module):
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"`std` must be positive in each channel, got {self.std}.")
 
-    def sample(
-        self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
-    ) -> AugmentDraw:
-        """Draw all randomness for a batch.
+    def sample(self, n: int, *, generator: Generator | None = None, device: Device = None) -> AugmentDraw:
+        """Draw all randomness for n images; rows can be sliced to split a batch.
 
-        Args:
-            n: The number of images.
-            generator: Source of randomness, used on its own device; None uses the global one.
-            device: Device of the result; by default the generator's device, or torch's default one.
-
-        Returns:
-            The draw; its rows can be sliced to split a batch.
+        `generator` draws on its own device; None is the global one. `device` is that of the result, by default the
+        generator's, or torch's default one.
         """
         numbers = uniform((11, n), generator=generator, device=device)
         decisions = numbers[:2, :1].expand(2, n) if self.same_on_batch else numbers[:2]
@@ -159,9 +143,7 @@ class StrongAugment(nn.Module):
             sigma=low + (high - low) * numbers[10],
         )
 
-    def forward(
-        self, images: Tensor, *, draw: AugmentDraw | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def forward(self, images: Tensor, *, draw: AugmentDraw | None = None, generator: Generator | None = None) -> Tensor:
         """Augment a batch.
 
         Args:
@@ -196,7 +178,7 @@ class StrongAugment(nn.Module):
             if self.mean is not None and self.std is not None:
                 x = torch.stack([(c - m) / s for c, m, s in zip(x.unbind(1), self.mean, self.std, strict=True)], 1)
                 # Return untouched images bit for bit, not rounded by un-normalising and normalising.
-                x = torch.where(_per_image(draw.jitter | draw.blur), x, images.to(x.dtype))
+                x = torch.where((draw.jitter | draw.blur)[:, None, None, None], x, images.to(x.dtype))
         return _like(x, images)
 
     def extra_repr(self) -> str:
@@ -250,11 +232,6 @@ def _convolve(x: Tensor, kernels: Tensor, axis: int) -> Tensor:
     return x.reshape(n, channels, *x.shape[2:])
 
 
-def _per_image(values: Tensor) -> Tensor:
-    """Reshape (N,) to (N, 1, 1, 1)."""
-    return values[:, None, None, None]
-
-
 def _like(x: Tensor, images: Tensor) -> Tensor:
     """Convert to the dtype and memory format of `images`, following torch's rules for pointwise operations."""
     x = x.to(images.dtype)
@@ -278,8 +255,5 @@ def _check_draw(draw: AugmentDraw, images: Tensor) -> None:
     for name, value in zip(AugmentDraw._fields, draw, strict=True):
         check_tensor(f"draw.{name}", value)
         if len(value) != len(images):
-            raise ValueError(
-                f"`draw.{name}` is for {len(value)} images but `images` holds {len(images)}; "
-                "sample for this batch size."
-            )
+            raise ValueError(f"`draw.{name}` is for {len(value)} images but `images` holds {len(images)}.")
         check_same_device(images=images, **{f"draw.{name}": value})

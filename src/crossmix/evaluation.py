@@ -1,7 +1,6 @@
 """Evaluation with one confusion matrix over the whole data set, as for the published numbers."""
 
 import logging
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol, TypeGuard
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 
-from crossmix._checks import check_labels, check_tensor
+from crossmix._checks import check_labels, check_module, check_size, check_tensor, logits_in
 from crossmix._distributed import rank, world_size
 from crossmix._progress import shown
 from crossmix._tensors import nearest, upsample
@@ -22,6 +21,7 @@ __all__ = ["evaluate", "resize_labels"]
 
 LOG = logging.getLogger(__name__)
 Size = tuple[int, int]
+Tiles = tuple[Size, Size]  # window and stride, each (height, width)
 IMAGE_KEYS = ("image", "images", "pixel_values")
 LABEL_KEYS = ("label", "labels", "mask", "masks")
 
@@ -74,8 +74,8 @@ def evaluate(
     Args:
         network: The network. It runs in eval mode; the mode of every submodule is restored afterwards.
         data: A map-style data set or any iterable, of single images or of batches, as from a `DataLoader`. Items have
-            `image`, `label` and optionally `name` attributes, as those of the readers, or are (image, label, ...)
-            sequences, or dicts with "image", "images" or "pixel_values" and "label", "labels", "mask" or "masks".
+            `image`, `label` and optionally `name` attributes, or are (image, label, ...) sequences, or dicts with
+            "image", "images" or "pixel_values" and "label", "labels", "mask" or "masks".
             Images are (C, H, W) or (N, C, H, W), uint8, or floating as the network expects them; labels are (H, W) or
             (N, H, W), of any size.
         num_classes: The number of classes C.
@@ -84,8 +84,7 @@ def evaluate(
             neighbour, logits bilinearly.
         window: (height, width), or one number for both: run the network on sliding windows of this size and average
             the probabilities where they overlap. With None, or if the window covers the image, it sees whole images.
-        stride: (height, width), or one number for both, between windows; the last ones end with the image. Two thirds
-            of the window by default.
+        stride: Likewise, between windows; the last ones end with the image. Two thirds of the window by default.
         flip: Whether to average the probabilities with those of the mirrored image.
         align_corners: Convention for upsampling logits: True as in DeepLab, False as in transformers and
             mmsegmentation.
@@ -97,8 +96,7 @@ def evaluate(
         sync: Split a map-style data set over the ranks of torch.distributed and sum the counts, so that the result
             equals that of one process. Every rank has to call.
         ignore_index: The id of ignored pixels.
-        progress: Whether the first rank shows progress on stderr: a bar on a terminal with tqdm installed, otherwise a
-            line for every tenth of the items.
+        progress: Whether the first rank shows progress on stderr: a bar on a terminal with tqdm, otherwise lines.
 
     Returns:
         One `ConfusionMatrix` on the device per label size, keyed by "HxW", or "native" for None. If no pixel has a
@@ -116,11 +114,10 @@ def evaluate(
         >>> sorted(matrices)
         ['32x64', 'native']
     """
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"`network` must be an nn.Module, got {type(network).__name__}; pass the network first.")
+    check_module("network", network)
     sizes = _named(label_sizes)
     tiles = _tiles(window, stride)
-    image_size = None if image_size is None else _pair("image_size", image_size)
+    image_size = None if image_size is None else check_size("image_size", image_size)
     _refuse_unlabelled(data)
     like = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), torch.empty(0))
     device = like.device if device is None else device
@@ -189,20 +186,10 @@ def _named(sizes: Sequence[Size | None]) -> dict[str, Size | None]:
     """Label sizes by name, without duplicates."""
     if not sizes:
         raise ValueError("`label_sizes` must not be empty; [None] scores at the labels' own size.")
-    pairs = [None if size is None else _pair("label_sizes", size) for size in sizes]
+    if any(isinstance(size, int) for size in sizes):
+        raise TypeError(f"`label_sizes` must be a list of (height, width) or None, got {sizes!r}.")
+    pairs = [None if size is None else check_size("label_sizes", size) for size in sizes]
     return {"native" if size is None else f"{size[0]}x{size[1]}": size for size in pairs}
-
-
-def _pair(name: str, size: object) -> Size:
-    """Check that `size` is (height, width), and return it as ints."""
-    sides = size if isinstance(size, Sequence) and len(size) == 2 else [size]
-    if len(sides) == 1 or any(isinstance(side, bool) or not hasattr(side, "__index__") for side in sides):
-        listed = "a list of (height, width) or None" if name == "label_sizes" else "(height, width)"
-        raise TypeError(f"`{name}` must be {listed}, ints in pixels, got {size!r}; pass both sides.")
-    height, width = map(operator.index, sides)
-    if min(height, width) < 1:
-        raise ValueError(f"`{name}` must be positive, got {(height, width)}; pass (height, width) in pixels.")
-    return height, width
 
 
 @contextmanager
@@ -222,10 +209,8 @@ def _refuse_unlabelled(data: object) -> None:
     while hasattr(data, "dataset"):
         data = data.dataset
     if getattr(data, "labelled", True) is False:
-        raise ValueError(
-            f"`data` has no label maps to score against, got a {type(data).__name__} of images only; read it with its "
-            "labels."
-        )
+        kind = type(data).__name__
+        raise ValueError(f"`data` has no label maps to score against, got a {kind} of images only; read its labels.")
 
 
 def _each(data: Samples | Iterable[object], workers: int, *, sync: bool, progress: bool) -> Iterator[object]:
@@ -289,10 +274,8 @@ def _batch(item: object, index: int) -> Batch:
     else:
         image, label, found = None, None, type(item).__name__
     if image is None:
-        raise TypeError(
-            f"`data` must hold items with `image` and `label` attributes, (image, label), or dicts with these keys, "
-            f"got {found}; convert the items."
-        )
+        kinds = "items with `image` and `label` attributes, (image, label), or dicts with these keys"
+        raise TypeError(f"`data` must hold {kinds}, got {found}; convert the items.")
     if label is None:
         raise ValueError(f"{name}: has no label to score against; read the data set with its labels.")
     check_tensor("image", image)
@@ -300,10 +283,8 @@ def _batch(item: object, index: int) -> Batch:
     images = image[None] if image.ndim == 3 else image
     labels = label[None] if label.ndim == 2 else label
     if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
-        raise ValueError(
-            f"{name}: an image must be (C, H, W), a batch (N, C, H, W), uint8 or floating, "
-            f"got {tuple(image.shape)} {image.dtype}; convert it."
-        )
+        got = f"{tuple(image.shape)} {image.dtype}"
+        raise ValueError(f"{name}: an image must be (C, H, W), a batch (N, C, H, W), uint8 or floating, got {got}.")
     check_labels("label", labels)
     if len(images) != len(labels):
         raise ValueError(f"{name}: {len(images)} images and {len(labels)} label maps must be equally many.")
@@ -317,40 +298,29 @@ def _check_ids(batch: Batch, num_classes: int, ignore_index: int) -> None:
     ignored = batch.labels.long() == ignore_index  # uint8 compares modulo 256: 156 would equal -100
     low, high = batch.labels.masked_fill(ignored, 0).aminmax()
     if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"{batch.name}: label ids must lie in 0..{num_classes - 1} or be {ignore_index}, "
-            f"got {int(low if low < 0 else high)}; map them, or pass another `num_classes` or `ignore_index`."
-        )
+        ids = f"0..{num_classes - 1} or be {ignore_index}, got {int(low if low < 0 else high)}"
+        hint = "map them, or pass another `num_classes` or `ignore_index`"
+        raise ValueError(f"{batch.name}: label ids must lie in {ids}; {hint}.")
 
 
 def _logits(out: object, n: int, num_classes: int) -> Tensor:
     """Check that a network's output is logits, and return it."""
     if not isinstance(out, Tensor):
-        found, access = type(out).__name__, "out.logits"
-        if isinstance(out, Mapping) and out:
-            found += f" with keys {', '.join(map(repr, out))}"
-            access = f'out["{next((key for key in ("logits", "out") if key in out), next(iter(out)))}"]'
-        elif isinstance(out, Sequence):
-            access = "out[0]"
+        keys = f" with keys {', '.join(map(repr, out))}" if isinstance(out, Mapping) else ""
+        access = (logits_in(out, "out") or "out.logits").replace("'", '"')
         raise TypeError(
-            f"`network` must return logits as a tensor, got {found}; extract them: `logits=lambda out: {access}`."
+            f"`network` must return logits as a tensor, got {type(out).__name__}{keys}; "
+            f"extract them: `logits=lambda out: {access}`."
         )
     if out.ndim != 4 or len(out) != n:
         raise ValueError(f"`network` must return logits of shape (N, C, H, W) with N = {n}, got {tuple(out.shape)}.")
     if out.shape[1] != num_classes:
-        raise ValueError(
-            f"`network` returned {out.shape[1]} classes but `num_classes` is {num_classes}; they must agree."
-        )
+        raise ValueError(f"`network` returned {out.shape[1]} classes but `num_classes` is {num_classes}.")
     return out
 
 
 def _view(
-    run: Callable[[Tensor], Tensor],
-    images: Tensor,
-    tiles: tuple[Size, Size] | None,
-    num_classes: int,
-    *,
-    align_corners: bool,
+    run: Callable[[Tensor], Tensor], images: Tensor, tiles: Tiles | None, num_classes: int, *, align_corners: bool
 ) -> Tensor:
     """Logits of whole images, of any size; or with tiles, mean probabilities over windows, of the images' size."""
     if tiles is None:
@@ -382,25 +352,23 @@ def _spans(length: int, window: int, stride: int) -> Iterator[slice]:
         yield slice(start, start + window)
 
 
-def _tiles(window: Size | int | None, stride: Size | int | None) -> tuple[Size, Size] | None:
-    """Window and stride, each (height, width)."""
+def _tiles(window: Size | int | None, stride: Size | int | None) -> Tiles | None:
+    """Check window and stride."""
     if window is None:
         if stride is not None:
             raise ValueError(f"`stride` belongs to a `window`, got {stride} without one; pass both.")
         return None
-    height, width = _pair("window", (window, window) if isinstance(window, int) else window)
+    height, width = check_size("window", (window, window) if isinstance(window, int) else window)
     if stride is None:
         stride = (max(1, 2 * height // 3), max(1, 2 * width // 3))
-    down, across = _pair("stride", (stride, stride) if isinstance(stride, int) else stride)
+    down, across = check_size("stride", (stride, stride) if isinstance(stride, int) else stride)
     if down > height or across > width:
-        raise ValueError(
-            f"`stride` must not exceed `window`, got {stride} and {window}; "
-            "pixels between windows would get no prediction."
-        )
+        hint = "pixels between windows would get no prediction"
+        raise ValueError(f"`stride` must not exceed `window`, got {stride} and {window}; {hint}.")
     return (height, width), (down, across)
 
 
-def _parts(tiles: tuple[Size, Size] | None, images: Tensor) -> tuple[Size, Size] | None:
+def _parts(tiles: Tiles | None, images: Tensor) -> Tiles | None:
     """Window and stride for these images; None if one window covers them."""
     if tiles is not None and tiles[0][0] >= images.shape[-2] and tiles[0][1] >= images.shape[-1]:
         return None

@@ -3,15 +3,16 @@
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 3.4.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Self
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crossmix._checks import (
     check_choice,
     check_class_weights,
+    check_confidence,
     check_fraction,
     check_ignore_index,
     check_labels,
@@ -21,11 +22,11 @@ from crossmix._checks import (
     check_tensor,
     check_weights,
 )
-from crossmix._class_weights import buffer_of, kept_in_float32, shown
+from crossmix._class_weights import buffer_of, shown
 from crossmix._cross_entropy import pixel_losses, upsample_for, upsampled_sum, valid_pixels
 from crossmix._distributed import all_reduce_sum, world_size
 from crossmix._soft_labels import class_factors, dense_losses, factors
-from crossmix._tensors import arithmetic, at_least_float32, weight_maps
+from crossmix._tensors import KeepsFloat32, arithmetic, at_least_float32, weight_maps
 
 __all__ = ["ConfidenceWeightedCE", "confidence_weight", "upsampled_cross_entropy", "weighted_cross_entropy"]
 
@@ -71,7 +72,7 @@ def confidence_weight(confidence: Tensor, threshold: float = 0.968, *, scope: Sc
         <BLANKLINE>
                 [[1.0000, 1.0000]]])
     """
-    _check_confidence(confidence)
+    check_confidence(confidence)
     check_fraction("threshold", threshold)
     check_choice("scope", scope, _SCOPES)
     return _confidence_weight(confidence, threshold, scope, sync=False)
@@ -93,8 +94,7 @@ def weighted_cross_entropy(
     loss = sum_p w_p * CE(logits_p, label_p) / divisor, over the pixels p that are not ignored
 
     Labels are class ids or soft labels: a probability for each class, such as a teacher's softmax. For these,
-    CE(logits_p, y_p) = -sum_c y_pc log p_pc, as in `torch.nn.functional.cross_entropy`. No pixel of soft labels is
-    ignored; to leave one out, give it weight 0.
+    CE(logits_p, y_p) = -sum_c y_pc log p_pc, as in torch, and no pixel is ignored; to leave one out, give it weight 0.
 
     Finite and differentiable for every degenerate batch: if no pixel counts, the loss and its gradient are 0, never
     NaN. A pixel that is ignored or has weight 0 adds exactly 0 to the loss and to the gradient of the logits, even if
@@ -127,18 +127,14 @@ def weighted_cross_entropy(
         >>> weighted_cross_entropy(logits, labels), weighted_cross_entropy(logits, labels, normalizer="valid")
         (tensor(0.5199), tensor(0.6931))
     """
-    how = _How(ignore_index, normalizer, label_smoothing, class_weights)
-    _check_loss_inputs(logits, labels, weights, class_weights)
-    _check_full_logits(logits, labels)
-    _check_loss_options(ignore_index, normalizer, label_smoothing)
+    _check_full_logits(logits, labels, weights, class_weights)
+    how = _how(ignore_index, normalizer, label_smoothing, class_weights)
     check_choice("reduction", reduction, _REDUCTIONS)
     losses = _losses(logits, labels, weights, how)
     if reduction == "none":
         return losses
     total = losses.sum()
-    if reduction == "sum":
-        return total
-    return total / _positive(_divisor(labels, weights, total, logits.shape[1], how))
+    return total if reduction == "sum" else _mean(total, labels, weights, logits.shape[1], how)
 
 
 def upsampled_cross_entropy(
@@ -164,18 +160,15 @@ def upsampled_cross_entropy(
 
     Args:
         logits: (N, C, h, w) floating, of any size.
-        labels: (N, H, W) integer, or (N, C, H, W) floating.
-        weights: (N, H, W) or (N,) floating; ones if not given.
+        labels: As in `weighted_cross_entropy`.
+        weights: As there.
         align_corners: Interpolation convention: True as in DeepLab-v2 and the released code, False as in transformers,
             mmsegmentation and DAFormer.
-        ignore_index: The id of ignored pixels.
-        normalizer: As in `weighted_cross_entropy`.
-        label_smoothing: As in `weighted_cross_entropy`.
-        class_weights: As in `weighted_cross_entropy`.
-        reduction: As in `weighted_cross_entropy`.
-
-    Returns:
-        As `weighted_cross_entropy`.
+        ignore_index: As there.
+        normalizer: As there.
+        label_smoothing: As there.
+        class_weights: As there.
+        reduction: As there.
 
     Raises:
         TypeError: If a dtype is wrong.
@@ -186,19 +179,16 @@ def upsampled_cross_entropy(
         >>> upsampled_cross_entropy(logits, torch.tensor([[[1, 0, 0]]]))
         tensor(0.3157)
     """
-    how = _How(ignore_index, normalizer, label_smoothing, class_weights)
     _check_small_logits(logits, labels, weights, class_weights)
-    _check_loss_options(ignore_index, normalizer, label_smoothing)
+    how = _how(ignore_index, normalizer, label_smoothing, class_weights)
     check_choice("reduction", reduction, _REDUCTIONS)
     if reduction == "none":
         return _losses(_upsampled(logits, labels, weights, how, align_corners=align_corners), labels, weights, how)
     total = _upsampled_sum(logits, labels, weights, how, align_corners=align_corners)
-    if reduction == "sum":
-        return total
-    return total / _positive(_divisor(labels, weights, total, logits.shape[1], how))
+    return total if reduction == "sum" else _mean(total, labels, weights, logits.shape[1], how)
 
 
-class ConfidenceWeightedCE(nn.Module):
+class ConfidenceWeightedCE(KeepsFloat32):
     """Loss on mixed images: confidence weights for target pixels, and the cross-entropy that uses them.
 
     Args:
@@ -241,7 +231,7 @@ class ConfidenceWeightedCE(nn.Module):
         super().__init__()
         check_fraction("threshold", threshold)
         check_choice("scope", scope, _SCOPES)
-        _check_loss_options(ignore_index, normalizer, label_smoothing)
+        _how(ignore_index, normalizer, label_smoothing, None)  # checks them
         self.threshold = threshold
         self.scope: Scope = scope
         self.ignore_index = ignore_index
@@ -251,59 +241,21 @@ class ConfidenceWeightedCE(nn.Module):
         self.sync = sync
 
     def weights(self, confidence: Tensor) -> Tensor:
-        """Compute the weights of target pixels from the teacher's confidence.
-
-        Args:
-            confidence: (N, H, W) floating in [0, 1].
-
-        Returns:
-            (N, H, W) float32, or float64 for float64 confidence.
-
-        Raises:
-            TypeError: If `confidence` is not floating.
-            ValueError: If its shape is wrong.
-        """
-        _check_confidence(confidence)
+        """Compute (N, H, W) weights from the teacher's confidence; see `crossmix.functional.confidence_weight`."""
+        check_confidence(confidence)
         return _confidence_weight(confidence, self.threshold, self.scope, sync=self.sync)
 
     def forward(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the mean weighted cross-entropy.
-
-        Args:
-            logits: (N, C, H, W) floating.
-            labels: (N, H, W) integer, or (N, C, H, W) floating, soft labels.
-            weights: (N, H, W) or (N,) floating; ones if not given.
-
-        Returns:
-            Scalar float32, or float64 where an input is float64.
-
-        Raises:
-            TypeError: If a dtype is wrong.
-            ValueError: If shapes or devices disagree.
-        """
-        _check_loss_inputs(logits, labels, weights, self.class_weights)
-        _check_full_logits(logits, labels)
-        total = _losses(logits, labels, weights, self._how()).sum()
-        return self._mean(total, labels, weights, logits.shape[1])
+        """Return the mean, a scalar; arguments and errors are those of `crossmix.functional.weighted_cross_entropy`."""
+        _check_full_logits(logits, labels, weights, self.class_weights)
+        how = self._how()
+        total = _losses(logits, labels, weights, how).sum()
+        return _mean(total, labels, weights, logits.shape[1], how, sync=self.sync)
 
     def upsampled(
         self, logits: Tensor, labels: Tensor, weights: Tensor | None = None, *, align_corners: bool = True
     ) -> Tensor:
-        """Return the same loss on logits of a smaller size; see `crossmix.functional.upsampled_cross_entropy`.
-
-        Args:
-            logits: (N, C, h, w) floating.
-            labels: (N, H, W) integer, or (N, C, H, W) floating.
-            weights: (N, H, W) or (N,) floating; ones if not given.
-            align_corners: As in `crossmix.functional.upsampled_cross_entropy`.
-
-        Returns:
-            Scalar float32, or float64 where an input is float64.
-
-        Raises:
-            TypeError: If a dtype is wrong.
-            ValueError: If batch sizes or devices disagree, or the logits have no pixels.
-        """
+        """Return the same loss of smaller logits (N, C, h, w); see `crossmix.functional.upsampled_cross_entropy`."""
         how = self._how()
         _check_small_logits(logits, labels, weights, self.class_weights)
         if type(self).forward is not ConfidenceWeightedCE.forward:  # a subclass with its own loss
@@ -311,7 +263,7 @@ class ConfidenceWeightedCE(nn.Module):
             loss: Tensor = self(full, labels, weights)
             return loss
         total = _upsampled_sum(logits, labels, weights, how, align_corners=align_corners)
-        return self._mean(total, labels, weights, logits.shape[1])
+        return _mean(total, labels, weights, logits.shape[1], how, sync=self.sync)
 
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
@@ -321,21 +273,8 @@ class ConfidenceWeightedCE(nn.Module):
             f"class_weights={shown(self.class_weights)}, sync={self.sync}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the class weights as usual, but keep them in float32 when casting to a lower precision."""
-        before = self.class_weights
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        kept_in_float32(self, before)
-        return self
-
     def _how(self) -> _How:
         return _How(self.ignore_index, self.normalizer, self.label_smoothing, self.class_weights)
-
-    def _mean(self, total: Tensor, labels: Tensor, weights: Tensor | None, num_classes: int) -> Tensor:
-        divisor = _divisor(labels, weights, total, num_classes, self._how())
-        if self.sync:
-            return total / _positive(all_reduce_sum(divisor)) * world_size()
-        return total / _positive(divisor)
 
 
 def _confidence_weight(confidence: Tensor, threshold: float, scope: Scope, *, sync: bool) -> Tensor:
@@ -406,6 +345,15 @@ def _by_class(labels: Tensor, weights: Tensor | None, num_classes: int, how: _Ho
     return each if weights is None else each * weight_maps(weights, each)
 
 
+def _mean(
+    total: Tensor, labels: Tensor, weights: Tensor | None, num_classes: int, how: _How, *, sync: bool = False
+) -> Tensor:
+    divisor = _divisor(labels, weights, total, num_classes, how)
+    if sync:
+        return total / _positive(all_reduce_sum(divisor)) * world_size()
+    return total / _positive(divisor)
+
+
 def _divisor(labels: Tensor, weights: Tensor | None, total: Tensor, num_classes: int, how: _How) -> Tensor:
     """The divisor of the mean."""
     soft = labels.is_floating_point()
@@ -426,17 +374,6 @@ def _positive(divisor: Tensor) -> Tensor:
     return torch.where(divisor > 0, divisor, 1.0)
 
 
-def _check_confidence(confidence: Tensor) -> None:
-    check_tensor("confidence", confidence)
-    if not confidence.is_floating_point():
-        raise TypeError(f"`confidence` must be floating in [0, 1], got {confidence.dtype}; pass probabilities.")
-    if confidence.ndim != 3:
-        raise ValueError(
-            f"`confidence` must have shape (N, H, W), got {tuple(confidence.shape)}; "
-            "take the maximum of the probabilities over dimension 1."
-        )
-
-
 def _check_loss_inputs(logits: Tensor, labels: Tensor, weights: Tensor | None, class_weights: Tensor | None) -> None:
     check_logits("logits", logits)
     check_tensor("labels", labels)
@@ -444,14 +381,11 @@ def _check_loss_inputs(logits: Tensor, labels: Tensor, weights: Tensor | None, c
     if not soft:
         check_labels("labels", labels)
     elif labels.shape[1] != logits.shape[1]:
-        raise ValueError(
-            f"soft `labels` must have shape (N, C, H, W) with C = {logits.shape[1]} like `logits`, got "
-            f"{tuple(labels.shape)}; pass one probability per class."
-        )
+        want = f"(N, C, H, W) with C = {logits.shape[1]} like `logits`"
+        got = tuple(labels.shape)
+        raise ValueError(f"soft `labels` must have shape {want}, got {got}; pass one probability per class.")
     if len(labels) != len(logits):
-        raise ValueError(
-            f"`logits` hold {len(logits)} images but `labels` {len(labels)}; pass the labels of this batch."
-        )
+        raise ValueError(f"`logits` hold {len(logits)} images but `labels` {len(labels)}; pass those of one batch.")
     if weights is not None:
         check_weights("weights", weights, (len(labels), *labels.shape[-2:]))
     if class_weights is not None:
@@ -459,7 +393,8 @@ def _check_loss_inputs(logits: Tensor, labels: Tensor, weights: Tensor | None, c
     check_same_device(logits=logits, labels=labels, weights=weights, class_weights=class_weights)
 
 
-def _check_full_logits(logits: Tensor, labels: Tensor) -> None:
+def _check_full_logits(logits: Tensor, labels: Tensor, weights: Tensor | None, class_weights: Tensor | None) -> None:
+    _check_loss_inputs(logits, labels, weights, class_weights)
     size = (len(labels), *labels.shape[-2:])
     check_same_shape("labels", size, "logits", (logits.shape[0], *logits.shape[2:]))
 
@@ -467,13 +402,13 @@ def _check_full_logits(logits: Tensor, labels: Tensor) -> None:
 def _check_small_logits(logits: Tensor, labels: Tensor, weights: Tensor | None, class_weights: Tensor | None) -> None:
     _check_loss_inputs(logits, labels, weights, class_weights)
     if 0 in logits.shape[2:] and labels.numel() > 0:
-        raise ValueError(
-            f"`logits` must have pixels to be upsampled to {tuple(labels.shape[-2:])}, got {tuple(logits.shape)}; "
-            "pass larger images."
-        )
+        size = tuple(labels.shape[-2:])
+        raise ValueError(f"`logits` must have pixels to be upsampled to {size}, got {tuple(logits.shape)}.")
 
 
-def _check_loss_options(ignore_index: int, normalizer: str, label_smoothing: float) -> None:
+def _how(ignore_index: int, normalizer: Normalizer, label_smoothing: float, class_weights: Tensor | None) -> _How:
+    """The options of a loss, checked."""
     check_ignore_index(ignore_index)
     check_choice("normalizer", normalizer, _NORMALIZERS)
     check_fraction("label_smoothing", label_smoothing)
+    return _How(ignore_index, normalizer, label_smoothing, class_weights)

@@ -10,31 +10,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from crossmix._checks import (
+    check_floating,
     check_fraction,
     check_images,
     check_pixels,
     check_positive,
     check_same_device,
-    check_tensor,
+    wrong_shape,
 )
-from crossmix._tensors import at_least_float32, no_autocast, uniform
+from crossmix._tensors import Device, at_least_float32, no_autocast, uniform
 
 __all__ = ["BoxMasks", "CowMasks", "MaskedImages", "block_mask", "box_mask", "cow_mask"]
 
 Range = tuple[float, float]
 CUT = math.sqrt(2 * math.log(100))  # exp(-CUT**2 / 2) = 0.01
 ALMOST_ONE = 1 - 2.0**-24
+DRAW = "draw it with torch.rand or torch.randn"
 
 
 def box_mask(
-    scores: Tensor,
-    size: Sequence[int],
-    *,
-    area: Range = (0.02, 0.4),
-    aspect: Range = (0.3, 1 / 0.3),
+    scores: Tensor, size: Sequence[int], *, area: Range = (0.02, 0.4), aspect: Range = (0.3, 1 / 0.3)
 ) -> Tensor:
     """Mark one box in each image (CutMix).
 
@@ -63,9 +61,9 @@ def box_mask(
                  [0, 0, 0, 0, 0, 0]]], dtype=torch.int32)
     """
     height, width = _check_size(size)
-    _check_floating("scores", scores)
+    check_floating("scores", scores, DRAW)
     if scores.ndim != 2 or scores.shape[1] != 4:
-        raise ValueError(f"`scores` must have shape (N, 4), got {tuple(scores.shape)}; draw four numbers per image.")
+        raise wrong_shape("scores", "(N, 4)", scores, "draw four numbers per image")
     _check_box(area, aspect)
     share, shape, down, across = at_least_float32(scores)[:, :, None].unbind(1)
     pixels = (area[0] + (area[1] - area[0]) * share) * (height * width)
@@ -80,8 +78,8 @@ def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Ten
 
     smooth > mean + std * sqrt(2) * erfinv(1 - 2 * ratio), with the mean and std of each image, so that about a share
     `ratio` is True. The Gaussian is truncated only by the image size; the noise is mirrored at the border. The values
-    of a `sigma` tensor are not read on the host, so it may be on a GPU. A number is faster, the more so the larger it
-    is. `CowMasks`, which draws its own noise, is much cheaper.
+    of a `sigma` tensor are not read on the host, so it may be on a GPU. A number is faster, and `CowMasks`, which draws
+    its own noise, much faster.
 
     Args:
         noise: (N, H, W) floating, standard normal.
@@ -100,21 +98,16 @@ def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Ten
         >>> round(float(cow_mask(noise, sigma=4.0, ratio=0.3).float().mean()), 1)
         0.3
     """
-    _check_floating("noise", noise)
+    check_floating("noise", noise, DRAW)
     if noise.ndim != 3 or 0 in noise.shape[1:]:
-        raise ValueError(f"`noise` must have shape (N, H, W), got {tuple(noise.shape)}; draw one number per pixel.")
+        raise wrong_shape("noise", "(N, H, W)", noise, "draw one number per pixel")
     check_fraction("ratio", ratio)
     widths = _check_sigma(sigma, noise)
     noise = at_least_float32(noise)
-    known = None if isinstance(sigma, Tensor) else float(sigma)
-    with no_autocast(noise.device):  # matrix products in half precision would move the edges of the blobs
-        (down, then_down), (across, then_across) = (
-            _smoothing(widths.to(noise.dtype), length, known) for length in noise.shape[1:]
-        )
-        smooth = down @ noise @ across.mT
-        smooth = smooth if then_down is None else then_down @ smooth
-        smooth = smooth if then_across is None else smooth @ then_across.mT
     height, width = noise.shape[1:]
+    widths = widths.to(noise.dtype)
+    with no_autocast(noise.device):  # matrix products in half precision would move the edges of the blobs
+        smooth = _smoothing(widths, height) @ noise @ _smoothing(widths, width).mT
     smooth -= smooth.mean((1, 2), keepdim=True)
     std = torch.linalg.vector_norm(smooth, dim=(1, 2), keepdim=True) / math.sqrt(height * width)
     return smooth > _quantile(std, ratio)
@@ -144,13 +137,11 @@ def block_mask(scores: Tensor, size: Sequence[int], block: int, *, ratio: float 
     height, width = _check_size(size)
     check_pixels("block", block)
     check_fraction("ratio", ratio)
-    _check_floating("scores", scores)
+    check_floating("scores", scores, DRAW)
     rows, columns = -(-height // block), -(-width // block)
     if scores.ndim != 3 or scores.shape[1] != rows or scores.shape[2] != columns:
-        raise ValueError(
-            f"`scores` must have shape (N, ceil(H / block), ceil(W / block)) = (N, {rows}, {columns}), "
-            f"got {tuple(scores.shape)}; draw one number per block."
-        )
+        want = f"(N, ceil(H / block), ceil(W / block)) = (N, {rows}, {columns})"
+        raise wrong_shape("scores", want, scores, "draw one number per block")
     hidden = (scores < ratio).repeat_interleave(block, 1).repeat_interleave(block, 2)
     return hidden[:, :height, :width].contiguous()
 
@@ -158,11 +149,9 @@ def block_mask(scores: Tensor, size: Sequence[int], block: int, *, ratio: float 
 class BoxMasks(nn.Module):
     """One box per image (CutMix), for `masks=` of `CrossDomainMix` and `ClassMix`.
 
-    A draw is (N, 4) uniform numbers, which `crossmix.functional.box_mask` turns into boxes.
-
     Args:
         area: Smallest and largest share of the image area, in [0, 1]; uniform in between. Default: UniMatch.
-        aspect: Smallest and largest width over height, positive; uniform in the logarithm in between.
+        aspect: Smallest and largest width over height, positive; uniform in the logarithm.
 
     Raises:
         ValueError: If a range is wrong.
@@ -180,40 +169,14 @@ class BoxMasks(nn.Module):
         self.aspect = aspect
 
     def sample(
-        self,
-        n: int,
-        size: Sequence[int] | None = None,  # noqa: ARG002 - part of the protocol; the draw does not depend on it
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        self, n: int, size: Sequence[int] | None = None, *, generator: Generator | None = None, device: Device = None
     ) -> Tensor:
-        """Draw the shapes and positions of n boxes.
-
-        Args:
-            n: The number of masks.
-            size: Height and width; not used.
-            generator: Source of randomness, used on its own device; None uses the global one.
-            device: Device of the result; by default the generator's device, or torch's default one.
-
-        Returns:
-            (n, 4) uniform numbers.
-        """
+        """Draw the shapes and positions of n boxes, (n, 4) uniform numbers, for any size; see `MaskSource.sample`."""
+        del size  # the draw does not depend on it
         return uniform((n, 4), generator=generator, device=device)
 
     def forward(self, scores: Tensor, size: Sequence[int]) -> Tensor:
-        """Make the masks.
-
-        Args:
-            scores: (N, 4), from `sample`.
-            size: Height and width.
-
-        Returns:
-            (N, H, W) bool, True in the box.
-
-        Raises:
-            TypeError: If `scores` is not floating, or `size` is not two ints.
-            ValueError: If a shape is wrong.
-        """
+        """Make (N, H, W) bool masks, True in the box, from (N, 4) `scores`; see `crossmix.functional.box_mask`."""
         return box_mask(scores, size, area=self.area, aspect=self.aspect)
 
     def extra_repr(self) -> str:
@@ -225,9 +188,9 @@ class CowMasks(nn.Module):
     """Blobs (CowMix), for `masks=` of `CrossDomainMix` and `ClassMix`.
 
     `crossmix.functional.cow_mask` smooths white noise with a Gaussian. This class draws only the low frequencies that
-    survive such a Gaussian, which has the same distribution because the cosine transform of white noise is white noise.
-    Frequencies that the narrowest Gaussian damps below 0.01 are left out; they make up 0.6 % of the standard deviation.
-    At 512 x 512 pixels this takes a sixtieth of the random numbers and less than a tenth of the time.
+    survive it, which has the same distribution because the cosine transform of white noise is white noise. Frequencies
+    that the narrowest Gaussian damps below 0.01 are left out; they make up 0.6 % of the standard deviation. At 512 x
+    512 pixels this takes a sixtieth of the random numbers and less than a tenth of the time.
 
     Args:
         sigma: Standard deviation of the Gaussian in pixels, positive: one for all images, or the smallest and largest
@@ -254,27 +217,17 @@ class CowMasks(nn.Module):
         self.ratio = ratio
 
     def sample(
-        self,
-        n: int,
-        size: Sequence[int] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        self, n: int, size: Sequence[int] | None = None, *, generator: Generator | None = None, device: Device = None
     ) -> Tensor:
-        """Draw the sizes and shapes of the blobs of n masks.
-
-        Args:
-            n: The number of masks.
-            size: Height and width, which determine the number of waves.
-            generator: Source of randomness, used on its own device; None uses the global one.
-            device: Device of the result; by default the generator's device, or torch's default one.
+        """Draw the sizes and shapes of the blobs of n masks; see `MaskSource.sample`.
 
         Returns:
-            (n, 1 + waves) uniform numbers, of which the first gives sigma and the others the amplitudes of the waves.
+            (n, 1 + waves) uniform numbers, of which the first gives sigma and the others the amplitudes of the waves,
+            whose number depends on `size`.
 
         Raises:
             TypeError: If `size` is not two ints.
-            ValueError: If `size` is not positive.
+            ValueError: If `size` is not given, or not positive.
         """
         if size is None:
             raise ValueError("`size` must be given, since the draw of `CowMasks` depends on it: height and width.")
@@ -282,14 +235,7 @@ class CowMasks(nn.Module):
         return uniform((n, 1 + rows * columns), generator=generator, device=device)
 
     def forward(self, scores: Tensor, size: Sequence[int]) -> Tensor:
-        """Make the masks.
-
-        Args:
-            scores: (N, 1 + waves), from `sample` for this size.
-            size: Height and width.
-
-        Returns:
-            (N, H, W) bool, True in the blobs. No host sync.
+        """Make (N, H, W) bool masks, True in the blobs, from `scores` drawn for this size. No host sync.
 
         Raises:
             TypeError: If `scores` is not floating, or `size` is not two ints.
@@ -297,12 +243,10 @@ class CowMasks(nn.Module):
         """
         height, width = _check_size(size)
         rows, columns = self._waves(height), self._waves(width)
-        _check_floating("scores", scores)
+        check_floating("scores", scores, DRAW)
         if scores.ndim != 2 or scores.shape[1] != 1 + rows * columns:
-            raise ValueError(
-                f"`scores` must have shape (N, {1 + rows * columns}) for masks of {height} x {width}, "
-                f"got {tuple(scores.shape)}; draw them with `sample(n, size)`."
-            )
+            want = f"(N, {1 + rows * columns}) for masks of {height} x {width}"
+            raise wrong_shape("scores", want, scores, "draw them with `sample(n, size)`")
         scores = at_least_float32(scores)
         low, high = self.sigma
         sigma = (math.log(low) + (math.log(high) - math.log(low)) * scores[:, :1, None]).exp()
@@ -350,10 +294,8 @@ def _cosines(length: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """
     frequency = torch.arange(count, device=like.device, dtype=like.dtype) * (math.pi / length)
     pixel = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
-    waves = (pixel[:, None] * frequency).cos() * torch.where(
-        frequency > 0, math.sqrt(2 / length), math.sqrt(1 / length)
-    )
-    return waves, frequency
+    scale = torch.where(frequency > 0, math.sqrt(2 / length), math.sqrt(1 / length))
+    return (pixel[:, None] * frequency).cos() * scale, frequency
 
 
 def _inside(length: Tensor, place: Tensor, size: int) -> Tensor:
@@ -367,48 +309,29 @@ def _inside(length: Tensor, place: Tensor, size: int) -> Tensor:
     return (pixel >= start) & (pixel < start + length)
 
 
-def _smoothing(sigma: Tensor, size: int, known: float | None) -> tuple[Tensor, Tensor | None]:
-    """One matrix (n or 1, ..., ...), or two to apply in turn, that smooth `size` pixels with a Gaussian.
+def _smoothing(sigma: Tensor, size: int) -> Tensor:
+    """Matrices that smooth `size` pixels with a Gaussian of sigma (n,) or (1,) pixels, (n or 1, size, size).
 
     Taps beyond the border are reflected, not repeating the edge, so that each wave of a cosine transform is damped by a
-    factor. If sigma is known, waves that vanish in the arithmetic are left out: at sigma 16, smoothing 512 x 512 pixels
-    on one CPU thread takes a sixth of the time of a matrix of all pixels.
-
-    Args:
-        sigma: (n,) or (1,), in pixels.
-        size: The number of pixels.
-        known: The value of sigma if it is a number, else None.
+    factor.
     """
     from kornia.filters import get_gaussian_kernel1d  # noqa: PLC0415 - importing kornia takes longer than crossmix
 
-    reach, count = max(size - 1, 1), size
-    cut = math.sqrt(-2 * math.log(torch.finfo(sigma.dtype).eps))  # where the Gaussian falls below eps
-    if known is not None and known * cut < reach:  # otherwise the taps are cut off before waves vanish
-        count = min(size, math.ceil(cut * reach / (math.pi * known)) + 1)
     pixel = torch.arange(size, device=sigma.device)
-    is_end = (pixel == 0) | (pixel == size - 1)
     taps: Tensor = get_gaussian_kernel1d(2 * size - 1, sigma[:, None])[:, size - 1 :]  # of one side
-    if 2 * count > size:  # one product is cheaper than two
-        taps = torch.where(pixel == reach, 2 * taps, taps)  # this tap arrives from both sides
-        direct = torch.cat([taps.flip(1), taps[:, 1:]], 1).unfold(1, size, 1).flip(1)  # by j - i
-        mirrored = torch.cat([taps, taps.flip(1)[:, 1:]], 1).unfold(1, size, 1)  # by j + i
-        return (direct + mirrored) * torch.where(is_end, 0.5, 1.0), None
-    waves = ((pixel[:, None] * pixel[:count] % (2 * reach)).to(sigma.dtype) * (math.pi / reach)).cos()
-    damping = 2 * taps @ waves - taps[:, :1]
-    weight = torch.where(is_end, 1, 2)
-    inverse = (waves * (weight[:, None] * weight[:count])).mT / (2 * reach)
-    return damping[:, :, None] * inverse, waves
+    taps = torch.where(pixel == max(size - 1, 1), 2 * taps, taps)  # this tap arrives from both sides
+    direct = torch.cat([taps.flip(1), taps[:, 1:]], 1).unfold(1, size, 1).flip(1)  # by j - i
+    mirrored = torch.cat([taps, taps.flip(1)[:, 1:]], 1).unfold(1, size, 1)  # by j + i
+    return (direct + mirrored) * torch.where((pixel == 0) | (pixel == size - 1), 0.5, 1.0)
 
 
 def _check_sigma(sigma: float | Tensor, noise: Tensor) -> Tensor:
     """Sigma as (1,) or (N,) on the device of the noise, with its value checked if the host knows it."""
     if isinstance(sigma, Tensor):
-        _check_floating("sigma", sigma)
+        check_floating("sigma", sigma, "convert with `.float()`")
         if sigma.ndim != 1 or len(sigma) != len(noise):
-            raise ValueError(
-                f"`sigma` must be a number or have shape (N,) = ({len(noise)},), got {tuple(sigma.shape)}; "
-                "pass one per image."
-            )
+            want = f"a number or have shape (N,) = ({len(noise)},)"
+            raise ValueError(f"`sigma` must be {want}, got {tuple(sigma.shape)}; pass one per image.")
         check_same_device(noise=noise, sigma=sigma)
         check_positive("sigma", sigma, "it is in pixels")
         return sigma
@@ -438,12 +361,6 @@ def _check_range(name: str, values: Any, want: str, fits: Callable[[float, float
         raise TypeError(f"`{name}` must be two numbers (low, high), got {values!r}.")
     if not fits(*values):
         raise ValueError(f"`{name}` must be (low, high) with {want}, got {values}.")
-
-
-def _check_floating(name: str, value: Tensor) -> None:
-    check_tensor(name, value)
-    if not value.is_floating_point():
-        raise TypeError(f"`{name}` must be floating, got {value.dtype}; draw it with torch.rand or torch.randn.")
 
 
 class MaskedImages(nn.Module):
@@ -488,23 +405,12 @@ class MaskedImages(nn.Module):
             raise ValueError(f"`fill` must hold a finite number per channel, got {self.fill}.")
 
     def sample(
-        self,
-        n: int,
-        size: Sequence[int],
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        self, n: int, size: Sequence[int], *, generator: Generator | None = None, device: Device = None
     ) -> Tensor:
-        """Draw a number for each block, independently of the images.
-
-        Args:
-            n: The number of images.
-            size: Their height and width.
-            generator: Source of randomness, used on its own device; None uses the global one.
-            device: Device of the result; by default the generator's device, or torch's default one.
+        """Draw a number for each block of n images of a size, independently of the images; see `MaskSource.sample`.
 
         Returns:
-            (N, ceil(H / block), ceil(W / block)) float32, uniform in [0, 1).
+            (n, ceil(H / block), ceil(W / block)) float32, uniform in [0, 1).
 
         Raises:
             TypeError: If `size` is not two ints.
@@ -514,9 +420,7 @@ class MaskedImages(nn.Module):
         block = self._side(height, width)
         return uniform((n, -(-height // block), -(-width // block)), generator=generator, device=device)
 
-    def forward(
-        self, images: Tensor, *, scores: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def forward(self, images: Tensor, *, scores: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """Hide the blocks whose score is below `ratio`.
 
         Args:
@@ -538,9 +442,7 @@ class MaskedImages(nn.Module):
         hidden = block_mask(scores, size, self._side(*size), ratio=self.ratio)
         check_same_device(images=images, scores=scores)
         if len(scores) != len(images):
-            raise ValueError(
-                f"`scores` is for {len(scores)} images but `images` holds {len(images)}; sample for this batch size."
-            )
+            raise ValueError(f"`scores` is for {len(scores)} images but `images` holds {len(images)}; draw for these.")
         fill = torch.stack([images.new_full((1, 1), value) for value in self.fill])  # torch.tensor(list) would sync
         return torch.where(hidden[:, None], fill, images)
 
@@ -553,8 +455,6 @@ class MaskedImages(nn.Module):
         if self.block is None:
             return min(64 if max(height, width) > 512 else 32, height, width)
         if self.block > min(height, width):
-            raise ValueError(
-                f"`block` must fit into the images, got {self.block} pixels for images of {height} x {width}; use a "
-                "smaller one, or None to choose by image size."
-            )
+            got = f"{self.block} pixels for images of {height} x {width}"
+            raise ValueError(f"`block` must fit into the images, got {got}; use a smaller one, or None.")
         return self.block

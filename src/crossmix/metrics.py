@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from crossmix._checks import check_ignore_index, check_labels, check_num_classes, check_same_device, check_same_shape
-from crossmix._distributed import all_reduce_sum
+from crossmix._distributed import Counts
 
 __all__ = ["ConfusionMatrix", "IoU"]
 
@@ -29,7 +29,7 @@ class IoU(NamedTuple):
     pixel_accuracy: float
 
 
-class ConfusionMatrix(nn.Module):
+class ConfusionMatrix(Counts):
     """Accumulate a confusion matrix over a data set.
 
     IoU_c = TP_c / (TP_c + FP_c + FN_c), from the counts of all images together, not a mean over images.
@@ -64,9 +64,7 @@ class ConfusionMatrix(nn.Module):
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.register_buffer("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64))
-        self.register_buffer("invalid", torch.zeros((), dtype=torch.int64), persistent=False)
-        self._merged: Tensor | None = None  # counts of all ranks in one row, then the number of invalid predictions
-        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
+        self.register_buffer("invalid", torch.zeros((), dtype=torch.int64), persistent=False)  # predictions
 
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
@@ -96,53 +94,29 @@ class ConfusionMatrix(nn.Module):
         self.invalid += invalid
         self._merged = None
 
-    def merge(self) -> None:
-        """Sum the counts of all ranks for `compute`. Idempotent, and a no-op without a process group.
-
-        Invalid predictions are summed too, so that `compute` raises on every rank or on none.
-        """
-        self._merged = all_reduce_sum(self._state())
-
-    def reset(self) -> None:
-        """Reset all counts to 0."""
-        self.counts.zero_()
-        self.invalid.zero_()
-        self._merged = None
-
     def compute(self, classes: Iterable[int] | None = None) -> IoU:
         """Compute the scores from the counts; after `merge`, from those of all ranks.
 
         Args:
             classes: Class ids to average over, e.g. the 16 or 13 classes of SYNTHIA; all by default. Confusions between
-                these and the other classes still count as errors.
-
-        Returns:
-            The scores; `per_class` always has all C entries.
+                these and the other classes still count as errors, and `per_class` always has all C entries.
 
         Raises:
             TypeError: If a class id is not an integer.
             ValueError: If a class id is out of range, there are none, or a prediction on a GPU was not a class id.
         """
-        state = (self._state() if self._merged is None else self._merged).cpu()
-        if state[-1]:
+        state = self._totals()
+        if state["invalid"]:
             self._refuse()
         chosen = [operator.index(one) for one in (range(self.num_classes) if classes is None else classes)]
         if not chosen or min(chosen) < 0 or max(chosen) >= self.num_classes:
             raise ValueError(f"`classes` must be ids in 0..{self.num_classes - 1}, got {chosen}; pass at least one.")
-        counts = state[:-1].view(self.counts.shape).double()
+        counts = state["counts"]
         hits = counts.diagonal()
         per_class = hits / (counts.sum(0) + counts.sum(1) - hits)  # 0 / 0 is NaN: absent from both
         if 0 <= self.ignore_index < self.num_classes:
             per_class[self.ignore_index] = torch.nan
-        return IoU(
-            per_class=per_class,
-            mean=float(per_class[chosen].nanmean()),
-            pixel_accuracy=float(hits.sum() / counts.sum()),
-        )
-
-    def _state(self) -> Tensor:
-        """All counts in one vector, so that ranks need a single all-reduce."""
-        return torch.cat([self.counts.flatten(), self.invalid[None]])
+        return IoU(per_class, float(per_class[chosen].nanmean()), float(hits.sum() / counts.sum()))
 
     def _clamped(self, ids: Tensor) -> Tensor:
         """Class ids plus one as int32: 0 for ids below the classes, C + 1 for ids above."""
@@ -151,27 +125,17 @@ class ConfusionMatrix(nn.Module):
         return ids.to(torch.int32).clamp(-1, self.num_classes) + 1
 
     def _refuse(self) -> None:
-        raise ValueError(
-            f"`predictions` must lie in 0..{self.num_classes - 1} at labelled pixels, got other values; take the "
-            f"argmax over {self.num_classes} classes."
-        )
+        least = f"must lie in 0..{self.num_classes - 1} at labelled pixels"
+        raise ValueError(f"`predictions` {least}, got other values; take the argmax over {self.num_classes} classes.")
 
     @override
     def extra_repr(self) -> str:
-        """Constructor arguments, for `repr`."""
         return f"num_classes={self.num_classes}, ignore_index={self.ignore_index}"
-
-
-def _forget(matrix: ConfusionMatrix, _: object) -> None:
-    """Discard derived counts when a state is loaded, which replaces everything counted before."""
-    matrix.invalid.zero_()
-    matrix._merged = None
 
 
 def _count(ids: Tensor, size: int) -> Tensor:
     """Count the ids 0..size - 1. On a GPU `bincount` would sync, so use `scatter_add_`."""
     if ids.device.type == "cpu":
         return torch.bincount(ids, minlength=size)
-    return torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_add_(
-        0, ids.long(), torch.ones_like(ids, dtype=torch.int64)
-    )
+    ids = ids.long()
+    return ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids))

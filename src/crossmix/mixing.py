@@ -5,11 +5,11 @@ CrossDomainMix: Tranheden et al. (DACS), WACV 2021, https://arxiv.org/abs/2007.0
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor
 
 from crossmix._checks import (
     check_choice,
@@ -23,17 +23,19 @@ from crossmix._checks import (
     check_same_shape,
     check_tensor,
     check_weights,
+    wrong_shape,
 )
 from crossmix._class_codes import Indices, Words, class_codes
-from crossmix._class_weights import buffer_of, kept_in_float32, shown
+from crossmix._class_weights import buffer_of, shown
 from crossmix._compiled import stored, where
-from crossmix._tensors import arithmetic, at_least_float32, uniform
+from crossmix._tensors import Device, KeepsFloat32, arithmetic, at_least_float32, uniform
 
 __all__ = ["ClassMix", "CrossDomainMix", "MaskSource", "Mixed", "class_mask", "mix", "sample_classes"]
 
 FIXED_BITS = 40  # 2**40 times a count of up to 2**22 classes fits an int64
 FIXED = 1 << FIXED_BITS
 Rounding = Literal["ceil", "floor"]
+Size = tuple[int, int]
 
 
 class Mixed(NamedTuple):
@@ -52,21 +54,29 @@ class Mixed(NamedTuple):
     mask: Tensor
 
 
+class _How(NamedTuple):
+    """The options of a draw of classes."""
+
+    ratio: float
+    include_ignored: bool
+    rounding: Rounding
+    whole_batch: bool
+    class_weights: Tensor | None
+
+
 class MaskSource(Protocol):
     """A source of masks other than classes: `BoxMasks`, `CowMasks`, or any object with these two methods."""
 
     def sample(
-        self,
-        n: int,
-        size: tuple[int, int] | None,
-        /,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        self, n: int, size: Size | None, /, *, generator: Generator | None = None, device: Device = None
     ) -> Tensor:
-        """Draw all randomness of n masks of size (H, W) as one tensor with a row per mask."""
+        """Draw all randomness of n masks of size (H, W) as one tensor with a row per mask.
 
-    def __call__(self, scores: Tensor, size: tuple[int, int], /) -> Tensor:
+        `generator` draws on its own device; None is the global one. `device` is that of the result, by default the
+        generator's, or torch's default one.
+        """
+
+    def __call__(self, scores: Tensor, size: Size, /) -> Tensor:
         """Turn such rows into (N, H, W) bool masks, each from its own row only and without a host sync."""
 
 
@@ -81,7 +91,7 @@ def sample_classes(
     whole_batch: bool = False,
     class_weights: Tensor | None = None,
     scores: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Draw ceil(ratio * n) of the n classes present in each label map, uniformly without replacement.
 
@@ -98,17 +108,15 @@ def sample_classes(
         ratio: Share of the present classes to draw, in [0, 1].
         ignore_index: The id of ignored pixels.
         include_ignored: Whether ignored pixels count as one more class; otherwise they are never drawn.
-        rounding: `"ceil"` rounds the number of drawn classes up, `"floor"` down. With `"floor"` and ratio 0.5 a single
-            class is never drawn.
-        whole_batch: Whether each image draws, independently, from the classes present anywhere in the batch. A drawn
-            class that an image lacks marks nothing. The draw then depends on which images share the batch (on each
-            rank).
+        rounding: `"ceil"` rounds the number of drawn classes up, `"floor"` down: of a single class, never half.
+        whole_batch: Whether each image draws, independently, from the classes present anywhere in the batch (of its
+            rank). A drawn class that an image lacks marks nothing.
         class_weights: (C,) floating, positive: relative odds of the classes; equal odds if not given. Ignored pixels,
             where they count as a class, get the mean weight.
-        scores: (N, C + 1) uniform numbers; the present classes with the lowest scores are drawn, ties going to the
-            lower id. Drawn if not given.
+        scores: (N, C + 1) uniform numbers, drawn if not given. The present classes with the lowest scores are drawn;
+            ties go to the lower id.
         generator: Generator of the scores, used on its own device; None uses the global one. `torch.compile` cannot
-            trace it; pass `scores` there.
+            trace it: pass `scores` there.
 
     Returns:
         (N, C + 1) bool on the device of `labels`; the last column stands for ignored pixels. No host sync.
@@ -129,15 +137,8 @@ def sample_classes(
     check_choice("rounding", rounding, ("ceil", "floor"))
     if class_weights is not None:
         check_class_weights(class_weights, num_classes)
-    return _draw(
-        class_codes(labels, num_classes, ignore_index),
-        _scores(labels, num_classes, scores, generator),
-        ratio=ratio,
-        include_ignored=include_ignored,
-        rounding=rounding,
-        whole_batch=whole_batch,
-        class_weights=class_weights,
-    )
+    codes, scores = class_codes(labels, num_classes, ignore_index), _scores(labels, num_classes, scores, generator)
+    return _draw(codes, scores, _How(ratio, include_ignored, rounding, whole_batch, class_weights))
 
 
 def class_mask(labels: Tensor, classes: Tensor, *, ignore_index: int = 255) -> Tensor:
@@ -189,24 +190,20 @@ def mix(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
         >>> mix(torch.tensor([1.0]), torch.tensor([0.5]), mask)
         tensor([[[1.0000, 0.5000]]])
     """
-    for name, value in (("pasted", pasted), ("base", base), ("mask", mask)):
-        check_tensor(name, value)
+    check_tensor("pasted", pasted)
+    check_tensor("base", base)
     _check_bool("mask", mask)
     if mask.ndim != 3:
-        raise ValueError(f"`mask` must have shape (N, H, W), got {tuple(mask.shape)}; drop the channel dimension.")
+        raise wrong_shape("mask", "(N, H, W)", mask, "drop the channel dimension")
     check_same_device(pasted=pasted, base=base, mask=mask)
     for name, value in (("pasted", pasted), ("base", base)):
         per_image = value.ndim == 1 and value.shape == mask.shape[:1]
         if not per_image and (value.ndim < 3 or _pixels(value) != tuple(mask.shape)):
-            raise ValueError(
-                f"`{name}` must have shape (N, ..., H, W) or (N,) to match `mask` {tuple(mask.shape)}, "
-                f"got {tuple(value.shape)}; crop or resize it to the mask."
-            )
+            want = f"(N, ..., H, W) or (N,) to match `mask` {tuple(mask.shape)}"
+            raise wrong_shape(name, want, value, "crop or resize it to the mask")
     if pasted.ndim >= 3 and base.ndim >= 3 and pasted.shape != base.shape:
-        raise ValueError(
-            f"`pasted` {tuple(pasted.shape)} and `base` {tuple(base.shape)} must have the same shape; "
-            "check their channels."
-        )
+        shapes = f"`pasted` {tuple(pasted.shape)} and `base` {tuple(base.shape)}"
+        raise ValueError(f"{shapes} must have the same shape; check their channels.")
     dims = max(pasted.ndim, base.ndim, 3)
     pasted, base = _broadcast(pasted, dims), _broadcast(base, dims)
     if torch.compiler.is_compiling() and mask.device.type == "cpu":
@@ -215,7 +212,7 @@ def mix(pasted: Tensor, base: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.reshape(shape), pasted, base)
 
 
-class _Mix(nn.Module):
+class _Mix(KeepsFloat32):
     """Options and masks shared by `ClassMix` and `CrossDomainMix`."""
 
     class_weights: Tensor | None
@@ -251,23 +248,13 @@ class _Mix(nn.Module):
         self.masks = masks
 
     def sample_scores(
-        self,
-        n: int,
-        size: tuple[int, int] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        self, n: int, size: Size | None = None, *, generator: Generator | None = None, device: Device = None
     ) -> Tensor:
-        """Draw all randomness of `forward` as one tensor, independently of images and labels.
-
-        Args:
-            n: The number of mixed images.
-            size: Their height and width, if `masks` need it; classes and boxes do not.
-            generator: Source of randomness, used on its own device; None uses the global one.
-            device: Device of the result; by default the generator's device, or torch's default one.
+        """Draw all randomness of `forward` as one tensor, independently of images and labels; see `MaskSource.sample`.
 
         Returns:
-            A tensor of n rows for `forward(scores=...)`: (n, C + 1) uniform numbers, or the result of `masks.sample`.
+            A tensor of n rows for `forward(scores=...)`: (n, C + 1) uniform numbers, or the result of `masks.sample`,
+            which may need the `size` (H, W) of the images.
         """
         if self.masks is None:
             return uniform((n, self.num_classes + 1), generator=generator, device=device)
@@ -282,26 +269,17 @@ class _Mix(nn.Module):
             f"class_weights={shown(self.class_weights)}"
         )
 
-    def _sample(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _sample(self, labels: Tensor, generator: Generator | None) -> Tensor:
         """Draw the classes to paste."""
         check_labels("labels", labels)
         if self.masks is not None:
-            raise ValueError(
-                "`sample` draws classes, but this mix uses `masks` instead; use `sample_scores` to draw for them."
-            )
+            raise ValueError("`sample` draws classes, but this mix uses `masks` instead; use `sample_scores` for them.")
         codes = class_codes(labels, self.num_classes, self.ignore_index)
         return self._draw(codes, _scores(labels, self.num_classes, None, generator))
 
     def _draw(self, codes: Words | Indices, scores: Tensor) -> Tensor:
-        return _draw(
-            codes,
-            scores,
-            ratio=self.ratio,
-            include_ignored=self.include_ignored,
-            rounding=self.rounding,
-            whole_batch=self.whole_batch,
-            class_weights=self.class_weights,
-        )
+        how = _How(self.ratio, self.include_ignored, self.rounding, self.whole_batch, self.class_weights)
+        return _draw(codes, scores, how)
 
     def _mask(
         self,
@@ -309,14 +287,12 @@ class _Mix(nn.Module):
         classes: Tensor | None,
         scores: Tensor | None,
         mask: Tensor | None,
-        generator: torch.Generator | None,
+        generator: Generator | None,
     ) -> Tensor:
         """The mask to paste with, given or drawn. With classes, the label maps are read only once."""
         given = [f"`{k}`" for k, v in {"classes": classes, "scores": scores, "mask": mask}.items() if v is not None]
         if len(given) > 1:
-            raise ValueError(
-                f"{' and '.join(given)} must not both be given, since each of them defines the mask; keep one."
-            )
+            raise ValueError(f"{' and '.join(given)} must not both be given, as each defines the mask; keep one.")
         if mask is not None:
             return _checked_mask("mask", mask, labels)
         if self.masks is not None:
@@ -332,13 +308,6 @@ class _Mix(nn.Module):
         else:
             _check_classes(classes, labels, self.num_classes)
         return codes.mask(classes)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the class weights as usual, but keep them in float32 when casting to a lower precision."""
-        before = self.class_weights
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        kept_in_float32(self, before)
-        return self
 
 
 class ClassMix(_Mix):
@@ -363,15 +332,8 @@ class ClassMix(_Mix):
                 [[1, 1]]]))
     """
 
-    def sample(self, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, labels: Tensor, *, generator: Generator | None = None) -> Tensor:
         """Draw the classes to paste from each label map; see `crossmix.functional.sample_classes`.
-
-        Args:
-            labels: (N, H, W) integer label maps of the pasted images.
-            generator: Source of randomness; None uses the global one.
-
-        Returns:
-            (N, C + 1) bool.
 
         Raises:
             ValueError: If this mix uses `masks` instead of classes.
@@ -387,25 +349,12 @@ class ClassMix(_Mix):
         classes: Tensor | None = None,
         scores: Tensor | None = None,
         mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> Mixed:
-        """Mix a batch with itself. Pass at most one of `classes`, `scores` and `mask`.
+        """Mix a batch with itself; image i of the result is image i pasted onto image (i + 1) mod N.
 
-        Args:
-            images: (N, C, H, W) floating, any N.
-            labels: (N, H, W) integer pseudo-labels or ground truth.
-            weights: (N, H, W) or (N,) floating loss weights; ones if not given.
-            classes: (N, num_classes + 1) bool, the classes to paste; drawn if not given.
-            scores: The random numbers to draw with, from `sample_scores`.
-            mask: (N, H, W) bool, a ready-made mask: True where image i is pasted.
-            generator: Source of randomness; None uses the global one.
-
-        Returns:
-            The mixed batch; its image i is image i pasted onto image (i + 1) mod N.
-
-        Raises:
-            TypeError: If a dtype is wrong.
-            ValueError: If shapes or devices disagree, or two of `classes`, `scores` and `mask` are given.
+        `images` are (N, C, H, W) floating, any N, `labels` (N, H, W) integer pseudo-labels or ground truth, `weights`
+        (N, H, W) or (N,) floating, ones if not given. For the other arguments and errors see `CrossDomainMix.forward`.
         """
         check_images("images", images)
         check_labels("labels", labels)
@@ -413,12 +362,8 @@ class ClassMix(_Mix):
         weights = _weights("weights", weights, images, labels)
         check_same_device(images=images, labels=labels, weights=weights)
         mask = self._mask(labels, classes, scores, mask, generator)
-        return Mixed(
-            images=mix(images, images.roll(-1, 0), mask),
-            labels=mix(labels, labels.roll(-1, 0), mask),
-            weights=mix(weights, weights.roll(-1, 0), mask),
-            mask=stored(mask),
-        )
+        batch = (images, labels, weights)
+        return _mixed(batch, [value.roll(-1, 0) for value in batch], mask)
 
 
 class CrossDomainMix(_Mix):
@@ -454,15 +399,8 @@ class CrossDomainMix(_Mix):
         (tensor([[1., 0., 0.]]), tensor([[0, 1, 1]]), tensor([[1.0000, 0.2500, 0.2500]]))
     """
 
-    def sample(self, source_labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, source_labels: Tensor, *, generator: Generator | None = None) -> Tensor:
         """Draw the classes to paste from each source label map; see `crossmix.functional.sample_classes`.
-
-        Args:
-            source_labels: (N, H, W) integer label maps.
-            generator: Source of randomness; None uses the global one.
-
-        Returns:
-            (N, C + 1) bool.
 
         Raises:
             ValueError: If this mix uses `masks` instead of classes.
@@ -480,7 +418,7 @@ class CrossDomainMix(_Mix):
         classes: Tensor | None = None,
         scores: Tensor | None = None,
         mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> Mixed:
         """Paste a source batch onto a target batch of the same size. Pass at most one of `classes`, `scores`, `mask`.
 
@@ -518,37 +456,30 @@ class CrossDomainMix(_Mix):
             target_weights=weights,
         )
         mask = self._mask(source_labels, classes, scores, mask, generator)
-        return Mixed(
-            images=mix(source_images, target_images, mask),
-            labels=mix(source_labels, target_labels, mask),
-            weights=mix(weights.new_ones(len(weights)), weights, mask),
-            mask=stored(mask),
-        )
+        ones = weights.new_ones(len(weights))
+        return _mixed((source_images, source_labels, ones), (target_images, target_labels, weights), mask)
 
 
-def _draw(
-    codes: Words | Indices,
-    scores: Tensor,
-    *,
-    ratio: float,
-    include_ignored: bool,
-    rounding: Rounding,
-    whole_batch: bool,
-    class_weights: Tensor | None,
-) -> Tensor:
+def _mixed(pasted: Sequence[Tensor], base: Sequence[Tensor], mask: Tensor) -> Mixed:
+    """Mix images, labels and weights under one mask."""
+    images, labels, weights = (mix(a, b, mask) for a, b in zip(pasted, base, strict=True))
+    return Mixed(images, labels, weights, stored(mask))
+
+
+def _draw(codes: Words | Indices, scores: Tensor, how: _How) -> Tensor:
     """The present classes with the lowest scores, (N, C + 1) bool; ties go to the lower id."""
     present = codes.present()
     columns = present.shape[1]
-    if not include_ignored:
+    if not how.include_ignored:
         present = present & (torch.arange(columns, device=present.device) < columns - 1)
-    if whole_batch:
+    if how.whole_batch:
         present = present.any(0, keepdim=True).expand_as(present)
-    if class_weights is not None:
-        check_same_device(labels=present, class_weights=class_weights)
-        weights = at_least_float32(class_weights)
+    if how.class_weights is not None:
+        check_same_device(labels=present, class_weights=how.class_weights)
+        weights = at_least_float32(how.class_weights)
         # Exponential race: of independent exponential times, the smallest belongs to i with odds equal to its rate.
         scores = -torch.log1p(-at_least_float32(scores)) / torch.cat([weights, weights.mean()[None]])
-    count = _share(present.sum(1, keepdim=True), ratio, columns, rounding)
+    count = _share(present.sum(1, keepdim=True), how.ratio, columns, how.rounding)
     order = scores.argsort(dim=1, stable=True)
     ordered = present.gather(1, order)
     return torch.zeros_like(present).scatter(1, order, ordered & (ordered.cumsum(1) <= count))
@@ -570,16 +501,14 @@ def _share(n: Tensor, ratio: float, most: int, rounding: Rounding) -> Tensor:
     return count
 
 
-def _scores(labels: Tensor, num_classes: int, scores: Tensor | None, generator: torch.Generator | None) -> Tensor:
+def _scores(labels: Tensor, num_classes: int, scores: Tensor | None, generator: Generator | None) -> Tensor:
     shape = (len(labels), num_classes + 1)
     if scores is None:
         return uniform(shape, generator=generator, device=labels.device)
     check_tensor("scores", scores)
     if tuple(scores.shape) != shape:
-        raise ValueError(
-            f"`scores` must have shape (N, num_classes + 1) = {shape}, got {tuple(scores.shape)}; "
-            "draw one number per image and class, plus one for ignored pixels."
-        )
+        hint = "draw one number per image and class, plus one for ignored pixels"
+        raise wrong_shape("scores", f"(N, num_classes + 1) = {shape}", scores, hint)
     check_same_device(labels=labels, scores=scores)
     return scores
 
@@ -589,33 +518,25 @@ def _check_classes(classes: Tensor, labels: Tensor, num_classes: int | None = No
     if classes.dtype != torch.bool:
         raise TypeError(f"`classes` must be bool, got {classes.dtype}; use `sample_classes`.")
     columns = None if num_classes is None else num_classes + 1
-    if (
-        classes.ndim != 2
-        or len(classes) != len(labels)
-        or classes.shape[1] < 2
-        or (columns is not None and classes.shape[1] != columns)
-    ):
-        raise ValueError(
-            f"`classes` must have shape (N, num_classes + 1) = ({len(labels)}, {columns or 'C + 1'}), "
-            f"got {tuple(classes.shape)}; use `sample_classes`."
-        )
+    fits = classes.ndim == 2 and len(classes) == len(labels) and classes.shape[1] >= 2
+    if not fits or columns not in (None, classes.shape[1]):  # not a set, which hashes: torch.compile would specialise
+        want = f"(N, num_classes + 1) = ({len(labels)}, {columns or 'C + 1'})"
+        raise wrong_shape("classes", want, classes, "use `sample_classes`")
     check_same_device(labels=labels, classes=classes)
 
 
 def _check_bool(name: str, mask: Tensor) -> None:
+    check_tensor(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"`{name}` must be bool, got {mask.dtype}; compare first, e.g. `mask > 0`.")
 
 
 def _checked_mask(name: str, mask: Tensor, labels: Tensor) -> Tensor:
     """Check that a given mask fits the label maps, and return it."""
-    check_tensor(name, mask)
     _check_bool(name, mask)
     if tuple(mask.shape) != tuple(labels.shape):
-        raise ValueError(
-            f"`{name}` must have shape (N, H, W) = {tuple(labels.shape)}, got {tuple(mask.shape)}; "
-            "pass one mask per image, without a channel dimension."
-        )
+        want = f"(N, H, W) = {tuple(labels.shape)}"
+        raise wrong_shape(name, want, mask, "pass one mask per image, without a channel dimension")
     check_same_device(labels=labels, **{name: mask})
     return mask
 
@@ -627,7 +548,7 @@ def _check_masks(masks: object) -> None:
         got = f"the class {masks.__name__}" if isinstance(masks, type) else type(masks).__name__
         raise TypeError(
             f"`masks` must have `sample(n, size)` and be callable on (scores, size), got {got}; build `BoxMasks()` or "
-            "`CowMasks()`, or see `MaskSource`. Pass a ready-made mask to `forward(mask=...)`."
+            "`CowMasks()`, see `MaskSource`, or pass a ready-made mask to `forward(mask=...)`."
         )
 
 

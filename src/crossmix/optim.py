@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from crossmix._checks import check_module
 from crossmix._wrappers import named_parts, plain_name
 
 __all__ = ["RepeatedSGD", "parameter_groups", "poly_lr"]
@@ -31,9 +32,8 @@ def parameter_groups(
 
     The released code lists a backbone parameter once for each submodule that contains it: in ResNet-101 the stem once,
     the convolutions of a bottleneck three times (stage, bottleneck, convolution) and those of `downsample` four times,
-    314 entries for 104 tensors. Its optimizer stepped each entry. `repeated=True` builds that list, for `RepeatedSGD`.
-    Since it counts submodules, pass the DeepLab itself: in `nn.Sequential(first, deeplab)` the DeepLab would be one
-    more submodule around each parameter.
+    314 entries for 104 tensors. Its optimizer stepped each entry. `repeated=True` builds that list, for `RepeatedSGD`;
+    pass the DeepLab itself then, since a module around it would count too.
 
     Args:
         network: Any network, such as a `crossmix.models.DeepLabV2`, wrapped or not.
@@ -49,9 +49,8 @@ def parameter_groups(
 
     Returns:
         Groups for a torch optimizer, first backbone and head, then their parts without weight decay, if any. Each has
-        `lr` and, with the same value, `initial_lr` for a schedule. Each parameter is in exactly one group; parameters
-        shared by head and backbone are in the head's. Parameters without `requires_grad`, such as the frozen affine
-        parameters of BatchNorm, are left out.
+        `lr` and, with the same value, `initial_lr` for a schedule. Each parameter with `requires_grad` is in exactly
+        one group; those shared by head and backbone are in the head's.
 
     Raises:
         TypeError: If `head` or `no_decay` has another type.
@@ -63,19 +62,15 @@ def parameter_groups(
         >>> [group["lr"] for group in parameter_groups(deeplab_v2_tiny(), 0.01)]
         [0.01, 0.1]
     """
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"`network` must be an nn.Module, got {type(network).__name__}; pass the network itself.")
+    check_module("network", network)
     for name, value in (("lr", lr), ("head_factor", head_factor)):
         if not 0 <= value < math.inf:
             raise ValueError(f"`{name}` must be finite and not negative, got {value}; pass the size of a step.")
     if not isinstance(no_decay, Collection):
         raise TypeError(f"`no_decay` must hold 'norm', 'bias' or 'position', got {no_decay!r}; () means all decay.")
     modules = dict(named_parts(network))
-    if head is None:
-        heads: Iterable[str | nn.Module] = []
-    else:
-        several = isinstance(head, Sequence) and not isinstance(head, str)
-        heads = cast("Iterable[str | nn.Module]", head if several else [head])
+    several = isinstance(head, Sequence) and not isinstance(head, str)
+    heads: Iterable[Any] = head if several else [] if head is None else [head]  # type: ignore[assignment]
     in_head = {parameter for one in heads for parameter in _head_parameters(network, modules, one)}
     undecayed = _undecayed(modules, {no_decay} if isinstance(no_decay, str) else set(no_decay))
     once = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -105,10 +100,9 @@ class RepeatedSGD(torch.optim.SGD):
         k times:  v <- momentum * v + g + weight_decay * p;  p <- p - lr * v
 
     As a result, the published bottlenecks learned three times and the projections four times as fast as the learning
-    rate says, with a shorter momentum memory. `torch.optim.SGD` no longer supports this: for a parameter listed twice
-    it warns, starts every repetition of the first step from an empty buffer, and its multi-tensor kernels update one
-    tensor from two places at once. Here each repetition runs torch's own kernel, fused if possible, over the parameters
-    that still have updates left. If no parameter is listed twice, this is plain SGD.
+    rate says, with a shorter momentum memory. `torch.optim.SGD` no longer supports this: its multi-tensor kernels
+    update a parameter listed twice from two places at once. Here each repetition runs torch's own kernel, fused if
+    possible, over the parameters that still have updates left. If none is listed twice, this is plain SGD.
 
     Args:
         params: Parameters or groups, such as `parameter_groups(model, lr, repeated=True)`.
@@ -146,10 +140,7 @@ class RepeatedSGD(torch.optim.SGD):
         super().__init__(params, lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, counting how often it lists each parameter.
-
-        Args:
-            param_group: `params`, with repetitions, and options that override the optimizer's.
+        """Add a group: `params`, with repetitions, which are counted, and options that override the optimizer's.
 
         Raises:
             ValueError: If a parameter is already in another group.
@@ -166,14 +157,7 @@ class RepeatedSGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update the parameters that have a gradient.
-
-        Args:
-            closure: Reevaluates the model and returns the loss.
-
-        Returns:
-            The result of `closure`, or None.
-        """
+        """Update the parameters that have a gradient; return the loss of `closure`, which reevaluates the model."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -186,10 +170,7 @@ class RepeatedSGD(torch.optim.SGD):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore momentum buffers and options.
-
-        Args:
-            state_dict: Of a `RepeatedSGD`, or the `optimizer` entry of a released checkpoint.
+        """Restore momentum buffers and options of a `RepeatedSGD`, or of the `optimizer` of a released checkpoint.
 
         Raises:
             ValueError: If its groups differ, or it updates a parameter a different number of times per step.
@@ -197,10 +178,10 @@ class RepeatedSGD(torch.optim.SGD):
         groups = [_counted(group) for group in state_dict["param_groups"]]
         for own, saved in zip(self.param_groups, groups, strict=False):  # torch checks the number of groups below
             if own["repeats"] != saved["repeats"]:
+                got = f"expected {_summary(own['repeats'])}, got {_summary(saved['repeats'])}"
                 raise ValueError(
-                    f"`state_dict` must update every parameter as often per step as this optimizer: expected "
-                    f"{_summary(own['repeats'])}, got {_summary(saved['repeats'])}; build the groups with "
-                    f"`parameter_groups(..., repeated={max(saved['repeats'], default=1) > 1})`."
+                    f"`state_dict` must update every parameter as often per step as this optimizer: {got}; build the "
+                    f"groups with `parameter_groups(..., repeated={max(saved['repeats'], default=1) > 1})`."
                 )
         super().load_state_dict({**state_dict, "param_groups": groups})
 

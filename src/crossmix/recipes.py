@@ -131,10 +131,8 @@ PAPER = Recipe(
 )
 """The paper's text."""
 
-MIC = Recipe(
-    weigh="target",
-    scope="batch",
-    source_normalizer="valid",
+MIC = replace(
+    RELEASED,
     include_ignored=False,
     decay=0.999,
     flavor="torchvision",
@@ -247,15 +245,8 @@ def self_training(
         jitter = {"flavor": choice.flavor, "same_on_batch": choice.same_on_batch, **options["augment"]}
         return StrongAugment(**jitter, mean=mean, std=std)
 
-    parts: dict[str, Any] = {
-        "mix": mix,
-        "teacher": teacher,
-        "augment": augment(),
-        "criterion": criterion,
-        "source_criterion": source_criterion,
-        "align": align,
-        **given,
-    }
+    parts: dict[str, Any] = {"mix": mix, "teacher": teacher, "augment": augment(), "align": align}
+    parts |= {"criterion": criterion, "source_criterion": source_criterion, **given}
     consistency = choice.consistency
     if isinstance(consistency, bool):  # the source-only baseline has no consistency term in any recipe
         consistency = _masked_images(choice, mean, std) if consistency and method != "source" else None
@@ -282,10 +273,9 @@ def self_training(
 def _masked_images(choice: Recipe, mean: Sequence[float] | None, std: Sequence[float] | None) -> MaskedImages:
     """`MaskedImages` whose fill is normalised like the images."""
     masked = MaskedImages(choice.consistency_block, choice.consistency_ratio)
-    if mean is None or std is None:
-        return masked
-    fill = [(value - m) / s for value, m, s in zip(masked.fill, mean, std, strict=True)]
-    return MaskedImages(masked.block, masked.ratio, fill)
+    if mean is not None and std is not None:
+        masked.fill = tuple((value - m) / s for value, m, s in zip(masked.fill, mean, std, strict=True))
+    return masked
 
 
 # Options by the part of `SelfTraining` that they configure, which the user may pass instead: first those in which the
@@ -294,12 +284,10 @@ _FIELDS = {
     "mix": ("include_ignored",),
     "teacher": ("decay", "mode"),
     "augment": ("flavor", "same_on_batch"),
-    "consistency_augment": (),
     "criterion": ("threshold", "scope"),
     "source_criterion": ("source_normalizer",),
-    "align": (),
 }
-_OPTIONS = {
+_OPTIONS: dict[str, tuple[str, ...]] = {
     "mix": ("ratio", "rounding", "whole_batch", "class_weights", "masks"),
     "teacher": ("warmup", "buffers", "network", "start"),
     "augment": ("brightness", "contrast", "saturation", "hue", "jitter_p", "blur_p", "blur_sigma"),
@@ -330,7 +318,7 @@ def _resolve(
         )
     given = {part: overrides[part] for part in _OPTIONS if part in overrides}
     for part in given:
-        if used := [name for name in (*_FIELDS[part], *_OPTIONS[part]) if name in overrides]:
+        if used := [name for name in (*_FIELDS.get(part, ()), *_OPTIONS[part]) if name in overrides]:
             raise ValueError(f"`{used[0]}` must be left out if `{part}` is given; set it there.")
     if callable(overrides.get("consistency", recipe.consistency)):
         for name in ("consistency_block", "consistency_ratio"):

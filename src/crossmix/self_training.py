@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from crossmix._checks import (
     check_choice,
@@ -25,8 +25,9 @@ from crossmix._checks import (
     check_same_shape,
     check_tensor,
     check_weights,
+    logits_in,
 )
-from crossmix._tensors import uniform, upsample, weight_maps
+from crossmix._tensors import Device, uniform, upsample, weight_maps
 from crossmix.augment import AugmentDraw, StrongAugment
 from crossmix.losses import ConfidenceWeightedCE
 from crossmix.masking import MaskedImages
@@ -125,24 +126,14 @@ class SelfTrainingDraw(NamedTuple):
     consistency_augment: AugmentDraw | None = None
 
     def rows(self, rows: slice) -> "SelfTrainingDraw":
-        """Select the rows of some images, e.g. one rank's share of a global batch.
+        """Select the draw of some images, e.g. one rank's share of a global batch."""
 
-        Args:
-            rows: The images to select.
+        def of_rows(part: Any) -> Any:  # noqa: ANN401 - a tensor, a draw of tensors, or None
+            if isinstance(part, tuple):
+                return AugmentDraw(*map(of_rows, part))
+            return None if part is None else part[rows]
 
-        Returns:
-            Their draw.
-        """
-
-        def part(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[rows]
-
-        def parts(draw: AugmentDraw | None) -> AugmentDraw | None:
-            return None if draw is None else AugmentDraw(*(values[rows] for values in draw))
-
-        return SelfTrainingDraw(
-            part(self.scores), parts(self.augment), part(self.consistency), parts(self.consistency_augment)
-        )
+        return SelfTrainingDraw(*map(of_rows, self))
 
 
 class SelfTrainingOutput(NamedTuple):
@@ -190,10 +181,10 @@ class SelfTraining(nn.Module):
 
     The student makes two forward passes, source then mixed, as in the released code, so that BatchNorm sees one domain
     at a time. With `consistency` it makes a third, on partly hidden target images (masked image consistency).
-    `crossmix.recipes.self_training` builds this module from the names of a method and a recipe.
+    `crossmix.recipes.self_training` builds this module by the names of a method and a recipe.
 
-    The parts need not be instances of our classes: the protocols in this module state what is required of each. All
-    parts with an `ignore_index` or `num_classes` attribute must agree on it; the default losses adopt that value.
+    The protocols in this module state what is required of each part. All parts with an `ignore_index` or `num_classes`
+    attribute must agree on it; the default losses adopt that value.
 
     Args:
         student: The network f to train; takes `images`, returns (N, C, H, W) logits.
@@ -201,11 +192,10 @@ class SelfTraining(nn.Module):
             `update(student)` or `update_parameters(student)`. `.train()` and `.eval()` do not reach it: it keeps its
             mode. None gives the source-only baseline, whatever the other parts are.
         mix: `CrossDomainMix` (DACS), `ClassMix` (naive ClassMix), your own, or None (pseudo-labelling, without
-            pasting). A callable that accepts five arguments (`SourceOntoTarget`) pastes source onto target; one that
-            accepts three (`TargetOntoTarget`) mixes the target with itself. If it accepts the keyword `scores`, it gets
-            the draw: the result of its own `sample_scores(n, size, generator=, device=)` or, without that method,
-            (N, C + 1) uniform numbers if C is known. Otherwise it gets `generator` if it accepts that. Without `scores`
-            it is not replayed by `draw`.
+            pasting). A callable of five arguments (`SourceOntoTarget`) pastes source onto target; one of three
+            (`TargetOntoTarget`) mixes the target with itself. If it accepts the keyword `scores`, it gets the draw: the
+            result of its own `sample_scores(n, size, generator=, device=)` or, without that method, (N, C + 1) uniform
+            numbers. Otherwise it gets `generator` if it accepts that, and is not replayed by `draw`.
         num_classes: The number of classes C that the networks must return; by default that of the parts.
         augment: Applied only to the mixed images: a `StrongAugment`, or any callable on images, which gets no draw and
             no generator. It must not move pixels, since labels and weights are not transformed.
@@ -223,21 +213,18 @@ class SelfTraining(nn.Module):
             bilinearly upsampled logits, and the losses are `crossmix.functional.upsampled_cross_entropy`.
         align_corners: Convention of that upsampling: True as in DeepLab and the released code, False as in
             transformers, mmsegmentation and DAFormer.
-        logits: Extracts the logits from the output of student and teacher if that is not a tensor:
-            `lambda out: out.logits`.
+        logits: Extracts the logits from the networks' output if that is not a tensor: `lambda out: out.logits`.
         consistency: Adds a loss on partly hidden target images, with the same pseudo-labels and weights as the mixed
             loss (the teacher runs only once): a `MaskedImages`, or any callable on images, which gets no draw and must
             not move pixels. The loss is `criterion`.
-        consistency_augment: Applied to these images before hiding, as `augment` to the mixed ones; unused without
-            `consistency`.
+        consistency_augment: Applied to these images before hiding, as `augment` to the mixed ones.
         consistency_weight: Factor of that loss.
-        ignore_top: Rows at the top of target images whose pseudo-labels get weight 0, given for a height of 512 and
-            scaled to that of the images. The teacher is unreliable there (sky) and at the bottom (the car's own
-            bonnet). Like pixels with `target_weights` 0, they still count in lambda, as in the authors' code
-            (DAFormer).
-        ignore_bottom: As `ignore_top`, at the bottom.
-        mean: Mean per channel if the data loader normalises images as (x - mean) / std; the range check of images then
-            refers to the normalised range. By default that of a `StrongAugment` among the parts.
+        ignore_top: Rows at the top of target images (sky) whose pseudo-labels get weight 0, given for a height of 512
+            and scaled to that of the images. Like pixels with `target_weights` 0, they still count in lambda, as in
+            DAFormer's code.
+        ignore_bottom: As `ignore_top`, at the bottom (the car's own bonnet).
+        mean: Mean per channel if the data loader normalises images as (x - mean) / std, for the check of their range.
+            By default that of a `StrongAugment` among the parts.
         std: Standard deviation per channel; required with `mean`.
 
     Attributes:
@@ -302,9 +289,7 @@ class SelfTraining(nn.Module):
         _check_part("consistency", consistency, "MaskedImages")
         _check_part("consistency_augment", consistency_augment, "StrongAugment")
         if consistency is not None and teacher is None:
-            raise ValueError(
-                "`consistency` needs the pseudo-labels of a `teacher`, got none; pass a MeanTeacher, or leave it out."
-            )
+            raise ValueError("`consistency` needs the pseudo-labels of a `teacher`, got none; pass a MeanTeacher.")
         check_nonnegative("consistency_weight", consistency_weight)
         check_ignored_rows(ignore_top, ignore_bottom)
         check_choice("weigh", weigh, ("target", "mixed"))
@@ -323,7 +308,7 @@ class SelfTraining(nn.Module):
         if criterion is None:
             criterion = ConfidenceWeightedCE(ignore_index=self.ignore_index)
         self.criterion = criterion
-        if source_criterion is None:  # without weights: the mean over valid pixels
+        if source_criterion is None:
             source_criterion = ConfidenceWeightedCE(ignore_index=self.ignore_index, normalizer="valid")
         self.source_criterion = source_criterion
         self.align = align
@@ -338,7 +323,10 @@ class SelfTraining(nn.Module):
         self.ignore_bottom = ignore_bottom
         normalised = StrongAugment(mean=mean, std=std)  # checks both
         self.mean, self.std = normalised.mean, normalised.std
-        self._check_normalised()
+        for name, part in (("augment", augment), ("consistency_augment", consistency_augment)):
+            if mean is not None and _is_ours(part) and (part.mean, part.std) != (self.mean, self.std):
+                ours, got = f"mean={self.mean} and std={self.std}", f"{part.mean} and {part.std}"
+                raise ValueError(f"`{name}` must have the {ours} of SelfTraining, got {got}; use the same for both.")
         self._mix_keyword()
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - whatever a module may hold
@@ -348,14 +336,7 @@ class SelfTraining(nn.Module):
         super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> "SelfTraining":
-        """Set the mode of all parts except the teacher, which keeps its own.
-
-        Args:
-            mode: Whether to train.
-
-        Returns:
-            This module.
-        """
+        """Set the mode of all parts except the teacher, which keeps its own."""
         self.training = mode
         for name, part in self.named_children():
             if name != "teacher":
@@ -363,27 +344,19 @@ class SelfTraining(nn.Module):
         return self
 
     def sample(
-        self,
-        n: int,
-        size: tuple[int, int] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        self, n: int, size: tuple[int, int] | None = None, *, generator: Generator | None = None, device: Device = None
     ) -> SelfTrainingDraw:
         """Draw all randomness of a step in advance.
 
         The draw does not depend on the images, so it can be made for a global batch and split over ranks, be kept in
-        static tensors for a CUDA graph, or be passed to a compiled function. It does not cover what a mix or an
-        augmentation of your own draws internally.
+        static tensors for a CUDA graph, or be passed to a compiled function. What parts of your own draw internally is
+        not in it. Without a teacher it is empty.
 
         Args:
             n: The number of target images, and so of mixed images.
             size: Their height and width, for parts whose draw depends on it: `MaskedImages` and some masks.
             generator: Source of randomness, used on its own device; None uses the global one.
             device: Device of the result; by default the generator's device, or torch's default one.
-
-        Returns:
-            The draw, for `forward(draw=...)`; empty without a teacher.
 
         Raises:
             ValueError: If a part needs `size` and it is not given.
@@ -392,14 +365,17 @@ class SelfTraining(nn.Module):
         if self.teacher is None:
             return SelfTrainingDraw(scores, augment)
         if self._mix_keyword() == "scores":
-            scores = self._sample_scores(n, size, generator, device)
+            if hasattr(self.mix, "sample_scores"):
+                scores = self.mix.sample_scores(n, size, generator=generator, device=device)
+            else:
+                columns = self.num_classes + 1  # type: ignore[operator]  # known, or the mix would get no scores
+                scores = uniform((n, columns), generator=generator, device=device)
         if _is_ours(self.augment):
             augment = self.augment.sample(n, generator=generator, device=device)
         if isinstance(self.consistency, MaskedImages):
             if size is None:
                 raise ValueError(
-                    "`size` must be given, since the blocks of `consistency` depend on it; pass (height, width) of the "
-                    "target images."
+                    "`size` must be given, since the blocks of `consistency` depend on it; pass (height, width)."
                 )
             consistency = self.consistency.sample(n, size, generator=generator, device=device)
         if self.consistency is not None and _is_ours(self.consistency_augment):
@@ -413,7 +389,7 @@ class SelfTraining(nn.Module):
         target_images: Tensor,
         *,
         target_weights: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
         draw: SelfTrainingDraw | None = None,
     ) -> SelfTrainingOutput:
         """Compute the loss of one step. Changes no state except the student's BatchNorm statistics and `align`.
@@ -423,13 +399,9 @@ class SelfTraining(nn.Module):
             source_labels: (N, H, W) integer ground truth.
             target_images: (N, 3, H, W), in the same range; of the same shape if the source is pasted onto them.
             target_weights: (N, H, W) or (N,) floating, multiplied into the weights of target pixels: 0 for padding or
-                the ego-vehicle. Such pixels still count in lambda. For the same rows in all images, see `ignore_top`
-                and `ignore_bottom`.
+                the ego-vehicle. Such pixels still count in lambda.
             generator: Source of randomness; None uses the global one. `torch.compile` cannot trace it: use `draw`.
             draw: A draw from `sample`, to replay it.
-
-        Returns:
-            Losses, the teacher's confidence and the mixed batch.
 
         Raises:
             TypeError: If a dtype is wrong, or a part returns the wrong type.
@@ -447,14 +419,13 @@ class SelfTraining(nn.Module):
         target = self._target(batch)
         mixed = self._mixed(batch, target, generator, draw)
         mixed_loss = self._mixed_loss(mixed)
-        loss, consistency_loss = source_loss + mixed_loss, nothing
+        loss, hidden_loss = source_loss + mixed_loss, nothing
         if self.consistency is not None:
-            consistency_loss = self._consistency_loss(batch, target, draw)
-            loss = loss + consistency_loss
+            hidden_loss = self._consistency_loss(batch, target, draw)
+            loss = loss + hidden_loss
         weight = (target.weights * target.allowed).sum() / max(target.weights.numel(), 1)
-        return SelfTrainingOutput(
-            loss, source_loss, mixed_loss, target.pseudo.confidence, mixed, consistency_loss, weight
-        )
+        confidence = target.pseudo.confidence
+        return SelfTrainingOutput(loss, source_loss, mixed_loss, confidence, mixed, hidden_loss, weight)
 
     def terms(
         self,
@@ -463,7 +434,7 @@ class SelfTraining(nn.Module):
         target_images: Tensor,
         *,
         target_weights: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
         draw: SelfTrainingDraw | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Compute the terms of the loss of one step one by one; `forward` returns their sum.
@@ -473,22 +444,12 @@ class SelfTraining(nn.Module):
             for name, loss in training.terms(source_images, source_labels, target_images):
                 loss.backward()
 
-        Args:
-            source_images: As in `forward`.
-            source_labels: As in `forward`.
-            target_images: As in `forward`.
-            target_weights: As in `forward`.
-            generator: As in `forward`.
-            draw: As in `forward`.
+        The arguments and errors are those of `forward`.
 
         Returns:
             An iterator over `("source_loss", loss)` and, with a teacher, `("mixed_loss", loss)` and, with
             `consistency`, `("consistency_loss", loss)`, named as in `SelfTrainingOutput`. Each is computed when the
             iterator reaches it.
-
-        Raises:
-            TypeError: As `forward`.
-            ValueError: As `forward`.
         """
         batch = _Batch(source_images, source_labels, target_images, target_weights)
         self._check_batch(batch)  # here, so that errors are raised by the call rather than by an iteration
@@ -536,30 +497,13 @@ class SelfTraining(nn.Module):
         loss = self._loss("criterion", logits, target.pseudo.labels, target.weights * target.allowed)
         return self.consistency_weight * loss
 
-    def _draw(
-        self, batch: _Batch, generator: torch.Generator | None, draw: SelfTrainingDraw | None
-    ) -> SelfTrainingDraw:
+    def _draw(self, batch: _Batch, generator: Generator | None, draw: SelfTrainingDraw | None) -> SelfTrainingDraw:
         """The draw that is given, or a fresh one."""
         if draw is not None:
             return draw
         images = batch.target_images
         size = (images.shape[-2], images.shape[-1])
         return self.sample(len(images), size, generator=generator, device=images.device)
-
-    def _sample_scores(
-        self,
-        n: int,
-        size: tuple[int, int] | None,
-        generator: torch.Generator | None,
-        device: torch.device | str | None,
-    ) -> Tensor:
-        """The scores of a mix: its own, or uniform numbers for the classes."""
-        sample_scores = getattr(self.mix, "sample_scores", None)
-        if sample_scores is not None:
-            scores: Tensor = sample_scores(n, size, generator=generator, device=device)
-            return scores
-        columns = self.num_classes + 1  # type: ignore[operator]  # known, or the mix would get no scores
-        return uniform((n, columns), generator=generator, device=device)
 
     def _target(self, batch: _Batch) -> _Target:
         """One pass of the teacher, and the weights that follow from it."""
@@ -577,9 +521,7 @@ class SelfTraining(nn.Module):
         row = torch.arange(height, device=weights.device)[:, None]
         return torch.where((row >= top) & (row < height - bottom), weights, 0.0)
 
-    def _mixed(
-        self, batch: _Batch, target: _Target, generator: torch.Generator | None, draw: SelfTrainingDraw
-    ) -> Mixed:
+    def _mixed(self, batch: _Batch, target: _Target, generator: Generator | None, draw: SelfTrainingDraw) -> Mixed:
         """The mixed batch as the student sees it, after augmentation."""
         keyword = self._mix_keyword()
         randomness = {"scores": draw.scores, "generator": generator}
@@ -631,28 +573,24 @@ class SelfTraining(nn.Module):
         for keyword in self._mix_call.keywords:
             if keyword != "scores" or has_scores:
                 return keyword
-        raise ValueError(
-            "`mix` must be given `scores`, (N, num_classes + 1), but the number of classes is unknown; "
-            "pass `num_classes=` to SelfTraining."
-        )
+        hint = "pass `num_classes=` to SelfTraining"
+        raise ValueError(f"`mix` must be given `scores`, but the number of classes is unknown; {hint}.")
 
     def _changed(self, name: str, images: Tensor, draw: Any) -> Tensor:  # noqa: ANN401 - depends on the part
         """Apply the part `name` to images and check the result."""
         part = getattr(self, name)
         if part is None:
             return images
-        if _is_ours(part):
-            augmented: Tensor = part(images, draw=draw)
-            return augmented
-        if isinstance(part, MaskedImages):
-            masked: Tensor = part(images, scores=draw)
-            return masked
-        changed: Tensor = part(images)
+        changed: Tensor
+        if _is_ours(part) or isinstance(part, MaskedImages):
+            changed = part(images, **{"draw" if _is_ours(part) else "scores": draw})
+            return changed
+        changed = part(images)
         check_images(f"{name}(images)", changed)
         if changed.shape != images.shape:
             raise ValueError(
                 f"`{name}` must keep the shape of images, {tuple(images.shape)}, got {tuple(changed.shape)}; labels "
-                "and weights are not transformed, so change only colours here, and crop or flip before the step."
+                "and weights are not transformed, so change only colours here."
             )
         check_same_device(images=images, **{f"{name}(images)": changed})
         mean, std = self._normalised()
@@ -665,15 +603,12 @@ class SelfTraining(nn.Module):
             return
         if not isinstance(draw, SelfTrainingDraw):
             raise TypeError(f"`draw` must be a SelfTrainingDraw, got {type(draw).__name__}; make it with `sample`.")
-        consistent = self.consistency is not None
+        hidden = self.consistency is not None
         needed = {
             "scores": ("a `mix`", self._mix_keyword() == "scores"),
             "augment": ("a `StrongAugment`", _is_ours(self.augment)),
             "consistency": ("a `MaskedImages`", isinstance(self.consistency, MaskedImages)),
-            "consistency_augment": (
-                "a `StrongAugment`",
-                consistent and _is_ours(self.consistency_augment),
-            ),
+            "consistency_augment": ("a `StrongAugment`", hidden and _is_ours(self.consistency_augment)),
         }
         for name, (part, is_there) in needed.items():
             if is_there and getattr(draw, name) is None:
@@ -686,17 +621,14 @@ class SelfTraining(nn.Module):
         if isinstance(criterion, ConfidenceWeightedCE):
             if small:
                 return criterion.upsampled(logits, labels, *weights, align_corners=self.align_corners)
-            ours: Tensor = criterion(logits, labels, *weights)
-            return ours
-        if small:
-            logits = upsample(logits, labels.shape[-2:], align_corners=self.align_corners)
-        loss: Tensor = criterion(logits, self._labels_of(criterion, labels, logits.shape[1]), *weights)
+        else:
+            if small:
+                logits = upsample(logits, labels.shape[-2:], align_corners=self.align_corners)
+            labels = self._labels_of(criterion, labels, logits.shape[1])
+        loss: Tensor = criterion(logits, labels, *weights)
         check_tensor(f"{name}(logits, labels)", loss)
         if loss.ndim != 0:
-            raise ValueError(
-                f"`{name}` must return a scalar, got shape {tuple(loss.shape)}; average over pixels, "
-                "`reduction='mean'` in torch's losses."
-            )
+            raise ValueError(f"`{name}` must return a scalar, got shape {tuple(loss.shape)}; average over pixels.")
         return loss
 
     def _labels_of(self, criterion: object, labels: Tensor, num_classes: int) -> Tensor:
@@ -714,15 +646,11 @@ class SelfTraining(nn.Module):
             logits = self.logits(logits)
         if not isinstance(logits, Tensor):
             keys = f" with keys {', '.join(map(repr, logits))}" if isinstance(logits, Mapping) else ""
-            raise TypeError(
-                f"`{name}` must return logits as a tensor, got {type(logits).__name__}{keys}; "
-                f"pass `logits=lambda out: {_logits_in(logits)}` to SelfTraining."
-            )
+            hint = f"pass `logits=lambda out: {logits_in(logits, 'out') or 'out.logits'}` to SelfTraining"
+            raise TypeError(f"`{name}` must return logits as a tensor, got {type(logits).__name__}{keys}; {hint}.")
         if logits.ndim != 4 or len(logits) != len(images):
-            raise ValueError(
-                f"`{name}` must return logits of shape (N, C, H, W) with N = {len(images)}, got {tuple(logits.shape)}; "
-                "return one map of class scores per image."
-            )
+            want = f"(N, C, H, W) with N = {len(images)}"
+            raise ValueError(f"`{name}` must return logits of shape {want}, got {tuple(logits.shape)}.")
         if not logits.is_floating_point():
             raise TypeError(f"`{name}` must return floating logits, got {logits.dtype}; return them before argmax.")
         if logits.shape[-2:] != images.shape[-2:] and not self.upsample:
@@ -731,10 +659,8 @@ class SelfTraining(nn.Module):
                 f"{tuple(images.shape[-2:])}; pass `upsample=True` to SelfTraining, or upsample in the network."
             )
         if self.num_classes is not None and logits.shape[1] != self.num_classes:
-            raise ValueError(
-                f"`{name}` returned {logits.shape[1]} classes but SelfTraining was built with "
-                f"num_classes={self.num_classes}; use the same number for both."
-            )
+            built = f"SelfTraining was built with num_classes={self.num_classes}"
+            raise ValueError(f"`{name}` returned {logits.shape[1]} classes but {built}; use the same number for both.")
         return logits
 
     def _check_batch(self, batch: _Batch) -> None:
@@ -753,16 +679,6 @@ class SelfTraining(nn.Module):
         mean, std = self._normalised()
         check_range("source_images", source_images, mean=mean, std=std)
         check_range("target_images", target_images, mean=mean, std=std)
-
-    def _check_normalised(self) -> None:
-        """Refuse a `StrongAugment` with other normalisation statistics."""
-        for name in ("augment", "consistency_augment"):
-            part = getattr(self, name)
-            if self.mean is not None and _is_ours(part) and (part.mean, part.std) != (self.mean, self.std):
-                raise ValueError(
-                    f"`{name}` must have the mean={self.mean} and std={self.std} of SelfTraining, got {part.mean} and "
-                    f"{part.std}; use the same for both."
-                )
 
     def _normalised(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
         """Mean and std of the images' normalisation, or None."""
@@ -788,9 +704,8 @@ def _how_to_call(mix: Any) -> _MixCall:  # noqa: ANN401 - any callable
         if _takes(signature, count, keyword):
             return _MixCall(count == 5, tuple(other for other in _KEYWORDS if _takes(signature, count, other)))
     raise TypeError(
-        "`mix` must take (source_images, source_labels, target_images, target_labels, target_weights) or "
-        f"(images, labels, weights), and may take `scores` or `generator` by keyword, got {signature}; see "
-        "`SourceOntoTarget` and `TargetOntoTarget`."
+        "`mix` must take (source_images, source_labels, target_images, target_labels, target_weights) or (images, "
+        f"labels, weights), and may take `scores` or `generator` by keyword, got {signature}; see `SourceOntoTarget`."
     )
 
 
@@ -820,15 +735,6 @@ def _checked_mixed(mixed: object, target_images: Tensor) -> Mixed:
     return Mixed(*mixed)
 
 
-def _logits_in(output: object) -> str:
-    """Guess the expression that extracts the logits from a network's output."""
-    if hasattr(output, "logits"):
-        return "out.logits"
-    if isinstance(output, Mapping):
-        return f"out[{next((key for key in ('logits', 'out') if key in output), next(iter(output), 'out'))!r}]"
-    return "out[0]" if isinstance(output, Sequence) else "out.logits"
-
-
 def _translated(name: str, part: object) -> bool:
     """Whether a part is a foreign criterion with a negative `ignore_index`, to which labels are translated."""
     ignored = getattr(part, "ignore_index", None)
@@ -854,7 +760,5 @@ def _check_part(name: str, part: object, like: str, *methods: str) -> None:
         got = f"the class {part.__name__}" if isinstance(part, type) else type(part).__name__
         raise TypeError(f"`{name}` must be callable, got {got}; build a module such as {like}, or pass a function.")
     if methods and not any(callable(getattr(part, method.partition("(")[0], None)) for method in methods):
-        raise TypeError(
-            f"`{name}` must have a method {' or '.join(f'`.{method}`' for method in methods)}, got "
-            f"{type(part).__name__} without one; pass a {like}, or add the method."
-        )
+        wanted, got = " or ".join(f"`.{method}`" for method in methods), type(part).__name__
+        raise TypeError(f"`{name}` must have a method {wanted}, got {got} without one; pass a {like}, or add it.")

@@ -16,7 +16,15 @@ from torch._compile import _disable_dynamo  # what torch.compiler.disable is, wi
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.hooks import RemovableHandle
 
-from crossmix._checks import check_choice, check_fraction, check_int, check_logits, check_module, check_tensor
+from crossmix._checks import (
+    check_choice,
+    check_fraction,
+    check_int,
+    check_logits,
+    check_module,
+    check_tensor,
+    logits_in,
+)
 from crossmix._tensors import at_least_float32
 from crossmix._wrappers import named_parts, unwrapped
 
@@ -52,7 +60,9 @@ def pseudo_label(logits: Tensor) -> PseudoLabels:
         >>> pseudo_label(torch.tensor([0.0, 4.0])[None, :, None, None])
         PseudoLabels(labels=tensor([[[1]]]), confidence=tensor([[[0.9820]]]))
     """
-    _check_no_output(logits)
+    if way := logits_in(logits, "output"):
+        hint = f"extract it from the network's output: crossmix.functional.pseudo_label({way})"
+        raise TypeError(f"`logits` must be a torch.Tensor, got {type(logits).__name__}; {hint}.")
     check_logits("logits", logits)
     return pseudo_label_from_probs(at_least_float32(logits.detach()).softmax(1))
 
@@ -108,15 +118,13 @@ def ema_update_(averaged: Sequence[Tensor], current: Sequence[Tensor], decay: fl
     averaged, current = list(averaged), list(current)
     if len(averaged) != len(current):
         raise ValueError(f"`averaged` holds {len(averaged)} tensors but `current` {len(current)}; pass matching lists.")
-    _check_tensors("averaged", averaged)
-    _check_tensors("current", current)
     for i, (old, new) in enumerate(zip(averaged, current, strict=True)):
+        check_tensor(f"averaged[{i}]", old)
+        check_tensor(f"current[{i}]", new)
         if difference := _difference(old, new):
             kind, mine, theirs = difference
-            error = TypeError if kind == "dtype" else ValueError
-            raise error(
-                f"`averaged[{i}]` has {kind} {mine} but `current[{i}]` {theirs}; pass both lists in the same order."
-            )
+            found = f"`averaged[{i}]` has {kind} {mine} but `current[{i}]` {theirs}"
+            raise (TypeError if kind == "dtype" else ValueError)(f"{found}; pass both lists in the same order.")
     _move(_local_pairs(dict(enumerate(averaged)), dict(enumerate(current))), decay)
 
 
@@ -126,30 +134,26 @@ class MeanTeacher(nn.Module):
     teacher <- decay_t * teacher + (1 - decay_t) * student,  decay_t = min(1 - 1 / (t + 1), decay)
 
     t is `start` plus the number of earlier updates. With `start=0` the first update copies the student; at decay 0.99
-    the ramp ends at t = 99. With `warmup=False`, decay_t is `decay` from the start. With `decay=0` the teacher equals
-    the student, as in the paper's Algorithm 1.
+    the ramp ends at t = 99. With `decay=0` the teacher equals the student, as in the paper's Algorithm 1.
 
     Averages are kept in float32 (float64 for float64 weights) even if this module or a parent is cast to a lower
-    precision, because in bfloat16 they would stop moving. The forward pass runs in the student's dtype, or in the dtype
-    that this module was cast to.
+    precision, in which they would stop moving. The forward pass runs in the student's dtype, or in that of the cast.
 
-    Loading weights without an update count into the teacher (`load_state_dict` of it, of a parent, or of `.module` or a
-    part of it; `load_weights`) ends the ramp, so that the next update keeps a share `decay` of them instead of copying
-    the student over them.
+    Loading weights without an update count into the teacher, a parent or a part of it ends the ramp, so that the next
+    update keeps a share `decay` of them instead of copying the student over them.
 
     Args:
         student: The network to average. It may be wrapped (DistributedDataParallel, torch.compile, ...) as a whole or
             in parts; it is deep-copied without the wrappers.
         decay: Share of the teacher that an update keeps, in [0, 1]; 0.99 in the released code.
-        warmup: Whether the decay ramps up.
+        warmup: Whether the decay ramps up; otherwise decay_t is `decay`.
         buffers: `"copy"` copies the student's buffers at every update, `"average"` averages them; integer buffers are
             always copied. (The released code leaves them at their initial values, which its teacher never reads.)
         mode: How the forward pass runs, regardless of `.train()` and `.eval()`: `"train"` (the released code), where
             BatchNorm and InstanceNorm use batch statistics and leave the running ones unchanged, or `"eval"`. Dropout
             is off in both.
-        network: A second network of the same architecture, for a student that cannot be deep-copied. It becomes
-            `.module` and gets the student's weights; it must not share tensors with the student. If the student is
-            sharded by `fully_shard`, shard this network in the same way.
+        network: A second network of the same architecture and without shared tensors, for a student that cannot be
+            deep-copied; it becomes `.module` and gets the student's weights. Shard it (`fully_shard`) as the student.
         start: First value of t: 1 for DAFormer's ramp, which never copies.
 
     State:
@@ -157,8 +161,8 @@ class MeanTeacher(nn.Module):
             updates.
 
     Attributes:
-        module: The averaged network, an ordinary module in eval mode unless you change that. To evaluate it with
-            running statistics, call it directly. The teacher's forward pass leaves its modes as they are.
+        module: The averaged network, an ordinary module in eval mode unless you change that. Call it directly to
+            evaluate with running statistics.
         num_updates: t, i.e. `start` plus the updates made; beyond the ramp after loading weights without a count.
 
     Raises:
@@ -220,9 +224,8 @@ class MeanTeacher(nn.Module):
         """Run the teacher in its mode, without gradient and without changing any state.
 
         The one exception is `torch.optim.swa_utils.update_bn(loader, teacher)`, which refreshes the running statistics
-        of `.module` as for an `AveragedModel`. It is recognised by a teacher in training mode whose BatchNorm layers
-        had their `momentum` set to None after the teacher was made. (If the student's own layers have None, call
-        `update_bn(loader, teacher.module)`.)
+        of `.module`. It is recognised by a teacher in training mode with BatchNorm layers whose `momentum` was set to
+        None after it was made. (If the student's own layers have None, call `update_bn(loader, teacher.module)`.)
 
         Args:
             *inputs: The network's inputs, usually images (N, 3, H, W) floating in [0, 1].
@@ -242,14 +245,7 @@ class MeanTeacher(nn.Module):
                 own[key] = value
 
     def pseudo_label(self, *inputs: Any, **named: Any) -> PseudoLabels:  # noqa: ANN401 - what the network takes
-        """Compute pseudo-labels for a batch of images.
-
-        Args:
-            *inputs: The network's inputs, usually images (N, 3, H, W) floating in [0, 1].
-            **named: Its keyword arguments.
-
-        Returns:
-            Labels (N, H, W) int64 and confidence (N, H, W).
+        """Compute labels (N, H, W) int64 and confidence (N, H, W) of images, the arguments of `forward`.
 
         Raises:
             TypeError: If the network does not return its logits as a tensor.
@@ -260,7 +256,7 @@ class MeanTeacher(nn.Module):
     @torch.inference_mode(mode=False)  # tensors created here are modified by later updates
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Update the average. Call this after each optimizer step, except after steps that were skipped.
+        """Update with the student, wrapped or not. Call this after each optimizer step, except after skipped ones.
 
         It runs eagerly inside a compiled function. Replays of a CUDA graph use the decay of the captured update and do
         not count: set `num_updates` to the number of steps before saving.
@@ -268,9 +264,6 @@ class MeanTeacher(nn.Module):
         Non-persistent buffers (caches) of the student that appeared or changed shape since are copied. If student and
         teacher are sharded alike (`fully_shard`), each rank averages its shards; an unsharded teacher gathers the
         student's.
-
-        Args:
-            student: The network given to the constructor, wrapped or not.
 
         Raises:
             TypeError: If it is not a module.
@@ -282,10 +275,9 @@ class MeanTeacher(nn.Module):
         self._end_ramp_if_loaded()
         decay = min(1.0 - 1.0 / (self.num_updates + 1), self.decay) if self.warmup else self.decay
         if decay < self.decay and _capturing():
-            raise RuntimeError(
-                f"`update` can be captured only once the decay is constant, got {decay:.4g} on the way to "
-                f"{self.decay} after {self.num_updates} updates; warm up eagerly first, or build with `warmup=False`."
-            )
+            now = f"got {decay:.4g} on the way to {self.decay} after {self.num_updates} updates"
+            hint = "warm up eagerly first, or build with `warmup=False`"
+            raise RuntimeError(f"`update` can be captured only once the decay is constant, {now}; {hint}.")
         mine, theirs = self._wide_state(), _state(student)
         parameters, buffers, caches = _matched(mine, theirs)
         _move(parameters, decay)
@@ -300,16 +292,9 @@ class MeanTeacher(nn.Module):
     def follow(self, optimizer: torch.optim.Optimizer, student: nn.Module) -> RemovableHandle:
         """Call `update` automatically after every step of an optimizer.
 
-        This is correct under gradient accumulation, with a GradScaler (steps that it skips do not count), and in
-        frameworks that call the optimizer themselves. (With a GradScaler and a fused optimizer, which decides on the
-        device whether to skip, it costs one host sync per step.)
-
-        Args:
-            optimizer: The student's optimizer.
-            student: The network given to the constructor, wrapped or not.
-
-        Returns:
-            A handle; its `remove()` stops the updates.
+        This is correct under gradient accumulation, with a GradScaler (steps that it skips do not count; with a fused
+        optimizer it costs one host sync per step), and in frameworks that call the optimizer themselves. `remove()` of
+        the returned handle stops the updates.
 
         Raises:
             TypeError: If `optimizer` is not a torch.optim.Optimizer.
@@ -324,9 +309,7 @@ class MeanTeacher(nn.Module):
             1
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}; unwrap it first."
-            )
+            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}; unwrap it.")
 
         def after_step(stepped: torch.optim.Optimizer, *_: object) -> None:
             skipped = getattr(stepped, "found_inf", None)  # set by a GradScaler during a fused step
@@ -336,22 +319,11 @@ class MeanTeacher(nn.Module):
         return optimizer.register_step_post_hook(after_step)
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Call `update`; this is the name that `torch.optim.swa_utils.AveragedModel` uses.
-
-        Args:
-            model: The student.
-        """
+        """Call `update` with the student `model`; `torch.optim.swa_utils.AveragedModel` has this name for it."""
         self.update(model)
 
     def train(self, mode: bool = True) -> "MeanTeacher":
-        """Set the flag of this module only: the forward pass has its own mode, and `.module` keeps its modes.
-
-        Args:
-            mode: The mode.
-
-        Returns:
-            This module.
-        """
+        """Set the flag `training` to `mode`, and nothing else: `forward` has its own mode, and `.module` keeps its."""
         self.training = mode
         return self
 
@@ -361,11 +333,7 @@ class MeanTeacher(nn.Module):
         return torch.tensor(self.num_updates, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the number of updates.
-
-        Args:
-            state: What `get_extra_state` returned.
-        """
+        """Restore the number of updates from `state`, the result of `get_extra_state`."""
         self.num_updates = int(state)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:  # noqa: ANN401
@@ -465,15 +433,10 @@ class _Loaded:
     """Records that weights were loaded into the teacher's network; a hook on each of its modules.
 
     It holds no reference to the teacher, so that a copy of the network alone does not affect it.
-
-    Attributes:
-        without_count: Whether the last weights loaded came without an update count.
-        count: Whether the last teacher state loaded contained one.
     """
 
-    def __init__(self) -> None:
-        self.without_count = False
-        self.count = False
+    without_count = False  # whether the last weights loaded came without an update count
+    count = False  # whether the last teacher state loaded contained one
 
     def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
         if any(prefix + name in state_dict for name in module._parameters):
@@ -506,32 +469,26 @@ class _State(NamedTuple):
 
 def _state(module: nn.Module) -> _State:
     """Collect the modules, parameters and buffers of a network."""
-    parts = dict(named_parts(module))
-    parameters: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    sharded = _type("torch.distributed.fsdp", "FSDPModule")
-    if sharded is not None:
-        for part in parts.values():
-            if isinstance(part, sharded):
-                part.reshard()  # after a forward pass the root still holds temporary unsharded tensors
+    state = _State(dict(named_parts(module)), {}, {})
+    for part in state.parts.values():
+        if _is_a(part, "torch.distributed.fsdp", "FSDPModule"):
+            part.reshard()  # type: ignore[operator]  # after a forward pass the root still holds unsharded tensors
     seen = set()
-    for name, part in parts.items():
-        for own, found in (part.named_parameters, parameters), (part.named_buffers, buffers):
+    for name, part in state.parts.items():
+        for own, found in (part.named_parameters, state.parameters), (part.named_buffers, state.buffers):
             for key, value in own(name, recurse=False):
                 if id(value) not in seen:
                     seen.add(id(value))
                     found[key] = value
-    return _State(parts, parameters, buffers)
+    return state
 
 
 def _copied(student: nn.Module) -> nn.Module:
     """Deep-copy a network without its wrappers."""
-    sharded = _type("torch.distributed.fsdp", "FSDPModule")
-    if sharded is not None and any(isinstance(part, sharded) for part in student.modules()):
+    if any(_is_a(part, "torch.distributed.fsdp", "FSDPModule") for part in student.modules()):
         raise ValueError(
             "`student` must not be sharded yet, since modules of `fully_shard` cannot be deep-copied; make the teacher "
-            "first, then shard the student and `teacher.module` alike, or shard a second network and pass it as "
-            "`network=`."
+            "first, then shard both alike, or shard a second network and pass it as `network=`."
         )
     memo: dict[int, Any] = {}  # maps each wrapper to a copy of the module inside it
     try:
@@ -628,18 +585,14 @@ def _differences(averaged: dict[str, Tensor], current: dict[str, Tensor]) -> dic
 def _refuse(kind: str, different: dict[str, _Difference | None]) -> None:
     """Raise if anything does not match. Missing names come first, as they suggest another network."""
     missing = [name for name, difference in different.items() if difference is None]
-    if missing:
-        raise ValueError(
-            f"The student's {kind}s must be those of the teacher, but {len(missing)} names differ, "
-            f"starting with {missing[0]!r}; pass the network that the teacher was made from."
-        )
+    names = f"{len(missing)} names differ, starting with {missing[0]!r}" if missing else ""
+    found = names and f"s must be those of the teacher, but {names}"
     for name, difference in different.items():
-        if difference is not None:
+        if difference is not None and not found:
             what, mine, theirs = difference
-            raise ValueError(
-                f"The student's {kind} {name!r} has {what} {theirs} but the teacher's {mine}; "
-                "pass the network that the teacher was made from."
-            )
+            found = f" {name!r} has {what} {theirs} but the teacher's {mine}"
+    if found:
+        raise ValueError(f"The student's {kind}{found}; pass the network that the teacher was made from.")
 
 
 def _is_cache(name: str, state: _State) -> bool:
@@ -683,8 +636,7 @@ def _move(pairs: _Pairs, decay: float) -> None:
 def _local_pairs(averaged: Mapping[Any, Tensor], current: Mapping[Any, Tensor]) -> _Pairs:
     """Pairs of plain tensors; for a sharded average, this rank's shard and the matching part of the current value."""
     pairs = [(value, current[name]) for name, value in averaged.items()]
-    sharded = _type("torch.distributed.tensor", "DTensor")
-    if sharded is None or sharded not in {type(value) for pair in pairs for value in pair}:
+    if not any(map(_is_sharded, {type(value): value for pair in pairs for value in pair}.values())):
         return pairs
     from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - loaded already, or there were no DTensors
 
@@ -699,13 +651,13 @@ def _local_pairs(averaged: Mapping[Any, Tensor], current: Mapping[Any, Tensor]) 
 
 
 def _is_sharded(value: Tensor) -> bool:
-    kind = _type("torch.distributed.tensor", "DTensor")
+    return _is_a(value, "torch.distributed.tensor", "DTensor")
+
+
+def _is_a(value: object, module: str, name: str) -> bool:
+    """Whether a value is of a torch type; not if its module is not imported, as no instance can then exist."""
+    kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(value, kind)
-
-
-def _type(module: str, name: str) -> Any:  # noqa: ANN401 - a type whose module is not imported here
-    """A torch type, or None if its module is not imported, in which case no instance can exist."""
-    return getattr(sys.modules.get(module), name, None)
 
 
 def _averages(value: Tensor) -> bool:
@@ -730,29 +682,6 @@ def _low(state: _State) -> dict[str, torch.dtype]:
     if not any(map(_is_low, dtypes)):
         return {}
     return {name: value.dtype for name, value in state.every_name() if _is_low(value.dtype)}
-
-
-def _check_tensors(name: str, values: Sequence[object]) -> None:
-    for i, value in enumerate(values):
-        if not isinstance(value, Tensor):
-            check_tensor(f"{name}[{i}]", value)
-
-
-def _check_no_output(logits: object) -> None:
-    """Refuse an output object that contains the logits, and say how to extract them."""
-    way = None
-    if not isinstance(logits, Tensor):
-        if isinstance(getattr(logits, "logits", None), Tensor):
-            way = "output.logits"
-        elif isinstance(logits, Mapping) and logits:
-            way = f"output[{next((key for key in ('out', 'logits') if key in logits), next(iter(logits)))!r}]"
-        elif isinstance(logits, tuple | list) and logits and isinstance(logits[0], Tensor):
-            way = "output[0]"
-    if way is not None:
-        raise TypeError(
-            f"`logits` must be a torch.Tensor, got {type(logits).__name__}; extract it from the network's output: "
-            f"crossmix.functional.pseudo_label({way})."
-        )
 
 
 def _capturing() -> bool:

@@ -15,7 +15,7 @@ def colorize(labels: Tensor, *, colors: Sequence[tuple[int, int, int]] = PALETTE
     """Colour a map of train ids, by default with the Cityscapes palette; all other ids become black.
 
     Args:
-        labels: (H, W) integer train ids; any other id counts as ignored.
+        labels: (H, W) integer train ids.
         colors: (R, G, B) in 0..255 per train id; the 19 classes of Cityscapes by default.
 
     Returns:
@@ -59,10 +59,8 @@ def gallery(rows: Sequence[Sequence[Tensor]], *, gap: int = 4) -> Tensor:
     shapes = {tuple(picture.shape) for row in rows for picture in row}
     lengths = {len(row) for row in rows}
     if len(shapes) != 1 or len(lengths) != 1:
-        raise ValueError(
-            f"`rows` must have equal lengths and pictures of one size, got lengths {sorted(lengths)} and sizes "
-            f"{sorted(shapes)}; crop or resize the pictures first."
-        )
+        got = f"lengths {sorted(lengths)} and sizes {sorted(shapes)}"
+        raise ValueError(f"`rows` must have equal lengths and pictures of one size, got {got}; crop or resize them.")
     _, height, width = next(iter(shapes))
     columns = next(iter(lengths))
     canvas = torch.full((3, gap + len(rows) * (height + gap), gap + columns * (width + gap)), 255, dtype=torch.uint8)

@@ -119,7 +119,7 @@ def test_streets_camvid__maps_every_class_by_name(tmp_path: Path) -> None:
         "pedestrian": {"person"},
         "bicyclist": {"rider", "bicycle", "motorcycle"},
     }
-    scenes = StreetScenes(6, size=(160, 213), seed=0)
+    scenes = StreetScenes(6, style="rich", size=(160, 213), seed=0)
     for i in range(6):
         assert torch.equal(source[i].image, scenes[i].image)
         for train_id, name in enumerate(CLASS_NAMES):
@@ -132,7 +132,7 @@ def test_streets_camvid__a_class_without_a_partner_is_ignored(tmp_path: Path, mo
     monkeypatch.delitem(CAMVID_NAMES, "terrain")
     source = streets_camvid(camvid(tmp_path, folders)).source
     terrain = CLASS_NAMES.index("terrain")
-    scenes = StreetScenes(6, size=(160, 213), seed=0)
+    scenes = StreetScenes(6, style="rich", size=(160, 213), seed=0)
     assert any((scenes[i].label == terrain).any() for i in range(6))
     for i in range(6):
         ignored = (scenes[i].label == terrain) | (scenes[i].label == 255)

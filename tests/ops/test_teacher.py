@@ -3,7 +3,9 @@
 import copy
 import math
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+from checks import assert_equal_states
 from crossmix import MeanTeacher
 from crossmix import functional as F
 from crossmix.models import load_weights
 from oracles import SlowNetwork, seeded, with_batch_statistics
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=seeded(0))
+LOW = (torch.float16, torch.bfloat16)
 
 
 def student(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -25,27 +31,40 @@ def student(dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 2, 1)).to(dtype)
 
 
+@torch.no_grad()
 def shake(module: nn.Module, seed: int) -> None:
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn(p.shape, generator=seeded(seed)).to(p))
+    for p in module.parameters():
+        p.add_(torch.randn(p.shape, generator=seeded(seed)).to(p))
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9995, 1.0])
-@pytest.mark.parametrize("warmup", [True, False])
-def test_update__follows_the_ramp(decay: float, warmup: bool) -> None:
+def dtypes(module: nn.Module) -> set[torch.dtype]:
+    return {value.dtype for value in (*module.parameters(), *module.buffers())}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize(("warmup", "start"), [(True, 0), (True, 1), (False, 0)])
+def test_update__follows_the_ramp(decay: float, warmup: bool, start: int) -> None:
     network = student(torch.float64)
-    teacher = MeanTeacher(network, decay=decay, warmup=warmup)
+    teacher = MeanTeacher(network, decay=decay, warmup=warmup, start=start)
     want = {name: p.detach().clone() for name, p in network.named_parameters()}
-    for t in range(130):
+    for t in range(start, 110):
         shake(network, t)
         teacher.update(network)
         d = min(1 - 1 / (t + 1), decay) if warmup else decay
         for name, p in network.named_parameters():
             want[name] = d * want[name] + (1 - d) * p.detach()
-    for name, p in teacher.module.named_parameters():
-        torch.testing.assert_close(p, want[name], rtol=1e-12, atol=1e-12)
-    assert teacher.num_updates == 130
+    torch.testing.assert_close(dict(teacher.module.named_parameters()), want, rtol=1e-12, atol=1e-12)
+    assert teacher.num_updates == 110
+
+
+def test_start__is_a_count() -> None:
+    for start, error in ((-1, ValueError), (1.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="`start` must"):
+            MeanTeacher(student(), start=start)
+    teacher = MeanTeacher(student(), start=7)
+    with torch.device("meta"):
+        state = teacher.state_dict()
+    assert int(state["_extra_state"]) == 7  # on no device but the CPU
 
 
 def test_update__the_first_one_copies_bit_by_bit() -> None:
@@ -55,8 +74,7 @@ def test_update__the_first_one_copies_bit_by_bit() -> None:
     with torch.no_grad():
         next(network.parameters()).fill_(math.inf)  # a copy, not 0 * old + 1 * new
     teacher.update_parameters(network)
-    for a, b in zip(teacher.module.parameters(), network.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert_equal_states(teacher.module.state_dict(), network.state_dict())
 
 
 @pytest.mark.parametrize("buffers", ["copy", "average"])
@@ -65,73 +83,85 @@ def test_update__buffers(buffers: str) -> None:
     teacher = MeanTeacher(network, decay=0.5, warmup=False, buffers=buffers)
     old = {name: b.clone() for name, b in teacher.module.named_buffers()}
     for _ in range(3):
-        network(torch.rand(2, 3, 8, 8, generator=seeded(1)))
+        network(IMAGES)
     teacher.update(network)
     new = dict(network.named_buffers())
     for name, b in teacher.module.named_buffers():
         average = buffers == "average" and b.is_floating_point()
         torch.testing.assert_close(b, 0.5 * old[name] + 0.5 * new[name] if average else new[name])
-    assert int(dict(teacher.module.named_buffers())["1.num_batches_tracked"]) == 3
+    assert int(teacher.module[1].num_batches_tracked) == 3
+
+
+def test_update__averages_shared_tensors_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.second.weight = self.first.weight
+            self.again = self.first
+            self.nothing = None
+            self.register_parameter("none", None)
+            self.register_buffer("scale", torch.ones(2))
+            self.second.register_buffer("scale", self.scale)
+
+    network = Tied()
+    teacher = MeanTeacher(network, decay=0.5, warmup=False, buffers="average")
+    want = {name: value + 1.0 for name, value in teacher.module.state_dict().items()}
+    with torch.no_grad():
+        for value in (*network.parameters(), *network.buffers()):
+            value.add_(2.0)
+    teacher.update(network)
+    torch.testing.assert_close(dict(teacher.module.state_dict()), want)
 
 
 def test_ema_update__mixed_dtypes_and_integers() -> None:
     averaged = [torch.zeros(3), torch.zeros(2, dtype=torch.float64), torch.tensor([1, 2]), torch.tensor([True])]
     current = [torch.ones(3), torch.ones(2), torch.tensor([5, 6]), torch.tensor([False])]
     F.ema_update_(averaged, current, 0.75)
-    torch.testing.assert_close(averaged[0], torch.full((3,), 0.25))
-    torch.testing.assert_close(averaged[1], torch.full((2,), 0.25, dtype=torch.float64))
-    assert averaged[2].tolist() == [5, 6]
-    assert averaged[3].tolist() == [False]
+    quarters = [torch.full((3,), 0.25), torch.full((2,), 0.25, dtype=torch.float64)]
+    torch.testing.assert_close(averaged, [*quarters, *current[2:]])
+    F.ema_update_(averaged, [torch.full((3,), math.inf), torch.full((2,), math.nan), *current[2:]], 1.0)
+    torch.testing.assert_close(averaged[:2], quarters)  # a decay of 1 changes no float
     assert current[0].tolist() == [1, 1, 1]
     F.ema_update_([], [], 0.5)
 
 
-def test_ema_update__decay_one_changes_no_float() -> None:
-    averaged = [torch.tensor([1.0, 2.0]), torch.tensor([3])]
-    F.ema_update_(averaged, [torch.tensor([math.inf, math.nan]), torch.tensor([4])], 1.0)
-    assert averaged[0].tolist() == [1, 2]
-    assert averaged[1].tolist() == [4]
+@pytest.mark.parametrize("dtype", LOW)
+def test_ema_update__rounds_a_low_precision_average_once(dtype: torch.dtype) -> None:
+    old, new = torch.rand(2, 50, generator=seeded(0))
+    averaged = [old.to(dtype), old.clone()]
+    F.ema_update_(averaged, [new, new.to(dtype)], 0.75)
+    torch.testing.assert_close(averaged[0], (0.75 * old.to(dtype).float() + 0.25 * new).to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(averaged[1], 0.75 * old + 0.25 * new.to(dtype).float())
 
 
-def test_update__count_is_in_the_state_dict() -> None:
-    network = student()
-    teacher = MeanTeacher(network)
-    for t in range(5):
-        shake(network, t)
-        teacher.update(network)
-    state = copy.deepcopy(teacher.state_dict())
-    again = MeanTeacher(student())
-    again.load_state_dict(state)
-    assert again.num_updates == 5
-    shake(network, 9)
-    for one in (teacher, again):
-        one.update(network)
-    for a, b in zip(teacher.module.parameters(), again.module.parameters(), strict=True):
-        assert torch.equal(a, b)
-    for clone in (copy.deepcopy(teacher), pickle.loads(pickle.dumps(teacher))):
-        assert clone.num_updates == 6
-        assert repr(clone) == repr(teacher)
+def test_ema_update__refuses_before_it_changes_anything() -> None:
+    for bad, error, message in (
+        (torch.zeros(3), ValueError, r"`averaged\[1\]` has shape \(2,\) but `current\[1\]` \(3,\)"),
+        (torch.zeros(2, dtype=torch.int64), TypeError, r"`averaged\[1\]` has dtype torch.float32 but .* torch.int64"),
+        (torch.zeros(2, device="meta"), ValueError, r"`averaged\[1\]` has device cpu but `current\[1\]` meta"),
+        ([0.0, 0.0], TypeError, r"`current\[1\]` must be a torch.Tensor, got list"),
+    ):
+        averaged = [torch.ones(2), torch.ones(2)]
+        with pytest.raises(error, match=message):
+            F.ema_update_(averaged, [torch.zeros(2), bad], 0.5)
+        assert [value.tolist() for value in averaged] == [[1, 1], [1, 1]]
+    with pytest.raises(ValueError, match="holds 2 tensors but `current` 1"):
+        F.ema_update_(averaged, averaged[:1], 0.5)
 
 
-def test_forward__batch_statistics_without_a_trace() -> None:
+def test_forward__has_batch_statistics_by_default() -> None:
     torch.manual_seed(0)
-    network = SlowNetwork(4).double()
+    network, images = SlowNetwork(4).double(), 7 * IMAGES.double()
     network.norm.running_mean.fill_(3.0)
-    teacher = MeanTeacher(network, mode="train")
-    images = torch.rand(2, 3, 6, 6, dtype=torch.float64, generator=seeded(1)) * 7
-    before = copy.deepcopy(teacher.state_dict())
+    teacher = MeanTeacher(network)
+    assert teacher.mode == "train"
     want = with_batch_statistics(dict(network.named_parameters()), images)
-    parent = nn.ModuleList([teacher])
-    for set_mode in (parent.train, parent.eval, teacher.module.eval, teacher.module.train):
-        set_mode()
-        torch.testing.assert_close(teacher(images), want, rtol=1e-10, atol=1e-10)
-    teacher(images * math.inf)  # not even what is not finite leaves a trace
-    for name, value in teacher.state_dict().items():
-        assert torch.equal(value, before[name])
-    teacher.module.eval()
-    on_running = copy.deepcopy(network).eval()(images)
-    torch.testing.assert_close(teacher.module(images), on_running)  # evaluating it as usual
+    running = copy.deepcopy(network).eval()(images)
+    torch.testing.assert_close(teacher(images), want)
+    torch.testing.assert_close(teacher.module(images), running)  # evaluating it as usual
     torch.testing.assert_close(teacher(images), want)  # and its own mode is back
+    torch.testing.assert_close(MeanTeacher(network, mode="eval")(images), running)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -139,29 +169,20 @@ def test_forward__has_its_own_mode_and_leaves_the_modules_theirs(mode: str) -> N
     network = student()
     teacher = MeanTeacher(network, mode=mode)
     assert not any(part.training for part in teacher.module.modules())  # an ordinary network, ready to be evaluated
-    images = torch.rand(2, 3, 8, 8, generator=seeded(0))
-    want = copy.deepcopy(network).eval()
-    want[1].train(mode == "train")
-    want = want(images)
+    reference = copy.deepcopy(network).eval()
+    reference[1].train(mode == "train")
+    want = reference(IMAGES)
     parent = nn.ModuleList([teacher])
     for set_mode in (parent.train, parent.eval, teacher.train, teacher.module.train, teacher.module[1].eval):
         set_mode()
         flags = [part.training for part in teacher.module.modules()]
-        torch.testing.assert_close(teacher(images), want, rtol=0, atol=0)
-        assert [part.training for part in teacher.module.modules()] == flags
+        torch.testing.assert_close(teacher(IMAGES), want, rtol=0, atol=0)
         with pytest.raises(RuntimeError, match="expected input"):
-            teacher(images[:, :2])
+            teacher(IMAGES[:, :2])
         assert [part.training for part in teacher.module.modules()] == flags
     parent.train()
     assert parent.training
     assert teacher.training
-
-
-def test_forward__has_batch_statistics_by_default() -> None:
-    network, images = student(), torch.rand(2, 3, 8, 8, generator=seeded(0))
-    assert MeanTeacher(network).mode == "train"
-    assert torch.equal(MeanTeacher(network)(images), MeanTeacher(network, mode="train")(images))
-    assert not torch.equal(MeanTeacher(network)(images), MeanTeacher(network, mode="eval")(images))
 
 
 class Norms(nn.Module):
@@ -190,9 +211,9 @@ class Norms(nn.Module):
 class ByOneself(nn.BatchNorm2d):
     """Does everything itself, and has statistics of its own."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.register_buffer("smallest", torch.zeros(channels))
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.register_buffer("smallest", torch.zeros(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean, square = x.mean((0, 2, 3)), (x**2).mean((0, 2, 3))
@@ -213,43 +234,40 @@ class InFloat32(nn.BatchNorm2d):
         return nn.functional.batch_norm(x.float(), *parts, self.training, self.momentum, self.eps).to(x.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("norm", [ByOneself, InFloat32])
-def test_forward__lets_layers_of_ones_own_move_copies(norm: type[nn.Module], dtype: torch.dtype) -> None:
-    for network in (norm(3).to(dtype), nn.Sequential(nn.Conv2d(3, 3, 1), norm(3)).to(dtype)):
-        teacher, images = MeanTeacher(network), torch.rand(2, 3, 5, 5, generator=seeded(0)).to(dtype)
-        before = copy.deepcopy(dict(teacher.state_dict()))
-        torch.testing.assert_close(teacher(images), copy.deepcopy(network).train()(images))
-        torch.testing.assert_close(dict(teacher.state_dict()), before, rtol=0, atol=0)
+OWN_NORMS = (ByOneself, partial(InFloat32, 3))
 
 
-def test_forward__moves_no_statistics_of_any_layer() -> None:
-    network, images = Norms(), torch.rand(2, 3, 5, 5, generator=seeded(0))
-    teacher = MeanTeacher(network)
-    before = copy.deepcopy(teacher.state_dict())
-    want = copy.deepcopy(network).train()(images)
-    teacher.module.train()
-    for _ in range(2):
-        torch.testing.assert_close(teacher(images), want)
-        teacher(images * math.nan)
-    torch.testing.assert_close(dict(teacher.state_dict()), dict(before), rtol=0, atol=0)
+@pytest.mark.parametrize(
+    ("norm", "dtype"),
+    [(Norms, torch.float32), *((norm, dtype) for norm in OWN_NORMS for dtype in (torch.float32, torch.bfloat16))],
+)
+def test_forward__moves_no_statistics_of_any_layer(norm: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    images = IMAGES.to(dtype)
+    for network in (norm().to(dtype), nn.Sequential(nn.Conv2d(3, 3, 1), norm()).to(dtype)):
+        teacher = MeanTeacher(network)
+        before = copy.deepcopy(teacher.state_dict())
+        want = copy.deepcopy(network).train()(images)
+        for train in (False, True):
+            teacher.module.train(train)
+            torch.testing.assert_close(teacher(images), want)
+            teacher(images * math.nan)
+        assert_equal_states(teacher.state_dict(), before)
 
 
 def test_module__taken_out_is_an_ordinary_network() -> None:
-    network, images = Norms(), torch.rand(2, 3, 5, 5, generator=seeded(0))
-    teacher = MeanTeacher(network, mode="train")
-    teacher(images)
+    network = Norms()
+    teacher = MeanTeacher(network)
+    teacher(IMAGES)
     taken = copy.deepcopy(teacher.module).train().requires_grad_()
-    before = copy.deepcopy(dict(taken.state_dict()))
-    torch.testing.assert_close(taken(images), network.train()(images))
+    before = copy.deepcopy(taken.state_dict())
+    torch.testing.assert_close(taken(IMAGES), network.train()(IMAGES))
     torch.testing.assert_close(dict(taken.named_buffers()), dict(network.named_buffers()))
     optimizer = torch.optim.SGD(taken.parameters(), lr=0.1)
-    (taken(images) * images).sum().backward()
+    (taken(IMAGES) * IMAGES).sum().backward()
     optimizer.step()
     still = {name for name, value in taken.state_dict().items() if torch.equal(value, before[name])}
     assert still == {"by_hand.weight", "by_hand.bias", "by_hand.num_batches_tracked", "instance.num_batches_tracked"}
-    torch.testing.assert_close(dict(teacher.module.state_dict()), before, rtol=0, atol=0)
-    torch.testing.assert_close(teacher.module(images), MeanTeacher(Norms(), mode="eval")(images))
+    assert_equal_states(teacher.module.state_dict(), before)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -257,16 +275,16 @@ def test_update_bn__does_what_it_does_to_an_averaged_model(mode: str) -> None:
     batches = [torch.rand(4, 3, 8, 8, generator=seeded(k)) for k in range(3)]
     network = student()
     teacher, reference = MeanTeacher(network, mode=mode), AveragedModel(network)
-    before = teacher(batches[0])
+    before = teacher(IMAGES)
     for model in (teacher, reference):
         torch.manual_seed(1)  # dropout is on, as in training
         update_bn([(batch, None) for batch in batches], model)
     assert not torch.equal(teacher.module[1].running_mean, network[1].running_mean)
-    torch.testing.assert_close(dict(teacher.module.state_dict()), dict(reference.module.state_dict()), rtol=0, atol=0)
+    assert_equal_states(teacher.module.state_dict(), reference.module.state_dict())
     assert teacher.module[1].momentum == 0.1
     after = copy.deepcopy(teacher.state_dict())
-    assert torch.equal(teacher(batches[0]), before) is (mode == "train")  # it does not read what was refreshed
-    torch.testing.assert_close(dict(teacher.state_dict()), dict(after), rtol=0, atol=0)
+    assert torch.equal(teacher(IMAGES), before) is (mode == "train")  # it does not read what was refreshed
+    assert_equal_states(teacher.state_dict(), after)
     assert not any(part.training for part in teacher.module.modules())
 
 
@@ -281,80 +299,12 @@ def test_update_bn__of_a_low_precision_network_refreshes_what_is_kept() -> None:
 
 def test_teacher__has_no_gradients() -> None:
     network = student()
-    network(torch.rand(2, 3, 8, 8)).sum().backward()
+    network(IMAGES).sum().backward()
     teacher = MeanTeacher(network)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.requires_grad for p in network.parameters())
-    assert not teacher(torch.rand(2, 3, 8, 8, requires_grad=True)).requires_grad
-
-
-def test_pseudo_label__is_the_function_of_the_logits() -> None:
-    teacher = MeanTeacher(student())
-    images = torch.rand(2, 3, 8, 8)
-    got, want = teacher.pseudo_label(images), F.pseudo_label(teacher(images))
-    assert torch.equal(got.labels, want.labels)
-    assert torch.equal(got.confidence, want.confidence)
-
-
-def test_update__looks_through_wrappers() -> None:
-    network = student()
-    wrapped = nn.DataParallel(torch.compile(network, backend="eager"))
-    teacher = MeanTeacher(wrapped)
-    assert set(dict(teacher.module.named_parameters())) == set(dict(network.named_parameters()))
-    shake(network, 3)
-    teacher.update(wrapped)
-    teacher.update(network)
-    torch.testing.assert_close(next(teacher.module.parameters()), next(network.parameters()))
-
-
-def test_update__follows_a_network_compiled_in_place() -> None:
-    network = student()
-    network.compile(backend="eager")
-    teacher = MeanTeacher(network)
-    shake(network, 3)
-    teacher.update(network)
-    torch.testing.assert_close(list(teacher.module.parameters()), list(network.parameters()))
-    images = torch.rand(2, 3, 8, 8, generator=seeded(0))
-    torch.testing.assert_close(teacher.module(images), copy.deepcopy(network).eval()(images))
-
-
-def test_update__refuses_another_network() -> None:
-    teacher = MeanTeacher(student())
-    with pytest.raises(ValueError, match=r"names differ, starting with .*; pass the network that the teacher was"):
-        teacher.update(nn.Conv2d(3, 2, 1))
-    other = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 2, 1))
-    with pytest.raises(
-        ValueError, match=r"parameter '0.weight' has shape \(4, 3, 1, 1\) but the teacher's \(4, 3, 3, 3\)"
-    ):
-        teacher.update(other)
-    assert teacher.num_updates == 0
-
-
-def test_update__averages_shared_tensors_once() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
-            self.second.weight = self.first.weight
-            self.again = self.first
-            self.nothing = None
-            self.register_parameter("none", None)
-            self.register_buffer("scale", torch.ones(2))
-            self.second.register_buffer("scale", self.scale)
-
-    student = Tied()
-    teacher = MeanTeacher(student, decay=0.5, warmup=False, buffers="average")
-    before = {name: value.clone() for name, value in teacher.module.state_dict().items()}
-    with torch.no_grad():
-        for value in (*student.parameters(), *student.buffers()):
-            value.add_(2.0)
-    teacher.update(student)
-    for name, value in teacher.module.state_dict().items():
-        torch.testing.assert_close(value, before[name] + 1.0)
-
-
-LOW = (torch.float16, torch.bfloat16)
+    assert not teacher(IMAGES.clone().requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -366,46 +316,39 @@ def test_average__moves_where_it_would_stand_still_in_low_precision(dtype: torch
         network.to(dtype)
     teacher = MeanTeacher(network, warmup=False, buffers="average", mode="eval")
     if cast == "parent":
-        nn.ModuleList([network, teacher]).to(dtype)
+        nn.ModuleList([teacher]).to(dtype)
     elif cast == "module":
         teacher.module.to(dtype)
-        network.to(dtype)
-    elif cast == "student afterwards":
-        network.to(dtype)
+    network.to(dtype)
     nn.init.constant_(network[0].weight, 1.0625)
     network[1].running_mean.fill_(0.0625)
-    for _ in range(3000):
+    for _ in range(1000):
         teacher.update(network)
-    assert {value.dtype for value in (*teacher.parameters(), *teacher.buffers())} == {torch.float32, torch.int64}
+    assert dtypes(teacher) == {torch.float32, torch.int64}
     torch.testing.assert_close(teacher.module[0].weight, torch.full((2, 2), 1.0625), rtol=1e-4, atol=0)
     torch.testing.assert_close(teacher.module[1].running_mean, torch.full((2,), 0.0625), rtol=1e-4, atol=0)
     x = torch.rand(3, 2, generator=seeded(0)).to(dtype)
-    torch.testing.assert_close(teacher(x), network.eval()(x), rtol=1e-2, atol=1e-2)
-    assert teacher(x).dtype == dtype
+    torch.testing.assert_close(teacher(x), network.eval()(x), rtol=1e-2, atol=1e-2)  # in its dtype
 
 
 @pytest.mark.parametrize("dtype", LOW)
 def test_cast__is_for_the_forward_pass_alone(dtype: torch.dtype) -> None:
     network = student()
     teacher = MeanTeacher(network)
-    exact = copy.deepcopy(dict(teacher.state_dict()))
-    images = torch.rand(2, 3, 8, 8, generator=seeded(0))
-    parent = nn.ModuleList([network, teacher]).to(dtype)
-    torch.testing.assert_close(dict(teacher.state_dict()), exact, rtol=0, atol=0)  # not even rounded
-    assert (
-        teacher(images.to(dtype)).dtype == teacher.pseudo_label(images.to(dtype)).labels.new_empty(0, dtype=dtype).dtype
-    )
-    want = copy.deepcopy(network).eval()
-    want[1].train()
-    assert torch.equal(teacher(images.to(dtype)), want(images.to(dtype)))
-    torch.testing.assert_close(dict(teacher.state_dict()), exact, rtol=0, atol=0)
-    for again in (copy.deepcopy(teacher), pickle.loads(pickle.dumps(teacher))):
-        assert torch.equal(again(images.to(dtype)), teacher(images.to(dtype)))
+    exact = copy.deepcopy(teacher.state_dict())
+    parent, images = nn.ModuleList([network, teacher]).to(dtype), IMAGES.to(dtype)
+    assert_equal_states(teacher.state_dict(), exact)  # not even rounded
+    reference = copy.deepcopy(network).eval()
+    reference[1].train()
+    want = reference(images)
+    for one in (teacher, copy.deepcopy(teacher), pickle.loads(pickle.dumps(teacher))):
+        torch.testing.assert_close(one(images), want, rtol=0, atol=0)
+    assert_equal_states(teacher.state_dict(), exact)
     parent.float()
-    assert torch.equal(teacher(images), MeanTeacher(student())(images))
+    assert torch.equal(teacher(IMAGES), MeanTeacher(student())(IMAGES))
     parent.to(dtype).double()
-    assert teacher(images.double()).dtype == torch.float64
-    torch.testing.assert_close(dict(teacher.float().state_dict()), exact, rtol=0, atol=0)
+    assert teacher(IMAGES.double()).dtype == torch.float64
+    assert_equal_states(teacher.float().state_dict(), exact)
 
 
 def test_cast__other_conversions_are_those_of_any_module() -> None:
@@ -415,10 +358,14 @@ def test_cast__other_conversions_are_those_of_any_module() -> None:
     teacher.to(memory_format=torch.channels_last)
     assert teacher.module[0].weight.is_contiguous(memory_format=torch.channels_last)
     teacher.to("meta").to_empty(device="cpu")
-    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
-    assert teacher(torch.rand(2, 3, 8, 8).bfloat16()).dtype == torch.bfloat16
-    teacher.float()
-    assert teacher(torch.rand(2, 3, 8, 8)).dtype == torch.float32
+    assert dtypes(teacher) == {torch.float32, torch.int64}
+    assert teacher(IMAGES.bfloat16()).dtype == torch.bfloat16
+    assert teacher.float()(IMAGES).dtype == torch.float32
+    teacher = MeanTeacher(student())
+    teacher.module.bfloat16()  # by hand, which stays so in the forward pass
+    teacher.update(student())
+    assert dtypes(teacher) == {torch.float32, torch.int64}
+    assert teacher(IMAGES.bfloat16()).dtype == torch.bfloat16
 
 
 class MixedDtypes(nn.Module):
@@ -436,118 +383,68 @@ class MixedDtypes(nn.Module):
 
 
 def test_forward__runs_each_parameter_in_the_students_dtype() -> None:
-    network, images = MixedDtypes(), torch.rand(2, 3, 5, 5, generator=seeded(0)).bfloat16()
+    network, images = MixedDtypes(), IMAGES.bfloat16()
     teacher = MeanTeacher(network)
-    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
-    assert torch.equal(teacher(images), network(images))
+    assert dtypes(teacher) == {torch.float32, torch.int64}
+    want = network(images)
+    assert torch.equal(teacher(images), want)
     assert teacher.module.again.weight is teacher.module.last.weight
     state = teacher.state_dict()
     assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float32}
+    again = MeanTeacher(MixedDtypes())
     for assign in (False, True):
-        again = MeanTeacher(MixedDtypes())
         again.load_state_dict(copy.deepcopy(state), assign=assign)
-        assert torch.equal(again(images), teacher(images))
-    again.load_state_dict(
-        MeanTeacher(network).state_dict() | {f"module.{k}": v for k, v in network.state_dict().items()}
-    )
-    assert {p.dtype for p in again.parameters()} == {torch.float32}
+        assert torch.equal(again(images), want)
+    again.load_state_dict(state | {f"module.{k}": v for k, v in network.state_dict().items()})
+    assert dtypes(again) == {torch.float32, torch.int64}
 
 
 @pytest.mark.parametrize("parent", [False, True])
-@pytest.mark.parametrize("students", [torch.float32, torch.bfloat16])
-def test_load__of_half_precision_weights_does_not_change_what_the_teacher_runs_in(
-    students: torch.dtype, parent: bool
-) -> None:
-    network, images = student().to(students), torch.rand(2, 3, 8, 8, generator=seeded(0)).to(students)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load__of_half_precision_weights_changes_no_dtype_of_a_forward_pass(dtype: torch.dtype, parent: bool) -> None:
+    network = student(dtype)
     teacher = MeanTeacher(network)
-    state = {f"module.{name}": value for name, value in student().half().state_dict().items()}
-    if parent:
-        nn.Sequential(teacher).load_state_dict({f"0.{k}": v for k, v in state.items()}, strict=False, assign=True)
-    else:
-        teacher.load_state_dict(state, strict=False, assign=True)
+    state = {f"{'0.' * parent}module.{name}": value for name, value in student(torch.float16).state_dict().items()}
+    (nn.Sequential(teacher) if parent else teacher).load_state_dict(state, strict=False, assign=True)
     for _ in range(2):
-        assert teacher(images).dtype == students
-        assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+        assert teacher(IMAGES.to(dtype)).dtype == dtype
+        assert dtypes(teacher) == {torch.float32, torch.int64}
         teacher.update(network)
 
 
-def test_network__in_half_precision_takes_over_the_weights_unrounded() -> None:
-    network = student()
-    teacher = MeanTeacher(network, network=student().half())
-    torch.testing.assert_close(dict(teacher.module.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
-    assert teacher(torch.rand(2, 3, 8, 8)).dtype == torch.float32
+def from_file(into: Callable[[MeanTeacher], nn.Module]) -> Callable[[MeanTeacher, dict[str, Tensor], Path], object]:
+    def load(teacher: MeanTeacher, state: dict[str, Tensor], path: Path) -> None:
+        torch.save({"student": {}, "teacher": state}, path)
+        load_weights(into(teacher), path, entry="teacher")
 
-
-def test_float64__stays() -> None:
-    network = student(torch.float64)
-    teacher = MeanTeacher(network)
-    assert {value.dtype for value in teacher.parameters()} == {torch.float64}
-    assert teacher(torch.rand(2, 3, 8, 8, dtype=torch.float64)).dtype == torch.float64
-
-
-@pytest.mark.parametrize("dtype", LOW)
-def test_ema_update__rounds_a_low_precision_average_once(dtype: torch.dtype) -> None:
-    old, new = torch.rand(2, 50, generator=seeded(0))
-    averaged = [old.to(dtype), old.clone()]
-    F.ema_update_(averaged, [new, new.to(dtype)], 0.75)
-    torch.testing.assert_close(averaged[0], (0.75 * old.to(dtype).float() + 0.25 * new).to(dtype), rtol=0, atol=0)
-    torch.testing.assert_close(averaged[1], 0.75 * old + 0.25 * new.to(dtype).float())
-
-
-def test_ema_update__refuses_before_it_changes_anything() -> None:
-    for bad, error, message in (
-        (torch.zeros(3), ValueError, r"`averaged\[1\]` has shape \(2,\) but `current\[1\]` \(3,\)"),
-        (torch.zeros(2, dtype=torch.int64), TypeError, r"`averaged\[1\]` has dtype torch.float32 but .* torch.int64"),
-        (torch.zeros(2, device="meta"), ValueError, r"`averaged\[1\]` has device cpu but `current\[1\]` meta"),
-        ([0.0, 0.0], TypeError, r"`current\[1\]` must be a torch.Tensor, got list"),
-    ):
-        averaged = [torch.ones(2), torch.ones(2)]
-        with pytest.raises(error, match=message):
-            F.ema_update_(averaged, [torch.zeros(2), bad], 0.5)
-        assert [value.tolist() for value in averaged] == [[1, 1], [1, 1]]
-    with pytest.raises(ValueError, match="holds 2 tensors but `current` 1"):
-        F.ema_update_(averaged, averaged[:1], 0.5)
-
-
-def load_by_load_weights(teacher: MeanTeacher, state: dict[str, Tensor], path: Path) -> None:
-    torch.save({"student": {}, "teacher": state}, path)
-    load_weights(teacher.module, path, entry="teacher")
-
-
-def load_into_the_teacher_by_load_weights(teacher: MeanTeacher, state: dict[str, Tensor], path: Path) -> None:
-    torch.save({"teacher": state}, path)
-    load_weights(teacher, path, entry="teacher")
-
-
-def load_a_teachers_state_without_a_count(teacher: MeanTeacher, state: dict[str, Tensor], _: Path) -> None:
-    teacher.load_state_dict({f"module.{name}": value for name, value in state.items()}, strict=False)
+    return load
 
 
 LOADS: dict[str, Callable[[MeanTeacher, dict[str, Tensor], Path], object]] = {
-    "load_weights into the module": load_by_load_weights,
-    "load_weights into the teacher": load_into_the_teacher_by_load_weights,
+    "load_weights into the module": from_file(lambda teacher: teacher.module),
+    "load_weights into the teacher": from_file(lambda teacher: teacher),
     "the module's state": lambda teacher, state, _: teacher.module.load_state_dict(state),
     "the module's, assigned": lambda teacher, state, _: teacher.module.load_state_dict(state, assign=True),
-    "the teacher's without a count": load_a_teachers_state_without_a_count,
     "each part's": lambda teacher, state, _: [
         part.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith(f"{name}.")})
         for name, part in teacher.module.named_children()
     ],
+    "the teacher's without a count": lambda teacher, state, _: teacher.load_state_dict(
+        {f"module.{name}": value for name, value in state.items()}, strict=False
+    ),
     "a parent's without a count": lambda teacher, state, _: nn.ModuleDict({"teacher": teacher}).load_state_dict(
         {f"teacher.module.{name}": value for name, value in state.items()}, strict=False
     ),
 }
 
 
-@pytest.mark.parametrize("saved", [False, True])
-@pytest.mark.parametrize("decay", [0.99, 0.0, 1.0])
+@pytest.mark.parametrize(("decay", "saved"), [(0.99, False), (0.99, True), (0.0, True), (1.0, True)])
 @pytest.mark.parametrize("way", LOADS)
 def test_loaded_weights__are_averaged_on_and_not_copied_over(
     way: str, decay: float, saved: bool, tmp_path: Path
 ) -> None:
-    network = student()
+    network, other = student(), student()
     teacher = MeanTeacher(network, decay=decay)
-    other = student()
     shake(other, 5)
     LOADS[way](teacher, copy.deepcopy(other.state_dict()), tmp_path / "weights.pt")
     if saved:
@@ -563,26 +460,23 @@ def test_loaded_weights__are_averaged_on_and_not_copied_over(
     torch.testing.assert_close(dict(teacher.module.named_parameters()), want)
 
 
-def test_loaded_weights__with_a_count_go_on_where_they_were() -> None:
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_count__goes_on_in_copies_and_loaded_states(updates: int) -> None:
     network = student()
-    for updates in (0, 1, 3):
-        teacher = MeanTeacher(network)
-        for step in range(updates):
-            shake(network, step)
-            teacher.update(network)
-        again = MeanTeacher(student())
-        parent = nn.ModuleDict({"teacher": again})
-        parent.load_state_dict(copy.deepcopy(nn.ModuleDict({"teacher": teacher}).state_dict()))
-        for one in (teacher, again):
-            for step in range(3):
-                shake(network, 9 + step)
-                one.update(network)
-            for step in range(3):
-                with torch.no_grad():
-                    for p in network.parameters():
-                        p.sub_(torch.randn(p.shape, generator=seeded(9 + step)))
-        assert again.num_updates == updates + 3
-        torch.testing.assert_close(dict(again.module.state_dict()), dict(teacher.module.state_dict()))
+    teacher, loaded = MeanTeacher(network), MeanTeacher(student())
+    for step in range(updates):
+        shake(network, step)
+        teacher.update(network)
+    state = copy.deepcopy(nn.ModuleDict({"teacher": teacher}).state_dict())
+    nn.ModuleDict({"teacher": loaded}).load_state_dict(state)
+    others = (loaded, copy.deepcopy(teacher), pickle.loads(pickle.dumps(teacher)))
+    for step in range(3):
+        shake(network, 9 + step)
+        for one in (teacher, *others):
+            one.update(network)
+    for other in others:
+        assert other.num_updates == updates + 3
+        assert_equal_states(other.state_dict(), teacher.state_dict())
 
 
 def test_loaded_weights__of_another_network_are_no_concern() -> None:
@@ -593,31 +487,8 @@ def test_loaded_weights__of_another_network_are_no_concern() -> None:
     network.load_state_dict(network.state_dict())
     shake(network, 1)
     teacher.update(network)
-    torch.testing.assert_close(dict(teacher.module.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
+    assert_equal_states(teacher.module.state_dict(), network.state_dict())
     assert teacher.num_updates == 1
-
-
-def test_start__is_where_the_count_begins() -> None:
-    network = student(torch.float64)
-    teacher = MeanTeacher(network, start=1)
-    want = {name: p.detach().clone() for name, p in network.named_parameters()}
-    for t in range(1, 4):
-        shake(network, t)
-        teacher.update(network)
-        for name, p in network.named_parameters():
-            want[name] = (1 - 1 / (t + 1)) * want[name] + 1 / (t + 1) * p.detach()
-    torch.testing.assert_close(dict(teacher.module.named_parameters()), want)
-    assert teacher.num_updates == 4
-    for start, error in ((-1, ValueError), (1.0, TypeError), (True, TypeError)):
-        with pytest.raises(error, match="`start` must"):
-            MeanTeacher(network, start=start)
-
-
-def test_count__does_not_follow_the_default_device() -> None:
-    teacher = MeanTeacher(student(), start=7)
-    with torch.device("meta"):
-        state = teacher.state_dict()
-    assert int(state["_extra_state"]) == 7
 
 
 class Cache(nn.Module):
@@ -639,28 +510,30 @@ class Cache(nn.Module):
         return self.convolution(images) + self.grid
 
 
-BREAKS: dict[str, Callable[[nn.Module], object]] = {
-    "another shape": lambda network: network.register_buffer("saved", torch.zeros(3)),
-    "integers": lambda network: network.register_buffer("saved", torch.zeros(2, dtype=torch.int64)),
-    "complex numbers": lambda network: network.register_buffer("saved", torch.zeros(2, dtype=torch.complex64)),
-    "sparse": lambda network: network.register_buffer("saved", torch.zeros(2).to_sparse()),
-    "another device": lambda network: network.register_buffer("saved", torch.zeros(2, device="meta")),
-    "a buffer more": lambda network: network.register_buffer("more", torch.zeros(1)),
-    "a parameter more": lambda network: network.add_module("more", nn.Conv2d(1, 1, 1)),
+# What is done to the student, or what is given instead of it.
+BREAKS: dict[str, tuple[Callable[[nn.Module], object], str]] = {
+    "another shape": (lambda network: network.register_buffer("saved", torch.zeros(3)), r"has shape \(3,\) but the te"),
+    "integers": (lambda network: network.register_buffer("saved", torch.zeros(2, dtype=torch.int64)), "has dtype"),
+    "complex": (lambda network: network.register_buffer("saved", torch.zeros(2, dtype=torch.cfloat)), "has dtype"),
+    "sparse": (lambda network: network.register_buffer("saved", torch.zeros(2).to_sparse()), "has layout"),
+    "another device": (lambda network: network.register_buffer("saved", torch.zeros(2, device="meta")), "has device"),
+    "a buffer more": (lambda network: network.register_buffer("more", torch.zeros(1)), "starting with 'more'"),
+    "a parameter more": (lambda network: network.add_module("more", nn.Conv2d(1, 1, 1)), "2 names differ"),
+    "another network": (lambda _: nn.Conv2d(3, 2, 1), "parameters must be those of the teacher, but 4 names differ"),
 }
 
 
 @pytest.mark.parametrize("change", BREAKS)
 def test_update__refused_changes_nothing(change: str) -> None:
-    network = Cache()
+    network, (do, message) = Cache(), BREAKS[change]
     teacher = MeanTeacher(network, decay=0.5)
-    network(torch.rand(1, 3, 4, 4))
+    network(IMAGES)
     shake(network, 1)
-    BREAKS[change](network)
+    given = do(network) or network
     before = copy.deepcopy(dict(teacher.state_dict()) | dict(teacher.named_buffers()))
-    with pytest.raises(ValueError, match="pass the network that the teacher was made from"):
-        teacher.update(network)
-    torch.testing.assert_close(dict(teacher.state_dict()) | dict(teacher.named_buffers()), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=f"{message}.*pass the network that the teacher was made from"):
+        teacher.update(given)
+    assert_equal_states(dict(teacher.state_dict()) | dict(teacher.named_buffers()), before)
     assert teacher.num_updates == 0
 
 
@@ -680,7 +553,7 @@ def test_update__in_inference_mode_or_of_caches_made_there() -> None:
             teacher(torch.rand(1, 3, 6, step))
     teacher.update(network)
     assert teacher.num_updates == 4
-    torch.testing.assert_close(dict(teacher.module.named_buffers()), dict(network.named_buffers()), rtol=0, atol=0)
+    assert_equal_states(dict(teacher.module.named_buffers()), dict(network.named_buffers()))
 
 
 def test_update__takes_over_caches_that_do_not_match() -> None:
@@ -704,18 +577,13 @@ def test_update__takes_over_caches_that_do_not_match() -> None:
     network.bfloat16()
     network(torch.rand(1, 3, 2, 2).bfloat16())
     teacher.update(network)
-    assert {b.dtype for b in teacher.module.buffers()} == {torch.float32, torch.int64}
+    assert dtypes(teacher) == {torch.float32, torch.int64}
 
 
-class Parts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))  # the name that DataParallel uses
-        self.head = nn.Conv2d(4, 2, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.module(images))
+def parts() -> nn.Module:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    return nn.Sequential(OrderedDict(module=inner, head=nn.Conv2d(4, 2, 1)))  # DataParallel uses the first name too
 
 
 def wrap_parts(network: nn.Module) -> nn.Module:
@@ -725,29 +593,29 @@ def wrap_parts(network: nn.Module) -> nn.Module:
     return torch.compile(network, backend="eager")
 
 
-@pytest.mark.parametrize("when", ["before", "after", "the teacher's too"])
+@pytest.mark.parametrize("when", ["before", "after", "the teacher's too", "in place"])
 def test_update__looks_through_wrappers_at_any_depth(when: str) -> None:
-    network, images = Parts(), torch.rand(2, 3, 4, 4, generator=seeded(0))
+    network = parts()
     names = list(network.state_dict())
+    if when == "in place":
+        network.compile(backend="eager")
     wrapped = wrap_parts(network) if when == "before" else network
     teacher = MeanTeacher(wrapped, decay=0.5)
     assert list(teacher.module.state_dict()) == names
-    assert type(teacher.module) is Parts
-    if when != "before":
+    assert type(teacher.module) is nn.Sequential
+    if when in {"after", "the teacher's too"}:
         wrapped = wrap_parts(network)
     if when == "the teacher's too":
         wrap_parts(teacher.module)
-    for step in range(2):
-        shake(network, step)
-        teacher.update(wrapped)
-    plain, reference = MeanTeacher(Parts(), decay=0.5), Parts()
-    for step in range(2):
-        shake(reference, step)
-        plain.update(reference)
-    assert torch.equal(teacher(images), plain(images))
+    plain, reference = MeanTeacher(parts(), decay=0.5), parts()
+    for step, given in enumerate((wrapped, network)):
+        for average, of in ((teacher, given), (plain, reference)):
+            shake(of, step)
+            average.update(of)
+    assert torch.equal(teacher(IMAGES), plain(IMAGES))
     network.bfloat16()
     teacher.update(wrapped)
-    assert teacher(images.bfloat16()).dtype == torch.bfloat16
+    assert teacher(IMAGES.bfloat16()).dtype == torch.bfloat16
 
 
 class Remembers(nn.Module):
@@ -768,9 +636,9 @@ def old_weight_norm(module: nn.Module) -> nn.Module:
 
 
 def test_student__that_cannot_be_copied_is_named_with_the_remedy() -> None:
-    network, images = Remembers(), torch.rand(2, 3, 4, 4, generator=seeded(0))
+    network = Remembers()
     MeanTeacher(network)
-    network(images)
+    network(IMAGES)
     with pytest.raises(ValueError, match=r"`last` of its module 'body' \(ModuleDict\).*first forward pass.*`network=`"):
         MeanTeacher(network)
     with pytest.raises(ValueError, match=r"because of `weight` of its module '1' \(Conv2d\)"):
@@ -782,20 +650,19 @@ def test_student__that_cannot_be_copied_is_named_with_the_remedy() -> None:
 
 
 def test_network__takes_the_place_of_the_copy() -> None:
-    network, images = Remembers(), torch.rand(2, 3, 4, 4, generator=seeded(0))
-    network(images)
-    second = Remembers()
+    network, second = Remembers(), Remembers()
+    network(IMAGES)
     shake(second, 3)
-    teacher = MeanTeacher(network, network=nn.DataParallel(second), decay=0.5)
+    teacher = MeanTeacher(network, network=nn.DataParallel(second.half()), decay=0.5)
     assert teacher.module is second
     assert not any(p.requires_grad for p in second.parameters())
-    torch.testing.assert_close(dict(second.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
-    torch.testing.assert_close(teacher(images), network(images))
+    assert_equal_states(second.state_dict(), network.state_dict())  # unrounded
+    torch.testing.assert_close(teacher(IMAGES), network(IMAGES))
     shake(network, 4)
     teacher.update(network)
-    torch.testing.assert_close(dict(second.named_parameters()), dict(network.named_parameters()), rtol=0, atol=0)
+    assert_equal_states(second.state_dict(), network.state_dict())
     normed = [old_weight_norm(nn.Conv2d(3, 2, 1)) for _ in range(2)]
-    assert torch.equal(MeanTeacher(normed[0], network=normed[1])(images), normed[0](images))
+    assert torch.equal(MeanTeacher(normed[0], network=normed[1])(IMAGES), normed[0](IMAGES))
 
 
 def test_network__is_refused_unless_it_is_a_second_one() -> None:
@@ -816,17 +683,14 @@ def test_network__is_refused_unless_it_is_a_second_one() -> None:
 def test_parametrized_student__is_averaged_by_what_is_trained() -> None:
     network = nn.Sequential(weight_norm(nn.Conv2d(3, 2, 1)))
     teacher = MeanTeacher(network, decay=0.5)
-    for step in range(2):
-        shake(network, step)
-        teacher.update(network)
-    images = torch.rand(2, 3, 4, 4, generator=seeded(0))
-    assert set(dict(teacher.module.named_parameters())) == set(dict(network.named_parameters()))
-    assert teacher(images).shape == (2, 2, 4, 4)
-    plain = MeanTeacher(nn.Sequential(nn.Conv2d(3, 2, 1)))
+    shake(network, 0)
+    teacher.update(network)
+    torch.testing.assert_close(dict(teacher.module.named_parameters()), dict(network.named_parameters()))
+    torch.testing.assert_close(teacher(IMAGES), network(IMAGES))
     with pytest.raises(ValueError, match="names differ"):
-        plain.update(network)
+        MeanTeacher(nn.Sequential(nn.Conv2d(3, 2, 1))).update(network)
     nn.ModuleList([network, teacher]).bfloat16()
-    assert teacher(images.bfloat16()).dtype == torch.bfloat16
+    assert teacher(IMAGES.bfloat16()).dtype == torch.bfloat16
 
 
 def test_forward__passes_on_what_it_gets() -> None:
@@ -839,15 +703,14 @@ def test_forward__passes_on_what_it_gets() -> None:
             logits = self.convolution(pixel_values) * scale
             return logits if metas is None else {"logits": logits, "metas": metas}
 
-    network, images = Network(), torch.rand(2, 3, 4, 4, generator=seeded(0))
-    teacher = MeanTeacher(network)
-    want = network(images)
-    torch.testing.assert_close(teacher(pixel_values=images), want)
-    torch.testing.assert_close(teacher(images, scale=2.0), 2 * want)
-    assert teacher(images, ["name"])["metas"] == ["name"]
-    assert torch.equal(teacher.pseudo_label(pixel_values=images).labels, F.pseudo_label(want).labels)
+    network = Network()
+    teacher, want = MeanTeacher(network), network(IMAGES)
+    torch.testing.assert_close(teacher(pixel_values=IMAGES), want)
+    torch.testing.assert_close(teacher(IMAGES, scale=2.0), 2 * want)
+    assert teacher(IMAGES, ["name"])["metas"] == ["name"]
+    torch.testing.assert_close(teacher.pseudo_label(pixel_values=IMAGES), F.pseudo_label(want))
     with pytest.raises(TypeError, match=r"got dict; .*pseudo_label\(output\['logits'\]\)"):
-        teacher.pseudo_label(images, ["name"])
+        teacher.pseudo_label(IMAGES, ["name"])
 
 
 def test_pseudo_label__says_how_to_take_the_logits_out() -> None:
@@ -864,37 +727,28 @@ def test_pseudo_label__says_how_to_take_the_logits_out() -> None:
         F.pseudo_label([1.0, 2.0])
 
 
-def test_forward__takes_images_of_any_size() -> None:
-    teacher = MeanTeacher(student())
-    for n, height, width in ((1, 5, 9), (3, 8, 4)):
-        assert teacher(torch.rand(n, 3, height, width)).shape == (n, 2, height - 2, width - 2)
-
-
 def loss(network: nn.Module, step: int) -> Tensor:
-    images = torch.rand(2, 3, 8, 8, generator=seeded(step))
-    return network(images).square().mean()
+    return network(IMAGES + step).square().mean()
 
 
 def test_follow__updates_after_each_step_until_it_is_removed() -> None:
-    networks = [student().eval() for _ in range(2)]
-    teachers = [MeanTeacher(network) for network in networks]
-    optimizers = [torch.optim.AdamW(network.parameters(), 0.1) for network in networks]
-    handle = teachers[0].follow(optimizers[0], networks[0])
-    for step in range(7):
-        for network, optimizer in zip(networks, optimizers, strict=True):
-            loss(network, step).backward()  # two batches a step
-            if step % 2:
-                optimizer.step()
-                optimizer.zero_grad()
+    network = student().eval()
+    teacher, reference = MeanTeacher(network), MeanTeacher(network)
+    optimizer = torch.optim.AdamW(network.parameters(), 0.1)
+    handle = teacher.follow(optimizer, network)
+    for step in range(6):
+        loss(network, step).backward()  # two batches a step
         if step % 2:
-            teachers[1].update(networks[1])
-    assert teachers[0].num_updates == teachers[1].num_updates == 3
-    torch.testing.assert_close(dict(teachers[0].state_dict()), dict(teachers[1].state_dict()), rtol=0, atol=0)
+            optimizer.step()
+            optimizer.zero_grad()
+            reference.update(network)
+    assert teacher.num_updates == 3
+    assert_equal_states(teacher.state_dict(), reference.state_dict())
     handle.remove()
-    optimizers[0].step()
-    assert teachers[0].num_updates == 3
+    optimizer.step()
+    assert teacher.num_updates == 3
     with pytest.raises(TypeError, match=r"`optimizer` must be a torch\.optim\.Optimizer, got SimpleNamespace"):
-        teachers[0].follow(SimpleNamespace(), networks[0])
+        teacher.follow(SimpleNamespace(), network)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -906,13 +760,13 @@ def test_follow__does_not_count_steps_that_a_scaler_skips(fused: bool) -> None:
     teacher.follow(optimizer, network)
     made = 0
     for step in range(6):
-        before = copy.deepcopy(dict(teacher.state_dict()))
+        before = copy.deepcopy(teacher.state_dict())
         scaler.scale(loss(network, step) * (math.inf if step in {0, 3} else 1.0)).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         if step in {0, 3}:
-            torch.testing.assert_close(dict(teacher.state_dict()), before, rtol=0, atol=0)
+            assert_equal_states(teacher.state_dict(), before)
         else:
             made += 1
         assert teacher.num_updates == made

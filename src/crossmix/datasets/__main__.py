@@ -23,9 +23,8 @@ from pathlib import Path
 
 from crossmix.datasets._check import Part, others, part, parts, problems
 from crossmix.datasets._class_file import read_classes
-from crossmix.datasets._folder_dataset import Found
 from crossmix.datasets._labels import custom_format
-from crossmix.datasets._listing import described
+from crossmix.datasets._listing import Found, described
 from crossmix.datasets.classes import CLASS_NAMES, IGNORED
 from crossmix.datasets.sample import DataError
 from crossmix.datasets.segmentation_folder import found

@@ -1,21 +1,20 @@
 """Validate a folder: identify the data set, pair its files, and list their problems."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from crossmix.datasets import cityscapes, synthia
-from crossmix.datasets._folder_dataset import Found, differing, find
+from crossmix.datasets._folder_dataset import differing, find
 from crossmix.datasets._images import read_image
 from crossmix.datasets._labels import LABEL_IDS, SYNTHIA_IDS, LabelFormat
-from crossmix.datasets._listing import OTHER_IMAGES, endings
+from crossmix.datasets._listing import OTHER_IMAGES, Found, endings
 from crossmix.datasets._parallel import each
 from crossmix.datasets.classes import CLASSES
 from crossmix.datasets.sample import DataError
-
-__all__ = ["Part", "others", "part", "parts", "problems"]
-
-Size = tuple[int, ...]
 
 
 class Part(NamedTuple):
@@ -58,18 +57,12 @@ def _recognised(root: Path) -> list[Part]:
     if any(name.startswith((cityscapes.IMAGES, cityscapes.FINE, cityscapes.COARSE)) for name in names):
         return _cityscapes(root)
     if "RGB" in names or "GT" in names:
-        folder = next((name for name in synthia.LABEL_FOLDERS if (root / name).is_dir()), synthia.LABEL_FOLDERS[0])
-        return [part("SYNTHIA", find(root / "RGB"), find(root / folder), SYNTHIA_IDS, 9400)]
+        return [part("SYNTHIA", find(root / "RGB"), find(synthia.labels_in(root)), SYNTHIA_IDS, 9400)]
     if names & {"images", "labels"}:
         others = {name: find(root / name) for name in sorted(names - {"images", "labels"}) if name[0] != "."}
-        return [
-            part("GTA5", find(root / "images"), find(root / "labels"), LABEL_IDS, 24_966),
-            *(
-                part(f"{name} (read by no reader)", Found({}), found, LABEL_IDS)
-                for name, found in others.items()
-                if found.files
-            ),
-        ]
+        unread = {f"{name} (read by no reader)": found for name, found in others.items() if found.files}
+        whole = part("GTA5", find(root / "images"), find(root / "labels"), LABEL_IDS, 24_966)
+        return [whole, *(part(title, Found({}), found, LABEL_IDS) for title, found in unread.items())]
     return []
 
 
@@ -103,11 +96,9 @@ def problems(part: Part, *, crop: tuple[int, int] | None = None, workers: int = 
         for path in part.left_out
         if path.suffix.lower() in OTHER_IMAGES
     ]
-    if part.images and part.labels:
+    if part.labels:
         found += [f"{path}: has no label map" for key, path in sorted(part.images.items()) if key not in part.labels]
         found += [f"{path}: has no image" for key, path in sorted(part.labels.items()) if key not in part.images]
-    elif part.labels:
-        found += [f"{path}: has no image" for path in sorted(part.labels.values())]
     elif part.images and not part.any_kind:
         found.append(f"{part.title}: has {len(part.images)} images and no label maps")
     keys = sorted(part.images.keys() | part.labels.keys())
@@ -122,38 +113,42 @@ def _look(
     pair: tuple[Path | None, Path | None], labelled: LabelFormat, *, any_kind: bool, crop: tuple[int, int] | None
 ) -> list[str]:
     """The problems of a pair."""
-    image_size, of_image = _look_at_image(pair[0], any_kind=any_kind)
-    label_size, of_label = _look_at_label(pair[1], labelled)
-    if image_size is not None and label_size is not None and image_size != label_size:
-        of_label.append(f"{pair[1]}: {differing(label_size, image_size)}")
+    found: list[str] = []
+    image, label = pair
+    image_size = _size(image, partial(_of_image, any_kind=any_kind), found)
     if crop is not None and image_size is not None and any(a < b for a, b in zip(image_size, crop, strict=True)):
-        of_image.append(f"{pair[0]}: is {image_size[0]} x {image_size[1]}, smaller than the crop {crop[0]} x {crop[1]}")
-    return of_image + of_label
+        found.append(f"{image}: is {image_size[0]} x {image_size[1]}, smaller than the crop {crop[0]} x {crop[1]}")
+    label_size = _size(label, partial(_of_label, labelled=labelled), found)
+    if image_size is not None and label_size is not None and image_size != label_size:
+        found.append(f"{label}: {differing(label_size, image_size)}")
+    return found
 
 
-def _look_at_image(path: Path | None, *, any_kind: bool) -> tuple[Size | None, list[str]]:
-    """The size of an image (None if it cannot be read) and its problems."""
+def _size(path: Path | None, read: Callable[[Path], tuple[Tensor, str]], found: list[str]) -> tuple[int, ...] | None:
+    """The height and width of an image or a label map, None if it cannot be read; its problems are added."""
     if path is None:
-        return None, []
+        return None
     try:
-        image = read_image(path, any_kind=any_kind)
+        pixels, suspicion = read(path)
     except DataError as error:
-        return None, [str(error)]
-    one = bool((image == image[:, :1, :1]).all())
-    return tuple(image.shape[1:]), [f"{path}: suspicious, every pixel has the same colour"] if one else []
+        found.append(str(error))
+        return None
+    if suspicion:
+        found.append(f"{path}: suspicious, {suspicion}")
+    return tuple(pixels.shape[-2:])
 
 
-def _look_at_label(path: Path | None, labelled: LabelFormat) -> tuple[Size | None, list[str]]:
-    """The size of a label map (None if it cannot be read) and its problems."""
-    if path is None:
-        return None, []
-    try:
-        ids = labelled.read(path)
-    except DataError as error:
-        return None, [str(error)]
-    found = []
+def _of_image(path: Path, *, any_kind: bool) -> tuple[Tensor, str]:
+    """An image, and what is suspicious about it."""
+    image = read_image(path, any_kind=any_kind)
+    return image, "every pixel has the same colour" if bool((image == image[:, :1, :1]).all()) else ""
+
+
+def _of_label(path: Path, labelled: LabelFormat) -> tuple[Tensor, str]:
+    """The ids of a label map, and what is suspicious about them."""
+    ids = labelled.read(path)
     if (labelled.table[ids.numpy()] == labelled.ignored).all():
-        found.append(f"{path}: suspicious, every pixel is ignored, the first has id {int(ids[0, 0])}")
-    elif labelled.name == LABEL_IDS.name and int(ids.max()) < len(CLASSES):
-        found.append(f"{path}: suspicious, no id above {len(CLASSES) - 1}, as in train ids, which --classes takes")
-    return tuple(ids.shape), found
+        return ids, f"every pixel is ignored, the first has id {int(ids[0, 0])}"
+    if labelled.name == LABEL_IDS.name and int(ids.max()) < len(CLASSES):
+        return ids, f"no id above {len(CLASSES) - 1}, as in train ids, which --classes takes"
+    return ids, ""

@@ -10,8 +10,6 @@ from crossmix.datasets._labels import Key, custom_format
 from crossmix.datasets.classes import IGNORED
 from crossmix.datasets.sample import DataError
 
-__all__ = ["Classes", "read_classes"]
-
 FORMS = 'a list of names, an object from ids or colours to train ids, or {"classes": [names], "mapping": {...}}'
 
 

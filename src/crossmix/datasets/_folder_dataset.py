@@ -17,10 +17,8 @@ from crossmix._tensors import nearest
 from crossmix.datasets._arguments import check_index
 from crossmix.datasets._images import read_image
 from crossmix.datasets._labels import LabelFormat
-from crossmix.datasets._listing import bare, described, named_images
+from crossmix.datasets._listing import Found, bare, described, named_images
 from crossmix.datasets.sample import DataError, Sample
-
-__all__ = ["Files", "FolderDataset", "Found", "by_key", "differing", "find", "listed", "paired"]
 
 Filter = Literal["bilinear", "bicubic"]
 
@@ -34,14 +32,12 @@ class Files(NamedTuple):
 
 
 class FolderDataset(Dataset[Sample]):
-    """Pairs of an image and a label map on disk, decoded on access.
+    """Pairs of an image and a label map on disk, decoded on access. With `any_kind`, images need not be RGB.
 
     Attributes:
         files: The files of each sample.
         label_format: How label maps are read.
         size: (height, width) that samples are resized to, or None.
-
-    With `any_kind`, images need not be RGB (see `read_image`).
     """
 
     def __init__(
@@ -69,30 +65,21 @@ class FolderDataset(Dataset[Sample]):
         pairs that differ.
         """
         image_path, label_path, name = self.files[check_index(index, len(self.files))]
-        if image_path is None:
-            image = torch.empty(3, 0, 0, dtype=torch.uint8)
-        else:
+        image = torch.empty(3, 0, 0, dtype=torch.uint8)
+        if image_path is not None:
             image = read_image(image_path, any_kind=self._any_kind)
+            image = image if self.size is None else _resize_image(image, self.size, self._resampling)
         ids = None if label_path is None else self.label_format.read(label_path)
         if self.size is not None:
-            image = image if image_path is None else _resize_image(image, self.size, self._resampling)
             ids = None if ids is None else nearest(ids, self.size)
         elif image_path is not None and ids is not None and image.shape[-2:] != ids.shape:
             raise DataError(f"{label_path}: {differing(ids.shape, image.shape[-2:])}.")
         return Sample(image, None if ids is None else torch.from_numpy(self.label_format.table[ids.numpy()]), name)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return everything besides the files that the samples depend on, to identify caches.
-
-        Returns:
-            A JSON-serialisable dict.
-        """
-        return {
-            "reader": type(self).__name__,
-            "size": self.size,
-            "resampling": self._resampling,
-            "labels": self.label_format.signature,
-        }
+        """Return everything besides the files that the samples depend on, as a JSON-serialisable dict, for caches."""
+        made_by = {"reader": type(self).__name__, "size": self.size, "resampling": self._resampling}
+        return {**made_by, "labels": self.label_format.signature}
 
 
 def differing(label: Sequence[int], image: Sequence[int]) -> str:
@@ -103,21 +90,14 @@ def differing(label: Sequence[int], image: Sequence[int]) -> str:
     return f"is {label[0]} x {label[1]} but its image {image[0]} x {image[1]}; {advice}"
 
 
-class Found(NamedTuple):
-    """Image files by the key that pairs them, and the other files in the same folders."""
-
-    files: dict[str, Path]
-    left_out: tuple[Path, ...] = ()
-
-
 def find(
     folder: Path, *, recursive: bool = False, only: Callable[[str], bool] | None = None, suffix: str = ""
 ) -> Found:
     """Find the images in a folder, keyed by relative path without extension and `suffix`; none without a folder."""
     if not folder.is_dir():
         return Found({})
-    images, left_out = named_images(folder, recursive=recursive, only=only)
-    return Found(by_key((bare(name).removesuffix(suffix), path) for name, path in images.items()), tuple(left_out))
+    found = named_images(folder, recursive=recursive, only=only)
+    return found._replace(files=by_key((bare(name).removesuffix(suffix), path) for name, path in found.files.items()))
 
 
 def by_key(pairs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
@@ -126,10 +106,8 @@ def by_key(pairs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     taken: dict[str, Path] = {}
     for key, path in pairs:
         if other := taken.get(key.casefold()):
-            raise DataError(
-                f"{other} and {path}: are two files of one name; keep one of them or, if one is a label map, move it "
-                "to another folder."
-            )
+            hint = "keep one or, if one is a label map, move it to another folder"
+            raise DataError(f"{other} and {path}: are two files of one name; {hint}.")
         taken[key.casefold()] = files[key] = path
     return files
 
@@ -178,10 +156,9 @@ def paired(
         alone = sorted(keys ^ labels.files.keys() if strict else keys - labels.files.keys())
         if alone:
             lacking, missing = (labels, "label map") if alone[0] in keys else (images, "image")
-            raise DataError(
-                f"{where} has {len(keys)} images and {len(labels.files)} label maps that do not pair up, {alone[0]} "
-                f"has no {missing}{described(lacking.left_out)}; {layout}."
-            )
+            both = f"{len(keys)} images and {len(labels.files)} label maps that do not pair up"
+            one = f"{alone[0]} has no {missing}{described(lacking.left_out)}"
+            raise DataError(f"{where} has {both}, {one}; {layout}.")
     stems = Counter(key.rpartition("/")[2] for key in keys)
     whole = max(stems.values()) > 1
     return [
@@ -227,9 +204,8 @@ def _lines(path: Path) -> list[str]:
         data = path.read_bytes()
         text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot be read as a list of names ({error}); pass a text file, a name per line."
-        ) from error
+        reason = f"cannot be read as a list of names ({error})"
+        raise DataError(f"{path}: {reason}; pass a text file, a name per line.") from error
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
     names = [PurePosixPath(line.replace("\\", "/")).as_posix() for line in lines if line and line[0] != "#"]
     for name in names:

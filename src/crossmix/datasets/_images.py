@@ -17,13 +17,8 @@ try:
 except ImportError:
     Image = None  # type: ignore[assignment]
 
-__all__ = ["read_header", "read_image"]
-
-FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers of the JPEG segment that contains the image size (SOF)."""
-
-ORIENTATION = 0x0112
-"""EXIF tag of the orientation."""
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of the JPEG segment with the image size (SOF)
+ORIENTATION = 0x0112  # EXIF tag
 
 
 class Header(NamedTuple):
@@ -61,7 +56,7 @@ def read_image(path: str | Path, *, any_kind: bool = True) -> Tensor:
     if _png.read_start(path).startswith(_png.JPEG):
         pixels, orientation = _read_jpeg(path)
     else:
-        pixels, orientation = _read_png(path, any_kind=any_kind), _png_orientation(path)
+        pixels, orientation = _read_png(path, any_kind=any_kind), _orientation(_png.read_exif(path))
     channels = pixels.shape[0]
     if channels not in {3, 4} and not (any_kind and channels == 1):
         raise DataError(f"{path}: expected an RGB image, got {channels} channels; is this a label map?")
@@ -72,7 +67,7 @@ def read_header(path: Path) -> Header:
     """Read the size of an image without decoding it; refuse one with too many pixels."""
     if _png.read_start(path).startswith(_png.JPEG):
         return _read_jpeg_header(path)
-    header, orientation = _png.read_header(path), _png_orientation(path)
+    header, orientation = _png.read_header(path), _orientation(_png.read_exif(path))
     return Header(*_as_shown(header.width, header.height, orientation), orientation)
 
 
@@ -81,10 +76,6 @@ def _read_png(path: Path, *, any_kind: bool) -> Tensor:
     header = _png.read_header(path)
     odd = header.color_type in {_png.PALETTE, _png.GREY_ALPHA} or header.bit_depth < 8
     return _by_pillow(path) if any_kind and odd and header.bit_depth <= 8 else _png.read_png(path)
-
-
-def _png_orientation(path: Path) -> int:
-    return _orientation(_png.read_exif(path))
 
 
 def _read_jpeg_header(path: Path) -> Header:

@@ -13,10 +13,9 @@ from crossmix.datasets._png import read_png
 from crossmix.datasets.classes import IGNORED, KNOWN_LABEL_IDS, KNOWN_SYNTHIA_IDS, train_ids
 from crossmix.datasets.sample import DataError
 
-__all__ = ["LABEL_IDS", "SYNTHIA_IDS", "LabelFormat", "custom_format"]
-
 Bytes = NDArray[np.uint8]
 Key = int | tuple[int, int, int]
+Unlisted = Literal["raise", "ignore"]
 
 
 class LabelFormat(NamedTuple):
@@ -39,6 +38,12 @@ class LabelFormat(NamedTuple):
     ignored: int = IGNORED
 
 
+_TRAIN_IDS = (
+    "looks like train ids (0..18 and 255) where {} expected; use the official {}, or read it with "
+    "`SegmentationFolder(..., mapping=None)`"
+)
+
+
 def _read_label_ids(path: Path) -> Tensor:
     """Read a Cityscapes or GTA5 label file: one channel of label ids."""
     ids = _only_channel(path, read_png(path))
@@ -47,10 +52,7 @@ def _read_label_ids(path: Path) -> Tensor:
     present = _present(ids)
     _refuse_unknown(path, present, KNOWN_LABEL_IDS, "Cityscapes label ids (0..34)", "the official label id files")
     if 255 in present and not any(18 < value < 255 for value in present):
-        raise DataError(
-            f"{path}: looks like train ids (0..18 and 255) where label ids are expected; use the official label id "
-            "files, or read it with `SegmentationFolder(..., mapping=None)`."
-        )
+        raise DataError(f"{path}: {_TRAIN_IDS.format('label ids are', 'label id files')}.")
     return ids
 
 
@@ -67,7 +69,7 @@ def _read_synthia_ids(path: Path) -> Tensor:
     if not wide and not ids.any():
         raise DataError(
             f"{path}: holds no class but 0 in 8 bits, like files saved from the high bytes of SYNTHIA's 16-bit labels; "
-            "use the official GT/LABELS, which are read as they are."
+            "use the official GT/LABELS."
         )
     if int(ids.max()) > 255:
         raise DataError(
@@ -76,10 +78,7 @@ def _read_synthia_ids(path: Path) -> Tensor:
         )
     present = _present(ids)
     if 255 in present:
-        raise DataError(
-            f"{path}: looks like train ids (0..18 and 255) where SYNTHIA's own ids are expected; use the official "
-            "GT/LABELS, or read it with `SegmentationFolder(..., mapping=None)`."
-        )
+        raise DataError(f"{path}: {_TRAIN_IDS.format('SYNTHIA ids are', 'GT/LABELS')}.")
     _refuse_unknown(path, present, KNOWN_SYNTHIA_IDS, "SYNTHIA ids (0..22)", "the official GT/LABELS")
     return ids.to(torch.uint8)
 
@@ -92,11 +91,7 @@ class _Mapped:
     """Reader of label files by a user's mapping of ids or colours; without a mapping, files contain train ids."""
 
     def __init__(
-        self,
-        mapping: Mapping[Key, int] | None,
-        unlisted: Literal["raise", "ignore"],
-        num_classes: int | None,
-        ignored: int,
+        self, mapping: Mapping[Key, int] | None, unlisted: Unlisted, num_classes: int | None, ignored: int
     ) -> None:
         self.unlisted = unlisted
         self.ignored = ignored
@@ -137,10 +132,7 @@ class _Mapped:
 
 
 def custom_format(
-    mapping: Mapping[Key, int] | None,
-    unlisted: Literal["raise", "ignore"],
-    num_classes: int | None = None,
-    ignored: int = IGNORED,
+    mapping: Mapping[Key, int] | None, unlisted: Unlisted, num_classes: int | None = None, ignored: int = IGNORED
 ) -> LabelFormat:
     """Build the format for a mapping of ids or RGB colours to train ids; None keeps ids as they are.
 
@@ -150,9 +142,8 @@ def custom_format(
     if mapping is not None:
         used = max((value for value in mapping.values() if value != ignored), default=-1) + 1
         if num_classes is not None and used > num_classes:
-            raise ValueError(
-                f"`mapping` has the train id {used - 1}, {_range(num_classes, ignored)}, or pass more `num_classes`."
-            )
+            hint = "or pass more `num_classes`"
+            raise ValueError(f"`mapping` has the train id {used - 1}, {_range(num_classes, ignored)}, {hint}.")
         num_classes = num_classes or used or None
         listed = f"{sorted((_packed(key), value) for key, value in mapping.items())}"
     else:
@@ -178,18 +169,14 @@ def _check_mapping(mapping: Mapping[Key, int] | None) -> None:
 
 def _range(num_classes: int, ignored: int) -> str:
     """The valid ids, as part of an error message."""
-    return (
-        f"but {num_classes} classes have the ids 0..{num_classes - 1}, and ignored pixels {ignored}; renumber them, "
-        "for instance with a mapping"
-    )
+    ids = f"0..{num_classes - 1}, and ignored pixels {ignored}"
+    return f"but {num_classes} classes have the ids {ids}; renumber them, for instance with a mapping"
 
 
 def _only_channel(path: Path, pixels: Tensor) -> Tensor:
     if pixels.shape[0] != 1:
-        raise DataError(
-            f"{path}: expected a label map with one channel of ids, got {_kind(pixels)}; "
-            "read colour-coded maps with `SegmentationFolder` and a mapping of colours."
-        )
+        hint = "read colour-coded maps with `SegmentationFolder` and a mapping of colours"
+        raise DataError(f"{path}: expected a label map with one channel of ids, got {_kind(pixels)}; {hint}.")
     return pixels[0]
 
 

@@ -9,17 +9,12 @@ from typing import NamedTuple
 
 from crossmix.datasets.sample import DataError
 
-__all__ = ["OTHER_IMAGES", "ImageFiles", "bare", "described", "endings", "image_files", "named_images"]
-
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif")
-OTHER_IMAGES = frozenset(
-    (".avif", ".bmp", ".exr", ".gif", ".heic", ".heif", ".jp2", ".pgm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
-)
+OTHER_IMAGES = {f".{kind}" for kind in ("avif", "bmp", "exr", "gif", "heic", "heif", "jp2", "pgm", "ppm", "tga")}
+OTHER_IMAGES |= {".tif", ".tiff", ".webp"}
 """Extensions of unsupported image types, in lower case."""
 
-NOT_DATA = frozenset(
-    ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information")
-)
+NOT_DATA = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
 """Visible files and folders created by operating systems, in lower case. Hidden names start with a dot."""
 
 STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
@@ -38,13 +33,20 @@ class ImageFiles(NamedTuple):
     left_out: tuple[Path, ...]
 
 
+class Found(NamedTuple):
+    """Image files by relative path, or by the key that pairs them, and the other files in the same folders."""
+
+    files: dict[str, Path]
+    left_out: tuple[Path, ...] = ()
+
+
 def image_files(folder: str | Path, *, recursive: bool = True, only: Callable[[str], bool] | None = None) -> ImageFiles:
     """List the PNG and JPEG files of a folder.
 
     A file counts as an image by its extension, `.png`, `.jpg` or `.jpeg` in any case, or else by its first bytes. So
-    listing a data set opens none of its files, and an empty or invalid image file is not skipped silently: reading it
-    raises an error that names it. Symbolic links to files and folders are followed, as by `find -L`, except links back
-    to a parent folder. Hidden files (such as `._name.png` of macOS) and system files (such as `Thumbs.db`) are ignored.
+    listing opens no image, and an invalid one is not skipped silently: reading it raises an error that names it.
+    Symbolic links are followed, as by `find -L`, except links back to a parent folder. Hidden files (such as
+    `._name.png` of macOS) and system files (such as `Thumbs.db`) are ignored.
 
     Args:
         folder: The folder.
@@ -67,24 +69,17 @@ def image_files(folder: str | Path, *, recursive: bool = True, only: Callable[[s
         (['a.png', 'b.JPG'], ['c.tif'])
     """
     images, left_out = named_images(Path(folder), recursive=recursive, only=only)
-    return ImageFiles(tuple(images.values()), tuple(left_out))
+    return ImageFiles(tuple(images.values()), left_out)
 
 
-def named_images(
-    folder: Path, *, recursive: bool, only: Callable[[str], bool] | None
-) -> tuple[dict[str, Path], list[Path]]:
+def named_images(folder: Path, *, recursive: bool, only: Callable[[str], bool] | None) -> Found:
     """List images as `image_files` does, keyed by relative path."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; check the path.")
-    images: dict[str, Path] = {}
-    left_out: list[Path] = []
     wanted = ((name, one) for name, one in _entries(folder, recursive=recursive) if only is None or only(name))
-    for name, entry in sorted(wanted, key=lambda pair: pair[0].split("/")):
-        if _is_image(entry):
-            images[name] = folder / name
-        else:
-            left_out.append(folder / name)
-    return images, left_out
+    ordered = [(name, _is_image(one)) for name, one in sorted(wanted, key=lambda pair: pair[0].split("/"))]
+    images = {name: folder / name for name, is_image in ordered if is_image}
+    return Found(images, tuple(folder / name for name, is_image in ordered if not is_image))
 
 
 def bare(name: str) -> str:

@@ -7,8 +7,6 @@ from typing import TypeVar
 from crossmix._progress import shown
 from crossmix._workers import quiet_worker, started_quietly
 
-__all__ = ["each"]
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

@@ -13,19 +13,6 @@ from torch import Tensor
 
 from crossmix.datasets.sample import DataError
 
-__all__ = [
-    "GREY_ALPHA",
-    "JPEG",
-    "PALETTE",
-    "Header",
-    "check_pixels",
-    "read_exif",
-    "read_header",
-    "read_png",
-    "read_start",
-    "write_png",
-]
-
 MAX_PIXELS = 100_000_000
 """Larger images are refused before decoding, since a small file can decompress to gigabytes."""
 
@@ -51,17 +38,9 @@ class Header(NamedTuple):
 
 
 def read_png(path: str | Path, *, deep: bool = False) -> Tensor:
-    """Read a PNG; palette files give indices, not colours.
+    """Read a PNG as (C, H, W) uint8 with C = 1, 3 or 4; palette files give indices, not colours.
 
-    Args:
-        path: The file, with 8 bits per channel; grey and palette files may also have 1, 2 or 4 bits.
-        deep: Whether to accept 16 bits as well.
-
-    Returns:
-        (C, H, W) uint8 with C = 1, 3 or 4; int32 for 16-bit files.
-
-    Raises:
-        DataError: If the file is missing, damaged, not a PNG, too large, or has 16 bits and `deep` is False.
+    Grey and palette files may also have 1, 2 or 4 bits; with `deep`, files of 16 bits are read as int32.
     """
     path = Path(path)
     header = read_header(path)
@@ -149,10 +128,8 @@ def read_exif(path: Path) -> bytes:
 def check_pixels(path: Path, width: int, height: int) -> None:
     """Refuse an image that would take too much memory."""
     if width * height > MAX_PIXELS:
-        raise DataError(
-            f"{path}: has {width} x {height} pixels, more than the limit of {MAX_PIXELS}; "
-            "check where the file comes from."
-        )
+        limit = f"more than the limit of {MAX_PIXELS}"
+        raise DataError(f"{path}: has {width} x {height} pixels, {limit}; check where the file comes from.")
 
 
 def _decoded(path: Path, header: Header) -> Bytes | NDArray[np.uint16]:
@@ -166,9 +143,8 @@ def _decoded(path: Path, header: Header) -> Bytes | NDArray[np.uint16]:
 def _read_packed(path: Path, header: Header) -> Bytes:
     """Decode grey or palette files with 1, 2 or 4 bits per pixel, which kornia_rs does not support, to (H, W, 1)."""
     if header.color_type not in {GREY, PALETTE} or header.interlace:
-        raise DataError(
-            f"{path}: interlaced files of {header.bit_depth} bits are not supported; save it without interlacing."
-        )
+        kind = f"interlaced files of {header.bit_depth} bits"
+        raise DataError(f"{path}: {kind} are not supported; save it without interlacing.")
     stride = (header.width * header.bit_depth + 7) // 8
     size = header.height * (stride + 1)
     data = zlib.decompressobj().decompress(_image_data(path), size)
@@ -205,16 +181,11 @@ def _image_data(path: Path) -> bytes:
 
 def _unfilter(kind: int, line: Bytes, above: Bytes, path: Path) -> Bytes:
     """Undo one line's filter for pixels of at most a byte (PNG specification, section 9)."""
-    if kind == 0:
-        return line
-    if kind == 1:
-        summed: Bytes = np.cumsum(line, dtype=np.uint8)
-        return summed
-    if kind == 2:
-        lifted: Bytes = line + above
-        return lifted
-    if kind not in {3, 4}:
+    if kind not in range(5):
         raise DataError(f"{path}: has an unknown filter {kind}; download it again.")
+    if kind < 3:
+        undone: list[Bytes] = [line, np.cumsum(line, dtype=np.uint8), line + above]
+        return undone[kind]
     out, left, corner = np.empty_like(line), 0, 0
     for i, (value, up) in enumerate(zip(line.tolist(), above.tolist(), strict=True)):
         predicted = (left + up) // 2 if kind == 3 else _paeth(left, up, corner)

@@ -32,14 +32,9 @@ from crossmix.datasets.sample import DataError, Sample
 
 __all__ = ["CachedSamples"]
 
-FORMAT = 2
-"""Increase this when the file layout changes, or when a reader returns different pixels for the same file."""
-
-PER_FILE = 32
-"""Samples per file. A process killed while building loses at most these, a few seconds of work."""
-
-FOOTER = struct.Struct("<Q32s")
-"""Length of the record in bytes, and its SHA-256."""
+FORMAT = 2  # increase when the file layout changes, or a reader returns different pixels for the same file
+PER_FILE = 32  # samples; a process killed while building loses at most these, a few seconds of work
+FOOTER = struct.Struct("<Q32s")  # length of the record in bytes, and its SHA-256
 
 
 class CachedSamples(Dataset[Sample]):
@@ -53,23 +48,21 @@ class CachedSamples(Dataset[Sample]):
     GTA5 at 720 x 1280, 6.2 GB for the training images of Cityscapes at 512 x 1024. Free disk space is checked first.
 
     Opening verifies that the cache belongs to this reader and that no source file has changed, by size and mtime (one
-    second for GTA5). The first time a process reads a sample, it verifies the CRC-32 of the bytes (one millisecond), so
-    damage is reported before the bytes are used. Damage that occurs later is not noticed by the same process.
+    second for GTA5). The first time a process reads a sample, it verifies the CRC-32 of the bytes (one millisecond);
+    damage that occurs later is not noticed by the same process.
 
-    Several processes may open one cache: one builds it, the others wait. A complete cache may be read-only. The cache
-    and its sources may be moved; copies of the sources must keep their mtimes.
+    Several processes may open one cache: one builds it, the others wait. A complete cache may be read-only. It and its
+    sources may be moved; copies of the sources must keep their mtimes.
 
     Args:
-        samples: A reader of this package. Its `fingerprint()` identifies everything besides the files that samples
-            depend on.
+        samples: A reader of this package, or one with `files` and `fingerprint()`.
         folder: The folder of the cache: new, empty, or with a cache of the same samples.
         workers: Number of processes that build the cache; 0 builds it in this process. The result is the same.
         progress: Whether to report the required disk space and the progress of the build on stderr.
 
     Raises:
         DataError: If the folder contains anything else, or a cache of other samples; if it is not writable or the disk
-            is too small; if a source file has changed or cannot be read; if a file of the cache is damaged; on access,
-            if the bytes of the sample are damaged.
+            is too small; if a source file has changed or cannot be read, or (also on access) the cache is damaged.
         TypeError: If `samples` is not a reader of files, or `workers` is not an int.
         ValueError: If `workers` is negative, or the reader reads no images or has a `transform`.
 
@@ -85,10 +78,8 @@ class CachedSamples(Dataset[Sample]):
 
     def __init__(self, samples: FolderDataset, folder: str | Path, *, workers: int = 0, progress: bool = True) -> None:
         if not (hasattr(samples, "files") and hasattr(samples, "fingerprint")):
-            raise TypeError(
-                f"`samples` must be a reader of image files such as GTA5, got {type(samples).__name__}; "
-                "write it to files first."
-            )
+            kind = type(samples).__name__
+            raise TypeError(f"`samples` must be a reader of image files such as GTA5, got {kind}; write it to files.")
         if any(file.image is None for file in samples.files):
             raise ValueError("`samples` must have images, got a reader made with `images=False`; read them too.")
         if getattr(samples, "transform", None) is not None:
@@ -187,18 +178,14 @@ class _Cache(Dataset[int | Exception]):
         record = _record(path)
         for key, now in self._made_of(number).items():
             if (was := record.get(key)) != now:
-                raise DataError(
-                    f"{self.folder}: is a cache of other samples: its {key} is {was}, not {now}; choose another "
-                    "folder, or delete this one to build it again."
-                )
+                other = f"is a cache of other samples: its {key} is {was}, not {now}"
+                raise DataError(f"{self.folder}: {other}; choose another folder, or delete this one.")
         for index, before in zip(self.spans[number], record["stats"], strict=True):
             files = self.samples.files[index]
             for source, was, now in zip(_paths(files), before, _stats(files), strict=True):
                 if was != now:
-                    raise DataError(
-                        f"{source}: has changed since it was cached (size and mtime_ns were {was}, are {now}); "
-                        f"{_again(path)}."
-                    )
+                    change = f"(size and mtime_ns were {was}, are {now})"
+                    raise DataError(f"{source}: has changed since it was cached {change}; {_again(path)}.")
         return [_Item(*item) for item in record["items"]]
 
     def build(self, workers: int, *, progress: bool) -> None:
@@ -225,10 +212,8 @@ class _Cache(Dataset[int | Exception]):
                 say(text)
                 self._fill(missing, workers, progress=progress)
         except OSError as error:
-            raise DataError(
-                f"{error.filename or self.folder}: cannot be written: {error.strerror or error}. The cache is "
-                "incomplete; finished files are kept."
-            ) from error
+            what = f"{error.filename or self.folder}: cannot be written: {error.strerror or error}"
+            raise DataError(f"{what}. The cache is incomplete; finished files are kept.") from error
 
     def _fill(self, missing: list[int], workers: int, *, progress: bool) -> None:
         # Its own generator, because a loader draws a seed for its workers, by default from the global one.

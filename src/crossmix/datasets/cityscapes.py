@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from crossmix.datasets._arguments import check_size
-from crossmix.datasets._folder_dataset import FolderDataset, Found, find, paired
+from crossmix.datasets._folder_dataset import FolderDataset, find, paired
 from crossmix.datasets._labels import LABEL_IDS
-from crossmix.datasets._listing import bare
+from crossmix.datasets._listing import Found, bare
 
 __all__ = ["Cityscapes"]
 
@@ -63,15 +63,10 @@ class Cityscapes(FolderDataset):
         self.root = Path(root)
         self.split = split
         kind = labels_of(split)
-        files = paired(
-            f"{self.root}: split {split!r}",
-            of_split(self.root, split, IMAGES, f"_{IMAGES}") if images else None,
-            of_split(self.root, split, kind, f"_{kind}_labelIds") if labels else None,
-            LAYOUT,
-            names=names,
-            strict=True,
-            root=(self.root, "Cityscapes"),
-        )
+        of_images = of_split(self.root, split, IMAGES, f"_{IMAGES}") if images else None
+        of_labels = of_split(self.root, split, kind, f"_{kind}_labelIds") if labels else None
+        where, expected = f"{self.root}: split {split!r}", (self.root, "Cityscapes")
+        files = paired(where, of_images, of_labels, LAYOUT, names=names, strict=True, root=expected)
         super().__init__(files, LABEL_IDS, size, "bilinear")
 
 
@@ -82,14 +77,13 @@ def labels_of(split: str) -> str:
 
 def of_split(root: Path, split: str, folder: str, suffix: str) -> Found:
     """The files of a split, keyed by "<city>/<name>"."""
+
+    def ours(path: str) -> bool:
+        return path.count("/") == 1 and bare(path).endswith(suffix)
+
     for base in _bases(root, folder):
         if (base / split).is_dir():
-            return find(
-                base / split,
-                recursive=True,
-                only=lambda path: path.count("/") == 1 and bare(path).endswith(suffix),
-                suffix=suffix,
-            )
+            return find(base / split, recursive=True, only=ours, suffix=suffix)
     return Found({})
 
 

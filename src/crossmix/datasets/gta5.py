@@ -23,15 +23,13 @@ class GTA5(FolderDataset):
         root: The folder that contains `images` and `labels`.
         size: (height, width) that images (bicubic, antialiased) and labels (nearest) are resized to: (720, 1280) in the
             released code, (760, 1280) in the paper's text. None keeps each pair's own size.
-        names: A text file that lists the images to use, one name per line, with or without folders and extension, such
-            as the lists of the released code.
+        names: A text file that lists the images to use, one name per line, with or without folders and extension.
         images: Whether to read images. Without, `image` is empty, (3, 0, 0); useful for counting classes.
         labels: Whether to read label maps. Without, `label` is None, and the files may be missing.
 
     Raises:
         DataError: If a folder is missing or empty, an image has no label map, or `names` lists missing files; on
-            access, if a file is damaged, contains ids that are not label ids, or the two files of a pair differ in size
-            and `size` is None.
+            access, if a file is damaged or has other ids, or a pair differs in size and `size` is None.
         TypeError: If `size` is not a pair of ints.
         ValueError: If `size` is not positive, or neither images nor labels are read.
 
@@ -56,12 +54,7 @@ class GTA5(FolderDataset):
     ) -> None:
         size = check_size(size)
         self.root = Path(root)
-        files = paired(
-            f"{self.root}:",
-            find(self.root / "images") if images else None,
-            find(self.root / "labels") if labels else None,
-            LAYOUT,
-            names=names,
-            root=(self.root, "GTA5"),
-        )
+        folders = ((self.root / "images", images), (self.root / "labels", labels))
+        of_images, of_labels = (find(folder) if is_read else None for folder, is_read in folders)
+        files = paired(f"{self.root}:", of_images, of_labels, LAYOUT, names=names, root=(self.root, "GTA5"))
         super().__init__(files, LABEL_IDS, size, "bicubic")

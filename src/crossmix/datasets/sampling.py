@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from crossmix._checks import check_temperature, wrong_shape
 from crossmix._keyed import keyed_generator
 from crossmix.datasets._arguments import check_count
 from crossmix.datasets.classes import IGNORED
@@ -24,15 +25,15 @@ class RareClassSampler(Sampler[int]):
 
     f_c is the share of class c among all labelled pixels. The sum runs over classes of which some image has at least
     `min_pixels` pixels; other classes are never drawn. The image is then drawn uniformly from those with at least
-    `min_pixels` pixels of the class. Draws are with replacement, so an epoch need not contain every image.
+    `min_pixels` pixels of the class. Draws are with replacement.
 
-    Draw k of an epoch is a pure function of (seed, epoch, k). Rank r of R takes draws r, r + R, r + 2R, ..., so ranks
-    split the draws of a single process; for equal shares, as DDP needs, make `num_samples` a multiple of `world_size`
-    times the batch size. Call `set_epoch` before every epoch; otherwise all epochs are the same.
+    Draw k of an epoch is a pure function of (seed, epoch, k). Rank r of R takes draws r, r + R, r + 2R, ...; for equal
+    shares, as DDP needs, make `num_samples` a multiple of `world_size` times the batch size. Call `set_epoch` before
+    every epoch; otherwise all epochs are the same.
 
     Args:
-        counts: (images, C), pixels of each class in each image, from `class_counts`. Column 255 holds ignored pixels
-            and is not used, like any column set to 0. Any real dtype, also a NumPy array.
+        counts: (images, C), pixels of each class in each image, from `class_counts`, of any real dtype. Column 255
+            holds ignored pixels and is not used.
         temperature: T > 0. Lower values favour the rarest classes more; 0.01 in DAFormer.
         min_pixels: How many pixels of a class an image must have to be drawn for it, at the size at which it was
             counted; 3000 in DAFormer, for images of about two megapixels.
@@ -72,10 +73,7 @@ class RareClassSampler(Sampler[int]):
     ) -> None:
         super().__init__()
         pixels = _checked(counts)
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-            raise TypeError(f"`temperature` must be a float, got {type(temperature).__name__}.")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be positive, got {temperature}; low values favour rare classes.")
+        check_temperature(temperature)
         self.temperature = temperature
         self.min_pixels = check_count("min_pixels", min_pixels, least=1)
         self.num_images = len(pixels)
@@ -91,20 +89,12 @@ class RareClassSampler(Sampler[int]):
         _, self._images = enough.T.nonzero(as_tuple=True)  # class by class
         self._many = enough.sum(0)  # (C,) number of images with enough of each class
         if not len(self._images):
-            raise ValueError(
-                f"`min_pixels` must be reached by some class in some image, got {min_pixels}, but the most is "
-                f"{int(pixels.max())}; scale it with the size of the images."
-            )
+            most = f"got {min_pixels}, but the most is {int(pixels.max())}"
+            raise ValueError(f"`min_pixels` must be reached by some class in some image, {most}; scale it.")
         self.probabilities = _probabilities(pixels.sum(0), self._many > 0, temperature)
 
     def pick(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn uniform numbers into draws.
-
-        Args:
-            scores: (..., 2) floating in [0, 1): the first selects the class, the second the image.
-
-        Returns:
-            Indices of images, and the classes they were drawn for, both (...) int64.
+        """Turn uniform numbers, (..., 2) in [0, 1), for class and image, into images and their classes, (...) int64.
 
         Raises:
             ValueError: If `scores` is not (..., 2).
@@ -115,7 +105,7 @@ class RareClassSampler(Sampler[int]):
             (tensor([0, 2]), tensor([0, 1]))
         """
         if scores.shape[-1:] != (2,):
-            raise ValueError(f"`scores` must have shape (..., 2), got {tuple(scores.shape)}; draw two per sample.")
+            raise wrong_shape("scores", "(..., 2)", scores, "draw two per sample")
         scores = scores.double()
         upper = self.probabilities.cumsum(0)
         upper[int(self._many.nonzero()[-1]) :] = 1  # exact despite rounding of the sum
@@ -125,17 +115,7 @@ class RareClassSampler(Sampler[int]):
         return images, classes
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
-        """Set the epoch of the next iteration and, to resume, where in it to start.
-
-        Args:
-            epoch: Number of the epoch, from 0.
-            start: Number of draws of this rank to skip because they were made before an interruption: finished batches
-                times batch size.
-
-        Raises:
-            TypeError: If a number is not an int.
-            ValueError: If a number is negative.
-        """
+        """Set the epoch of the next iteration, from 0, and how many draws of this rank to skip, to resume in it."""
         self.epoch = check_count("epoch", epoch)
         self.start = check_count("start", start)
 
@@ -155,6 +135,7 @@ class RareClassSampler(Sampler[int]):
 
 def _checked(counts: object) -> Tensor:
     """The counts, checked, as (images, C) float64 on the CPU, with 0 for ignored pixels."""
+    hint = "pass `class_counts(dataset)`"
     if isinstance(counts, list | tuple | np.ndarray):
         try:
             counts = torch.as_tensor(counts)
@@ -162,14 +143,9 @@ def _checked(counts: object) -> Tensor:
             raise TypeError(f"`counts` must hold numbers, (images, C): {error}") from error
     if not isinstance(counts, Tensor) or counts.is_complex() or counts.dtype == torch.bool:
         found = counts.dtype if isinstance(counts, Tensor) else type(counts).__name__
-        raise TypeError(
-            f"`counts` must be a tensor of numbers, (images, C), got {found}; pass `class_counts(dataset)`."
-        )
+        raise TypeError(f"`counts` must be a tensor of numbers, (images, C), got {found}; {hint}.")
     if counts.ndim != 2 or 0 in counts.shape:
-        raise ValueError(
-            f"`counts` must have shape (images, C), one row per image, got {tuple(counts.shape)}; "
-            "pass `class_counts(dataset)`."
-        )
+        raise wrong_shape("counts", "(images, C), one row per image", counts, hint)
     pixels = counts.detach().cpu().double()  # in this order, as the device may lack float64
     if not bool(pixels.isfinite().all()) or bool((pixels < 0).any()):
         raise ValueError("`counts` must be finite and not negative; count the pixels of each class in each image.")

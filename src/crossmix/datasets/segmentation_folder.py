@@ -9,23 +9,16 @@ import torch
 
 from crossmix._checks import check_choice
 from crossmix.datasets._arguments import check_count, check_size
-from crossmix.datasets._folder_dataset import FolderDataset, Found, by_key, find, paired
+from crossmix.datasets._folder_dataset import FolderDataset, by_key, find, paired
 from crossmix.datasets._labels import custom_format
-from crossmix.datasets._listing import bare, named_images
+from crossmix.datasets._listing import Found, bare, named_images
 from crossmix.datasets.sample import DataError, Sample
 
 __all__ = ["SegmentationFolder", "found"]
 
 IMAGES, LABELS = "images", "labels"
-PAIRS = (
-    (IMAGES, LABELS),
-    (IMAGES, "masks"),
-    ("image", "label"),
-    ("imgs", "masks"),
-    ("JPEGImages", "SegmentationClass"),
-    ("RGB", "GT"),
-    ("leftImg8bit", "gtFine"),
-)
+PAIRS = [(IMAGES, LABELS), (IMAGES, "masks"), ("image", "label"), ("imgs", "masks")]
+PAIRS += [("JPEGImages", "SegmentationClass"), ("RGB", "GT"), ("leftImg8bit", "gtFine")]
 """Common names of adjacent folders of images and of label maps."""
 
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
@@ -49,22 +42,21 @@ class SegmentationFolder(FolderDataset):
         images: Folder or pattern of images (grey ones become RGB); or, without `labels`, a folder that contains
             `images` and `labels`. None reads only label maps, and `image` is empty, (3, 0, 0).
         labels: Folder or pattern of label maps; None reads only images.
-        mapping: From the ids in the files (8 or 16 bits) or (R, G, B) colours to train ids or `ignore_index`. None
-            keeps 8-bit ids as they are. `read_classes` reads a mapping from a file. Like `num_classes`, it needs label
-            maps.
+        mapping: From the ids in the files (8 or 16 bits) or (R, G, B) colours to train ids or `ignore_index`, for
+            example by `read_classes`. None keeps 8-bit ids as they are.
         unlisted: `"raise"`: an id missing from `mapping` is an error that names the file. `"ignore"`: it becomes
             `ignore_index`.
-        num_classes: C. Ids other than 0..C-1 and `ignore_index` are errors that name the file. By default the number is
-            taken from `mapping`; with neither, all ids are accepted.
+        num_classes: C, by default that of `mapping`. Other ids than 0..C-1 and `ignore_index` are errors that name the
+            file; with neither, all ids are accepted.
         ignore_index: The train id of ignored pixels.
         size: (height, width) that images (antialiased) and labels (nearest) are resized to; None keeps their own size.
         resampling: `"bilinear"` or `"bicubic"`, for images.
-        names: A text file that lists the images to use, one name per line, with or without extension, and with enough
-            of the path to be unambiguous; for patterns, the text that `*` stands for.
+        names: A text file that lists the images to use, one per line, with or without extension, and with enough of the
+            path to be unambiguous; for patterns, the text that `*` stands for.
         transform: Called with each `Sample`, in the loader's workers; its result is the item.
 
     Attributes:
-        labelled: Whether there are label maps; otherwise all labels are `ignore_index`.
+        labelled: Whether there are label maps.
         num_classes: C if known, else None.
         ignore_index: The train id of ignored pixels.
         transform: The transform, or None.
@@ -113,10 +105,8 @@ class SegmentationFolder(FolderDataset):
         of_images, of_labels = found(images, labels)
         if of_labels is None and (mapping is not None or num_classes is not None):
             given = "num_classes" if mapping is None else "mapping"
-            raise DataError(
-                f"{images}: has no label maps for `{given}`: `labels` is not given, and the folder does not contain "
-                f"`{IMAGES}` and `{LABELS}`; pass `labels`, or leave out `{given}` to read only images."
-            )
+            why = f"`labels` is not given, and the folder does not contain `{IMAGES}` and `{LABELS}`"
+            raise DataError(f"{images}: has no label maps for `{given}`: {why}; pass `labels`, or leave out `{given}`.")
         files = paired(f"images {images}, labels {labels}:", of_images, of_labels, LAYOUT, names=names)
         super().__init__(files, label_format, size, resampling, any_kind=True)
         self.labelled = of_labels is not None
@@ -128,8 +118,7 @@ class SegmentationFolder(FolderDataset):
         """Read a sample, fill in the label if there is none, and transform it."""
         sample = super().__getitem__(index)
         if sample.label is None:
-            label = torch.full(sample.image.shape[1:], self.ignore_index, dtype=torch.uint8)
-            sample = sample._replace(label=label)
+            sample = sample._replace(label=torch.full(sample.image.shape[1:], self.ignore_index, dtype=torch.uint8))
         return sample if self.transform is None else self.transform(sample)
 
 
@@ -148,10 +137,8 @@ def found(images: str | Path | None, labels: str | Path | None) -> tuple[Found |
         return alone, None
     splits = sorted(path.name for path in (root / IMAGES).iterdir() if path.is_dir() and path.name in SPLITS)
     if len(splits) > 1:
-        raise DataError(
-            f"{root / IMAGES}: holds the splits {', '.join(splits)}; pass one of them, {root / IMAGES / splits[0]} and "
-            f"{root / LABELS / splits[0]}."
-        )
+        one = f"{root / IMAGES / splits[0]} and {root / LABELS / splits[0]}"
+        raise DataError(f"{root / IMAGES}: holds the splits {', '.join(splits)}; pass one of them, {one}.")
     return _looked_up(root / IMAGES), _looked_up(root / LABELS)
 
 
@@ -178,8 +165,8 @@ def _looked_up(where: Path) -> Found:
     regex = _regex(pattern)
     if not base.is_dir():
         return Found({})
-    images, left_out = named_images(base, recursive="/" in pattern, only=lambda path: regex.fullmatch(path) is not None)
-    return Found(by_key((_stars(regex, name), path) for name, path in images.items()), tuple(left_out))
+    named = named_images(base, recursive="/" in pattern, only=lambda path: regex.fullmatch(path) is not None)
+    return named._replace(files=by_key((_stars(regex, name), path) for name, path in named.files.items()))
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

@@ -28,16 +28,15 @@ def class_counts(dataset: Dataset[Sample], *, cache: str | os.PathLike[str] | No
     """Count the pixels of every class in every label map.
 
     The counts give class frequencies, a prior, or rare-class sampling (`RareClassSampler`). A reader's maps are counted
-    at their original size, whatever its `size=`, and its images are not read. For a `CachedSamples`, StreetScenes and
-    other data sets, labels are counted as returned.
+    at their original size, without reading images; the labels of other data sets are counted as returned.
 
     Args:
         dataset: A data set of this package, or any whose items have a `label` (H, W) of integers from 0 to 255; also
             wrapped in `Subset` or `ConcatDataset` of `torch.utils.data`.
-        cache: A file that stores the counts of a reader, next to the data or elsewhere; the command `stats` uses
-            ROOT/crossmix-stats.jsonl. It has one JSON line per map. A line is reused if the map's size and mtime and
-            the reader's ids are unchanged and its checksum is correct; all other maps are counted and appended, so an
-            interrupted count resumes. Several data sets and processes may share one file.
+        cache: A file that stores the counts of a reader; the command `stats` uses ROOT/crossmix-stats.jsonl. It has one
+            JSON line per map, reused if the map's size and mtime and the reader's ids are unchanged and its checksum is
+            correct. Other maps are counted and appended, so an interrupted count resumes. Several data sets and
+            processes may share one file.
         workers: Number of processes that read maps or samples; 0 reads in this one.
 
     Returns:
@@ -114,9 +113,8 @@ class _Counted(Dataset[Tensor]):
         item = self.dataset[i]
         name = f"sample {i} of {type(self.dataset).__name__}"
         if not hasattr(item, "label"):
-            raise TypeError(
-                f"`dataset` must hold items with a `label`, like `Sample`, got {type(item).__name__}; wrap them."
-            )
+            kind = type(item).__name__
+            raise TypeError(f"`dataset` must hold items with a `label`, like `Sample`, got {kind}; wrap them.")
         if (label := item.label) is None:
             raise DataError(f"{name} has no label; read the data set with its labels.")
         if label.numel() and (int(label.min()) < 0 or int(label.max()) > 255):

@@ -1,9 +1,13 @@
-"""StreetScenes: rendered street scenes in two styles, a small pair of domains that needs no download.
+"""StreetScenes: rendered street scenes in two looks, a small pair of domains that needs no download.
 
 The source looks like a clean computer game: one saturated colour per class, little variation, no texture. The target
 looks like camera images on an overcast day: muted colours, nearly equal for road and sidewalk, for building, wall and
 fence, for vegetation and terrain, and for person and rider; texture, a colour cast, uneven light, haze, blur and noise.
 The layouts of both have the same distribution.
+
+A second source, the rich style, has streets of its own in the perspective of a camera behind a windscreen: houses with
+windows and shops, gardens, parked cars and traffic, all with texture, in light from dusk to glare. It is meant for
+training before photographs.
 """
 
 import os
@@ -20,6 +24,7 @@ from crossmix._checks import check_choice
 from crossmix.datasets._arguments import check_count, check_index, check_size
 from crossmix.datasets._png import write_png
 from crossmix.datasets._street_layout import ID, Layout, street_layout
+from crossmix.datasets._street_rich import rich_scene
 from crossmix.datasets.classes import CLASS_NAMES, IGNORED, label_ids
 from crossmix.datasets.sample import Sample
 
@@ -76,17 +81,18 @@ TARGET_COLORS: dict[str, tuple[tuple[int, int, int], int]] = {
 class StreetScenes(Dataset[Sample]):
     """Rendered street scenes with all 19 classes of Cityscapes.
 
-    Item i is a pure function of (domain, size, seed, i).
+    Item i is a pure function of (domain, style, size, seed, i).
 
     Args:
         length: Number of scenes.
-        domain: `"source"`, the clean style, or `"target"`, the shifted one.
+        domain: `"source"`, the clean look, or `"target"`, the shifted one.
         size: Height and width of the images, in pixels, at least 16 each.
         seed: Scenes of different seeds are unrelated.
+        style: `"flat"`, or `"rich"` for a source with more variety and detail.
 
     Raises:
         TypeError: If `length`, `size` or `seed` are not ints.
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the style is `"rich"` and the domain `"target"`.
 
     Example:
         >>> scene = StreetScenes(10, domain="target")[3]
@@ -101,12 +107,17 @@ class StreetScenes(Dataset[Sample]):
         domain: Literal["source", "target"] = "source",
         size: tuple[int, int] = (64, 128),
         seed: int = 0,
+        style: Literal["flat", "rich"] = "flat",
     ) -> None:
         check_choice("domain", domain, ("source", "target"))
+        check_choice("style", style, ("flat", "rich"))
+        if style == "rich" and domain == "target":
+            raise ValueError("`style` 'rich' is a look of the source, got `domain` 'target'.")
         self.length = check_count("length", length, least=1)
         self.domain = domain
         self.size = check_size(size, least=16) or (64, 128)
         self.seed = check_count("seed", seed)
+        self.style = style
 
     def __len__(self) -> int:
         return self.length
@@ -144,11 +155,16 @@ class StreetScenes(Dataset[Sample]):
                 write_png(path, pixels)
 
     def _render(self, index: int) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng([self.seed, index, self.domain == "target"])
-        layout = street_layout(self.size, rng)
-        look = _source_look if self.domain == "source" else _target_look
-        image = (look(layout, rng).clip(0, 1) * 255).round().astype(np.uint8)
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(layout.label)
+        image: NDArray[np.floating]
+        rng = np.random.default_rng([self.seed, index, 2 if self.style == "rich" else self.domain == "target"])
+        if self.style == "rich":
+            image, label = rich_scene(self.size, rng)
+        else:
+            layout = street_layout(self.size, rng)
+            look = _source_look if self.domain == "source" else _target_look
+            image, label = look(layout, rng), layout.label
+        pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
 
 
 def _source_look(layout: Layout, rng: np.random.Generator) -> Array:

@@ -19,9 +19,9 @@ class Synthia(FolderDataset):
     """Read SYNTHIA-RAND-CITYSCAPES as unpacked from its archive: `RGB/*.png` and `GT/LABELS/*.png`, in sorted order.
 
     The label files are 16-bit RGB with the class in the first channel; programs that keep only the high byte of each
-    value read zeros. This reader handles them correctly, as well as one-channel files of the same ids in 8 or 16 bits,
-    known as `synthia_mapped_to_cityscapes`; the format is detected from header and content. The ids of void, parking,
-    road work and lane marking are ignored, and so are terrain, truck and train, which this part of SYNTHIA lacks.
+    value read zeros. One-channel files of the same ids in 8 or 16 bits, `synthia_mapped_to_cityscapes`, are read too.
+    The ids of void, parking, road work and lane marking are ignored, and so are terrain, truck and train, which this
+    part of SYNTHIA lacks.
 
     Args:
         root: The folder that contains `RGB` and `GT/LABELS` (or `synthia_mapped_to_cityscapes`).
@@ -59,13 +59,12 @@ class Synthia(FolderDataset):
     ) -> None:
         size = check_size(size)
         self.root = Path(root)
-        folder = next((name for name in LABEL_FOLDERS if (self.root / name).is_dir()), LABEL_FOLDERS[0])
-        files = paired(
-            f"{self.root}:",
-            find(self.root / "RGB") if images else None,
-            find(self.root / folder) if labels else None,
-            LAYOUT,
-            names=names,
-            root=(self.root, "SYNTHIA"),
-        )
+        folders = ((self.root / "RGB", images), (labels_in(self.root), labels))
+        of_images, of_labels = (find(folder) if is_read else None for folder, is_read in folders)
+        files = paired(f"{self.root}:", of_images, of_labels, LAYOUT, names=names, root=(self.root, "SYNTHIA"))
         super().__init__(files, SYNTHIA_IDS, size, "bicubic")
+
+
+def labels_in(root: Path) -> Path:
+    """The folder of the label maps."""
+    return next((root / name for name in LABEL_FOLDERS if (root / name).is_dir()), root / LABEL_FOLDERS[0])

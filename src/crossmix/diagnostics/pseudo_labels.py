@@ -10,19 +10,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from crossmix._checks import (
+    check_confidence,
     check_fraction,
     check_ignore_index,
     check_labels,
     check_num_classes,
     check_same_device,
     check_same_shape,
-    check_tensor,
+    class_shares,
 )
-from crossmix._distributed import all_reduce_sum
+from crossmix._distributed import Counts
 from crossmix._tensors import at_least_float32
 
 __all__ = ["PseudoLabelMonitor", "PseudoLabelQuality"]
@@ -75,8 +76,7 @@ class PseudoLabelQuality(NamedTuple):
 
         Returns:
             "lambda" (the confident share), "divergence" and the other fields by name; fields with one number per class
-            have the class after a slash, as in "recall/road". Undefined values are None, since JSON has no NaN; the
-            keys are always the same.
+            have the class after a slash, as in "recall/road". Undefined values are None; the keys are always the same.
 
         Raises:
             ValueError: If there is not one distinct name per class.
@@ -91,10 +91,8 @@ class PseudoLabelQuality(NamedTuple):
         num_classes = len(self.share)
         names = [str(i) for i in range(num_classes)] if class_names is None else list(class_names)
         if len(names) != num_classes or len(set(names)) != num_classes:
-            raise ValueError(
-                f"`class_names` must be {num_classes} distinct names, got {len(set(names))} among {len(names)}; "
-                "name each class once."
-            )
+            got = f"{len(set(names))} among {len(names)}"
+            raise ValueError(f"`class_names` must be {num_classes} distinct names, got {got}; name each class once.")
         record: dict[str, float | int | None] = {}
         for field, value in self._asdict().items():
             if isinstance(value, Tensor):
@@ -104,7 +102,7 @@ class PseudoLabelQuality(NamedTuple):
         return record
 
 
-class PseudoLabelMonitor(nn.Module):
+class PseudoLabelMonitor(Counts):
     """Accumulate the quality of pseudo-labels over batches, with or without true labels.
 
     True labels of the target are for monitoring only: validation images, or a labelled target set unused in training.
@@ -153,8 +151,6 @@ class PseudoLabelMonitor(nn.Module):
         self.register_buffer("confidence", torch.zeros((), dtype=torch.int64))
         self.register_buffer("gaps", torch.zeros(BINS, dtype=torch.int64))
         self.register_buffer("agreement", torch.zeros(2, dtype=torch.int64))
-        self._merged: dict[str, Tensor] | None = None
-        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def update(
@@ -205,16 +201,6 @@ class PseudoLabelMonitor(nn.Module):
             self.agreement += torch.stack([(compared & ~agree).sum(), agree.sum()])
         self._merged = None
 
-    def merge(self) -> None:
-        """Sum the counts of all ranks for `compute`. Idempotent, and a no-op without a process group."""
-        self._merged = {name: all_reduce_sum(buffer) for name, buffer in self.named_buffers()}
-
-    def reset(self) -> None:
-        """Reset all counts to 0."""
-        for buffer in self.buffers():
-            buffer.zero_()
-        self._merged = None
-
     def compute(self, prior: Tensor | Sequence[float] | None = None) -> PseudoLabelQuality:
         """Compute all values from the counts; after `merge`, from those of all ranks.
 
@@ -222,19 +208,18 @@ class PseudoLabelMonitor(nn.Module):
             prior: (C,) class frequencies or counts to compare the shares with, >= 0, normalised to sum to 1; for
                 example the source's, if the target has no labels. The shares of the true labels by default.
 
-        Returns:
-            The quality of the pseudo-labels counted since the last `reset`.
-
         Raises:
             ValueError: If `prior` is not C numbers that can be normalised.
         """
-        state = {name: value.cpu().double() for name, value in (self._merged or dict(self.named_buffers())).items()}
+        state = self._totals()
         wrong, right, alone, true = state["counts"].unbind(2)  # (C, 2) each
         known = wrong + right
         both = known + alone
         pixels = both.sum()
         share = both.sum(1) / pixels  # here and below, 0 / 0 is NaN: no data
-        expected = true.sum(1) / true.sum() if prior is None else self._given_prior(prior)
+        expected = true.sum(1) / true.sum()
+        if prior is not None:
+            expected = class_shares(prior, self.num_classes, self.ignore_index)
         return PseudoLabelQuality(
             precision=right.sum(1) / known.sum(1),
             recall=right.sum(1) / true.sum(1),
@@ -253,24 +238,7 @@ class PseudoLabelMonitor(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        """Constructor arguments, for `repr`."""
         return f"num_classes={self.num_classes}, threshold={self.threshold}, ignore_index={self.ignore_index}"
-
-    def _given_prior(self, prior: Tensor | Sequence[float]) -> Tensor:
-        """The prior as (C,) float64 on the CPU, summing to 1 over the classes that are not ignored."""
-        given = prior.detach().cpu() if isinstance(prior, Tensor) else prior  # the device may lack float64
-        values = torch.as_tensor(given, dtype=torch.float64, device="cpu")
-        if tuple(values.shape) != (self.num_classes,):
-            raise ValueError(
-                f"`prior` must hold one number per class, shape ({self.num_classes},), got {tuple(values.shape)}; "
-                "count the pixels of each class."
-            )
-        values = values.where(torch.arange(self.num_classes, device="cpu") != self.ignore_index, 0)
-        if not bool(values.isfinite().all()) or bool((values < 0).any()) or not float(values.sum()) > 0:
-            raise ValueError(
-                f"`prior` must be finite, not negative and not all zero, got {values.tolist()}; check the counts."
-            )
-        return values / values.sum()
 
     def _ids(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Flattened class ids, with 0 where a pixel has no valid class, and a mask of the valid pixels."""
@@ -280,20 +248,13 @@ class PseudoLabelMonitor(nn.Module):
 
     def _check_batch(self, labels: Tensor, confidence: Tensor, truth: Tensor | None, student: Tensor | None) -> None:
         check_labels("labels", labels)
-        check_tensor("confidence", confidence)
-        if not confidence.is_floating_point():
-            raise TypeError(f"`confidence` must be floating in [0, 1], got {confidence.dtype}; pass probabilities.")
+        check_confidence(confidence)
         check_same_shape("confidence", confidence.shape, "labels", labels.shape)
         for name, other in (("truth", truth), ("student", student)):
             if other is not None:
                 check_labels(name, other)
                 check_same_shape(name, other.shape, "labels", labels.shape)
         check_same_device(counts=self.counts, labels=labels, confidence=confidence, truth=truth, student=student)
-
-
-def _forget(monitor: PseudoLabelMonitor, _: object) -> None:
-    """Discard merged counts when a state is loaded, which replaces everything counted before."""
-    monitor._merged = None
 
 
 def _or_none(value: float) -> float | None:

@@ -6,12 +6,12 @@ Soft neighbourhood density: Saito et al., ICCV 2021, https://arxiv.org/abs/2108.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from crossmix._checks import check_int, check_logits, check_num_classes, check_same_device
-from crossmix._distributed import all_reduce_sum
+from crossmix._checks import check_int, check_logits, check_num_classes, check_same_device, check_temperature
+from crossmix._distributed import Counts
 from crossmix._tensors import at_least_float32
 
 __all__ = ["UnsupervisedQuality", "UnsupervisedScores"]
@@ -36,7 +36,7 @@ class UnsupervisedQuality(NamedTuple):
     neighborhood_density: float
 
 
-class UnsupervisedScores(nn.Module):
+class UnsupervisedScores(Counts):
     """Accumulate label-free scores of predictions on the target over batches.
 
     The neighbourhood density is the mean over sampled pixels i, with softmax outputs p_i, of
@@ -76,25 +76,17 @@ class UnsupervisedScores(nn.Module):
         super().__init__()
         check_num_classes(num_classes)
         check_int("pixels", pixels, least=2, hint="; each is compared with all others")
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-            raise TypeError(f"`temperature` must be a float, got {type(temperature).__name__}.")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be positive, got {temperature}; the paper's is 0.05.")
+        check_temperature(temperature)
         self.num_classes = num_classes
         self.pixels = pixels
         self.temperature = temperature
         self.register_buffer("prediction", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("entropy", torch.zeros(2, dtype=torch.int64))
         self.register_buffer("density", torch.zeros(2, dtype=torch.int64))
-        self._merged: dict[str, Tensor] | None = None
-        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def update(self, logits: Tensor) -> None:
-        """Add a batch of predictions, without a host sync. Pixels with NaN logits do not count.
-
-        Args:
-            logits: (N, C, H, W) floating logits of target images, of any size; those before upsampling suffice.
+        """Add (N, C, H, W) logits of target images, of any size, without a host sync. Pixels with NaN do not count.
 
         Raises:
             TypeError: If `logits` is not floating.
@@ -102,9 +94,7 @@ class UnsupervisedScores(nn.Module):
         """
         check_logits("logits", logits)
         if logits.shape[1] != self.num_classes:
-            raise ValueError(
-                f"`logits` have {logits.shape[1]} classes but `num_classes` is {self.num_classes}; they must agree."
-            )
+            raise ValueError(f"`logits` have {logits.shape[1]} classes but `num_classes` is {self.num_classes}.")
         check_same_device(prediction=self.prediction, logits=logits)
         probs = at_least_float32(logits).softmax(1)
         entropy = torch.special.entr(probs).sum(1)
@@ -119,23 +109,9 @@ class UnsupervisedScores(nn.Module):
             self.density += _density(chosen, self.temperature)
         self._merged = None
 
-    def merge(self) -> None:
-        """Sum the state of all ranks for `compute`. Idempotent, and a no-op without a process group."""
-        self._merged = {name: all_reduce_sum(buffer) for name, buffer in self.named_buffers()}
-
-    def reset(self) -> None:
-        """Reset all sums to 0."""
-        for buffer in self.buffers():
-            buffer.zero_()
-        self._merged = None
-
     def compute(self) -> UnsupervisedQuality:
-        """Compute the scores of everything added since the last `reset`; after `merge`, of all ranks.
-
-        Returns:
-            The scores.
-        """
-        state = {name: value.cpu().double() for name, value in (self._merged or dict(self.named_buffers())).items()}
+        """Compute the scores of everything added since the last `reset`; after `merge`, of all ranks."""
+        state = self._totals()
         mean = state["prediction"] / state["prediction"].sum()  # here and below, 0 / 0 is NaN: no data
         entropy = float(state["entropy"][0] / UNIT / state["entropy"][1])
         return UnsupervisedQuality(
@@ -146,13 +122,7 @@ class UnsupervisedScores(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        """Constructor arguments, for `repr`."""
         return f"num_classes={self.num_classes}, pixels={self.pixels}, temperature={self.temperature}"
-
-
-def _forget(scores: UnsupervisedScores, _: object) -> None:
-    """Discard merged sums when a state is loaded, which replaces everything added before."""
-    scores._merged = None
 
 
 def _units(total: Tensor) -> Tensor:

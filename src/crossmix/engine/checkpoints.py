@@ -64,7 +64,7 @@ class CheckpointStore:
         return self.folder / "best.pt"
 
     def save(self, step: int, state: Mapping[str, Any], *, best: bool = False) -> Path:
-        """Write a checkpoint, then delete the ones that are no longer kept.
+        """Write a checkpoint, delete the ones that are no longer kept, and return its path.
 
         This verifies the checkpoints that are kept, which takes a second or two per gigabyte.
 
@@ -72,9 +72,6 @@ class CheckpointStore:
             step: Number of finished optimizer steps.
             state: Tensors, numbers, strings and containers of them.
             best: Whether to save it as `best.pt` as well.
-
-        Returns:
-            The path of the checkpoint.
 
         Raises:
             OSError: If writing fails. On a full disk the message states how many bytes are needed and free. Earlier
@@ -96,10 +93,7 @@ class CheckpointStore:
         return path
 
     def load_newest(self) -> dict[str, Any] | None:
-        """Load the newest valid checkpoint, with a warning for each newer one that is damaged.
-
-        Returns:
-            Its state on the CPU, or None if nothing was ever saved.
+        """Load the newest valid checkpoint to the CPU, or None before a save; warn of each newer, damaged one.
 
         Raises:
             CheckpointError: If there are checkpoints but none is valid.
@@ -117,10 +111,7 @@ class CheckpointStore:
         return None
 
     def load_best(self) -> dict[str, Any] | None:
-        """Load the best checkpoint.
-
-        Returns:
-            Its state on the CPU, or None if none was saved with `best=True`.
+        """Load the best checkpoint to the CPU, or None if none was saved with `best=True`.
 
         Raises:
             CheckpointError: If it is damaged. The next `save` with `best=True` replaces it.
@@ -129,10 +120,8 @@ class CheckpointStore:
             return None
         problem = _problem(self.best)
         if problem is not None:
-            raise CheckpointError(
-                f"{self.best}: {problem}; the next best checkpoint replaces it, until then use the newest in "
-                f"{self.folder}."
-            )
+            hint = "the next best checkpoint replaces it, until then use the newest"
+            raise CheckpointError(f"{self.best}: {problem}; {hint}.")
         return _read(self.best)
 
     def _steps(self) -> list[Path]:
@@ -156,11 +145,11 @@ class _Hashing:
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> int:
-        count = len(data) if self.file is None else self.file.write(data)
-        self.size += count
+        self.size += len(data)
         if self.file is not None:
+            self.file.write(data)
             self.sha256.update(data)
-        return count
+        return len(data)
 
     def flush(self) -> None:
         """Do nothing: writes are not buffered here."""

@@ -1,6 +1,7 @@
 """Roll back steps with non-finite losses or gradients, without a host sync."""
 
 import copy
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -32,10 +33,9 @@ class FiniteGuard:
     learns of a bad step when the flag has arrived, on a GPU a few steps later; `check` raises then.
 
     State on the host can only be put back once the host knows: the teacher's update count, Adam's `step` unless it was
-    built with `fused=True` or `capturable=True`, and state that a first step creates. The next `check` does this before
-    anything depends on it. Only then does it wait for the flag of the previous step; a forward and a backward pass have
-    been queued since, so the device does not run dry. Reading an optimizer's state_dict also triggers it; call `settle`
-    before reading a module's.
+    built with `fused=True` or `capturable=True`, and state that a first step creates. The next `check` does this, and
+    waits for the flag of the previous step, since which a forward and a backward pass have been queued. Reading an
+    optimizer's state_dict also triggers it; call `settle` before reading a module's.
 
     Memory: a copy of everything that moves, on a GPU two: 1 GB for ResNet-101 with a teacher.
 
@@ -140,11 +140,9 @@ class FiniteGuard:
             self._good = torch.zeros_like(good)
             self.restore()
             self.settle()
-            raise NonFiniteError(
-                latest,
-                f"step {latest}: the loss or a gradient is not finite, {self.skipped} such steps so far and "
-                f"{self.skip} allowed; weights, teacher and averages are as they were before it.",
-            )
+            count = f"{self.skipped} such steps so far and {self.skip} allowed"
+            kept = "weights, teacher and averages are as they were before it"
+            raise NonFiniteError(latest, f"step {latest}: the loss or a gradient is not finite, {count}; {kept}.")
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -187,14 +185,10 @@ class FiniteGuard:
 
     def _gradients_are_finite(self, device: torch.device) -> Tensor:
         """Whether all gradients of all optimizers are finite, as a bool scalar on a device."""
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for parameter in self._parameters():
-            if (gradient := parameter.grad) is not None:
-                values = gradient._values() if gradient.is_sparse else gradient
-                kinds.setdefault((values.device, values.dtype), []).append(values)
+        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
         finite = torch.ones((), dtype=torch.bool, device=device)
-        for (_, dtype), found in kinds.items():
-            half = dtype in {torch.float16, torch.bfloat16}  # norms overflow in these
+        for found in _alike(one._values() if one.is_sparse else one for one in gradients):
+            half = found[0].dtype in {torch.float16, torch.bfloat16}  # norms overflow in these
             norms = torch._foreach_norm(found, 2, torch.float32 if half else None)
             finite = finite & torch.stack(norms).isfinite().all().to(device)
         return finite
@@ -202,24 +196,15 @@ class FiniteGuard:
     def _parameters(self) -> Iterator[Tensor]:
         return (p for one in self.optimizers for group in one.param_groups for p in group["params"])
 
-    def _moving(self) -> dict[Tensor, None]:
+    def _moving(self) -> list[Tensor]:
         """Every tensor that moves, once; with parameters on a device, without those on the host."""
-        tensors: dict[Tensor, None] = {}
-        for module in self.modules:
-            tensors.update(dict.fromkeys(module.parameters()))
-            tensors.update(dict.fromkeys(module.buffers()))
-        tensors.update(dict.fromkeys(self._parameters()))
-        for one in self.optimizers:
-            for state in one.state.values():
-                tensors.update(dict.fromkeys(value for value in state.values() if isinstance(value, Tensor)))
-        for tensor in self._on_host(tensors):
-            del tensors[tensor]
+        held = [[*module.parameters(), *module.buffers()] for module in self.modules]
+        states = [state.values() for one in self.optimizers for state in one.state.values()]
+        made = [value for values in states for value in values if isinstance(value, Tensor)]
+        tensors = list(dict.fromkeys(itertools.chain(*held, self._parameters(), made)))
+        if any(not parameter.is_cpu for parameter in self._parameters()):
+            return [tensor for tensor in tensors if not tensor.is_cpu]  # the host puts its own back
         return tensors
-
-    def _on_host(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """The tensors that the host has to put back."""
-        found = [tensor for tensor in tensors if tensor.is_cpu]
-        return found if any(not parameter.is_cpu for parameter in self._parameters()) else []
 
     def _keep_new(self) -> None:
         """Copy everything that moves; again when a step has created state."""
@@ -229,10 +214,8 @@ class FiniteGuard:
         self._inside = [part for module in self.modules for part in module.modules()]
         self._extras = [one for one in self._inside if type(one).get_extra_state is not nn.Module.get_extra_state]
         self._seen = [id(value) for values in self._holders() for value in values]
-        old, kinds = self._kept, dict[tuple[torch.dtype, torch.device], list[Tensor]]()
-        for tensor in self._moving():
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        self._groups = [_Group(tensors, 1 if self._is_known(tensors[0]) else 2) for tensors in kinds.values()]
+        old = self._kept
+        self._groups = [_Group(one, 1 if self._is_known(one[0]) else 2) for one in _alike(self._moving())]
         self._kept = {one: kept for group in self._groups for one, kept in zip(group.moving, group.kept, strict=True)}
         for tensor, kept in self._kept.items():
             kept.copy_(old.get(tensor, tensor))
@@ -246,6 +229,14 @@ class FiniteGuard:
             yield from (group["params"] for group in one.param_groups)
             for state in one.state.values():
                 yield (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _alike(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors by dtype and device."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return list(kinds.values())
 
 
 class _Group:
@@ -321,17 +312,14 @@ class _HostState:
 
     @staticmethod
     def _differs(saved: tuple[torch.optim.Optimizer, dict[Any, dict[str, tuple[Any, Any]]]]) -> bool:
+        """Whether the optimizer holds anything but the tensors that the device puts back."""
         one, states = saved
-        if one.state.keys() != states.keys():
-            return True
-        for key, values in states.items():
-            if one.state[key].keys() != values.keys():
+        for key, pairs in states.items():
+            known = {name: id(value) for name, (value, was) in pairs.items() if was is value and torch.is_tensor(value)}
+            now = {name: id(value) for name, value in one.state.get(key, {}).items()}
+            if len(known) < len(pairs) or known != now:
                 return True
-            for name, (value, was) in values.items():
-                on_device = isinstance(value, Tensor) and was is value
-                if not on_device or one.state[key][name] is not value:
-                    return True
-        return False
+        return one.state.keys() != states.keys()
 
 
 class _Flag:

@@ -51,10 +51,7 @@ class Progress:
         self._waited += time.perf_counter() - begin
 
     def measured(self, done: int) -> dict[str, float]:
-        """Measure the interval since the last call.
-
-        Args:
-            done: Number of steps done so far.
+        """Measure the interval since the last call, given the number of steps done so far.
 
         Returns:
             `it_per_s`; `data_wait`, the share of the time spent waiting for data; `memory_mb`, the peak allocated GPU
@@ -73,11 +70,7 @@ class Progress:
         return record
 
     def show(self, record: Mapping[str, float | int]) -> None:
-        """Show a log record on the bar, or print it as a line with the remaining time.
-
-        Args:
-            record: Values by name, including `step` and `it_per_s`.
-        """
+        """Show values by name, including `step` and `it_per_s`, on the bar, or in a line with the remaining time."""
         values = " ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
         if self._bar is not None:
             self._bar.set_postfix_str(values)
@@ -86,11 +79,7 @@ class Progress:
             self.say(f"step {record['step']}/{self.total} {values} left {left:.0f} s")
 
     def say(self, text: str) -> None:
-        """Print a line, above the bar if there is one.
-
-        Args:
-            text: The line.
-        """
+        """Print a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(text)
         elif self.shown:

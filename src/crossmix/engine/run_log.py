@@ -31,10 +31,7 @@ class RunLog:
         self.path = Path(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record.
-
-        Args:
-            record: JSON-serialisable; must contain `step`.
+        """Append a record, JSON-serialisable and with a key `step`.
 
         Raises:
             OSError: If writing fails. On a full disk the message states how many bytes are needed and free.
@@ -67,9 +64,6 @@ class RunLog:
 
     def cut(self, step: int) -> None:
         """Drop the records after `step`, before a run resumes from it.
-
-        Args:
-            step: The last step to keep.
 
         Raises:
             OSError: If writing fails; the log is then unchanged.

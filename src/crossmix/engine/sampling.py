@@ -9,7 +9,7 @@ import logging
 import math
 import operator
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from crossmix._checks import check_size
 from crossmix._keyed import keyed_generator
-from crossmix.datasets.sample import DataError
+from crossmix.datasets.sample import DataError, Sample
 from crossmix.datasets.sampling import RareClassSampler
 
 __all__ = ["KeyedCrops", "keyed_generator", "resident"]
@@ -61,13 +62,13 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
 
     With `rare`, a class and an image are drawn as by `RareClassSampler`, and the image is cropped up to 10 more times
     until the crop has enough pixels of that class; failing that, the last crop is used. Enough is half of the sampler's
-    `min_pixels`, scaled with the area for crops larger than 512 x 512: 1500 at 512 x 512 and 6000 at 1024 x 1024, as in
-    DAFormer and HRDA. It is never more than half of the crop.
+    `min_pixels`, scaled with the area of crops larger than 512 x 512 (1500, and 6000 at 1024 x 1024, as in DAFormer and
+    HRDA), but at most half of the crop.
 
-    A sample that cannot be read, or whose image is smaller than the crop, is an error. With `skip`, up to that many
-    different samples are skipped instead; each is logged as a warning and recorded in `skipped`. The draw then uses the
-    sample at the same position of the next epoch (of an ordinary epoch, with `rare`), so it remains a pure function of
-    the key and the files. Each worker process counts on its own. With `pad`, small images are padded and are no error.
+    A sample that cannot be read, or whose image is smaller than the crop (without `pad`), is an error. With `skip`, up
+    to that many different samples are skipped instead; each is logged as a warning and recorded in `skipped`. The draw
+    then uses the sample at the same position of the next epoch (of an ordinary epoch, with `rare`), so it remains a
+    pure function of the key and the files. Each worker process counts on its own.
 
     Args:
         samples: Items with `image` (3, H, W) uint8, `label` (H, W) uint8 or None, and `name`.
@@ -76,8 +77,8 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         stream: Distinguishes the data sets of one run: different streams of one seed are unrelated.
         skip: Number of different unreadable samples to skip before the next one raises.
         pad: Whether to pad images smaller than the crop, at the bottom and right, with black pixels of label 255.
-        rare: Draws rare classes more often: a sampler built from the class counts of these samples. Only its
-            probabilities and `min_pixels` are used; the draw itself is keyed by `seed` and `stream`.
+        rare: Draws rare classes more often: a sampler built from the class counts of these samples; its draws are keyed
+            by `seed` and `stream`.
 
     Attributes:
         skipped: Indices of the samples skipped so far, with the reasons.
@@ -113,7 +114,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError("`samples` must not be empty; check the folder that they are read from.")
         keyed_generator(seed, stream)  # reject negative values here rather than in a worker
         self.samples = samples
-        self.size = _checked(size)
+        self.size = check_size("size", size)
         self.seed = seed
         self.stream = stream
         if skip < 0:
@@ -126,14 +127,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         self._order: tuple[int, Tensor] | None = None
 
     def __getitem__(self, draw: int) -> tuple[Tensor, Tensor]:
-        """Return the crop of a draw.
-
-        Args:
-            draw: Number of the draw, from 0.
-
-        Returns:
-            Image (3, h, w) uint8 and label (h, w) uint8, filled with 255 if the sample has no label.
-        """
+        """Return the crop of a draw: image (3, h, w) uint8 and label (h, w) uint8, of 255 if the sample has none."""
         draw = operator.index(draw)
         sample, wanted = self._read(draw)
         generator = keyed_generator(self.seed, self.stream, 1, draw)
@@ -187,21 +181,12 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         if self.rare is not None and sample.label is None:
             raise DataError(f"{name}: has no label to look for rare classes in; read the data set with its labels.")
         if not self.pad and (height < crop_height or width < crop_width):
-            raise DataError(
-                f"{name}: the image is {height} x {width}, smaller than the crop of {crop_height} x {crop_width}; "
-                "use a smaller crop, pad, or resize the images when reading them."
-            )
+            smaller = f"the image is {height} x {width}, smaller than the crop of {crop_height} x {crop_width}"
+            raise DataError(f"{name}: {smaller}; use a smaller crop, pad, or resize the images when reading them.")
         return sample
 
     def index(self, draw: int) -> int:
-        """Return the index of the sample that a draw uses.
-
-        Args:
-            draw: Number of the draw, from 0.
-
-        Returns:
-            Index into `samples`.
-        """
+        """Return the index into `samples` that a draw, numbered from 0, uses."""
         return next(self._in_line(operator.index(draw)))[0]
 
     def _in_line(self, draw: int) -> Iterator[tuple[int, int | None]]:
@@ -220,23 +205,15 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
             yield int(self._order[1][position]), None
 
 
-class Resident(NamedTuple):
-    """A sample whose tensors are on a device."""
-
-    image: Tensor
-    label: Tensor | None
-    name: str
-
-
-def resident(samples: Samples, device: torch.device | str) -> list[Resident]:
-    """Load a whole data set onto a device, so that `KeyedCrops` crops it there.
+def resident(samples: Samples, device: torch.device | str) -> list[Sample]:
+    """Load a whole data set onto a device, to pass to `KeyedCrops`, whose crops are then the same, on that device.
 
     Args:
         samples: Items with `image`, `label` and `name`. All of them are read now, so a cached data set is best.
         device: The device.
 
     Returns:
-        The samples in order, to pass to `KeyedCrops` in place of the data set. The crops are the same, on the device.
+        The samples in order.
 
     Raises:
         ValueError: If the device has less free memory than the samples need; nothing is left allocated.
@@ -257,12 +234,12 @@ def resident(samples: Samples, device: torch.device | str) -> list[Resident]:
                 f"{device}: has {free / 2**30:.1f} GiB free, but {len(samples)} samples of the first one's size need "
                 f"{need / 2**30:.1f} GiB; read them from a cache on disk instead."
             )
-    kept = []
-    for i in range(len(samples)):
-        sample = samples[i]
+
+    def moved(sample: Labelled) -> Sample:
         label = None if sample.label is None else sample.label.to(device)
-        kept.append(Resident(sample.image.to(device), label, sample.name))
-    return kept
+        return Sample(sample.image.to(device), label, sample.name)
+
+    return [moved(samples[i]) for i in range(len(samples))]
 
 
 def _with_enough(image: Tensor, label: Tensor, boxes: list[Box], wanted: int, enough: float) -> tuple[Tensor, Tensor]:
@@ -286,19 +263,7 @@ def _enough(rare: RareClassSampler, size: tuple[int, int], length: int) -> float
     if not isinstance(rare, RareClassSampler):
         raise TypeError(f"`rare` must be a RareClassSampler, got {type(rare).__name__}; build one from class counts.")
     if rare.num_images != length:
-        raise ValueError(
-            f"`rare` has the counts of {rare.num_images} images, but there are {length} samples; count these."
-        )
+        count = rare.num_images
+        raise ValueError(f"`rare` has the counts of {count} images, but there are {length} samples; count these.")
     area = math.prod(size)
     return min(rare.min_pixels * max(0.5, area / (512 * 1024)), area / 2)
-
-
-def _checked(size: object) -> tuple[int, int]:
-    """The crop size, checked, as two ints."""
-    sides = list(size) if isinstance(size, tuple | list) else []
-    if len(sides) != 2 or not all(hasattr(side, "__index__") and side is not True for side in sides):
-        raise TypeError(f"`size` must be (height, width) in whole pixels, got {size!r}; pass a pair of ints.")
-    height, width = map(operator.index, sides)
-    if min(height, width) < 1:
-        raise ValueError(f"`size` must be positive (H, W), got {(height, width)}.")
-    return height, width

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from crossmix.models.weight_files import WeightsError
 
-__all__ = ["WRAPPERS", "Place", "core", "few", "find", "fits", "is_extra", "part_of", "tensors"]
-
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "Scale"}
 """Components of names that wrappers add (`Scale` is the multi-scale wrapper of the ImageNet file). They may also be
 the network's own; its names decide."""

@@ -19,13 +19,11 @@ MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 
 
 class DeepLabV2(nn.Module):
-    """DeepLab-v2 on a bottleneck ResNet; maps images in [0, 1] to logits.
+    """DeepLab-v2 on a bottleneck ResNet; maps images in [0, 1] to logits. `deeplab_v2_resnet101` builds one.
 
     Bottlenecks have their stride on the first 1x1 convolution, the max-pooling rounds sizes up, the last two stages are
     dilated by 2 and 4 instead of strided, and the head sums 3x3 convolutions with different dilations. The network
     itself applies the preprocessing that the published weights expect (BGR, 0..255, minus the mean).
-
-    Use `deeplab_v2_resnet101` or `deeplab_v2_tiny` to build one.
 
     Args:
         num_classes: The number of classes C.
@@ -79,10 +77,7 @@ class DeepLabV2(nn.Module):
                 module.requires_grad_(requires_grad=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Score every pixel.
-
-        Args:
-            images: (N, 3, H, W) floating, RGB in [0, 1].
+        """Score images, (N, 3, H, W) floating, RGB in [0, 1].
 
         Returns:
             (N, C, H, W) logits, or those of `forward_features` if built with `upsample=False`.
@@ -97,18 +92,7 @@ class DeepLabV2(nn.Module):
         return functional.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=True)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Score at the network's own resolution: 1/8 for ResNet-101, 65 x 65 for 512 x 512.
-
-        Args:
-            images: (N, 3, H, W) floating, RGB in [0, 1].
-
-        Returns:
-            (N, C, h, w) logits.
-
-        Raises:
-            TypeError: If `images` is not floating.
-            ValueError: If its shape is wrong.
-        """
+        """Score `images` at the network's own resolution, (N, C, h, w): 1/8 for ResNet-101, 65 x 65 for 512 x 512."""
         check_images("images", images, channels=3)
         x = _caffe_images(images)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -129,12 +113,6 @@ def deeplab_v2_resnet101(
         aspp_branches: 4, or 2 as in the released code.
         freeze_bn_affine: Whether to freeze BatchNorm's scale and shift, as published; see `DeepLabV2`.
         upsample: Whether to return logits at the size of the images.
-
-    Returns:
-        The network, in training mode.
-
-    Raises:
-        ValueError: If `num_classes` or `aspp_branches` is out of range.
 
     Example:
         >>> network = deeplab_v2_resnet101(19).eval()
@@ -161,16 +139,10 @@ def deeplab_v2_tiny(
     It has one bottleneck per stage, 3/16 of the width, output stride 8, and dilations 1, 3, 6 and 9 in the head.
 
     Args:
-        num_classes: The number of classes C.
-        aspp_branches: Number of branches of the head to sum.
-        freeze_bn_affine: Whether BatchNorm's scale and shift get no gradient.
-        upsample: Whether to return logits at the size of the images.
-
-    Returns:
-        The network, in training mode.
-
-    Raises:
-        ValueError: If `num_classes` or `aspp_branches` is out of range.
+        num_classes: As in `deeplab_v2_resnet101`.
+        aspp_branches: As there.
+        freeze_bn_affine: As there.
+        upsample: As there.
 
     Example:
         >>> deeplab_v2_tiny(19).eval()(torch.rand(1, 3, 64, 128)).shape
@@ -227,9 +199,8 @@ class _Pyramid(nn.Module):
     def __init__(self, inputs: int, num_classes: int, dilations: Sequence[int], branches: int) -> None:
         super().__init__()
         if not 1 <= branches <= len(dilations):
-            raise ValueError(
-                f"`aspp_branches` must lie in 1..{len(dilations)}, got {branches}; the published values are 2 and 4."
-            )
+            most = len(dilations)
+            raise ValueError(f"`aspp_branches` must lie in 1..{most}, got {branches}; the published ones are 2 and 4.")
         self.branches = branches
         self.conv2d_list = nn.ModuleList(
             nn.Conv2d(inputs, num_classes, 3, 1, dilation, dilation, bias=True) for dilation in dilations

@@ -36,6 +36,7 @@ class WeightSource(NamedTuple):
 
 
 _DEAD = "the host has not answered since about December 2021"
+_TORCHVISION = "https://download.pytorch.org/models"
 
 SOURCES = {
     "coco": WeightSource(
@@ -59,12 +60,8 @@ SOURCES = {
         "the host asks for a browser: open https://drive.google.com/file/d/1oxdy5pknTiJ7my0zETG1Q52JN1Mn5KdH "
         "and pass the path of the file",
     ),
-    "torchvision-v1": WeightSource(
-        "https://download.pytorch.org/models/resnet101-63fe2227.pth", "BSD-3-Clause", "63fe2227", ""
-    ),
-    "torchvision-v2": WeightSource(
-        "https://download.pytorch.org/models/resnet101-cd907fc2.pth", "BSD-3-Clause", "cd907fc2", ""
-    ),
+    "torchvision-v1": WeightSource(f"{_TORCHVISION}/resnet101-63fe2227.pth", "BSD-3-Clause", "63fe2227", ""),
+    "torchvision-v2": WeightSource(f"{_TORCHVISION}/resnet101-cd907fc2.pth", "BSD-3-Clause", "cd907fc2", ""),
 }
 """Published weights by short name. The checksums are the first digits of the SHA-256, which by torch's convention are
 part of the file name; none is known for the released DACS checkpoint."""
@@ -104,9 +101,8 @@ def _downloaded(source: WeightSource, checksum: str) -> Path:
 def _read(path: Path, checksum: str) -> Mapping[str, Any]:
     """The contents of a file; raises if it is not a file of weights."""
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such file; pass the path of weights, a URL, or one of {', '.join(map(repr, SOURCES))}."
-        )
+        known = ", ".join(map(repr, SOURCES))
+        raise FileNotFoundError(f"{path}: no such file; pass the path of weights, a URL, or one of {known}.")
     if not path.is_file():
         raise WeightsError(f"{path}: expected a file of weights, got a folder; pass a file inside it.")
     with path.open("rb") as file:
@@ -123,7 +119,7 @@ def _read(path: Path, checksum: str) -> Mapping[str, Any]:
     by_name = path.suffix == ".safetensors" and not zipfile.is_zipfile(path)
     library = safetensors_of(path) if flat or by_name else None
     try:
-        contents: object = _read_torch(path) if library is None else library.load_file(path)
+        contents: object = _unpickled(path, verify=True) if library is None else library.load_file(path)
     except Exception as error:
         raise WeightsError(f"{path}: {_reason(path, error)}") from error
     if not isinstance(contents, Mapping):
@@ -131,17 +127,13 @@ def _read(path: Path, checksum: str) -> Mapping[str, Any]:
     return contents
 
 
-def _read_torch(path: Path) -> object:
-    """Read a file of `torch.save`, verifying its checksums, which `torch.load` does not."""
-    if zipfile.is_zipfile(path):
-        damaged = damaged_part(path)
-        if damaged is not None:
-            raise ValueError(f"its part {damaged} does not match its checksum")
-    return _unpickled(path)
+def _unpickled(path: Path, *, verify: bool = False) -> object:
+    """`torch.load` from an open file: given a path, it would decide by the suffix `.safetensors`.
 
-
-def _unpickled(path: Path) -> object:
-    """`torch.load` from an open file: given a path, it would decide by the suffix `.safetensors`."""
+    With `verify`, checksums are checked first, which `torch.load` does not do.
+    """
+    if verify and zipfile.is_zipfile(path) and (damaged := damaged_part(path)) is not None:
+        raise ValueError(f"its part {damaged} does not match its checksum")
     with path.open("rb") as file:
         contents: object = torch.load(file, map_location="cpu", weights_only=True)
     return contents
@@ -159,10 +151,8 @@ def safetensors_of(path: Path) -> ModuleType:
     try:
         import safetensors.torch  # noqa: PLC0415
     except ImportError as error:
-        raise ImportError(
-            f"{path}: is a safetensors file, but the package safetensors cannot be imported ({error}); "
-            "install it with `pip install crossmix[weights]`."
-        ) from error
+        why = f"is a safetensors file, but the package safetensors cannot be imported ({error})"
+        raise ImportError(f"{path}: {why}; install it with `pip install crossmix[weights]`.") from error
     return safetensors.torch
 
 
@@ -171,10 +161,8 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL \S|Can only build ", str(error)):
         return _objects(path, error)
     text = "it is not a pickle" if isinstance(error, pickle.UnpicklingError) else re.split(r"\.\s", str(error))[0]
-    return (
-        f"it is truncated, damaged or not a file of weights ({type(error).__name__}: {text}); "
-        "nothing was loaded, download the file again."
-    )
+    why = f"it is truncated, damaged or not a file of weights ({type(error).__name__}: {text})"
+    return f"{why}; nothing was loaded, download the file again."
 
 
 class _StandIn:
@@ -197,7 +185,7 @@ def _objects(path: Path, refusal: Exception) -> str:
     """Describe the objects in a file that are not tensors, and what to do about them.
 
     Torch names only the first unknown object. Replacing it by a stand-in reveals the next one, and so on, until the
-    file can be read or fails for another reason. The advice given is therefore known to work.
+    file can be read or fails for another reason. So the advice is known to work.
     """
     stand_ins: dict[str, type[_StandIn]] = {}
     contents: object = None
@@ -216,16 +204,11 @@ def _objects(path: Path, refusal: Exception) -> str:
     if last and (found := re.search(r"(?:GLOBAL|Can only build .* got <class) '?([\w.]+)", str(last))):
         names.append(found[1])
     said = f"it holds code or objects other than tensors ({', '.join(names)}), which were not run; nothing was loaded"
+    advice = "load it where its code is available and save the network's state_dict"
     if isinstance(contents, _StandIn):
-        return (
-            f"{said}. The whole file is a pickled {type(contents).__name__}: load it where its code is available and "
-            "save its state_dict."
-        )
+        return f"{said}. The whole file is a pickled {type(contents).__name__}: {advice}."
     if last is None and not _holds_tensors(contents):
-        return (
-            f"{said}. Without them it has no tensors: load it where its code is available and save the network's "
-            "state_dict."
-        )
+        return f"{said}. Without them it has no tensors: {advice}."
     if code := [name for name in names if "." not in name and not isinstance(vars(builtins).get(name), type)]:
         return f"{said}. It calls {', '.join(code)}, which can run arbitrary code: do not allow it, use another file."
     if last and not (last is refusal and "Can only build" in str(last)):

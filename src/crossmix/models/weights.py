@@ -61,10 +61,9 @@ def load_weights(
 
     Wrappers around the model or its parts (DistributedDataParallel, `torch.compile`, ...) are recognised by type and
     ignored. Prefixes that wrappers add to names in the file (`module.`, `_orig_mod.`, `Scale.`, ...) are stripped where
-    the rest is a name in the model; the model's own names take precedence. Any other common prefix, such as `net.` or
-    `model.`, is handled as well, wherever in the file it is: the part of the file that matches most names of the model
-    is loaded, and a warning names it. If several parts match equally well, an error lists them, to be passed as
-    `entry`.
+    the rest is a name in the model. With any other prefix, such as `net.`, the part of the file that matches most names
+    of the model is loaded, and a warning names it. If several parts match equally well, an error lists them, to be
+    passed as `entry`.
 
     torchvision's ResNet-101, recognised by its `fc`, is a different network. With `strict=False` its first convolution
     and normalisation are converted to this library's preprocessing (exact in eval mode, except at image borders), but
@@ -78,8 +77,8 @@ def load_weights(
         entry: The part of a checkpoint to load: a key or a prefix of names, at any depth. `"student"` also stands for
             the released code's `model`, `"teacher"` for its `ema_model`. None loads the whole file, `student`, `model`
             or `state_dict`, whichever matches first, or a part with another name that is not a teacher.
-        strict: Whether everything has to match, except `num_batches_tracked`, which files from before 2018 lack. False
-            allows another head and additional tensors in the file; the whole backbone always has to match.
+        strict: Whether everything has to match, except `num_batches_tracked`, which old files lack. False allows
+            another head and additional tensors in the file; the whole backbone always has to match.
         sha256: The file's checksum in hexadecimal, or at least its first eight digits.
         head: Name of the submodule that is the head.
 
@@ -89,8 +88,8 @@ def load_weights(
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If it is a safetensors file, and the package is not installed.
-        WeightsError: If it cannot be downloaded or read, contains code or objects other than tensors (the message says
-            how to allow them), or does not match as required.
+        WeightsError: If it cannot be downloaded or read, contains objects other than tensors (the message says how to
+            allow them), or does not match as required.
         ValueError: If `sha256` is not a checksum, or the model is on the meta device.
 
     Example:
@@ -108,9 +107,9 @@ def load_weights(
 def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str | None = None) -> Path:
     """Save a model's weights in a form that the released code's `load_state_dict` accepts.
 
-    Names are those of the model without wrappers (DistributedDataParallel, `torch.compile`, ..., and averages such as
-    `MeanTeacher`); tensors are on the CPU and share no memory. The file is written atomically. Sharded parameters
-    (FSDP2) are gathered, so all ranks have to call.
+    Names are those of the model without wrappers (as in `load_weights`, and averages such as `MeanTeacher`); tensors
+    are on the CPU and share no memory. The file is written atomically. Sharded parameters (FSDP2) are gathered, so all
+    ranks have to call.
 
     Args:
         model: The model, wrapped or not.
@@ -158,8 +157,7 @@ def _load(
     own = {name: tensor for name, (_, tensor) in ours.items()}
     if any(tensor.is_meta or is_lazy(tensor) for tensor in own.values()):
         raise ValueError(
-            "`model` must have memory, got meta or uninitialised tensors; call `model.to_empty(...)` or run a batch "
-            "through it first."
+            "`model` must have memory, got meta or uninitialised tensors; call `model.to_empty(...)` or run a batch."
         )
     place = find(contents, own, entry, path)
     if clash := next((names for names in place.matches.values() if len(names) > 1), None):
@@ -168,20 +166,18 @@ def _load(
     values = {name: place.state[theirs] for name, theirs in names.items()}
     inside = [name for name in place.state if str(name).startswith(place.scope)]
     if not any(isinstance(place.state[name], Tensor) for name in inside):
-        raise WeightsError(
-            f"{path}: expected tensors, got {few(inside) or 'an empty dict'}; pass another `entry`, or another file."
-        )
+        found = few(inside) or "an empty dict"
+        raise WeightsError(f"{path}: expected tensors, got {found}; pass another `entry`, or another file.")
     used = {*names.values()}
+    fit = {name for name, value in values.items() if fits(own[name], value)}
     report = LoadReport(
-        matched=tuple(full for name, (full, to) in ours.items() if name in values and fits(to, values[name])),
+        matched=tuple(full for name, (full, _) in ours.items() if name in fit),
         missing=tuple(full for name, (full, _) in ours.items() if name not in values),
         unexpected=tuple(str(name) for name in inside if name not in used and not is_extra(name)),
-        mismatched=tuple(full for name, (full, to) in ours.items() if name in values and not fits(to, values[name])),
+        mismatched=tuple(full for name, (full, _) in ours.items() if name in values and name not in fit),
     )
     clean = {full: name for name, (full, _) in ours.items()}
-    lacking = {
-        clean[name] for name in (*report.missing, *report.mismatched) if not name.endswith("num_batches_tracked")
-    }
+    lacking = {name for name in own if name not in fit and not name.endswith("num_batches_tracked")}
     torchvisions = _torchvisions(model, values, report.unexpected)
     part = "" if report.matched else part_of(contents, own)
     _check(report, place, lacking, path, strict=strict, head=head, torchvisions=bool(torchvisions), part=part)
