@@ -15,10 +15,24 @@ SLACK = 0.5  # bicubic resizing overshoots [0, 1] by up to 0.45; normalised imag
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Refuse anything that is not a tensor."""
+    """Refuse anything that is not a dense tensor."""
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         raise TypeError(f"`{name}` must be a torch.Tensor, got {kind}; convert it with torch.as_tensor.")
+    if value.layout != torch.strided:
+        raise TypeError(f"`{name}` must be a dense tensor, got {value.layout}; convert it with `.to_dense()`.")
+
+
+def check_values(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor without values, where the host has to read them."""
+    if tensor.is_meta:
+        raise ValueError(f"`{name}` must have values, got a meta tensor; create it outside of `torch.device('meta')`.")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Refuse anything but True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
 
 def wrong_shape(name: str, want: object, value: Tensor, hint: str) -> ValueError:
@@ -213,8 +227,9 @@ def class_shares(prior: Tensor | Sequence[float], num_classes: int, ignore_index
 
     This reads the values of a tensor, and so syncs.
     """
-    if isinstance(prior, Tensor) and prior.is_meta:
-        raise ValueError("`prior` must have values, got a meta tensor; create it outside of `torch.device('meta')`.")
+    if isinstance(prior, Tensor):
+        check_tensor("prior", prior)
+        check_values("prior", prior)
     try:
         given = prior.detach().cpu() if isinstance(prior, Tensor) else prior  # its device may lack float64
         values = torch.as_tensor(given, dtype=torch.float64, device="cpu")

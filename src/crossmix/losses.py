@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crossmix._checks import (
+    check_bool,
     check_choice,
     check_class_weights,
     check_confidence,
@@ -171,7 +172,7 @@ def upsampled_cross_entropy(
         reduction: As there.
 
     Raises:
-        TypeError: If a dtype is wrong.
+        TypeError: If a dtype is wrong, or `align_corners` is not a bool.
         ValueError: If batch sizes or devices disagree, the logits have no pixels, or an option is unknown.
 
     Example:
@@ -182,6 +183,7 @@ def upsampled_cross_entropy(
     _check_small_logits(logits, labels, weights, class_weights)
     how = _how(ignore_index, normalizer, label_smoothing, class_weights)
     check_choice("reduction", reduction, _REDUCTIONS)
+    check_bool("align_corners", align_corners)
     if reduction == "none":
         return _losses(_upsampled(logits, labels, weights, how, align_corners=align_corners), labels, weights, how)
     total = _upsampled_sum(logits, labels, weights, how, align_corners=align_corners)
@@ -258,6 +260,7 @@ class ConfidenceWeightedCE(KeepsFloat32):
         """Return the same loss of smaller logits (N, C, h, w); see `crossmix.functional.upsampled_cross_entropy`."""
         how = self._how()
         _check_small_logits(logits, labels, weights, self.class_weights)
+        check_bool("align_corners", align_corners)
         if type(self).forward is not ConfidenceWeightedCE.forward:  # a subclass with its own loss
             full = _upsampled(logits, labels, weights, how, align_corners=align_corners)
             loss: Tensor = self(full, labels, weights)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from crossmix._checks import check_ignore_index, check_labels, check_num_classes, check_same_device, check_same_shape
+from crossmix._checks import (
+    check_ignore_index,
+    check_labels,
+    check_num_classes,
+    check_same_device,
+    check_same_shape,
+    check_values,
+)
 from crossmix._distributed import Counts
 
 __all__ = ["ConfusionMatrix", "IoU"]
@@ -82,6 +89,7 @@ class ConfusionMatrix(Counts):
         check_labels("labels", labels)
         check_same_shape("predictions", predictions.shape, "labels", labels.shape)
         check_same_device(labels=labels, predictions=predictions)
+        check_values("labels", labels)
         size = self.num_classes + 2  # one extra bin below and one above the class ids
         index = self._clamped(labels) * size + self._clamped(predictions)
         pairs = _count(index.flatten(), size * size).view(size, size)[1:-1].to(self.counts.device)

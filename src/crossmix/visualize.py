@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from crossmix._checks import check_tensor
+from crossmix._checks import check_int, check_tensor, check_values, wrong_shape
 from crossmix.datasets.classes import PALETTE
 
 __all__ = ["colorize", "gallery"]
@@ -31,6 +31,7 @@ def colorize(labels: Tensor, *, colors: Sequence[tuple[int, int, int]] = PALETTE
                 [128,   0]], dtype=torch.uint8)
     """
     check_tensor("labels", labels)
+    check_values("labels", labels)
     if labels.ndim != 2:
         raise ValueError(f"`labels` must have shape (H, W), got {tuple(labels.shape)}; pass one map at a time.")
     table = torch.tensor([*colors, (0, 0, 0)], dtype=torch.uint8)
@@ -50,12 +51,20 @@ def gallery(rows: Sequence[Sequence[Tensor]], *, gap: int = 4) -> Tensor:
         (3, H', W') uint8.
 
     Raises:
-        ValueError: If there are no pictures, the sizes differ, or the rows differ in length.
+        TypeError: If a picture is not a tensor, or `gap` is not an int.
+        ValueError: If there are no pictures, a shape is wrong, the sizes differ, or the rows differ in length.
 
     Example:
         >>> gallery([[torch.zeros(3, 2, 5), torch.ones(3, 2, 5)]], gap=1).shape
         torch.Size([3, 4, 13])
     """
+    check_int("gap", gap, least=0)
+    for row in rows:
+        for picture in row:
+            check_tensor("rows", picture)
+            check_values("rows", picture)
+            if picture.ndim != 3 or len(picture) != 3:
+                raise wrong_shape("rows", "pictures (3, H, W)", picture, "pass RGB pictures without a batch dimension")
     shapes = {tuple(picture.shape) for row in rows for picture in row}
     lengths = {len(row) for row in rows}
     if len(shapes) != 1 or len(lengths) != 1:

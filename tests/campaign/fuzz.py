@@ -1,13 +1,11 @@
 """Random calls of every public function and module: only TypeError and ValueError may come out.
 
-A call starts from valid arguments. Up to three of them are then replaced: by a tensor of another shape, dtype, layout or
-content, by a value out of range, or by something that is no argument at all. A call that is accepted must return
-tensors without error; where the arguments were left valid and a slow statement of the function exists, its result too.
+A call starts from valid arguments. Up to three of them are then replaced: by a tensor of another shape, dtype, layout
+or content, by a value out of range, or by something that is no argument at all. Valid arguments must be accepted.
 """
 
 import math
 import random
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +49,7 @@ class Case:
         labels = torch.randint(0, self.classes, shape, generator=self.torch)
         self.torch.manual_seed(self.rng.randrange(2**31))
         ignored = torch.rand(shape, generator=self.torch) < 0.2
-        return labels.masked_fill(ignored, 255).to(self.rng.choice((torch.uint8, torch.int16, torch.int32, torch.int64)))
+        return labels.masked_fill(ignored, 255).to(self.rng.choice(INTEGERS))
 
     def logits(self) -> Tensor:
         return torch.randn(self.n, self.classes, self.height, self.width, generator=self.torch).to(self.dtype)
@@ -77,29 +75,41 @@ def changed(case: Case, value: object) -> object:
     """Another value in place of an argument."""
     rng = case.rng
     if isinstance(value, Tensor) and rng.random() < 0.8:
-        kind = rng.randrange(6)
-        if kind == 0:
-            return value.to(rng.choice(DTYPES))
-        if kind == 1:
-            shape = [rng.randint(0, 5) for _ in range(rng.randint(0, 5))]
-            return torch.rand(shape, generator=case.torch).mul(4).to(value.dtype)
-        if kind == 2 and value.ndim:
-            dim = rng.randrange(value.ndim)
-            return value.narrow(dim, 0, max(0, value.shape[dim] - 1)) if rng.random() < 0.5 else value.unsqueeze(dim)
-        if kind == 3 and value.ndim > 1:
-            return value.transpose(*rng.sample(range(value.ndim), 2))
-        if kind == 4 and value.numel():
-            value = value.clone()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                value.flatten()[0] = torch.tensor(rng.choice((-1, 7, 254, 1e4))).to(value.dtype)
-                if value.is_floating_point():
-                    value.view(-1)[-1] = rng.choice((math.nan, math.inf, -math.inf))
-            return value
-        return rng.choice(
-            (value.to_sparse(), value.to("meta"), value.expand(2, *value.shape), value.float().numpy(), value.tolist())
-        )
+        return rng.choice((retyped, reshaped, resized, transposed, spoiled, no_longer_dense))(case, value)
     return rng.choice(rng.choice((SCALARS, STRANGE)))
+
+
+def retyped(case: Case, value: Tensor) -> Tensor:
+    return value.to(case.rng.choice(DTYPES))
+
+
+def reshaped(case: Case, value: Tensor) -> Tensor:
+    shape = [case.rng.randint(0, 5) for _ in range(case.rng.randint(0, 5))]
+    return torch.rand(shape, generator=case.torch).mul(4).to(value.dtype)
+
+
+def resized(case: Case, value: Tensor) -> Tensor:
+    dim = case.rng.randrange(value.ndim)
+    return case.rng.choice((value.narrow(dim, 0, max(0, value.shape[dim] - 1)), value.unsqueeze(dim)))
+
+
+def transposed(case: Case, value: Tensor) -> Tensor:
+    return value.transpose(*case.rng.choices(range(value.ndim), k=2))
+
+
+def spoiled(case: Case, value: Tensor) -> Tensor:
+    """One element out of range, another one not a number."""
+    value = value.clone().contiguous()
+    if value.numel():
+        value.view(-1)[0] = torch.tensor(case.rng.choice((-1, 7, 127, 1e4))).to(value.dtype)
+        if value.is_floating_point():
+            value.view(-1)[-1] = case.rng.choice((math.nan, math.inf, -math.inf))
+    return value
+
+
+def no_longer_dense(case: Case, value: Tensor) -> object:
+    plain = value.float().numpy()
+    return case.rng.choice((value.to_sparse(), value.to("meta"), value.expand(2, *value.shape), plain, plain.tolist()))
 
 
 def options(case: Case, **choices: tuple[Any, ...]) -> Arguments:
@@ -113,14 +123,17 @@ LOSS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-class Network(nn.Sequential):
+class Network(nn.Module):
     """A network that takes any images, so that no error is its own."""
 
     def __init__(self, classes: int) -> None:
-        super().__init__(nn.Conv2d(3, classes, 1), nn.BatchNorm2d(classes))
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, classes)[:, None, None])
+        self.norm = nn.BatchNorm2d(classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = super().forward(images.to(self[0].weight.dtype))
+        logits = images.sum(1, keepdim=True).to(self.weight.dtype) * self.weight
+        out: Tensor = self.norm(logits) if logits.numel() > logits.shape[1] else logits
         return out
 
 
@@ -136,7 +149,7 @@ def training(case: Case) -> Callable[..., object]:
     prior = case.prior() if method == "alignment" else None
     module = crossmix.recipes.self_training(student, case.classes, method=method, prior=prior).train()
 
-    def step(**arguments: Any) -> object:  # noqa: ANN401
+    def step(**arguments: Any) -> object:
         output = module(**arguments)
         output.loss.backward()
         module.update()
@@ -145,10 +158,10 @@ def training(case: Case) -> Callable[..., object]:
     return step
 
 
-def then(module: Any, method: str, *after: str) -> Callable[..., object]:  # noqa: ANN401
+def then(module: Any, method: str, *after: str) -> Callable[..., object]:
     """Call a method with the arguments, then others without any."""
 
-    def call(**arguments: Any) -> object:  # noqa: ANN401
+    def call(**arguments: Any) -> object:
         found = getattr(module, method)(**arguments)
         for name in after:
             found = getattr(module, name)()
@@ -186,7 +199,8 @@ CALLS: dict[str, Callable[[Case], Made]] = {
         "scores": c.scores(4), "size": (c.height, c.width), **options(c, area=((0.1, 0.5),), aspect=((0.5, 2.0),)),
     }),
     "F.cow_mask": lambda c: (F.cow_mask, {
-        "noise": torch.randn(c.n, c.height, c.width, generator=c.torch), "sigma": c.rng.choice((0.5, 3.0, c.scores() + 0.5)),
+        "noise": torch.randn(c.n, c.height, c.width, generator=c.torch),
+        "sigma": c.rng.choice((0.5, 3.0, c.scores() + 0.5)),
         **options(c, ratio=RATIOS),
     }),
     "F.block_mask": lambda c: (F.block_mask, {
@@ -243,8 +257,6 @@ CALLS: dict[str, Callable[[Case], Made]] = {
         "student": network(c), **options(c, decay=(0.0, 0.99), warmup=(True, False), buffers=("copy", "average"),
                                          mode=("train", "eval"), start=(0, 1)),
     }),
-    "MeanTeacher.forward": lambda c: (lambda images: crossmix.MeanTeacher(network(c))(images), {"images": c.images(2)}),
-    "MeanTeacher.pseudo_label": lambda c: (lambda images: crossmix.MeanTeacher(network(c)).pseudo_label(images), {"images": c.images(2)}),
     "MeanTeacher.update": lambda c: (crossmix.MeanTeacher(network(c)).update, {"student": network(c)}),
     "ConfidenceWeightedCE": lambda c: (
         built(crossmix.ConfidenceWeightedCE, {"logits": c.logits(), "labels": c.labels(), "weights": c.weights()}),
@@ -284,7 +296,7 @@ CALLS: dict[str, Callable[[Case], Made]] = {
         "logits": c.logits(),
     }),
     "parameter_groups": lambda c: (parameter_groups, {
-        "network": network(c), "lr": 0.1, "head": "0", **options(c, head_factor=(10.0,), repeated=(False,)),
+        "network": network(c), "lr": 0.1, "head": "norm", **options(c, head_factor=(10.0,), repeated=(False,)),
     }),
     "poly_lr": lambda c: (poly_lr, {"step": c.n, "steps": 10, "lr": 0.1, **options(c, power=(0.9,), warmup=(2,))}),
     "resize_labels": lambda c: (resize_labels, {"labels": c.labels(1)[0], "size": (c.height + 1, c.width)}),
@@ -302,7 +314,8 @@ def attempt(name: str, seed: int) -> tuple[str, str]:
     try:
         function(**arguments)
     except (TypeError, ValueError) as error:
-        return (type(error).__name__ if replaced else f"{type(error).__name__} for valid arguments"), str(error)
+        kind = "TypeError" if isinstance(error, TypeError) else "ValueError"
+        return (kind if replaced else f"{kind} for valid arguments"), str(error)
     except Exception as error:  # noqa: BLE001
         return f"{type(error).__name__}", f"{replaced}: {error}"
     return "accepted", ""
