@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
+from checks import channels_last
 from crossmix import (
     BoxMasks,
     ClassMix,
@@ -333,30 +334,26 @@ def test_teacher__compiled_once_whatever_modes_others_set(compiled: str, mode: s
     torch.testing.assert_close(dict(teacher.state_dict()), dict(eager.state_dict()))
 
 
+VALUES = inputs()
+IMAGES, WEIGHTS = torch.rand(2, 5, 8, 9, generator=seeded(3)), VALUES["weights"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mixer", "labels", "images", "channels", "layout", "weights"),
+    ("mixer", "labels", "images", "weights"),
     [
-        (CrossDomainMix(C), torch.int64, torch.float32, 3, torch.contiguous_format, "map"),
-        (ClassMix(C, include_ignored=True), torch.uint8, torch.float32, 3, torch.channels_last, "image"),
-        (ClassMix(C), torch.int16, torch.bfloat16, 5, torch.contiguous_format, "none"),
-        (CrossDomainMix(C, include_ignored=True), torch.int32, torch.float64, 1, torch.contiguous_format, "image"),
+        (CrossDomainMix(C), torch.int64, IMAGES[:, :3].contiguous(), WEIGHTS),
+        (ClassMix(C, include_ignored=True), torch.uint8, channels_last(IMAGES[:, :3]), WEIGHTS[:, 0, 0]),
+        (ClassMix(C), torch.int16, IMAGES.bfloat16(), None),
+        (CrossDomainMix(C, include_ignored=True), torch.int32, IMAGES[:, :1].double(), WEIGHTS[:, 0, 0]),
     ],
 )
 def test_mixing__inductor_equals_eager(
-    mixer: ClassMix | CrossDomainMix,
-    labels: torch.dtype,
-    images: torch.dtype,
-    channels: int,
-    layout: torch.memory_format,
-    weights: str,
+    mixer: ClassMix | CrossDomainMix, labels: torch.dtype, images: Tensor, weights: Tensor | None
 ) -> None:
     torch.compiler.reset()
-    values = inputs()
-    source = torch.rand(2, channels, 8, 9, generator=seeded(3)).to(images, memory_format=layout)
-    ids = values["labels"].to(labels)
-    other = () if isinstance(mixer, ClassMix) else (source.flip(0), ids.flip(0))
-    weigh = {"map": values["weights"], "image": values["weights"][:, 0, 0], "none": None}[weights]
-    got = torch.compile(mixer, fullgraph=True)(source, ids, *other, weigh, scores=values["scores"])
-    want = mixer(source, ids, *other, weigh, scores=values["scores"])
-    torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
+    ids = VALUES["labels"].to(labels)
+    other = () if isinstance(mixer, ClassMix) else (images.flip(0), ids.flip(0))
+    arguments = (images, ids, *other, weights)
+    got = torch.compile(mixer, fullgraph=True)(*arguments, scores=VALUES["scores"])
+    torch.testing.assert_close(tuple(got), tuple(mixer(*arguments, scores=VALUES["scores"])), rtol=0, atol=0)

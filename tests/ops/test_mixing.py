@@ -192,8 +192,13 @@ MIXERS = [ClassMix, CrossDomainMix]
 def test_mixers__take_the_options_and_the_draws_of_sample_classes(kind: Any, name: str) -> None:
     labels = torch.randint(0, 6, (4, 5, 6), generator=seeded(0))
     labels[0] %= 2  # an image without most classes
-    mixer, images, scores = kind(5, **OPTIONS[name]), torch.rand(4, 3, 5, 6), torch.rand(4, 6, generator=seeded(1))
-    arguments = (images, labels, images.flip(0), labels.flip(0))[: 2 if kind is ClassMix else 4]
+    images, weights, scores = torch.rand(4, 3, 5, 6), torch.rand(4, 5, 6), torch.rand(4, 6, generator=seeded(1))
+    mixer, pasted = kind(5, **OPTIONS[name]), (images, labels, weights)
+    if kind is ClassMix:  # image i is pasted onto the next
+        arguments, base = pasted, tuple(value.roll(-1, 0) for value in pasted)
+    else:
+        base = (images.flip(0), labels.flip(0), weights)
+        arguments, pasted = (images, labels, *base), (images, labels, torch.ones(4, 5, 6))
     want = F.sample_classes(labels, 5, scores=scores, **OPTIONS[name])
     assert name == "none" or not torch.equal(want, F.sample_classes(labels, 5, scores=scores))
     mask = F.class_mask(labels, want, ignore_index=mixer.ignore_index)
@@ -204,9 +209,7 @@ def test_mixers__take_the_options_and_the_draws_of_sample_classes(kind: Any, nam
     for given_ in ({"scores": scores}, {"classes": want}, {"mask": mask}, {"generator": seeded(1)}):
         mixed = mixer(*arguments, **given_)
         assert torch.equal(mixed.mask, mask)
-        base = (images.roll(-1, 0), labels.roll(-1, 0)) if kind is ClassMix else arguments[2:]
-        assert torch.equal(mixed.images, torch.where(mask[:, None], images, base[0]))
-        assert torch.equal(mixed.labels, torch.where(mask, labels, base[1]))
+        assert_same(mixed[:3], tuple(F.mix(a, b, mask) for a, b in zip(pasted, base, strict=True)), **EXACT)
     assert torch.equal(torch.get_rng_state(), before)
     assert mixer.sample_scores(3, device="meta").is_meta
 
@@ -287,22 +290,6 @@ def test_cross_domain_mix__pixel_label_and_weight_come_from_one_side(
         assert 255 not in pasted
         assert len(pasted) == math.ceil(len(present) / 2)
         assert not pasted & set(labels[i][~mixed.mask[i]].tolist())  # a class is pasted whole or not at all
-
-
-@given(st.integers(1, 5), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
-def test_class_mix__pastes_image_i_onto_the_next(n: int, seed: int) -> None:
-    g = seeded(seed)
-    batch = (torch.rand(n, 3, 4, 5, generator=g), torch.randint(0, 5, (n, 4, 5), generator=g), torch.rand(n, 4, 5))
-    classes = ClassMix(5).sample(batch[1], generator=g)
-    mixed = ClassMix(5)(*batch, classes=classes)
-    assert torch.equal(mixed.mask, mask_by_loop(batch[1], classes, 255))
-    for i in range(n):
-        for got, value in zip(mixed[:3], batch, strict=True):
-            assert torch.equal(got[i], torch.where(mixed.mask[i], value[i], value[(i + 1) % n]))
-    order = torch.arange(n).roll(1)  # rotating the batch rotates the result
-    turned = ClassMix(5)(*(value[order] for value in batch), classes=classes[order])
-    assert_same(turned, tuple(value[order] for value in mixed), **EXACT)
 
 
 def test_mix__identities_and_trailing_shapes() -> None:
