@@ -100,17 +100,6 @@ def test_draws_are_float32_whatever_the_default_is() -> None:
         assert {v.dtype for v in pytree.tree_leaves(draws) if v is not None} == {torch.float32, torch.int64, torch.bool}
 
 
-def test_shapes_are_found_on_the_meta_device() -> None:
-    with torch.device("meta"):
-        training = recipes.self_training(nn.Conv2d(3, C, 1), C)
-        images = torch.rand(2, 3, 8, 9)
-        output = training(images, torch.zeros(2, 8, 9, dtype=torch.uint8), images)
-        mask = F.cow_mask(torch.rand(2, 8, 9), sigma=2.0)
-    assert output.loss.is_meta
-    assert output.mixed.images.shape == images.shape
-    assert mask.shape == (2, 8, 9)
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_no_float64(name: str) -> None:
     with Watch() as seen:

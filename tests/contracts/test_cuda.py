@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from checks import waiting_is_an_error
 from crossmix import (
     BoxMasks,
     ClassMix,
@@ -215,8 +216,7 @@ def test_finite_guard__two_optimizers_without_waiting(fused: bool) -> None:
         images = torch.rand(2, 3, 9, 9, generator=seeded(0)).cuda()
         factors = torch.tensor([1.0, torch.nan, 2.0, torch.inf, torch.nan, 3.0, 1.0], device="cuda")
         for step, factor in enumerate(factors if bad else factors[[0, 2, 5, 6]]):
-            torch.cuda.set_sync_debug_mode("error" if step == 3 and fused else "default")
-            try:
+            with waiting_is_an_error(on=step == 3 and fused):
                 for one in optimizers:
                     one.zero_grad()
                 loss = network(images).square().mean() * factor
@@ -226,8 +226,6 @@ def test_finite_guard__two_optimizers_without_waiting(fused: bool) -> None:
                     one.step()
                 teacher.update(network)
                 guard.restore()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
         guard.settle()
         return [value.cpu() for value in (*network.state_dict().values(), *teacher.module.state_dict().values())]
 

@@ -5,7 +5,6 @@ Every test runs on a GPU with `torch.cuda.graph`, and on a CPU with `Recording`,
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from checks import waiting_is_an_error
 from crossmix import (
     BoxMasks,
     CowMasks,
@@ -91,17 +91,6 @@ def warmed_up(device: str, block: Callable[[], object], times: int) -> None:
         for _ in range(times):
             block()
     torch.cuda.current_stream().wait_stream(stream)
-
-
-@contextmanager
-def waiting_is_an_error(device: str) -> Iterator[None]:
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(autouse=True)
@@ -255,7 +244,7 @@ def test_whole_step__replayed_equals_eager(method: str, recipe: str, upsample: b
     for step in range(2, 2 + REPLAYS):
         assert_same(device, tree_leaves(outputs[0]), tree_leaves(whole_step(eager, inputs)))
         eager.optimizer.zero_grad()
-        with waiting_is_an_error(device):
+        with waiting_is_an_error(on=device == "cuda"):
             inputs.load(step)
             graph.set_rate(step)
             replay()

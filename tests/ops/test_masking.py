@@ -115,9 +115,11 @@ def test_cow_mask__is_smoothed_noise_above_a_quantile(size: tuple[int, int]) -> 
                 assert torch.equal(got[clear], want[clear])
 
 
-def test_cow_mask__of_constant_noise_is_all_or_nothing() -> None:
+def test_cow_mask__of_constant_noise_is_all_or_nothing_and_of_no_numbers_has_a_shape() -> None:
     assert F.cow_mask(torch.ones(1, 4, 5), sigma=1.0, ratio=1.0).all()
     assert not F.cow_mask(torch.ones(1, 4, 5), sigma=1.0, ratio=0.0).any()
+    with torch.device("meta"):
+        assert F.cow_mask(torch.ones(2, 4, 5), sigma=1.0).shape == (2, 4, 5)
 
 
 @given(st.integers(0, 3), st.integers(1, 20), st.integers(1, 20), st.integers(1, 25), st.floats(0, 1))

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checks import waiting_is_an_error
 from crossmix.metrics import ConfusionMatrix
 from oracles import seeded
 
@@ -87,11 +88,8 @@ def test_confusion_matrix__on_a_gpu_without_waiting() -> None:
     matrix = ConfusionMatrix(5).cuda()
     on_device = predictions.cuda(), labels.cuda()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         matrix.update(*on_device)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(matrix.counts.cpu(), want.counts)
     matrix.update(on_device[0] + 5, on_device[1])
     with pytest.raises(ValueError, match="must lie in"):
