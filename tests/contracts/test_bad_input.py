@@ -293,6 +293,8 @@ PARTS: Cases = {
     "consistency without a teacher": (
         lambda: SelfTraining(nn.Conv2d(3, 3, 1), None, mix=None, consistency=MaskedImages()),
         ValueError, "`consistency` needs the pseudo-labels of a `teacher`, got none; pass a MeanTeacher"),
+    "consistency of the source": (lambda: recipe(method="source", consistency=MaskedImages()),
+        ValueError, "`consistency` needs the pseudo-labels of a `teacher`"),
     "consistency class": (lambda: train(consistency=MaskedImages),
         TypeError, "`consistency` must be callable, got the class MaskedImages; build a module such as MaskedImages"),
     "consistency_augment": (lambda: train(consistency=MaskedImages(), consistency_augment=0.5),

@@ -5,6 +5,7 @@ Every test runs on a GPU with `torch.cuda.graph`, and on a CPU with `Recording`,
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -206,7 +207,9 @@ class Training:
         return [value for value in moving if isinstance(value, Tensor)]
 
 
-def whole_step(training: Training, inputs: Inputs, *, draw: bool = True) -> SelfTrainingOutput:
+def whole_step(training: Training, inputs: Inputs, *, draw: bool = True, fresh: bool = False) -> SelfTrainingOutput:
+    if fresh:
+        training.optimizer.zero_grad()
     output = training.losses(inputs, draw=draw)
     training.move()
     return output
@@ -221,12 +224,7 @@ def twins(training: SelfTraining, device: str, *, repeated: bool = True) -> tupl
             one.teacher.num_updates = 999
         made.append(Training(one.train(), device, repeated=repeated))
         inputs.load(0)
-
-        def eager(step: Training = made[-1]) -> None:
-            step.optimizer.zero_grad()
-            whole_step(step, inputs)
-
-        warmed_up(device, eager, 2)
+        warmed_up(device, partial(whole_step, made[-1], inputs, fresh=True), 2)
         made[-1].optimizer.zero_grad()
     return made[0], made[1], inputs
 
@@ -267,8 +265,7 @@ def test_whole_step__draws_anew_from_the_global_generator_on_each_replay(device:
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) > 1
     torch.manual_seed(1)
     for mask in masks:
-        eager.optimizer.zero_grad()
-        assert_same(device, mask_of(whole_step(eager, inputs, draw=False)), mask)
+        assert_same(device, mask_of(whole_step(eager, inputs, draw=False, fresh=True)), mask)
 
 
 def mask_of(output: SelfTrainingOutput) -> Tensor:
@@ -297,8 +294,7 @@ def test_finite_guard__stands_between_two_graphs(device: str) -> None:
         move()
         guard.restore()
         if step != 3:
-            eager.optimizer.zero_grad()
-            whole_step(eager, inputs)
+            whole_step(eager, inputs, fresh=True)
     assert_same(device, graph.state(), eager.state())
 
 

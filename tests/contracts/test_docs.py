@@ -22,8 +22,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return [body for kind, body in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
-# Slow ones compile, train or read large files; all that they show has tests of its own.
-SLOW = {"graphs.md", "rare_classes.md", "weights.md"}
+SLOW = {"graphs.md", "rare_classes.md"}  # compile and train; what they show has tests of its own
 
 
 @pytest.mark.parametrize(
