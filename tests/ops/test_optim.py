@@ -160,6 +160,7 @@ def test_groups__a_shared_parameter_is_in_one() -> None:
     network = nn.ModuleDict({"body": nn.Linear(2, 2), "tied": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
     network["head"].weight = network["tied"].weight = network["body"].weight
     network["tied"].bias = network["body"].bias
+    network["again"] = network["body"]  # a shared module counts once
     for repeated in (False, True):
         backbone, head = parameter_groups(network, 0.1, head="head", repeated=repeated)
         assert {id(p) for p in backbone["params"]} == {id(network["body"].bias)}
