@@ -20,6 +20,17 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def chi_square(counts: Tensor, shares: Tensor | list[float]) -> float:
+    """How far counts are from the law, over the value that chance exceeds once in 10,000 times."""
+    shares = torch.as_tensor(shares, dtype=torch.float64)
+    expected = shares * int(counts.sum())
+    assert abs(float(shares.sum()) - 1) < 1e-9
+    assert expected.min() > 5
+    freedom = len(counts) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3  # Wilson and Hilferty
+    return float(((counts - expected) ** 2 / expected).sum()) / limit
+
+
 def classes_by_loop(
     labels: Tensor, num_classes: int, scores: Tensor, ratio: float, ignore_index: int, ignored: bool
 ) -> Tensor:

@@ -3,8 +3,6 @@
 import importlib
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -186,34 +184,3 @@ def test_reference__documents_every_public_name(module: str) -> None:
     for name in PUBLIC[module]:
         found = getattr(importlib.import_module(module), name)
         assert inspect.ismodule(found) or f"{module}.{name}" in shown or any(found is o for o in shown.values()), name
-
-
-def run(code: str, *flags: str) -> str:
-    result = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_import__touches_no_global_state_warns_of_nothing_and_brings_in_little() -> None:
-    code = """
-import logging, os, random, sys, warnings
-import numpy, torch
-warnings.simplefilter("error")
-def state():
-    return (torch.get_rng_state().tolist(), str(numpy.random.get_state()), random.getstate(), torch.get_default_dtype(),
-            torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), dict(os.environ),
-            list(logging.getLogger().handlers), logging.getLogger().level, list(warnings.filters),
-            torch.is_grad_enabled())
-before, modules = state(), set(sys.modules)
-import crossmix
-print(*(set(sys.modules) - modules))
-import crossmix.models, crossmix.datasets, crossmix.engine, crossmix.evaluation, crossmix.diagnostics
-assert state() == before
-"""
-    outside = {name.split(".")[0] for name in run(code).split()} - {"crossmix", "torch"}
-    assert not outside - sys.stdlib_module_names, outside
-
-
-def test_import__needs_no_asserts() -> None:
-    checked = "import torch, crossmix\ntry:\n crossmix.ClassMix(0)\nexcept ValueError:\n print('refused')"
-    assert run(checked, "-O").strip() == "refused"

@@ -1,7 +1,6 @@
 """A GPU computes what a CPU does, for every function and module, and trains as it does."""
 
 import copy
-import json
 import math
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from checks import waiting_is_an_error
 from crossmix import (
     BoxMasks,
     ClassMix,
@@ -32,7 +32,7 @@ from crossmix.evaluation import evaluate
 from crossmix.metrics import ConfusionMatrix
 from crossmix.models import deeplab_v2_tiny
 from oracles import seeded
-from runs import TRAINER
+from runs import TRAINER, log_of
 
 pytestmark = pytest.mark.gpu
 
@@ -65,17 +65,17 @@ def gradient(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[Tensor, 
 
 def drawn(module: nn.Module, v: Values, size: tuple[int, ...] = SIZE) -> Tensor:
     """Scores of masks, from the CPU."""
-    return module.sample(N, size, generator=seeded(7)).to(v["images"].device)  # type: ignore[operator]
+    return module.sample(N, size, generator=seeded(7)).to(v["images"].device)
 
 
 def mixed(v: Values, **options: object) -> object:
-    mix = CrossDomainMix(C, **options).to(v["images"].device)  # type: ignore[arg-type]
+    mix = CrossDomainMix(C, **options).to(v["images"].device)
     scores = mix.sample_scores(N, SIZE, generator=seeded(8), device=v["images"].device)
     return tuple(mix(v["images"], v["labels"], v["images"].flip(0), v["others"], v["weights"], scores=scores))
 
 
 def augmented(v: Values, flavor: str) -> Tensor:
-    augment = StrongAugment(flavor=flavor, jitter_p=1.0, blur_p=1.0)  # type: ignore[arg-type]
+    augment = StrongAugment(flavor=flavor, jitter_p=1.0, blur_p=1.0)
     draw = augment.sample(N, generator=seeded(9))
     return augment(v["images"], draw=tree_map_only(Tensor, lambda value: value.to(v["images"].device), draw))
 
@@ -130,11 +130,11 @@ CALLS: dict[str, Callable[[Values], object]] = {
         v["probs"], v["probs"].mean((0, 2, 3)), v["probs"][0].mean((1, 2))
     ),
     **{
-        f"confidence_weight {scope}": lambda v, scope=scope: F.confidence_weight(v["weights"], 0.4, scope=scope)  # type: ignore[misc]
+        f"confidence_weight {scope}": lambda v, scope=scope: F.confidence_weight(v["weights"], 0.4, scope=scope)
         for scope in ("image", "batch", "pixel", "none")
     },
     **{
-        f"weighted_cross_entropy {normalizer}": lambda v, normalizer=normalizer: gradient(  # type: ignore[misc]
+        f"weighted_cross_entropy {normalizer}": lambda v, normalizer=normalizer: gradient(
             lambda logits: F.weighted_cross_entropy(
                 logits, v["labels"], v["weights"], normalizer=normalizer, label_smoothing=0.1
             ),
@@ -143,7 +143,7 @@ CALLS: dict[str, Callable[[Values], object]] = {
         for normalizer in ("all", "valid", "weights")
     },
     **{
-        f"upsampled_cross_entropy {corners}": lambda v, corners=corners: gradient(  # type: ignore[misc]
+        f"upsampled_cross_entropy {corners}": lambda v, corners=corners: gradient(
             lambda logits: F.upsampled_cross_entropy(logits, v["labels"], v["weights"], align_corners=corners),
             v["small"],
         )
@@ -180,13 +180,12 @@ def test_equals_the_cpu(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("method", recipes.METHODS)
-@pytest.mark.parametrize("recipe", ["released", "paper", "mic"])
-@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize(("recipe", "upsample"), [("released", True), ("paper", False), ("mic", False), ("mic", True)])
 def test_trains_as_the_cpu_does(method: str, recipe: str, upsample: bool) -> None:
     def losses(device: str) -> list[float]:
         torch.manual_seed(0)
         student = deeplab_v2_tiny(C, upsample=not upsample).double()
-        training = recipes.self_training(student, C, method=method, recipe=recipe, upsample=upsample, threshold=0.15)  # type: ignore[arg-type]
+        training = recipes.self_training(student, C, method=method, recipe=recipe, upsample=upsample, threshold=0.15)
         training = training.to(device).train()
         optimizer = torch.optim.SGD(training.student.parameters(), 0.05, momentum=0.9)
         v, found = values(torch.float64, device), []
@@ -217,9 +216,7 @@ def test_finite_guard__two_optimizers_without_waiting(fused: bool) -> None:
         images = torch.rand(2, 3, 9, 9, generator=seeded(0)).cuda()
         factors = torch.tensor([1.0, torch.nan, 2.0, torch.inf, torch.nan, 3.0, 1.0], device="cuda")
         for step, factor in enumerate(factors if bad else factors[[0, 2, 5, 6]]):
-            if step == 3 and fused:
-                torch.cuda.set_sync_debug_mode("error")
-            try:
+            with waiting_is_an_error(on=step == 3 and fused):
                 for one in optimizers:
                     one.zero_grad()
                 loss = network(images).square().mean() * factor
@@ -229,8 +226,6 @@ def test_finite_guard__two_optimizers_without_waiting(fused: bool) -> None:
                     one.step()
                 teacher.update(network)
                 guard.restore()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
         guard.settle()
         return [value.cpu() for value in (*network.state_dict().values(), *teacher.module.state_dict().values())]
 
@@ -245,8 +240,8 @@ def test_evaluate_equals_the_cpu() -> None:
         for i in range(3)
     ]
     for options in ({}, {"window": (24, 32), "stride": (12, 16), "flip": True}):
-        want = evaluate(copy.deepcopy(network), pairs, num_classes=C, **options)  # type: ignore[arg-type]
-        got = evaluate(copy.deepcopy(network).cuda(), pairs, num_classes=C, device="cuda", **options)  # type: ignore[arg-type]
+        want = evaluate(copy.deepcopy(network), pairs, num_classes=C, **options)
+        got = evaluate(copy.deepcopy(network).cuda(), pairs, num_classes=C, device="cuda", **options)
         assert got.keys() == want.keys()
         for size, matrix in want.items():
             assert matrix.compute().per_class.nansum() > 0
@@ -256,10 +251,8 @@ def test_evaluate_equals_the_cpu() -> None:
 @pytest.mark.parametrize("flags", [[], ["--precision", "bf16"], ["--precision", "fp16"], ["--channels-last"]])
 def test_trainer(flags: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(TRAINER), "--demo", "--method", "dacs", "--steps", "6", "--device", "cuda"]
-    command += ["--log-every", "1", "--out", str(tmp_path), *flags]
-    subprocess.run(command, check=True)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    subprocess.run([*command, "--log-every", "1", "--out", str(tmp_path), *flags], check=True)
+    losses = {line["step"]: line["loss"] for line in log_of(tmp_path) if "loss" in line}
     assert list(losses) == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(loss) for loss in losses.values())
     assert (tmp_path / "report" / "index.html").exists()

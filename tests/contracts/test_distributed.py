@@ -15,9 +15,7 @@ SCRIPT = """
     from crossmix.functional import pseudo_label_from_probs
     from crossmix.metrics import ConfusionMatrix
 
-    dtype = getattr(torch, sys.argv[4])
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
-
+    dtype, tolerance = torch.float64, 1e-12
     g = torch.Generator().manual_seed(0)
     source, target = torch.rand(2, 4, 3, 6, 8, generator=g, dtype=dtype)
     labels = torch.randint(0, 3, (4, 6, 8), generator=g)
@@ -46,7 +44,7 @@ SCRIPT = """
         wrapped = DistributedDataParallel(part)
         two = training(wrapped, MeanTeacher(wrapped), normalizer, sync=True)
         optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (whole, part)]
-        for step in range(20):
+        for step in range(8):
             draw = one.sample(4, (6, 8), generator=torch.Generator().manual_seed(step))
             a = one(source, labels, target, draw=draw)
             b = two(source[rows], labels[rows], target[rows], draw=draw.rows(rows))
@@ -64,15 +62,10 @@ SCRIPT = """
 
     small = torch.randn(4, 3, 2, 3, generator=g, dtype=torch.float64)
     weights = torch.rand(4, 6, 8, generator=g, dtype=torch.float64)
+    soft = torch.rand(4, 3, 6, 8, generator=g, dtype=torch.float64).softmax(1)
     for normalizer in ("all", "valid", "weights"):
-        everything, mine = small.clone().requires_grad_(), small[rows].clone().requires_grad_()
-        ConfidenceWeightedCE(normalizer=normalizer).upsampled(everything, labels, weights).backward()
-        criterion = ConfidenceWeightedCE(normalizer=normalizer, sync=True)
-        criterion.upsampled(mine, labels[rows], weights[rows]).backward()
-        torch.testing.assert_close(mine.grad / 2, everything.grad[rows], rtol=1e-10, atol=1e-14)
-        soft = torch.rand(4, 3, 6, 8, generator=g, dtype=torch.float64).softmax(1)
-        options = {"normalizer": normalizer, "class_weights": [1.0, 0.0, 3.0], "label_smoothing": 0.1}
-        for truth in (labels, soft):
+        for truth, more in ((labels, {}), (labels, {"class_weights": [1, 0, 3]}), (soft, {"label_smoothing": 0.1})):
+            options = {"normalizer": normalizer, **more}
             everything, mine = small.clone().requires_grad_(), small[rows].clone().requires_grad_()
             ConfidenceWeightedCE(**options).upsampled(everything, truth, weights).backward()
             ConfidenceWeightedCE(**options, sync=True).upsampled(mine, truth[rows], weights[rows]).backward()
@@ -221,6 +214,5 @@ def test_sharded_students_give_the_teacher_that_ddp_gives(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_two_ranks_equal_one_after_20_steps(tmp_path: Path, dtype: str) -> None:
-    run_ranks(SCRIPT, 2, tmp_path, dtype)
+def test_two_ranks_equal_one_after_several_steps(tmp_path: Path) -> None:
+    run_ranks(SCRIPT, 2, tmp_path)

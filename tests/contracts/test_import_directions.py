@@ -1,6 +1,8 @@
 """Which room may import which, and what the package may import of others."""
 
 import ast
+import functools
+import json
 import re
 import subprocess
 import sys
@@ -50,24 +52,20 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"functional", "recipes", "self_training", *LEAVES},
 }
 PUBLIC_ROOMS = {
-    "functional",
-    "recipes",
-    "models",
-    "datasets",
-    "metrics",
-    "evaluation",
-    "diagnostics",
-    "optim",
-    "visualize",
-    "engine",
-    "",
-}
+    "functional", "recipes", "models", "datasets", "metrics", "evaluation", "diagnostics", "optim", "visualize",
+    "engine", "",
+}  # fmt: skip
+
+
+@functools.cache
+def parsed(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def imports(path: Path) -> set[str]:
     """What a file imports of crossmix, without the package's name."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in parsed(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -79,13 +77,9 @@ def imports(path: Path) -> set[str]:
 
 def modules(path: Path) -> set[str]:
     """The top-level modules that a file imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").split(".")[0])
-    return found
+    names = {alias.name for node in parsed(path) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in parsed(path) if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[0] for name in names}
 
 
 def room(path: Path) -> str:
@@ -100,6 +94,7 @@ def test_package(path: Path) -> None:
         inside = name.split(".")[0] == here
         allowed = name.split(".")[0] in ALLOWED[here] or name in ALLOWED[here]
         assert inside or allowed, f"{path.name} imports {name}"
+    assert not any(isinstance(node, ast.Assert) for node in parsed(path)), "python -O would leave a check out"
 
 
 @pytest.mark.parametrize("folder", ["examples", "benchmarks", "docs"])
@@ -147,20 +142,35 @@ def test_dependencies__what_is_imported_is_declared_and_what_is_declared_is_impo
     assert core <= used.keys(), f"declared and never imported: {core - used.keys()}"
 
 
-def test_dependencies__every_module_imports_without_the_extras() -> None:
+# What `import crossmix` brings in; then all modules. Neither may touch global state or warn.
+IMPORT = """
+import importlib, json, logging, os, random, sys, warnings
+import numpy, torch
+absent, names = json.loads(sys.argv[1])
+sys.modules.update(dict.fromkeys(absent))
+warnings.simplefilter("error")
+def state():
+    return (torch.get_rng_state().tolist(), str(numpy.random.get_state()), random.getstate(), torch.get_default_dtype(),
+            torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), dict(os.environ),
+            list(logging.getLogger().handlers), logging.getLogger().level, list(warnings.filters),
+            torch.is_grad_enabled())
+before, modules = state(), set(sys.modules)
+import crossmix
+print(*(set(sys.modules) - modules))
+for name in names: importlib.import_module(name)
+assert state() == before
+"""
+
+
+def test_import__without_the_extras_touches_no_global_state_warns_of_nothing_and_brings_in_little() -> None:
     """As after a plain `pip install crossmix`: what belongs to an extra alone cannot be imported."""
     core, extras = declared()
     distributions = packages_distributions().items()
     absent = [module for module, names in distributions if {normal(name) for name in names} <= extras - core]
-    modules = [
-        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-        for path in PACKAGE.rglob("*.py")
-        if path.stem != "__main__"
-    ]
-    code = (
-        "import importlib, sys\n"
-        f"sys.modules.update(dict.fromkeys({absent}))\n"
-        f"for name in {modules}: importlib.import_module(name)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    paths = [path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    every = [".".join(path.parts).removesuffix(".__init__") for path in paths if path.stem != "__main__"]
+    command = [sys.executable, "-c", IMPORT, json.dumps([absent, every])]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    outside = {name.split(".")[0] for name in result.stdout.split()} - {"crossmix", "torch"}
+    assert not outside - sys.stdlib_module_names, outside

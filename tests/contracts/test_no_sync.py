@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from checks import waiting_is_an_error
 from crossmix import (
     BoxMasks,
     ClassMix,
@@ -31,16 +32,9 @@ from crossmix.optim import RepeatedSGD, poly_lr
 from oracles import seeded, small_network
 
 WAITING = (
-    "local_scalar_dense",
-    "nonzero",
-    "unique",
-    "masked_select",
-    "bincount",
-    "equal",
-    "is_nonzero",
-    "item",
+    "local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "equal", "is_nonzero", "item",
     "repeat_interleave",  # by a tensor: its sum is the size of the output
-)
+)  # fmt: skip
 C = 7
 pytestmark = pytest.mark.usefixtures("no_look")
 
@@ -55,18 +49,16 @@ class NoSync(TorchDispatchMode):
         assert not any(name.startswith(word) for word in WAITING), f"{name} waits for the device"
         if name in {"index", "index_put", "index_put_"}:
             indices = args[1]
-            assert not any(i is not None and i.dtype in {torch.bool, torch.uint8} for i in indices), (
-                "boolean indexing waits"
-            )
+            boolean = any(i is not None and i.dtype in {torch.bool, torch.uint8} for i in indices)
+            assert not boolean, "boolean indexing waits"
         out = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
         assert len({tensor.device for tensor in tensors}) <= 1, f"{name} waits for a copy between devices"
         return out
 
 
-@pytest.mark.parametrize(
-    "wait",
-    [
+def test_the_guard_itself() -> None:
+    waits: list[Callable[[Tensor], object]] = [
         lambda x: x.sum().item(),
         lambda x: bool((x > 0).any()),
         lambda x: x[x > 0],
@@ -77,12 +69,10 @@ class NoSync(TorchDispatchMode):
         lambda x: x.repeat_interleave(torch.arange(5)),
         lambda x: torch.tensor([1.0, 2.0]).to("meta"),
         lambda x: torch.empty(5, device="meta").copy_(x),
-    ],
-    ids=["item", "bool", "boolean index", "nonzero", "unique", "masked_select", "float", "repeats", "to", "copy_"],
-)
-def test_the_guard_itself(wait: Callable[[Tensor], object]) -> None:
-    with pytest.raises(AssertionError, match="waits"), NoSync():
-        wait(torch.rand(5))
+    ]
+    for wait in waits:
+        with pytest.raises(AssertionError, match="waits"), NoSync():
+            wait(torch.rand(5))
 
 
 Optimizers = dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.SGD]]
@@ -100,10 +90,8 @@ class Stepper:
         self.training = training
         self.optimizer = OPTIMIZERS[optimizer](training.student.parameters())
         self.guard = FiniteGuard(training.children(), self.optimizer, skip=1)
-        height, width = 12, 16
-        self.images = torch.rand(2, 3, height, width)
-        self.labels = torch.randint(0, C, (2, height, width), dtype=torch.uint8)
-        self.allowed = torch.ones(2, height, width)
+        self.images, self.allowed = torch.rand(2, 3, 12, 16), torch.ones(2, 12, 16)
+        self.labels = torch.randint(0, C, (2, 12, 16), dtype=torch.uint8)
         self.done = 0
 
     def __call__(self) -> SelfTrainingOutput:
@@ -145,8 +133,15 @@ def unseen_reports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return told
 
 
-@pytest.mark.parametrize("upsample", [False, True])
-@pytest.mark.parametrize("recipe", ["released", "paper", "mic"])
+def prepared(
+    method: str = "dacs", recipe: str = "released", optimizer: str = "foreach", *, upsample: bool = False
+) -> Stepper:
+    student = small_network(C, stride=2 if upsample else 1)
+    training = recipes.self_training(student, C, method=method, recipe=recipe, upsample=upsample)
+    return Stepper(training.train(), optimizer)
+
+
+@pytest.mark.parametrize(("recipe", "upsample"), [("released", True), ("paper", False), ("mic", False), ("mic", True)])
 @pytest.mark.parametrize("method", recipes.METHODS)
 @pytest.mark.parametrize("device", ["cpu", "meta"])  # meta: as far from the host's memory as a GPU
 def test_self_training__a_whole_step(
@@ -155,19 +150,16 @@ def test_self_training__a_whole_step(
     if device == "meta":  # has no autocast that could be turned off
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     with torch.device(device):
-        training = recipes.self_training(
-            small_network(C, stride=2 if upsample else 1), C, method=method, recipe=recipe, upsample=upsample
-        )
-        step = Stepper(training.train(), "foreach")
+        step = prepared(method, recipe, upsample=upsample)
     with NoSync():
-        for _ in range(2):
-            step()
+        outputs = [step() for _ in range(2)]
     assert unseen_reports == [0, 1]
+    assert all(output.loss.device.type == device and output.loss.shape == () for output in outputs)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizers__a_whole_step(optimizer: str, unseen_reports: list[int]) -> None:
-    step = Stepper(recipes.self_training(small_network(C), C).train(), optimizer)
+    step = prepared(optimizer=optimizer)
     with NoSync():
         for _ in range(3):
             step()
@@ -193,13 +185,12 @@ def test_functional(num_classes: int) -> None:
         pseudo = F.pseudo_label_from_probs(F.align_distribution(logits.softmax(1), prior, prior))
         for scope in ("image", "batch", "pixel", "none"):
             weights = F.confidence_weight(F.pseudo_label(logits).confidence, scope=scope)
-            for normalizer in ("all", "valid", "weights"):
-                F.weighted_cross_entropy(logits, pseudo.labels, weights, normalizer=normalizer)
-                F.upsampled_cross_entropy(logits[..., :3, :3], labels, weights, normalizer=normalizer)
-                for truth, smoothing in itertools.product((labels, soft), (0.0, 0.1)):
-                    options = {"normalizer": normalizer, "class_weights": prior, "label_smoothing": smoothing}
-                    F.weighted_cross_entropy(logits, truth, weights, **options)
-                    F.upsampled_cross_entropy(logits[..., :3, :3], truth, weights, **options)
+        for normalizer, odds, truth, smoothing in itertools.product(
+            ("all", "valid", "weights"), (None, prior), (labels, pseudo.labels, soft), (0.0, 0.1)
+        ):
+            options = {"normalizer": normalizer, "class_weights": odds, "label_smoothing": smoothing}
+            F.weighted_cross_entropy(logits, truth, weights, **options)
+            F.upsampled_cross_entropy(logits[..., :3, :3], truth, weights, **options)
         F.ema_update_(averaged, current, 0.9)
         F.box_mask(box, (9, 9))
         F.block_mask(blocks, (9, 9), 4)
@@ -207,33 +198,21 @@ def test_functional(num_classes: int) -> None:
         MaskedImages(4)(images)
         MaskedImages(4)(images, scores=blocks)
         for smoothing in (0.0, 0.1):  # the guard does not see into the operator
-            sum_by_blocks(
-                logits[..., :3, :3],
-                labels,
-                labels / num_classes,
-                align_corners=True,
-                ignore_index=255,
-                label_smoothing=smoothing,
-                with_gradient=True,
-            )
+            options = {"align_corners": True, "ignore_index": 255, "label_smoothing": smoothing, "with_gradient": True}
+            sum_by_blocks(logits[..., :3, :3], labels, labels / num_classes, **options)
 
 
-def test_pseudo_label_monitor() -> None:
+def test_monitors() -> None:
     labels = torch.randint(0, C + 2, (2, 9, 9))
     pseudo = F.pseudo_label(torch.randn(2, C, 9, 9))
-    monitor = PseudoLabelMonitor(C)
+    monitor, scores = PseudoLabelMonitor(C), UnsupervisedScores(C, pixels=50)
+    batches = torch.randn(2, C, 9, 9), torch.randn(2, C, 9, 9).half(), torch.randn(1, C, 3, 3)
     with NoSync():
         monitor.update(*pseudo)
         monitor.update(*pseudo, truth=labels.to(torch.uint8), student=labels)
         monitor.reset()
-
-
-def test_unsupervised_scores() -> None:
-    scores = UnsupervisedScores(C, pixels=50)
-    for logits in (torch.randn(2, C, 9, 9), torch.randn(2, C, 9, 9).half(), torch.randn(1, C, 3, 3)):
-        with NoSync():
+        for logits in batches:
             scores.update(logits)
-    with NoSync():
         scores.reset()
 
 
@@ -244,20 +223,15 @@ def test_unsupervised_scores() -> None:
 @pytest.mark.parametrize("method", recipes.METHODS)
 def test_cuda__sync_debug_mode(method: str, recipe: str, optimizer: str, upsample: bool) -> None:
     with torch.device("cuda"):
-        student = small_network(C, stride=2 if upsample else 1)
-        training = recipes.self_training(student, C, method=method, recipe=recipe, upsample=upsample)
-        step = Stepper(training.train(), optimizer)
+        step = prepared(method, recipe, optimizer, upsample=upsample)
         monitor, scores = PseudoLabelMonitor(C), UnsupervisedScores(C, pixels=50)
         logits = torch.randn(2, C, 9, 9)
     for attempt in range(4):
-        torch.cuda.set_sync_debug_mode("error" if attempt else "default")  # the first step may allocate and tune
-        try:
+        with waiting_is_an_error(on=attempt > 0):  # the first step may allocate and tune
             output = step()
             scores.update(logits)
             if output.mixed is not None and output.confidence is not None:
                 monitor.update(output.mixed.labels, output.confidence, truth=step.labels, student=step.labels)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

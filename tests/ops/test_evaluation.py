@@ -68,19 +68,13 @@ def test_evaluate__workers_and_precision() -> None:
     alone, ahead = evaluate(model, data, num_classes=5), evaluate(model, data, num_classes=5, workers=2)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(alone["native"].counts, ahead["native"].counts)
-
-    def forward(images: Tensor) -> Tensor:
-        logits = model(images)
-        assert logits.dtype == torch.bfloat16
-        return logits
-
-    half = evaluate(model, data, num_classes=5, dtype=torch.bfloat16, forward=forward)
-    with torch.no_grad():
-        want = ConfusionMatrix(5)
-        for image, label, _ in data:
-            logits = (image[None] / 255).bfloat16()
-            logits = tf.conv2d(logits, model.weight.bfloat16(), model.bias.bfloat16())
-            want.update(logits.argmax(1), label[None])
+    seen: set[torch.dtype] = set()
+    half = evaluate(model, data, num_classes=5, dtype=torch.bfloat16, logits=lambda out: seen.add(out.dtype) or out)
+    assert seen == {torch.bfloat16}
+    want = ConfusionMatrix(5)
+    for image, label, _ in data:
+        logits = tf.conv2d((image[None] / 255).bfloat16(), model.weight.bfloat16(), model.bias.bfloat16())
+        want.update(logits.argmax(1), label[None])
     assert torch.equal(half["native"].counts, want.counts)
     for options in ({"workers": 1}, {"sync": True}):
         with pytest.raises(TypeError, match="need a map-style data set, got list_iterator"):
@@ -168,7 +162,9 @@ def test_evaluate__data_of_any_form(form: str) -> None:
         (DataLoader(data, batch_size=2), {}),
         (DataLoader(data, batch_size=2, num_workers=1), {}),
     ):
-        got = evaluate(network, given, num_classes=5, image_size=(9, 11), label_sizes=[None, (5, 7)], **options)
+        sizes = [None, (5, 7), (5, 7)]  # one twice is scored once
+        got = evaluate(network, given, num_classes=5, image_size=(9, 11), label_sizes=sizes, **options)
+        assert list(got) == ["native", "5x7"]
         for name, matrix in want.items():
             if form in {"list", "other dict"}:  # floating images are not rounded to bytes when they are resized
                 assert (got[name].counts - matrix.counts).abs().sum() <= 4
@@ -275,47 +271,25 @@ def test_evaluate__windows_and_mirrored_images(
     torch.manual_seed(0)
     network = nn.Conv2d(3, 5, 3, padding=1, stride=2)  # smaller logits, and borders that matter
     data = samples([(17, 19)])
-    for size in (None, (8, 9)):
+    images = data[0].image[None] / 255
+    for size in (None, (8, 9), (34, 50)):  # whether probabilities or logits are resized makes a difference
         got = evaluate(
             network, data, num_classes=5, label_sizes=[size], window=window, stride=stride, flip=flip,
             align_corners=corners,
         )  # fmt: skip
-        images = data[0].image[None] / 255
         label = data[0].label if size is None else nearest(data[0].label, size)
+
+        def probs(view: Tensor, shape: torch.Size = label.shape) -> Tensor:
+            if meant is None:  # one pass, also where a window shows all of the image
+                return tf.interpolate(network(view), size=shape, mode="bilinear", align_corners=corners).softmax(1)
+            mean = windows_by_hand(network, view, *meant, corners)
+            return tf.interpolate(mean, size=shape, mode="bilinear", align_corners=corners)
+
         with torch.no_grad():
-            probs = []
-            for view in (images, images.flip(-1))[: 1 + flip]:
-                if meant is None:
-                    up = tf.interpolate(network(view), size=label.shape, mode="bilinear", align_corners=corners)
-                    probs.append(up.softmax(1))
-                else:
-                    mean = windows_by_hand(network, view, *meant, corners)
-                    probs.append(tf.interpolate(mean, size=label.shape, mode="bilinear", align_corners=corners))
-            total = probs[0] + probs[1].flip(-1) if flip else probs[0]
+            total = probs(images) + probs(images.flip(-1)).flip(-1) if flip else probs(images)
         want = ConfusionMatrix(5)
         want.update(total.argmax(1), label[None])
         assert (next(iter(got.values())).counts - want.counts).abs().sum() <= 2  # a tie in the last bit
-
-
-def test_evaluate__windows_of_a_network_that_sees_single_pixels_change_nothing() -> None:
-    torch.manual_seed(0)
-    network, data = nn.Conv2d(3, 5, 1), samples([(17, 19), (5, 30)])
-    want = evaluate(network, data, num_classes=5)["native"].counts
-    for options in ({"window": 6}, {"flip": True}, {"window": (4, 7), "stride": (3, 2), "flip": True}):
-        assert (evaluate(network, data, num_classes=5, **options)["native"].counts - want).abs().sum() <= 2
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_evaluate__a_window_that_shows_the_image_is_one_pass(flip: bool) -> None:
-    """At every label size: whether probabilities or logits are resized makes a difference."""
-    torch.manual_seed(0)
-    network, data = nn.Conv2d(3, 5, 3, padding=1, stride=4), samples([(17, 19), (12, 18)])
-    sizes = [None, (8, 9), (34, 50)]
-    want = evaluate(network, data, num_classes=5, label_sizes=sizes, flip=flip)
-    for window in ((17, 19), 19, (40, 30)):
-        got = evaluate(network, data, num_classes=5, label_sizes=sizes, flip=flip, window=window)
-        for name, matrix in want.items():
-            assert torch.equal(got[name].counts, matrix.counts)
 
 
 def lines_of(text: str) -> list[str]:
@@ -343,14 +317,6 @@ def test_evaluate__progress(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert re.search(r"evaluating: 100%.* 120/120", capsys.readouterr().err)
 
 
-def test_evaluate__one_label_size_twice_is_scored_once() -> None:
-    network, data = nn.Conv2d(3, 5, 1), samples([(8, 12), (9, 7)])
-    once = evaluate(network, data, num_classes=5, label_sizes=[(4, 6)])
-    twice = evaluate(network, data, num_classes=5, label_sizes=[(4, 6), (4, 6)])
-    assert list(twice) == ["4x6"]
-    assert torch.equal(twice["4x6"].counts, once["4x6"].counts)
-
-
 def test_evaluate__nothing_is_labelled(caplog: pytest.LogCaptureFixture) -> None:
     data = [Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.full((4, 4), 255), "a")]
     iou = evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5)["native"].compute()
@@ -360,19 +326,13 @@ def test_evaluate__nothing_is_labelled(caplog: pytest.LogCaptureFixture) -> None
     assert iou.per_class.isnan().all()
 
 
-WRAPS: dict[str, Callable[[SegmentationFolder], Any]] = {
-    "folder": lambda data: data,
-    "subset": lambda data: Subset(data, [0]),
-    "loader": lambda data: DataLoader(Subset(data, [0, 1]), batch_size=2),
-}
-
-
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_evaluate__a_folder_without_labels_is_refused(wrap: str, tmp_path: Path) -> None:
+def test_evaluate__a_folder_without_labels_is_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_png(tmp_path / f"{name}.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="no label maps to score against, got a SegmentationFolder of images only"):
-        evaluate(nn.Conv2d(3, 5, 1), WRAPS[wrap](SegmentationFolder(tmp_path)), num_classes=5)
+    folder = SegmentationFolder(tmp_path)
+    for data in (folder, Subset(folder, [0]), DataLoader(Subset(folder, [0, 1]), batch_size=2)):
+        with pytest.raises(ValueError, match="no label maps to score against, got a SegmentationFolder of images only"):
+            evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -386,21 +346,24 @@ def test_evaluate__images_in_the_dtype_of_the_network(dtype: torch.dtype, data: 
     assert (got - want).abs().sum() <= (4 if dtype == torch.bfloat16 else 0)
 
 
-@pytest.mark.parametrize(("value", "ignore_index"), [(5, 255), (-1, 255), (255, 0), (254, 255)])
-def test_evaluate__refuses_ids_that_would_not_count(value: int, ignore_index: int) -> None:
-    label = torch.full((4, 4), 1)
+@pytest.mark.parametrize(
+    ("value", "ignore_index", "dtype"),
+    [
+        (5, 255, torch.int64),
+        (-1, 255, torch.int64),
+        (255, 0, torch.int64),
+        (254, 255, torch.uint8),
+        (156, -100, torch.uint8),  # equal modulo 256
+    ],
+)
+def test_evaluate__refuses_ids_that_would_not_count(value: int, ignore_index: int, dtype: torch.dtype) -> None:
+    label = torch.full((4, 4), 1, dtype=dtype)
     label[2, 3] = value
     data = [Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), label, "street")]
     message = rf"street: label ids must lie in 0..4 or be {ignore_index}, got {value}; map them"
     with pytest.raises(ValueError, match=message):
         evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5, ignore_index=ignore_index)
     evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5, ignore_index=value)
-
-
-def test_evaluate__refuses_a_byte_that_equals_the_ignored_id_modulo_256() -> None:
-    data = [Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.full((4, 4), 156, dtype=torch.uint8), "street")]
-    with pytest.raises(ValueError, match=r"must lie in 0\.\.4 or be -100, got 156"):
-        evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5, ignore_index=-100)
 
 
 IMAGE, LABEL = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
@@ -445,27 +408,20 @@ def test_evaluate__refuses(change: dict[str, Any], error: type[Exception], messa
     assert network.training
 
 
-def test_colorize__in_colours_of_ones_own() -> None:
+def test_colorize_and_gallery() -> None:
     painted = colorize(torch.tensor([[1, 2, 255, -1]]), colors=[(1, 2, 3), (4, 5, 6)])
     assert painted[:, 0].T.tolist() == [[4, 5, 6], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
-
-
-def test_colorize_and_gallery() -> None:
-    labels = torch.tensor([[0, 18, 255], [-1, 19, 5]])
-    colors = colorize(labels)
-    assert colors[:, 0, 1].tolist() == list(PALETTE[18])
-    assert colors[:, 1, 2].tolist() == list(PALETTE[5])
-    assert not colors[:, 0, 2].any()
-    assert not colors[:, 1, :2].any()
+    colors = colorize(torch.tensor([[0, 18, 255], [-1, 19, 5]]))
+    want = [[PALETTE[0], PALETTE[18], (0, 0, 0)], [(0, 0, 0), (0, 0, 0), PALETTE[5]]]
+    assert torch.equal(colors.permute(1, 2, 0), torch.tensor(want).to(colors))
     sheet = gallery([[colors, torch.ones(3, 2, 3)], [torch.full((3, 2, 3), 0.5), colors]], gap=1)
     assert sheet.shape == (3, 7, 9)
     assert torch.equal(sheet[:, 1:3, 1:4], colors)
     assert torch.equal(sheet[:, 4:6, 5:8], colors)
     assert sheet[:, 4:6, 1:4].unique().tolist() == [128]
     assert sheet[:, 0].unique().tolist() == [255]
-    with pytest.raises(ValueError, match="equal lengths and pictures of one size"):
-        gallery([[colors], [colors, colors]])
-    with pytest.raises(ValueError, match="equal lengths and pictures of one size"):
-        gallery([])
+    for wrong in ([[colors], [colors, colors]], []):
+        with pytest.raises(ValueError, match="equal lengths and pictures of one size"):
+            gallery(wrong)
     with pytest.raises(ValueError, match=r"shape \(H, W\)"):
         colorize(colors)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checks import waiting_is_an_error
 from crossmix.metrics import ConfusionMatrix
 from oracles import seeded
 
@@ -24,9 +25,8 @@ def test_confusion_matrix__equals_the_loop(n: int, height: int, c: int, seed: in
         labels = torch.randint(-1, c + 2, (n, height, 5), generator=g)
         predictions = torch.randint(0, c, (n, height, 5), generator=g, dtype=torch.uint8)
         matrix.update(predictions, labels)
-        for label, prediction in zip(labels.flatten().tolist(), predictions.flatten().tolist(), strict=True):
-            if label != ignore_index and 0 <= label < c:
-                want[label, prediction] += 1
+        counted = (labels >= 0) & (labels < c) & (labels != ignore_index)
+        np.add.at(want, (labels[counted].numpy(), predictions[counted].numpy()), 1)
     assert matrix.counts.tolist() == want.tolist()
     iou = matrix.compute()
     each = []
@@ -47,18 +47,21 @@ def test_confusion_matrix__equals_the_loop(n: int, height: int, c: int, seed: in
 
 
 def test_confusion_matrix__state_and_merge_without_ranks() -> None:
-    matrix = ConfusionMatrix(3)
+    matrix, other = ConfusionMatrix(3), ConfusionMatrix(3)
     labels = torch.randint(0, 3, (2, 4, 4))
     matrix.update(labels, labels)
-    matrix.merge()
-    matrix.merge()
-    assert matrix.compute().mean == 1.0
-    again = ConfusionMatrix(3)
-    again.load_state_dict(matrix.state_dict())
-    assert torch.equal(again.counts, matrix.counts)
+    other.load_state_dict(matrix.state_dict())
+    for _ in range(2):
+        matrix.merge()
+        assert matrix.compute().mean == other.compute().mean == 1.0
     matrix.update((labels + 1) % 3, labels)  # merged counts are stale now
     assert matrix.compute().pixel_accuracy == 0.5
     assert "num_classes=3" in repr(matrix)
+    matrix.invalid.add_(1)
+    matrix.merge()
+    for copied in (matrix, copy.deepcopy(matrix), pickle.loads(pickle.dumps(matrix))):
+        copied.load_state_dict(other.state_dict())  # takes the place of what was merged
+        assert copied.compute().mean == 1
 
 
 def test_confusion_matrix__a_prediction_that_is_no_class() -> None:
@@ -85,11 +88,8 @@ def test_confusion_matrix__on_a_gpu_without_waiting() -> None:
     matrix = ConfusionMatrix(5).cuda()
     on_device = predictions.cuda(), labels.cuda()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         matrix.update(*on_device)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(matrix.counts.cpu(), want.counts)
     matrix.update(on_device[0] + 5, on_device[1])
     with pytest.raises(ValueError, match="must lie in"):
@@ -104,29 +104,8 @@ def test_ignored_class__has_no_score_and_no_part_in_the_mean() -> None:
     assert iou.per_class.tolist() == pytest.approx([math.nan, 1 / 2, 1], nan_ok=True)
     assert iou.mean == 0.75
     assert iou.pixel_accuracy == pytest.approx(2 / 3)
-    assert matrix.compute([0, 2]).mean == 1
     assert math.isnan(matrix.compute([0]).mean)  # and no warning, which would be an error here
-
-
-def test_compute__classes_as_anything_that_holds_whole_numbers() -> None:
-    matrix = ConfusionMatrix(3)
-    matrix.update(torch.tensor([[[0, 1, 2, 0]]]), torch.tensor([[[0, 1, 2, 1]]]))
-    want = matrix.compute([0, 2]).mean
-    for classes in ((0, 2), {0, 2}, range(0, 3, 2), torch.tensor([0, 2]), np.array([0, 2]), iter([0, 2])):
-        assert matrix.compute(classes).mean == want
+    for classes in ([0, 2], (0, 2), {0, 2}, range(0, 3, 2), torch.tensor([0, 2]), np.array([0, 2]), iter([0, 2])):
+        assert matrix.compute(classes).mean == 1
     with pytest.raises(TypeError, match="integer"):
         matrix.compute([0.5])
-    with pytest.raises(ValueError, match="`classes` must be ids"):
-        matrix.compute([])
-
-
-def test_state__a_loaded_one_takes_the_place_of_what_was_merged() -> None:
-    other = ConfusionMatrix(2)
-    other.update(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 1]]]))
-    matrix = ConfusionMatrix(2)
-    matrix.update(torch.tensor([[[1, 0]]]), torch.tensor([[[0, 1]]]))
-    matrix.invalid.add_(1)
-    matrix.merge()
-    for copied in (matrix, copy.deepcopy(matrix), pickle.loads(pickle.dumps(matrix))):
-        copied.load_state_dict(other.state_dict())
-        assert copied.compute().mean == 1

@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,12 +15,7 @@ from crossmix.datasets import StreetScenes
 from crossmix.diagnostics import UnsupervisedQuality, UnsupervisedScores
 from crossmix.diagnostics.unsupervised import _spread
 from crossmix.evaluation import evaluate
-from oracles import seeded
-
-
-def softmax(values: list[float]) -> list[float]:
-    odds = [math.exp(value - max(values)) for value in values]
-    return [value / sum(odds) for value in odds]
+from oracles import chi_square, seeded
 
 
 def entropy(probs: list[float]) -> float:
@@ -32,12 +26,11 @@ def density_by_loop(probs: list[list[float]], temperature: float) -> list[float]
     """For each pixel, the entropy over all others of the softmax of their cosine similarities."""
     found = []
     for i, p in enumerate(probs):
-        similar = []
-        for j, q in enumerate(probs):
-            if j != i:
-                dot = sum(a * b for a, b in zip(p, q, strict=True))
-                similar.append(dot / math.hypot(*p) / math.hypot(*q) / temperature)
-        found.append(entropy(softmax(similar)))
+        others = probs[:i] + probs[i + 1 :]
+        dots = [sum(a * b for a, b in zip(p, q, strict=True)) for q in others]
+        similar = [d / math.hypot(*p) / math.hypot(*q) / temperature for d, q in zip(dots, others, strict=True)]
+        odds = [math.exp(value - max(similar)) for value in similar]
+        found.append(entropy([value / sum(odds) for value in odds]))
     return found
 
 
@@ -45,8 +38,8 @@ def scores_by_loop(batches: list[Tensor], temperature: float) -> UnsupervisedQua
     """All pixels of every batch compared with all others of it; those with NaN left out."""
     everything, densities = [], []
     for logits in batches:
-        pixels = logits.movedim(1, -1).flatten(0, 2).double().tolist()
-        probs = [softmax(values) for values in pixels if not any(map(math.isnan, values))]
+        pixels = logits.double().softmax(1).movedim(1, -1).flatten(0, 2).tolist()
+        probs = [values for values in pixels if not any(map(math.isnan, values))]
         everything += probs
         densities += density_by_loop(probs, temperature) if len(probs) > 1 else []
     mean = [sum(p[c] for p in everything) / len(everything) for c in range(batches[0].shape[1])]
@@ -62,7 +55,7 @@ def scores_by_loop(batches: list[Tensor], temperature: float) -> UnsupervisedQua
     st.sampled_from([torch.float32, torch.float64, torch.float16]),
     st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_compute__equals_the_loop(
     seeds: list[int], size: tuple[int, int, int, int], temperature: float, scale: float, dtype: torch.dtype, hole: bool
 ) -> None:
@@ -80,32 +73,8 @@ def test_compute__equals_the_loop(
     assert scores.compute() == pytest.approx(scores_by_loop(batches, temperature), abs=3e-6, rel=1e-6)
 
 
-def test_compute__by_hand() -> None:
-    """Sure of everything, in two groups of equal size: every neighbour is in a pixel's own group."""
-    logits = torch.tensor([40.0, -40.0]).repeat(8)[:16].view(1, 1, 4, 4)
-    scores = UnsupervisedScores(2)
-    scores.update(torch.cat([logits, -logits], 1))
-    entropy, information, density = scores.compute()
-    assert entropy == pytest.approx(0, abs=1e-6)
-    assert information == pytest.approx(math.log(2), abs=1e-6)
-    assert density == pytest.approx(math.log(7), abs=1e-5)  # of the eight, one is the pixel itself
-    scores.reset()
-    scores.update(torch.zeros(1, 2, 4, 4))  # knows nothing: no score but the density can tell
-    assert scores.compute() == pytest.approx((math.log(2), 0, math.log(15)), abs=1e-5)
-
-
-def test_information__tells_a_network_that_calls_everything_one_class() -> None:
-    collapsed, good = UnsupervisedScores(3), UnsupervisedScores(3)
-    truth = torch.randint(0, 3, (2, 8, 8), generator=seeded(0))
-    good.update(20.0 * nn.functional.one_hot(truth, 3).movedim(-1, 1))
-    collapsed.update(20.0 * nn.functional.one_hot(truth * 0, 3).movedim(-1, 1))
-    assert collapsed.compute().entropy == pytest.approx(good.compute().entropy, abs=1e-6)
-    assert collapsed.compute().information < 0.01
-    assert good.compute().information > 1
-
-
 @given(st.integers(1, 400), st.integers(1, 400))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_spread__different_places_in_equal_parts(total: int, count: int) -> None:
     if count > total:
         return
@@ -117,11 +86,12 @@ def test_spread__different_places_in_equal_parts(total: int, count: int) -> None
 
 @pytest.mark.parametrize("size", [(1000, 2000), (500, 1000), (128, 1000), (64, 125), (512, 1024), (1024, 2048)])
 def test_spread__prefers_no_row_and_no_column(size: tuple[int, int]) -> None:
-    """Also where the parts are as long as a row, or twice: chi-square over ten stripes each way."""
+    """Also where the parts are as long as a row, or twice: ten stripes each way."""
     places = _spread(size[0] * size[1], 1000, torch.device("cpu"))
     for where, length in ((places // size[1], size[0]), (places % size[1], size[1])):
-        found = torch.bincount(where * 10 // length, minlength=10)
-        assert float(((found - 100) ** 2 / 100).sum()) < 21.7  # 9 degrees of freedom, 1 in 100
+        stripes = torch.arange(length) * 10 // length
+        shares = stripes.bincount().double() / length
+        assert chi_square(stripes[where].bincount(minlength=10), shares) < 0.65  # 1 in 100
 
 
 def test_update__samples_pixels_and_counts_the_others_all_the_same() -> None:
@@ -143,26 +113,16 @@ def test_update__samples_pixels_and_counts_the_others_all_the_same() -> None:
 
 def test_update__strides_order_and_memory_formats_change_nothing() -> None:
     batches = [torch.randn(2, 5, 6, 7, generator=seeded(seed)) for seed in range(4)]
-    one, other = UnsupervisedScores(5), UnsupervisedScores(5)
+    one, other, strided = (UnsupervisedScores(5) for _ in range(3))
     for logits in batches:
         one.update(logits)
-    for logits in reversed(batches):
-        other.update(logits.to(memory_format=torch.channels_last))
-    for name, value in one.named_buffers():
-        assert (other.get_buffer(name) - value).abs().max() <= 400, name
-    other.reset()
-    for logits in reversed(batches):
-        other.update(logits)
+    with torch.autocast("cpu", torch.bfloat16):  # in float32 all the same
+        for logits in reversed(batches):
+            other.update(logits)
+            strided.update(logits.to(memory_format=torch.channels_last))
     assert other.compute() == one.compute()  # whole numbers in any order
-
-
-def test_update__in_float32_under_autocast() -> None:
-    logits = torch.randn(1, 5, 6, 7, generator=seeded(0))
-    one, other = UnsupervisedScores(5), UnsupervisedScores(5)
-    one.update(logits)
-    with torch.autocast("cpu", torch.bfloat16):
-        other.update(logits)
-    assert other.compute() == one.compute()
+    for name, value in one.named_buffers():
+        assert (strided.get_buffer(name) - value).abs().max() <= 400, name
 
 
 def test_update__needs_no_gradient_and_no_more_memory_than_the_probabilities() -> None:
@@ -209,17 +169,16 @@ def test_state__copies_casts_merges_and_loads() -> None:
     loaded.load_state_dict(scores.state_dict())
     for other in (loaded, copy.deepcopy(scores), pickle.loads(pickle.dumps(scores)), scores.half()):
         assert other.compute() == want
-    scores.merge()
-    scores.merge()
+    for _ in range(2):
+        scores.merge()
     assert scores.compute() == want
     scores.update(torch.zeros(1, 4, 3, 3))  # what was merged is stale now
     assert scores.compute() != want
-    scores.merge()
-    scores.load_state_dict(empty)
-    assert all(map(math.isnan, scores.compute()))
-    scores.update(logits)
-    scores.reset()
-    assert all(map(math.isnan, scores.compute()))
+    for forget in (scores.reset, lambda: scores.load_state_dict(empty)):
+        scores.update(logits)
+        scores.merge()
+        forget()
+        assert all(map(math.isnan, scores.compute()))
 
 
 def test_evaluate__hands_its_logits_on() -> None:
@@ -238,26 +197,3 @@ def test_evaluate__hands_its_logits_on() -> None:
     for sample in data:
         want.update(network(sample.image[None] / 255))
     assert scores.compute() == want.compute()
-
-
-LOGITS = torch.zeros(1, 3, 4, 5)
-CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
-    (lambda: UnsupervisedScores(0), ValueError, "`num_classes` must be at least 1"),
-    (lambda: UnsupervisedScores(3.0), TypeError, "`num_classes` must be an int"),
-    (lambda: UnsupervisedScores(3, pixels=1), ValueError, "`pixels` must be at least 2, got 1"),
-    (lambda: UnsupervisedScores(3, pixels=9.0), TypeError, "`pixels` must be an int, got float"),
-    (lambda: UnsupervisedScores(3, temperature=0), ValueError, "`temperature` must be positive, got 0"),
-    (lambda: UnsupervisedScores(3, temperature=math.nan), ValueError, "`temperature` must be positive, got nan"),
-    (lambda: UnsupervisedScores(3, temperature="1"), TypeError, "`temperature` must be a float, got str"),
-    (lambda: UnsupervisedScores(3).update(LOGITS[0]), ValueError, r"`logits` must have shape \(N, C, H, W\)"),
-    (lambda: UnsupervisedScores(3).update(LOGITS.long()), TypeError, "`logits` must be floating"),
-    (lambda: UnsupervisedScores(3).update({"out": LOGITS}), TypeError, "`logits` must be a torch.Tensor, got dict"),
-    (lambda: UnsupervisedScores(4).update(LOGITS), ValueError, "`logits` have 3 classes but `num_classes` is 4"),
-    (lambda: UnsupervisedScores(3).update(LOGITS.to("meta")), ValueError, "`logits` is on meta"),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), CASES, ids=range(len(CASES)))
-def test_mistakes(call: Callable[[], object], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
