@@ -443,7 +443,8 @@ class MaskedImages(nn.Module):
         check_same_device(images=images, scores=scores)
         if len(scores) != len(images):
             raise ValueError(f"`scores` is for {len(scores)} images but `images` holds {len(images)}; draw for these.")
-        fill = torch.stack([images.new_full((1, 1), value) for value in self.fill])  # torch.tensor(list) would sync
+        with no_autocast(images.device):  # of a CPU, it refuses to stack float16
+            fill = torch.stack([images.new_full((1, 1), value) for value in self.fill])  # torch.tensor would sync
         return torch.where(hidden[:, None], fill, images)
 
     def extra_repr(self) -> str:

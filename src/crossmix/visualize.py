@@ -64,7 +64,7 @@ def gallery(rows: Sequence[Sequence[Tensor]], *, gap: int = 4) -> Tensor:
             check_tensor("rows", picture)
             check_values("rows", picture)
             if picture.ndim != 3 or len(picture) != 3:
-                raise wrong_shape("rows", "pictures (3, H, W)", picture, "pass RGB pictures without a batch dimension")
+                raise wrong_shape("rows", "(3, H, W) each", picture, "pass RGB pictures without a batch dimension")
     shapes = {tuple(picture.shape) for row in rows for picture in row}
     lengths = {len(row) for row in rows}
     if len(shapes) != 1 or len(lengths) != 1:

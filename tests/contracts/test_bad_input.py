@@ -26,6 +26,7 @@ from crossmix import functional as F
 from crossmix.diagnostics import PseudoLabelMonitor, UnsupervisedScores
 from crossmix.metrics import ConfusionMatrix
 from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
+from crossmix.visualize import colorize, gallery
 
 IMAGES, LABELS = torch.rand(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
 LOGITS, MAP = torch.rand(2, 3, 4, 5), torch.rand(2, 4, 5)
@@ -48,6 +49,19 @@ CASES: Cases = {
         TypeError, r"floating in \[0, 1\], got torch.uint8; convert"),
     "images type": (lambda: mixed(source_images=[1]),
         TypeError, "`source_images` must be a torch.Tensor, got list; convert"),
+    "images sparse": (lambda: mixed(source_images=IMAGES.to_sparse()),
+        TypeError, "`source_images` must be a dense tensor, got torch.sparse_coo; convert it with `.to_dense"),
+    "prior sparse": (lambda: DistributionAlignment(3, prior=PRIOR.to_sparse()), TypeError, "`prior` must be a dense"),
+    "no values": (lambda: ConfusionMatrix(3).update(LABELS.to(META), LABELS.to(META)),
+        ValueError, "`labels` must have values, got a meta tensor"),
+    "no values to paint": (lambda: colorize(LABELS[0].to(META)), ValueError, "`labels` must have values"),
+    "align_corners": (lambda: F.upsampled_cross_entropy(LOGITS, LABELS, align_corners="yes"),
+        TypeError, "`align_corners` must be True or False, got 'yes'"),
+    "align_corners of the module": (lambda: ConfidenceWeightedCE().upsampled(LOGITS, LABELS, align_corners=1),
+        TypeError, "`align_corners` must be True or False, got 1"),
+    "picture type": (lambda: gallery([["street"]]), TypeError, "`rows` must be a torch.Tensor, got str"),
+    "picture rank": (lambda: gallery([[MAP]]), ValueError, r"`rows` must have shape \(3, H, W\) each, got \(2, 4"),
+    "gap": (lambda: gallery([[IMAGES[0]]], gap=-1), ValueError, "`gap` must be at least 0, got -1"),
     "labels rank": (lambda: mixed(source_labels=LABELS[:, None]),
         ValueError, r"got \(2, 1, 4, 5\); squeeze the channel dimension"),
     "labels dtype": (lambda: mixed(target_labels=MAP),

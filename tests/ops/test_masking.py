@@ -222,8 +222,8 @@ def test_masks__as_every_function(name: str) -> None:
         out = op(**values)
         assert out.dtype == (dtype if "images" in inputs else torch.bool)
         assert out.is_contiguous()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(op(**values), out)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(op(**values), out)
     with Watch() as seen:
         op(**values)
     assert torch.float64 not in seen.dtypes  # which not every device has
