@@ -75,6 +75,7 @@ from scores import finite, percent, summary
 from training_run import (
     Record,
     Run,
+    chosen,
     conclude,
     crops,
     draw_whole_batch,
@@ -398,7 +399,8 @@ def evaluate_if_due(run: Run, record: Record) -> None:
         raise DataError(f"{reason(error)} Repair it; {goes_on(run)}.") from error
     entry: dict[str, Any] = {"step": run.done, **{who: by_size for who, (by_size, _) in found.items()}}
     entry["unsupervised"] = {who: without_labels for who, (_, without_labels) in found.items()}
-    save(run, best=keep_scores(run, entry))
+    keep_scores(run, entry)
+    save(run, names=chosen(run))
     now = miou(entry, run.config)
     words = "no pixel of the validation images counts" if now is None else f"student mIoU {percent(now)} %"
     record.progress.say(f"step {run.done}: {words}")

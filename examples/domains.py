@@ -26,6 +26,7 @@ from crossmix.datasets import (
     read_classes,
 )
 from crossmix.datasets.classes import CLASS_NAMES
+from crossmix.datasets.statistics import known_counts
 from crossmix.engine import KeyedCrops, QuietLoader, resident
 from options import Config, size
 
@@ -37,6 +38,7 @@ __all__ = [
     "Data",
     "Unlabelled",
     "class_names",
+    "counts_file",
     "crop_size",
     "differences",
     "drawn_names",
@@ -46,6 +48,7 @@ __all__ = [
     "prepared",
     "rare_class_sampler",
     "target_labels",
+    "to_count",
     "too_small",
     "with_rendered_data",
 ]
@@ -147,19 +150,28 @@ def with_rendered_data(config: Config, root: Path) -> Config:
     return replace(config, gta5=str(gta5), cityscapes=str(cityscapes))
 
 
-def rare_class_sampler(config: Config, data: Data, out: Path) -> RareClassSampler:
-    """Count the classes of the source and build the sampler of its images.
+def counts_file(config: Config, out: Path) -> Path:
+    """Choose the file of class counts: beside the source, or in `out` where that folder cannot be written to."""
+    root = Path(config.source or config.synthia or config.gta5)
+    file = root / COUNTS
+    return file if os.access(file if file.exists() else root, os.W_OK) else out / COUNTS
 
-    Counts are kept in a file beside the data, or in `out` where that folder cannot be written to.
+
+def to_count(config: Config, data: Data, out: Path) -> int:
+    """Say how many label maps of the source `rare_class_sampler` has to read, because their counts are not kept."""
+    paths = [one.label for one in data.source.files if one.label is not None]
+    return len(paths) - len(known_counts(paths, data.source.label_format, counts_file(config, out)))
+
+
+def rare_class_sampler(config: Config, data: Data, out: Path) -> RareClassSampler:
+    """Count the classes of the source, or read the counts that are kept, and build the sampler of its images.
 
     Raises:
         DataError: If a label map cannot be read, or no image has enough pixels of any class.
     """
-    root = Path(config.source or config.synthia or config.gta5)
-    file = root / COUNTS
-    if not os.access(file if file.exists() else root, os.W_OK):
+    file = counts_file(config, out)
+    if file.parent == out:
         out.mkdir(parents=True, exist_ok=True)
-        file = out / COUNTS
     counts = class_counts(data.source, cache=file, workers=config.workers)
     try:
         return RareClassSampler(counts, temperature=config.rare_temperature, min_pixels=config.rare_pixels)

@@ -27,7 +27,7 @@ from crossmix.evaluation import evaluate
 from crossmix.models import DeepLabV2, WeightsError, load_weights
 from crossmix.models.weight_files import read_weights
 from crossmix.recipes import METHODS
-from networks import AUTOCAST, EXPECTED, NetworkError, is_name, is_ours, new_network, small_logits
+from networks import AUTOCAST, EXPECTED, NETWORKS, NetworkError, is_name, is_ours, new_network, small_logits
 from options import Kind, size, unusable
 from scores import TITLES, markdown, paper_row, rows_by_class, summary
 
@@ -100,6 +100,8 @@ def load_network(
         raise WeightsError(
             f"{weights}: was trained on the network {name!r}, which this script does not build by itself{hint}."
         )
+    if aspp_branches and not is_ours(name):
+        raise NetworkError(f"--aspp-branches has no effect without --network {' or '.join(NETWORKS)}, got {name}.")
     branches = aspp_branches or config.get("aspp_branches", 2)
     model = new_network(name, classes, aspp_branches=branches, upsample=True)
     try:

@@ -501,7 +501,7 @@ def _refuse_contradictions(config: Config, given: dict[str, Any], *, demo: bool)
         SystemExit: If some contradict each other or one is missing.
     """
     problem = _data_problem(config, given, demo=demo)
-    for found in () if problem else (_of_network(config), _of_training(config)):
+    for found in () if problem else (_of_network(config), _of_training(config), _without_effect(config, given)):
         problem = problem or next((text for wrong, text in found if wrong), "")
     if problem := problem or unusable(config.device):
         raise SystemExit(f"error: {problem}.")
@@ -552,6 +552,23 @@ def _of_training(config: Config) -> Checks:
     yield top + bottom >= 512, f"--ignore-top {top} and --ignore-bottom {bottom} must leave some of 512 rows"
     block, large = config.consistency_block, config.consistency and (config.consistency_block or 0) > min(crop)
     yield large, f"--consistency-block must fit into --crop {config.crop}, got {block}; give a smaller one, or none"
+
+
+def _without_effect(config: Config, given: dict[str, Any]) -> Checks:
+    """Find flags that would do nothing. In a file they are accepted: a run's own config.json has every option."""
+    rare, consistency = (config.rare_classes, "--rare-classes"), (config.consistency, "--consistency")
+    needed: dict[str, tuple[object, str]] = {
+        "prior": (config.method == "alignment", "--method alignment"),
+        "aspp_branches": (is_ours(config.network), "--network resnet101 or tiny"),
+        "head_factor": (is_ours(config.network) or config.head, "--head"),
+        "momentum": (config.optimizer == "sgd", "--optimizer sgd"),
+        "no_decay": (config.weight_decay, "--weight-decay above 0"),
+        **dict.fromkeys(("rare_temperature", "rare_pixels"), rare),
+        **dict.fromkeys(("consistency_block", "consistency_ratio", "consistency_weight"), consistency),
+    }
+    for name, (used, other) in needed.items():
+        flag = "--" + name.replace("_", "-")
+        yield given.get(name) not in {None, ""} and not used, f"{flag} has no effect without {other}"
 
 
 def unusable(device: str) -> str:

@@ -11,10 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossmix.datasets import DataError
+from crossmix.datasets import class_counts
 from crossmix.models import WeightsError, load_weights
 from crossmix.optim import parameter_groups
-from domains import COUNTS, Data, class_names, crop_size, open_data, target_labels, too_small
+from domains import (
+    COUNTS,
+    Data,
+    class_names,
+    counts_file,
+    crop_size,
+    open_data,
+    rare_class_sampler,
+    target_labels,
+    to_count,
+    too_small,
+)
 from networks import is_ours, new_network, tried
 from options import Config, Request, config_files, size
 
@@ -24,17 +35,37 @@ __all__ = ["empty_network", "has_begun", "head_of", "plan", "problems"]
 def plan(request: Request) -> dict[str, Any]:
     """Compute the number of images and evaluations, and the disk space and memory needed."""
     config = request.config
-    images: Any = "rendered by the demo"
-    if not request.demo:
+
+    def found(look: Callable[[], Any]) -> Any:  # noqa: ANN401 - part of the plan
         try:
-            images = dict(zip(Data._fields, map(len, open_data(config)), strict=True))
-        except (DataError, OSError) as error:
-            images = f"not there yet: {error}"
-    try:
-        takes = costs(config)
-    except (ValueError, OSError) as error:
-        takes = {"network": f"not there yet: {error}"}
-    return {"images": images, "evaluations": -(-config.steps // config.eval_every), **takes}
+            return look()
+        except (ValueError, OSError) as error:
+            return f"not there yet: {error}"
+
+    def images() -> dict[str, int]:
+        return dict(zip(Data._fields, map(len, open_data(config)), strict=True))
+
+    takes = found(lambda: costs(config))
+    return {
+        "images": "rendered by the demo" if request.demo else found(images),
+        **({"rare_classes": found(lambda: rare_classes(request))} if config.rare_classes else {}),
+        "evaluations": -(-config.steps // config.eval_every),
+        **(takes if isinstance(takes, dict) else {"network": takes}),
+    }
+
+
+def rare_classes(request: Request) -> dict[str, Any]:
+    """Say which label maps a run would count for rare-class sampling and, if none is left, what the counts are."""
+    config, out = request.config, request.out or Path("OUT")
+    if request.demo:
+        return {"images_to_count": "all that the demo renders, unless they are counted already"}
+    data = open_data(config)
+    file, left = counts_file(config, out), to_count(config, data, out)
+    if left:
+        return {"counts": str(file), "images_to_count": left}
+    enough = (class_counts(data.source, cache=file) >= config.rare_pixels).sum(0).tolist()
+    images = dict(zip(class_names(config), enough, strict=False))
+    return {"counts": str(file), "images_to_count": 0, "images_with_rare_pixels": images}
 
 
 def costs(config: Config) -> dict[str, Any]:
@@ -73,8 +104,8 @@ def copies(config: Config) -> int:
 
 
 def checkpoints(config: Config, network: nn.Module) -> int:
-    """Count the bytes of one training's checkpoints: the last two and the best."""
-    return 3 * copies(config) * size_of(network)
+    """Count the bytes of one training's checkpoints: the last two, the best and the label-free one."""
+    return 4 * copies(config) * size_of(network)
 
 
 def empty_network(config: Config, *, meta: bool = False) -> nn.Module:
@@ -105,7 +136,7 @@ def problems(request: Request, folders: list[Path], world: int = 1) -> list[str]
     if fresh and request.config.weights:
         looks.append(lambda: _of_weights(request.config))
     if not request.demo:
-        looks.append(lambda: _of_data(request.config, world, fresh=fresh))
+        looks.append(lambda: _of_data(request, world, fresh=fresh))
     if not is_ours(request.config.network):
         looks.append(lambda: _of_network(request))
     found: list[str] = []
@@ -198,7 +229,8 @@ def _of_network(request: Request) -> Iterator[str]:
     yield from ()
 
 
-def _of_data(config: Config, world: int, *, fresh: bool) -> Iterator[str]:
+def _of_data(request: Request, world: int, *, fresh: bool) -> Iterator[str]:
+    config, out = request.config, request.out or Path("OUT")
     data = open_data(config)
     whole = config.batch * world
     for name, samples in (("source", data.source), ("target", data.target)):
@@ -213,13 +245,20 @@ def _of_data(config: Config, world: int, *, fresh: bool) -> Iterator[str]:
             )
     if config.method == "alignment" and config.prior == "oracle" and fresh:
         target_labels(config)
+    if config.rare_classes and to_count(config, data, out) == 0:
+        rare_class_sampler(config, data, out)  # quick, as everything is counted; it refuses too few pixels
+    yield from _of_first(data, skip=config.skip_files > 0)
+    if config.cache and not Path(config.cache).is_dir() and (problem := unwritable(Path(config.cache))) is not None:
+        yield f"--cache {config.cache}: {problem}; give one that is new, or a cache."
+
+
+def _of_first(data: Data, *, skip: bool) -> Iterator[str]:
+    """Read the first sample of each part, which finds what is wrong with all of them."""
     for name, samples in zip(Data._fields, data, strict=True):
         try:
-            samples[0]  # finds what is wrong with all of them
+            samples[0]
         except ValueError as error:
             if name == "validation":
                 raise
-            if not config.skip_files:
+            if not skip:
                 yield f"{error} Repair it, or leave it out with --skip-files 1."
-    if config.cache and not Path(config.cache).is_dir() and (problem := unwritable(Path(config.cache))) is not None:
-        yield f"--cache {config.cache}: {problem}; give one that is new, or a cache."

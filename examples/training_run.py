@@ -1,7 +1,7 @@
 """The state of one training and the files in its folder: checkpoints, log, metrics and report."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,8 +32,8 @@ from scores import CHOSEN, TITLES, deciding_miou, density, markdown, paper_row, 
 from signals import Stopped
 
 __all__ = [
-    "Record", "Run", "conclude", "crops", "draw_whole_batch", "fewer_workers", "goes_on", "keep_scores", "miou",
-    "recorded", "restore", "save", "saved_at_any_end", "stopped", "versions", "what_was_skipped", "write_json",
+    "Record", "Run", "chosen", "conclude", "crops", "draw_whole_batch", "fewer_workers", "goes_on", "keep_scores",
+    "miou", "recorded", "restore", "save", "saved_at_any_end", "stopped", "versions", "what_was_skipped", "write_json",
     "write_report",
 ]  # fmt: skip
 
@@ -122,12 +122,12 @@ def state(run: Run) -> dict[str, Any]:
     }
 
 
-def save(run: Run, *, best: bool = False) -> None:
-    """Write a checkpoint and the metrics."""
+def save(run: Run, *, names: Collection[str] = ()) -> None:
+    """Write a checkpoint, also by the names of what it is the best for, and the metrics."""
     run.guard.settle()  # the device may have undone a step without the host knowing yet
     count_skipped(run)
     if run.ranks.first:
-        run.store.save(run.done, state(run), best=best)
+        run.store.save(run.done, state(run), names=names)
         write_json(run.folder / "metrics.json", run.metrics)
     run.saved = run.done
 
@@ -186,6 +186,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     run.skipped = run.metrics["skipped_steps"]
     run.guard.skip -= run.skipped
     run.guard.keep()
+    if names := chosen(run):
+        save(run, names=names)  # in case the last run was killed before it had written all of them
     if run.ranks.first:
         print(f"resumed at step {run.done}", flush=True)
 
@@ -283,8 +285,8 @@ def miou(entry: Mapping[str, Any], config: Config) -> float | None:
     return deciding_miou(entry, evaluation=config.evaluation, synthia=bool(config.synthia))
 
 
-def keep_scores(run: Run, entry: dict[str, Any]) -> bool:
-    """Add an evaluation to the metrics; return whether it is the best so far by the labels."""
+def keep_scores(run: Run, entry: dict[str, Any]) -> None:
+    """Add an evaluation to the metrics, and single it out where it is the best so far."""
     run.metrics["evaluations"].append(entry)
     run.metrics["last"] = entry
 
@@ -295,7 +297,11 @@ def keep_scores(run: Run, entry: dict[str, Any]) -> bool:
 
     keep_if_better("best", lambda one: miou(one, run.config))
     keep_if_better("best_unsupervised", density)
-    return run.metrics["best"] is entry
+
+
+def chosen(run: Run) -> list[str]:
+    """List what the present step is the best for so far, by its titles in the metrics."""
+    return [title for title in CHOSEN if run.metrics[title] is not None and run.metrics[title]["step"] == run.done]
 
 
 def what_was_skipped(run: Run) -> str:
