@@ -43,14 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from crossmix import SelfTraining, SelfTrainingOutput, recipes
 from crossmix.datasets import DataError, class_counts
 from crossmix.diagnostics import UnsupervisedScores
-from crossmix.engine import (
-    BusyError,
-    CheckpointError,
-    CheckpointStore,
-    FiniteGuard,
-    FolderLock,
-    NonFiniteError,
-)
+from crossmix.engine import BusyError, CheckpointError, CheckpointStore, FiniteGuard, FolderLock, NonFiniteError
 from crossmix.evaluation import evaluate
 from crossmix.models import WeightsError, load_weights
 from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr

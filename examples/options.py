@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from math import prod
 from pathlib import Path
@@ -24,19 +24,12 @@ from crossmix import recipes
 from networks import EXPECTED, is_name, is_ours
 
 __all__ = [
-    "FREE",
-    "Config",
-    "Kind",
-    "Request",
-    "config_files",
-    "label_sizes",
-    "read_options",
-    "size",
-    "size_name",
+    "FREE", "Config", "Kind", "Request", "argument", "config_files", "label_sizes", "read_options", "size", "size_name",
     "unusable",
-]
+]  # fmt: skip
 
 LARGEST_COUNT = 10**9
+SIZE = re.compile(r"({0})(x({0}))?".format(r"(?!0+(?:x|$))[0-9]{1,6}"))
 SMALLEST_CROP = 8  # pixels per side
 
 
@@ -55,22 +48,18 @@ class Kind(NamedTuple):
 
     def expected(self) -> str:
         """Describe the permitted values for an error message."""
-        return self._expected() + (", or none" if self.optional else "")
-
-    def _expected(self) -> str:
-        if self.type is bool:
-            return "true or false"
-        if self.network or self.choices:
-            names = ", ".join(map(str, self.choices))
-            return EXPECTED if self.network else f"any of {names}" if self.several else f"one of {names}"
-        if self.native is not None:
-            return "a size such as 512x1024 or 512, in pixels" + (", or native" if self.native else "")
-        if self.type is str:
-            return "text"
-        words = "a whole number" if self.type is int else "a number"
-        if self.high is not None and self.high < LARGEST_COUNT:
-            return f"{words} from {self.low:g} to {self.high:g}"
-        return words if self.low is None else f"{words} of at least {self.low:g}"
+        text = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[self.type]
+        if self.network:
+            text = EXPECTED
+        elif self.choices:
+            text = f"{'any' if self.several else 'one'} of {', '.join(map(str, self.choices))}"
+        elif self.native is not None:
+            text = "a size such as 512x1024 or 512, in pixels" + (", or native" if self.native else "")
+        elif self.high is not None and self.high < LARGEST_COUNT:
+            text += f" from {self.low:g} to {self.high:g}"
+        elif self.low is not None:
+            text += f" of at least {self.low:g}"
+        return text + (", or none" if self.optional else "")
 
     def allows(self, value: object) -> bool:
         """Whether the value is permitted."""
@@ -93,13 +82,9 @@ class Kind(NamedTuple):
             return text in self.choices
         if self.network:
             return is_name(text)
-        return "\0" not in text and (self.native is None or self._is_size(text))
-
-    def _is_size(self, text: str) -> bool:
-        sides = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text)
-        return bool(self.native and text == "native") or (
-            sides is not None and all(int(side) > 0 for side in sides.groups() if side is not None)
-        )
+        if self.native is not None:
+            return bool(SIZE.fullmatch(text) or (self.native and text == "native"))
+        return "\0" not in text
 
 
 def option(default: Any, text: str, *, type: type | None = None, **kind: Any) -> Any:  # noqa: A002, ANN401
@@ -248,12 +233,7 @@ def _recipe(recipe: recipes.Recipe, **others: Any) -> dict[str, Any]:  # noqa: A
 RECIPES: dict[str, dict[str, Any]] = {
     "released": {},  # the defaults
     "paper": _recipe(
-        recipes.PAPER,
-        aspp_branches=4,
-        source_size="760x1280",
-        nesterov=True,
-        repeated=False,
-        evaluation="1024x2048",
+        recipes.PAPER, aspp_branches=4, source_size="760x1280", nesterov=True, repeated=False, evaluation="1024x2048"
     ),
     "mic": _recipe(
         recipes.MIC,
@@ -430,6 +410,18 @@ def _help(one: Field[Any]) -> str:
         f"; {value} by --recipe {' or '.join(names)}" for value, names in others.items()
     )
     return f"{one.metadata['text']}{unit} (default: {default})".replace("%", "%%")
+
+
+def argument(convert: Callable[[str], Any] = str, **kind: Any) -> Callable[[str], Any]:  # noqa: ANN401
+    """Make an argument's type for argparse; the keywords are fields of `Kind`."""
+    expected = Kind(**{"type": str} | kind)
+
+    def parse(text: str) -> Any:  # noqa: ANN401
+        if not expected.allows(_from_text(expected, text)):
+            raise argparse.ArgumentTypeError(f"expected {expected.expected()}, got {text!r}")
+        return convert(text)
+
+    return parse
 
 
 def _from_text(kind: Kind, value: Any) -> Any:  # noqa: ANN401 - a flag's value

@@ -129,10 +129,7 @@ def problems(request: Request, folders: list[Path], world: int = 1) -> list[str]
         world: The number of processes.
     """
     fresh = not (request.resume and all(map(has_begun, folders)))  # otherwise everything is in the checkpoints
-    looks: list[Callable[[], Iterator[str]]] = [
-        lambda: _of_packages(request),
-        lambda: _of_folders(request, folders),
-    ]
+    looks: list[Callable[[], Iterator[str]]] = [lambda: _of_packages(request), lambda: _of_folders(request, folders)]
     if fresh and request.config.weights:
         looks.append(lambda: _of_weights(request.config))
     if not request.demo:

@@ -13,18 +13,9 @@ from torch import Tensor, nn
 import crossmix
 from crossmix import SelfTraining, SelfTrainingOutput
 from crossmix.datasets import DataError, RareClassSampler, write_png
-from crossmix.engine import (
-    CheckpointStore,
-    FiniteGuard,
-    NonFiniteError,
-    Progress,
-    RunLog,
-    StopRequest,
-    keyed_generator,
-)
+from crossmix.engine import CheckpointStore, FiniteGuard, NonFiniteError, Progress, RunLog, StopRequest, keyed_generator
 from crossmix.visualize import gallery
 from domains import SOURCE, TARGET, Data, crop_size, differences, drawn_names, loader
-from events import Events
 from options import FREE, Config
 from pictures import mixed_rows, predicted_rows, write_pictures
 from processes import Ranks, reason
@@ -193,11 +184,7 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
 
 
 def refuse_another_run(run: Run, saved: dict[str, Any]) -> None:
-    """Refuse to resume with other options or on other data, wherever the data is stored.
-
-    Raises:
-        SystemExit: If something differs that would change the result.
-    """
+    """Exit if other options or other data would change the result, wherever the data is stored."""
     old, new = {**asdict(Config()), **saved["config"]}, asdict(run.config)
     changed = [f"{name} {old[name]!r} is now {new[name]!r}" for name in sorted(new.keys() - FREE)
                if new[name] != old[name]]  # fmt: skip
@@ -238,7 +225,15 @@ class Record:
     def __init__(self, run: Run) -> None:
         config, first = run.config, run.ranks.first
         self.progress = Progress(config.steps, start=run.done, title=config.method, shown=first)
-        self.events = Events(run.folder / "report", run.log.read()) if config.tensorboard and first else None
+        self.events: Any = None  # for TensorBoard
+        if config.tensorboard and first:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package
+
+            for old in run.folder.glob("report/events.out.tfevents.*"):
+                old.unlink()
+            self.events = SummaryWriter(str(run.folder / "report"))
+            for line in run.log.read():  # so that a resumed run has every step, and none twice
+                self.write_events(line)
 
     def step(self, run: Run, output: SelfTrainingOutput) -> None:
         """Log a step. Reading the losses waits for the device."""
@@ -262,7 +257,13 @@ class Record:
             run.log.write(line)
             self.progress.show(line)
             if self.events is not None:
-                self.events.write(line)
+                self.write_events(line)
+
+    def write_events(self, line: Mapping[str, float]) -> None:
+        """Write a line of the log for TensorBoard, at once."""
+        for name in line.keys() - {"step"}:
+            self.events.add_scalar(name, line[name], line["step"])
+        self.events.flush()
 
 
 @contextmanager

@@ -20,18 +20,7 @@ from crossmix.diagnostics import UnsupervisedScores
 from crossmix.engine import KeyedCrops, keyed_generator
 from crossmix.models import deeplab_v2_tiny, load_weights
 from pages import Page
-from runs import (
-    TORCHRUN,
-    assert_same,
-    final,
-    log_of,
-    metrics_of,
-    poison,
-    resolved,
-    start,
-    tensors,
-    wait_for_step,
-)
+from runs import TORCHRUN, assert_same, final, log_of, metrics_of, poison, resolved, start, tensors, wait_for_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
