@@ -14,13 +14,11 @@ import statistics
 from pathlib import Path
 
 import torch
-from kornia_rs import io
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from crossmix import StrongAugment, recipes
-from crossmix.datasets import image_files
-from crossmix.evaluation import resize_labels
+from crossmix.datasets import SegmentationFolder
 from crossmix.metrics import ConfusionMatrix
 
 CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
@@ -34,11 +32,7 @@ class Network(nn.Module):
         super().__init__()
         self.stem = block(3, width)
         self.down1, self.down2, self.down3 = (block(width * k, 2 * width * k, stride=2) for k in (1, 2, 4))
-        self.up2, self.up1, self.up0 = (
-            block(12 * width, 4 * width),
-            block(6 * width, 2 * width),
-            block(3 * width, width),
-        )
+        self.up2, self.up1, self.up0 = (block(3 * width * k, width * k) for k in (4, 2, 1))
         self.head = nn.Conv2d(width, len(CLASSES), 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -55,26 +49,19 @@ class Network(nn.Module):
 
 def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i in range(2):
-        step = stride if i == 0 else 1
-        layers += [nn.Conv2d(inputs if i == 0 else outputs, outputs, 3, step, 1, bias=False), nn.BatchNorm2d(outputs)]
-        layers += [nn.ReLU(inplace=True)]
+    for width, step in ((inputs, stride), (outputs, 1)):
+        layers += [nn.Conv2d(width, outputs, 3, step, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
 def load(folder: Path) -> tuple[Tensor, Tensor]:
     """Load all images (N, 3, H, W) and labels (N, H, W) of a folder, uint8, resized to SIZE; 255 where unlabelled."""
-    names = [path.name for path in image_files(folder / "images").files] if (folder / "images").is_dir() else []
-    if not names:
+    if not any(folder.glob("images/*.png")):
         raise SystemExit(
             f"{folder}: no images/*.png; expected CAMVID/{{day,dusk-train,dusk-test}}/{{images,labels}}/*.png"
         )
-    images, labels = [], []
-    for name in names:
-        image = torch.from_numpy(io.read_image(str(folder / "images" / name))).permute(2, 0, 1)
-        label = torch.from_numpy(io.read_image(str(folder / "labels" / name)))[..., 0]
-        images.append(tf.interpolate(image[None], size=SIZE, mode="bilinear", antialias=True)[0])
-        labels.append(resize_labels(label, SIZE))
+    data = SegmentationFolder(folder / "images", folder / "labels", size=SIZE)
+    images, labels, _ = zip(*(data[i] for i in range(len(data))), strict=True)
     ids = torch.stack(labels)
     return torch.stack(images), ids.masked_fill(ids >= len(CLASSES), 255)
 

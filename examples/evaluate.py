@@ -32,7 +32,8 @@ from options import argument, size, unusable
 from scores import TITLES, markdown, paper_row, rows_by_class, summary
 
 ERRORS = (DataError, WeightsError, NetworkError, OSError, ImportError, argparse.ArgumentTypeError)
-image_size, number = argument(size, native=True), argument(int, type=int, low=0)
+image_size = argument(size, "HxW in pixels, such as 512x1024, or native", native=True)
+number = argument(int, type=int, low=0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

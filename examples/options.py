@@ -289,11 +289,7 @@ class Request(NamedTuple):
 
 
 def read_options(argv: Sequence[str] | None, description: str) -> Request:
-    """Parse a command line.
-
-    Raises:
-        SystemExit: If an option is unknown, a value is not permitted, or two options contradict each other.
-    """
+    """Parse a command line; exit if an option is unknown, not permitted, or contradicts another one."""
     args = _parser(description).parse_args(argv)
     for name, value in vars(args).items():
         if value == [] or (isinstance(value, str) and "\0" in value):  # argparse makes a list of "--name=--"
@@ -321,15 +317,9 @@ def read_options(argv: Sequence[str] | None, description: str) -> Request:
             chosen |= {name: before[name] for name in ("weights", "random_init") if name in before}
     config = _resolved(chosen, demo=args.demo)
     _refuse_contradictions(config, given, demo=args.demo)
-    return Request(
-        config=config,
-        methods=("source", "dacs") if args.demo and "method" not in chosen else (config.method,),
-        runs=runs,
-        demo=args.demo,
-        out=None if args.out is None else Path(args.out),
-        resume=args.resume,
-        dry_run=args.dry_run,
-    )
+    methods = ("source", "dacs") if args.demo and "method" not in chosen else (config.method,)
+    out = None if args.out is None else Path(args.out)
+    return Request(config, methods, runs, args.demo, out, args.resume, args.dry_run)
 
 
 def checked(name: str, value: object, where: str) -> Any:  # noqa: ANN401 - an option's value
@@ -412,13 +402,13 @@ def _help(one: Field[Any]) -> str:
     return f"{one.metadata['text']}{unit} (default: {default})".replace("%", "%%")
 
 
-def argument(convert: Callable[[str], Any] = str, **kind: Any) -> Callable[[str], Any]:  # noqa: ANN401
-    """Make an argument's type for argparse; the keywords are fields of `Kind`."""
+def argument(convert: Callable[[str], Any] = str, words: str = "", **kind: Any) -> Callable[[str], Any]:  # noqa: ANN401
+    """Make an argument's type for argparse; the keywords are fields of `Kind`, `words` what messages call it."""
     expected = Kind(**{"type": str} | kind)
 
     def parse(text: str) -> Any:  # noqa: ANN401
         if not expected.allows(_from_text(expected, text)):
-            raise argparse.ArgumentTypeError(f"expected {expected.expected()}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {words or expected.expected()}, got {text!r}")
         return convert(text)
 
     return parse
@@ -487,11 +477,7 @@ def _fitted(config: Config, fixed: Collection[str]) -> Config:
 
 
 def _refuse_contradictions(config: Config, given: dict[str, Any], *, demo: bool) -> None:
-    """Check options against each other.
-
-    Raises:
-        SystemExit: If some contradict each other or one is missing.
-    """
+    """Exit if options contradict each other, or one is missing."""
     problem = _data_problem(config, given, demo=demo)
     for found in () if problem else (_of_network(config), _of_training(config), _without_effect(config, given)):
         problem = problem or next((text for wrong, text in found if wrong), "")

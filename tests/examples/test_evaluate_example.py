@@ -110,16 +110,6 @@ def test_load_network__from_inside_the_checkpoint_unless_flags_say_else(tmp_path
         evaluate.load_network(str(tmp_path / "y.pt"), "student")
 
 
-@pytest.mark.parametrize("prefix", ["model.", "net.", "backbone.", "student.", "module.model._orig_mod."])
-@pytest.mark.parametrize("around", ["", "state_dict"])
-def test_load_network__whatever_names_begin_with(prefix: str, around: str, tmp_path: Path) -> None:
-    source = deeplab_v2_tiny(19, aspp_branches=2).eval()
-    state = {prefix + name: value for name, value in source.state_dict().items()}
-    torch.save({around: state, "epoch": 3} if around else state, tmp_path / "x.pt")
-    network = evaluate.load_network(str(tmp_path / "x.pt"), "student", network="tiny")
-    assert all(map(torch.equal, network.state_dict().values(), source.state_dict().values()))
-
-
 @pytest.mark.slow
 def test_evaluate__under_torchrun(folder: Path, tmp_path: Path) -> None:
     path = save_weights(deeplab_v2_tiny(19, aspp_branches=2), tmp_path / "x.pth")
