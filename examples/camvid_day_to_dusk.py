@@ -14,11 +14,13 @@ import statistics
 from pathlib import Path
 
 import torch
+from kornia_rs import io
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from crossmix import StrongAugment, recipes
-from crossmix.datasets import SegmentationFolder
+from crossmix.datasets import image_files
+from crossmix.evaluation import resize_labels
 from crossmix.metrics import ConfusionMatrix
 
 CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
@@ -56,12 +58,17 @@ def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 def load(folder: Path) -> tuple[Tensor, Tensor]:
     """Load all images (N, 3, H, W) and labels (N, H, W) of a folder, uint8, resized to SIZE; 255 where unlabelled."""
-    if not any(folder.glob("images/*.png")):
+    names = [path.name for path in image_files(folder / "images").files] if (folder / "images").is_dir() else []
+    if not names:
         raise SystemExit(
             f"{folder}: no images/*.png; expected CAMVID/{{day,dusk-train,dusk-test}}/{{images,labels}}/*.png"
         )
-    data = SegmentationFolder(folder / "images", folder / "labels", size=SIZE)
-    images, labels, _ = zip(*(data[i] for i in range(len(data))), strict=True)
+    images, labels = [], []
+    for name in names:
+        image = torch.from_numpy(io.read_image(str(folder / "images" / name))).permute(2, 0, 1)
+        label = torch.from_numpy(io.read_image(str(folder / "labels" / name)))[..., 0]
+        images.append(tf.interpolate(image[None], size=SIZE, mode="bilinear", antialias=True)[0])
+        labels.append(resize_labels(label, SIZE))
     ids = torch.stack(labels)
     return torch.stack(images), ids.masked_fill(ids >= len(CLASSES), 255)
 

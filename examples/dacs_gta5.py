@@ -11,10 +11,10 @@
 The demo renders two small domains (`crossmix.datasets.StreetScenes`), writes them to disk in the folder layouts of GTA5
 and Cityscapes, trains a small DeepLab-v2 from scratch, once on the source alone and once with DACS, and compares them.
 
-OUT holds config.json (all options), log.jsonl (one object per logged step), metrics.json (all evaluations),
-checkpoints/ and report/. Data and randomness are a pure function of (seed, step), so a resumed run equals an
-uninterrupted one, bit for bit on a CPU with the same number of threads. On SIGTERM or Ctrl-C the trainer finishes the
-step, saves and exits with 0.
+OUT holds config.json (all options), log.jsonl (one object per logged step), metrics.json (all evaluations), report/ and
+checkpoints/: the last two, best.pt, and best_unsupervised.pt, the step chosen without labels. Data and randomness are a
+pure function of (seed, step), so a resumed run equals an uninterrupted one, bit for bit on a CPU with the same number
+of threads. On SIGTERM or Ctrl-C the trainer finishes the step, saves and exits with 0.
 
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 """

@@ -112,17 +112,19 @@ def head_of(config: Config) -> str | list[str] | None:
 def problems(request: Request, folders: list[Path], world: int = 1) -> list[str]:
     """List what would stop a run of `world` processes into the folders of its trainings, none if not chosen yet."""
     fresh = not (request.resume and all(map(has_begun, folders)))  # otherwise everything is in the checkpoints
-    looks: list[Callable[[], Iterator[str]]] = [lambda: _of_packages(request), lambda: _of_folders(request, folders)]
-    if fresh and request.config.weights:
-        looks.append(lambda: _of_weights(request.config))
+    config = request.config
+    looks: list[Callable[[], Any]] = [lambda: _of_packages(request), lambda: _of_folders(request, folders)]
+    if fresh and config.weights:
+        looks.append(lambda: load_weights(empty_network(config), config.weights, strict=False))
     if not request.demo:
         looks.append(lambda: _of_data(request, world, fresh=fresh))
-    if not is_ours(request.config.network):
-        looks.append(lambda: _of_network(request))
+    if not is_ours(config.network):
+        looks.append(lambda: _try_network(request))
     found: list[str] = []
     for look in looks:
         try:
-            found += list(look())
+            result = look()
+            found += result if isinstance(result, Iterator) else []
         except (ValueError, WeightsError, OSError) as error:
             found.append(str(error))
     return list(dict.fromkeys(found))
@@ -191,12 +193,7 @@ def _visible(out: Path) -> Iterator[Path]:
     )
 
 
-def _of_weights(config: Config) -> Iterator[str]:
-    load_weights(empty_network(config), config.weights, strict=False)
-    yield from ()
-
-
-def _of_network(request: Request) -> Iterator[str]:
+def _try_network(request: Request) -> None:
     """Try your own network on crops and on images as they will be evaluated."""
     config = request.config
     network, classes = empty_network(config), len(domains.class_names(config))
@@ -208,7 +205,6 @@ def _of_network(request: Request) -> Iterator[str]:
         whole = height, width
     if whole is not None:
         tried(network, config.network, classes, whole, config.device, train=False)
-    yield from ()
 
 
 def _of_data(request: Request, world: int, *, fresh: bool) -> Iterator[str]:

@@ -18,7 +18,7 @@ from crossmix._files import damaged_part, whole_file, write_whole
 
 __all__ = ["CheckpointError", "CheckpointStore"]
 
-NAMES = r"best(_\w+)?"
+NAMES = r"best(_[a-z0-9_]*[a-z0-9])?"
 OURS = rf"(step-\d+|{NAMES})\.pt"
 LEFT_BEHIND = re.compile(rf"{OURS}(\.sha256)?\.tmp\.\d+")
 
