@@ -17,6 +17,8 @@ import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRAINER = EXAMPLES / "dacs_gta5.py"
+Run = Callable[..., Path]  # the fixtures `run`, `whole` and `died`: from flags to a folder
+Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 

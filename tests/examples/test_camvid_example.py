@@ -8,11 +8,10 @@ import torch
 import camvid_day_to_dusk
 from crossmix.datasets import write_png
 from oracles import seeded
+from runs import Capture, Patch
 
 
-def test_camvid__trains_and_prints_both_columns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_camvid__trains_and_prints_both_columns(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     for k, folder in enumerate(("day", "dusk-train", "dusk-test")):
         for kind in ("images", "labels"):
             (tmp_path / folder / kind).mkdir(parents=True)

@@ -15,6 +15,7 @@ from crossmix import MeanTeacher, evaluation
 from crossmix.datasets import Cityscapes, StreetScenes
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES_13, CLASSES_16
 from crossmix.models import WeightsError, deeplab_v2_tiny, save_weights
+from runs import Capture
 
 
 @pytest.fixture
@@ -24,9 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("method", ["a file of weights", "a run of the trainer"])
-def test_evaluate__prints_and_writes_both_sizes(
-    method: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate__prints_and_writes_both_sizes(method: str, folder: Path, tmp_path: Path, capsys: Capture) -> None:
     torch.manual_seed(0)
     student, teacher = (deeplab_v2_tiny(19, aspp_branches=2).eval() for _ in range(2))
     out = tmp_path / "scores.json"
@@ -61,7 +60,7 @@ def test_evaluate__prints_and_writes_both_sizes(
     assert "| road |" in printed
 
 
-def test_evaluate__bad_input_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate__bad_input_is_one_line(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "x.pth").write_bytes(b"<html>")
     for weights, data, message in (
         (tmp_path / "none.pth", folder, "no such file"),

@@ -17,6 +17,7 @@ from crossmix.datasets import StreetScenes, write_png
 from crossmix.datasets._png import read_png
 from crossmix.models import DeepLabV2, deeplab_v2_tiny, save_weights
 from crossmix.visualize import colorize
+from runs import Capture
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def expected(model: DeepLabV2, image: Tensor, size: tuple[int, int] | None) -> T
 
 @pytest.mark.parametrize("size", ["32x64", "native"])
 def test_predict__ids_colors_and_overlay(
-    size: str, model: DeepLabV2, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    size: str, model: DeepLabV2, weights: str, tmp_path: Path, capsys: Capture
 ) -> None:
     folder = tmp_path / "photos"
     (folder / "deep").mkdir(parents=True)
@@ -91,7 +92,7 @@ def test_predict__own_checkpoints_by_entry_and_only_what_is_asked(model: DeepLab
     assert not torch.equal(ids.long(), expected(other.eval(), picture(), (48, 80)))
 
 
-def test_predict__folders_by_the_one_listing(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict__folders_by_the_one_listing(weights: str, tmp_path: Path, capsys: Capture) -> None:
     folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()
@@ -147,9 +148,7 @@ UNREADABLE = {
 }
 
 
-def test_unreadable_images__are_named_and_stop_or_are_skipped(
-    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreadable_images__are_named_and_stop_or_are_skipped(weights: str, tmp_path: Path, capsys: Capture) -> None:
     for name, (data, message) in UNREADABLE.items():
         (tmp_path / f"{name}.png").write_bytes(data)
         with pytest.raises(SystemExit, match=rf"error: .*{name}\.png: {message}"):
@@ -200,7 +199,7 @@ def test_predict__refuses_before_anything_is_written(weights: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("flags", [["--size", "512x"], ["--size", "0x5"], ["--size", "axb"], ["--device", "nowhere"]])
-def test_predict__wrong_flags_exit_with_2(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict__wrong_flags_exit_with_2(flags: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
         predict.main(["--weights", "w", "x.png", "--out", "o", *flags])
     assert caught.value.code == 2

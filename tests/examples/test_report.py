@@ -8,7 +8,6 @@ import re
 import shutil
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 import report
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES_16
 from pages import Page
+from runs import Capture, Patch, Run
 
 NASTY = """<script>alert("1")</script>&'"</style>$x$ \udcff"""
 SHOWN = NASTY.replace("\udcff", "?")  # UTF-8 cannot hold it
@@ -39,7 +39,7 @@ def real(trainer: ModuleType, folders: list[str], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture
-def changed(real: Path, tmp_path: Path) -> Callable[..., Path]:
+def changed(real: Path, tmp_path: Path) -> Run:
     """Folders that other runs could have left: the real one's, with other options, scores and lines of the log."""
 
     def make(name: str, miou: float | None = 0.25, log: list[dict[str, Any]] | None = None, **options: object) -> Path:
@@ -91,7 +91,7 @@ def test_run_page__has_the_numbers_of_the_metrics_and_the_log(real: Path) -> Non
     assert not [path for path in (real / "report").iterdir() if ".tmp" in path.name]
 
 
-def test_pages__escape_every_text(changed: Callable[..., Path], tmp_path: Path) -> None:
+def test_pages__escape_every_text(changed: Run, tmp_path: Path) -> None:
     run = changed("run", gta5=NASTY, seed=NASTY, evaluation="32x64")
     page = Page(report.run_page(run))
     assert page.of("h1") == [f"dacs, GTA5 to Cityscapes, seed {SHOWN}"]
@@ -105,7 +105,7 @@ def test_pages__escape_every_text(changed: Callable[..., Path], tmp_path: Path) 
     assert f"{SHOWN}, 4: 25" in page.of("title")
 
 
-def test_curves__what_is_no_number_is_a_gap(changed: Callable[..., Path]) -> None:
+def test_curves__what_is_no_number_is_a_gap(changed: Run) -> None:
     gaps = [None, math.nan, math.inf, -math.inf, 1e301, 10**400, "text", [1]]
     values = [1.0, 2.0, *gaps, 1.5, *gaps]
     run = changed("run", None, log=[{"step": i, "loss": value} for i, value in enumerate(values, 1)])
@@ -148,7 +148,7 @@ def test_curves__long_lines_are_means_of_neighbours() -> None:
     assert report.marked([math.nan, 1, math.nan, *range(50), math.nan, 3]) == [1, 54]  # what a line would not show
 
 
-def test_run_page__sets_the_papers_rows_beside_the_published_network(changed: Callable[..., Path]) -> None:
+def test_run_page__sets_the_papers_rows_beside_the_published_network(changed: Run) -> None:
     page = Page(report.run_page(changed("gta5", network="resnet101", method="source")))
     assert page.rows["DACS"][:2] == ["52.14", "89.90"]
     assert page.rows["Distribution alignment"][0] == "48.04"
@@ -164,9 +164,7 @@ def test_run_page__sets_the_papers_rows_beside_the_published_network(changed: Ca
     assert page.of("h1") == ["source, SYNTHIA to Cityscapes, seed 0"]
 
 
-def test_comparison__mean_and_deviation_over_runs(
-    changed: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_comparison__mean_and_deviation_over_runs(changed: Run, tmp_path: Path, capsys: Capture) -> None:
     values = (25.0, 27.0, 35.0)
     runs = [changed(f"many/seed-{i}", value / 100, seed=i, method="source") for i, value in enumerate(values)]
     other = changed("other", 0.3, lr=0.5)
@@ -186,7 +184,7 @@ def test_comparison__mean_and_deviation_over_runs(
     assert f"source, {runs[0]}, last step: student" in rows  # one method twice is told apart by the folder
 
 
-def test_pages__say_how_far_the_label_free_choice_falls_short(changed: Callable[..., Path], tmp_path: Path) -> None:
+def test_pages__say_how_far_the_label_free_choice_falls_short(changed: Run, tmp_path: Path) -> None:
     runs = [changed(f"many/seed-{i}", seed=i) for i in range(3)]
     lost = []
     for i, run in enumerate(runs):
@@ -213,7 +211,7 @@ def test_pages__say_how_far_the_label_free_choice_falls_short(changed: Callable[
     assert "dacs, last step: student" in Page(report.comparison_page({"dacs": runs}, tmp_path / "page")).rows
 
 
-def test_report__says_what_is_wrong(changed: Callable[..., Path], tmp_path: Path) -> None:
+def test_report__says_what_is_wrong(changed: Run, tmp_path: Path) -> None:
     one, two = changed("a"), changed("b", evaluation="64x128")
     with pytest.raises(SystemExit, match=r"holds no config\.json of a run; pass the --out of the trainer"):
         report.main([str(tmp_path / "nowhere")])
@@ -240,7 +238,7 @@ def test_report__says_what_is_wrong(changed: Callable[..., Path], tmp_path: Path
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
 def test_missing_package__is_named_before_anything_is_trained(
-    package: str, trainer: ModuleType, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, trainer: ModuleType, folders: list[str], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
     with pytest.raises(SystemExit, match=f"error: the package {package} is needed to"):

@@ -3,7 +3,6 @@
 import json
 import shutil
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,10 +18,9 @@ from crossmix.models import deeplab_v2_tiny, save_weights
 from crossmix.optim import RepeatedSGD
 from oracles import deep_png, save
 from pages import Page
-from runs import assert_finite, assert_same, final, forget, log_of, metrics_of
+from runs import Capture, Run, assert_finite, assert_same, final, forget, log_of, metrics_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
-Run = Callable[..., Path]
 ONCE = ("--save-every", "4", "--eval-every", "4")
 
 
@@ -77,7 +75,7 @@ def test_prior__oracle_and_source(whole: Run) -> None:
 
 
 def test_weights__start_the_student_are_needed_no_more_to_resume_and_the_head_may_differ(
-    trainer: ModuleType, folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trainer: ModuleType, folders: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
     torch.manual_seed(5)
     other, file = deeplab_v2_tiny(21), tmp_path / "w.safetensors"
@@ -141,7 +139,7 @@ def test_compile__has_the_same_checkpoints(run: Run) -> None:
 
 
 def test_synthia__trains_and_reports_16_and_13_classes(
-    trainer: ModuleType, folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trainer: ModuleType, folders: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
     scenes = StreetScenes(4, size=(32, 64))
     ids = torch.tensor([3, 4, 2, 21, 5, 7, 15, 9, 6, 0, 1, 10, 17, 8, 0, 19, 0, 12, 11] + [0] * 237)
@@ -158,7 +156,7 @@ def test_synthia__trains_and_reports_16_and_13_classes(
     assert metrics["best"]["student"]["32x64"]["miou_16"] == best
 
 
-def test_runs__are_compared_and_metrics_of_a_killed_one_mended(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs__are_compared_and_metrics_of_a_killed_one_mended(run: Run, capsys: Capture) -> None:
     out = run("--runs", "2", *ONCE)
     printed = capsys.readouterr().out
     assert "dacs, seed 0" in printed
@@ -177,9 +175,7 @@ def test_runs__are_compared_and_metrics_of_a_killed_one_mended(run: Run, capsys:
     assert metrics_of(out / "seed-0") == before
 
 
-def test_nothing_to_score__is_said(
-    trainer: ModuleType, own_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_to_score__is_said(trainer: ModuleType, own_data: list[str], tmp_path: Path, capsys: Capture) -> None:
     for label in (tmp_path / "data" / "cs").glob("gtFine/val/*/*_labelIds.png"):
         write_png(label, torch.zeros(32, 64, dtype=torch.uint8))  # unlabelled
     assert trainer.main([*own_data, *ONCE, "--out", str(tmp_path / "run")]) == 0
@@ -219,9 +215,7 @@ def test_crops__leave_a_small_image_out() -> None:
 
 
 @pytest.mark.slow
-def test_demo__source_and_dacs_side_by_side(
-    trainer: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_demo__source_and_dacs_side_by_side(trainer: ModuleType, capsys: Capture, tmp_path: Path) -> None:
     assert trainer.main(["--demo", "--steps", "3", "--out", str(tmp_path / "demo"), "--device", "cpu"]) == 0
     assert "| class | source | dacs |" in capsys.readouterr().out
     for method in ("source", "dacs"):

@@ -22,6 +22,8 @@ from crossmix.models import deeplab_v2_tiny, load_weights
 from pages import Page
 from runs import (
     TORCHRUN,
+    Patch,
+    Run,
     assert_same,
     final,
     log_of,
@@ -37,7 +39,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MIC = ("--recipe", "mic")
 MOVING = (*MIC, "--threshold", "0.05", "--lr", "0.001", "--warmup", "2")
-Run = Callable[..., Path]
 
 
 # ------------------------------------------------------------------------------------------------- optimizer and loss
@@ -72,7 +73,7 @@ def test_learning_rate__warms_up_then_decays(run: Run) -> None:
     assert found == pytest.approx(want, rel=1e-9)
 
 
-def spied(trainer: ModuleType, monkeypatch: pytest.MonkeyPatch, look: Callable[[Any, Any], Any]) -> list[Any]:
+def spied(trainer: ModuleType, monkeypatch: Patch, look: Callable[[Any, Any], Any]) -> list[Any]:
     """What a function of each step's run and batch returns before the step, beside the step's output."""
     seen = []
     real = trainer.train_step
@@ -89,7 +90,7 @@ def spied(trainer: ModuleType, monkeypatch: pytest.MonkeyPatch, look: Callable[[
 
 @pytest.mark.usefixtures("no_charts")
 def test_consistency__is_the_librarys_term_with_the_trainers_draws(
-    trainer: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
+    trainer: ModuleType, run: Run, monkeypatch: Patch
 ) -> None:
     """Each step's loss, computed again from the images and by the draws of the whole batch."""
 
@@ -139,7 +140,7 @@ def test_mic__resumed_equals_a_run_that_never_stopped(
 
 
 @pytest.mark.usefixtures("no_charts")
-def test_mic__a_bad_step_changes_nothing(trainer: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mic__a_bad_step_changes_nothing(trainer: ModuleType, run: Run, monkeypatch: Patch) -> None:
     poison(trainer, monkeypatch, {2})
     out = run(*MIC, "--lr", "0.001", "--save-every", "1", "--skip-steps", "1", "--eval-every", "4", "--steps", "3")
     before, after = final(out, 2), final(out, 3)
@@ -178,7 +179,7 @@ def rare(folders: list[str], tmp_path: Path) -> list[str]:
 
 @pytest.mark.usefixtures("no_charts")
 def test_rare_classes__the_source_alone_is_drawn_by_them(
-    trainer: ModuleType, rare: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: ModuleType, rare: list[str], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     flags = [*rare, "--rare-temperature", "0.05", "--rare-pixels", "20", "--out", str(tmp_path / "run")]
     config = trainer.Config(**resolved(*flags))
@@ -208,7 +209,7 @@ def test_rare_classes__the_source_alone_is_drawn_by_them(
 
 @pytest.mark.usefixtures("no_charts")
 def test_rare_classes__are_counted_once_beside_the_data_or_in_out(
-    trainer: ModuleType, whole: Run, rare: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: ModuleType, whole: Run, rare: list[str], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     config = trainer.Config(**resolved(*rare))
     data = domains.open_data(config)
@@ -283,7 +284,7 @@ NAMES = ("best", "best_unsupervised")
 
 @pytest.mark.usefixtures("no_charts")
 def test_unsupervised__the_chosen_steps_checkpoint_is_kept_until_a_better_one_comes(
-    trainer: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: ModuleType, run: Run, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """By scores that are made up: by labels step 4 is the best of 6, by density step 2, then step 5."""
     import evaluate

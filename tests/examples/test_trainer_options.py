@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +16,7 @@ from crossmix import recipes
 from crossmix.datasets import GTA5, StreetScenes, class_counts
 from crossmix.datasets.classes import CLASS_NAMES
 from crossmix.models import deeplab_v2_tiny
-from runs import assert_same, changed, final, poison, resolved
+from runs import Capture, Patch, Run, assert_same, changed, final, poison, resolved
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 BASE = ("--gta5", "a", "--cityscapes", "b", "--random-init")
@@ -134,9 +133,7 @@ OWN = [
 
 
 @pytest.mark.parametrize("flags", OWN)
-def test_file__a_runs_own_repeats_it(
-    trainer: ModuleType, whole: Callable[..., Path], tmp_path: Path, flags: tuple[str, ...]
-) -> None:
+def test_file__a_runs_own_repeats_it(trainer: ModuleType, whole: Run, tmp_path: Path, flags: tuple[str, ...]) -> None:
     file, again = whole(*flags) / "config.json", tmp_path / "again"
     assert trainer.main(["--config", str(file), "--out", str(again)]) == 0
     assert_same(final(whole(*flags)), final(again))
@@ -144,7 +141,7 @@ def test_file__a_runs_own_repeats_it(
 
 
 def test_file__a_flag_takes_the_place_of_its_alternative(
-    trainer: ModuleType, folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trainer: ModuleType, folders: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
     file = tmp_path / "options.json"
     file.write_text(json.dumps({"synthia": "s", "gta5": "", "weights": "w", "random_init": False, "cityscapes": "c"}))
@@ -347,7 +344,7 @@ def test_help__tells_text_unit_and_default_of_every_flag(trainer: ModuleType) ->
 
 
 def test_dry_run__says_what_is_there_and_what_it_takes(
-    trainer: ModuleType, folders: list[str], own_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trainer: ModuleType, folders: list[str], own_data: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
     def plan(*flags: str) -> Any:
         capsys.readouterr()
@@ -380,9 +377,7 @@ def test_dry_run__says_what_is_there_and_what_it_takes(
     assert plan("--demo", "--rare-classes")["rare_classes"]["images_to_count"].startswith("all that the demo renders")
 
 
-def test_dry_run__finds_what_a_run_would(
-    trainer: ModuleType, own_data: list[str], died: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_dry_run__finds_what_a_run_would(trainer: ModuleType, own_data: list[str], died: Run, tmp_path: Path) -> None:
     weighted = [flag for flag in own_data if flag != "--random-init"]
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     (tmp_path / "file").touch()
@@ -430,7 +425,7 @@ def test_dry_run__finds_what_a_run_would(
 
 
 def test_dry_run__finds_a_place_that_has_no_room_or_is_read_only(
-    trainer: ModuleType, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: ModuleType, folders: list[str], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     flags = [*folders, "--out", str(tmp_path / "new" / "run")]
     assert trainer.main([*flags, "--dry-run"]) == 0
@@ -450,7 +445,7 @@ def test_dry_run__finds_a_place_that_has_no_room_or_is_read_only(
 
 @pytest.mark.parametrize("flags", [["--dry-run"], ["--runs", "2"]], ids=" ".join)
 def test_tensorboard__is_looked_for_before_anything_is_trained(
-    trainer: ModuleType, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+    trainer: ModuleType, folders: list[str], tmp_path: Path, monkeypatch: Patch, flags: list[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where it cannot be imported
     with pytest.raises(SystemExit, match=r"error: --tensorboard needs the package tensorboard.*pip install"):
@@ -461,8 +456,8 @@ def test_tensorboard__is_looked_for_before_anything_is_trained(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard's own imports
 def test_tensorboard__events_are_live_and_a_resumed_run_doubles_none(
-    trainer: ModuleType, run: Callable[..., Path], died: Callable[..., Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    trainer: ModuleType, run: Run, died: Run, tmp_path: Path,
+    monkeypatch: Patch,
 ) -> None:  # fmt: skip
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 

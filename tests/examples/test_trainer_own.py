@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +13,7 @@ import torch
 
 import domains
 from crossmix.datasets import StreetScenes, write_png
-from runs import assert_same, final, forget, log_of, metrics_of, resolved
+from runs import Capture, Patch, Run, assert_same, final, forget, log_of, metrics_of, resolved
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 NAMES = ["ground", "things", "sky", "living"]
@@ -66,7 +65,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(root: Path, monkeypatch: Patch) -> Path:
     """The folder to work in; what tests add to it has names of its own."""
     monkeypatch.chdir(root)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -89,7 +88,6 @@ FLAGS = [
 ]  # fmt: skip
 OURS = ["--network", "tiny", "--random-init"]
 PLAIN = ["--network", "my_networks:plain"]
-Run = Callable[..., Path]
 
 
 @pytest.fixture
@@ -213,7 +211,7 @@ def test_own_data__layouts(trainer: ModuleType, place: Path) -> None:
 
 
 def test_own_data__without_labels_trains_and_says_that_it_scores_nothing(
-    run: Run, place: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, place: Path, capsys: Capture
 ) -> None:
     shutil.copytree(place / "street" / "images" / "train", place / "photos")
     out = run(*OURS, "--target", "photos", "--eval-every", "2")
@@ -259,7 +257,7 @@ def test_own_data__contradictions(trainer: ModuleType) -> None:
 
 
 def test_own_data__resumed_from_anywhere_but_not_with_other_classes(
-    trainer: ModuleType, run: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: ModuleType, run: Run, place: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     out = shutil.copytree(run(*OURS, "--method", "dacs"), tmp_path / "run")
     whole = final(out)
@@ -299,7 +297,7 @@ def test_predict__takes_own_classes_and_own_networks(run: Run, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("place")
-def test_plan__of_own_networks(trainer: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan__of_own_networks(trainer: ModuleType, capsys: Capture) -> None:
     assert trainer.main([*FLAGS, *PLAIN, "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out)["plan"]
     assert plan["images"] == {"source": 6, "target": 5, "validation": 3}

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +21,9 @@ from crossmix.engine import FolderLock
 from crossmix.models import deeplab_v2_tiny
 from runs import (
     TORCHRUN,
+    Capture,
+    Patch,
+    Run,
     assert_finite,
     assert_same,
     changed,
@@ -39,7 +41,6 @@ from runs import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
-Run = Callable[..., Path]
 RARELY = ("--save-every", "1000", "--eval-every", "1000")
 ONCE = ("--save-every", "4", "--eval-every", "4")  # the same, for runs that end
 
@@ -124,7 +125,7 @@ def test_signal__repeated_until_the_end_spoils_nothing(folders: list[str], tmp_p
 
 @pytest.mark.parametrize("phase", ["step", "evaluation"])
 def test_worker__killed_at_any_moment_costs_no_step(
-    trainer: ModuleType, whole: Run, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+    trainer: ModuleType, whole: Run, run: Run, tmp_path: Path, monkeypatch: Patch, phase: str
 ) -> None:
     real, parts = trainer.train_step, trainer.scores
 
@@ -333,7 +334,7 @@ def test_resume__equals_a_run_that_never_stopped(whole: Run, died: Run, run: Run
 
 
 def test_resume__with_nothing_saved_starts_from_the_weights_that_it_had(
-    trainer: ModuleType, folders: list[str], whole: Run, died: Run, capsys: pytest.CaptureFixture[str]
+    trainer: ModuleType, folders: list[str], whole: Run, died: Run, capsys: Capture
 ) -> None:
     out = died()
     shutil.rmtree(out / "checkpoints")
@@ -361,7 +362,7 @@ def test_run__refuses_what_is_not_its_own(died: Run, run: Run) -> None:
 
 
 def test_resume__takes_the_same_data_anywhere(
-    trainer: ModuleType, own_data: list[str], whole: Run, died: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: ModuleType, own_data: list[str], whole: Run, died: Run, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     out = died()
     monkeypatch.chdir(tmp_path)
@@ -429,7 +430,7 @@ def drawn(trainer: ModuleType, flags: list[str], step: int) -> str:
 @pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", ["broken", "small"])
 def test_broken_file__ends_the_run_saved_and_can_be_left_out_by_resuming(
-    trainer: ModuleType, own_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    trainer: ModuleType, own_data: list[str], tmp_path: Path, capsys: Capture,
     workers: str, fault: str,
 ) -> None:  # fmt: skip
     flags = [*own_data, "--workers", workers, *RARELY]
@@ -483,7 +484,7 @@ def test_death_in_the_first_step__does_not_block_the_same_command(
 
 
 def test_other_errors__save_the_last_finished_step(
-    trainer: ModuleType, whole: Run, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: ModuleType, whole: Run, run: Run, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     real = trainer.Record.step
 
@@ -501,7 +502,7 @@ def test_other_errors__save_the_last_finished_step(
 
 
 def test_disk_full__is_said_and_the_older_checkpoint_stays(
-    whole: Run, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Run, run: Run, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     real = torch.save
 
@@ -519,7 +520,7 @@ def test_disk_full__is_said_and_the_older_checkpoint_stays(
 
 
 def test_resume__of_nothing_is_refused(
-    trainer: ModuleType, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: ModuleType, folders: list[str], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="error: --resume: there is no folder runs/mistyped"):
@@ -531,9 +532,7 @@ def test_resume__of_nothing_is_refused(
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["chapter.tex", "thesis"]
 
 
-def test_two_jobs_in_one_second__have_two_folders(
-    trainer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_jobs_in_one_second__have_two_folders(trainer: ModuleType, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     made = [trainer.new_folder("dacs") for _ in range(50)]  # some of them in one second
     assert len(set(made)) == 50
@@ -541,7 +540,7 @@ def test_two_jobs_in_one_second__have_two_folders(
 
 
 def test_nonfinite__stops_with_step_and_samples_or_undoes_the_step(
-    trainer: ModuleType, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: ModuleType, run: Run, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     flags = ("--save-every", "1", "--eval-every", "4")
     with monkeypatch.context() as bad:
@@ -563,7 +562,7 @@ def test_nonfinite__stops_with_step_and_samples_or_undoes_the_step(
 
 
 def test_skip_steps__are_counted_and_the_count_goes_on(
-    trainer: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trainer: ModuleType, run: Run, monkeypatch: Patch, capsys: Capture
 ) -> None:
     poison(trainer, monkeypatch, set(range(1, 6)))
     flags = ("--steps", "6", "--save-every", "3", "--eval-every", "6")
@@ -596,7 +595,7 @@ def test_signal__before_the_first_step_leaves_nothing_in_the_way(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_torchrun__the_demo_is_rendered_once_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun__the_demo_is_rendered_once_into_one_folder(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     printed = printed_by(start("--demo", "--steps", "2", "--device", "cpu", "--batch", "2", launcher=TORCHRUN))
     assert printed.count("rendering StreetScenes") == 1
