@@ -31,7 +31,7 @@ from crossmix.engine import KeyedCrops, QuietLoader, resident
 from options import Config, size
 
 __all__ = [
-    "COUNTS", "SOURCE", "TARGET", "Batch", "Data", "Unlabelled", "class_names", "counts_file", "crop_size",
+    "COUNTS", "SOURCE", "TARGET", "Batch", "Data", "Identity", "Unlabelled", "class_names", "counts_file", "crop_size",
     "differences", "drawn_names", "identity", "loader", "open_data", "prepared", "rare_class_sampler", "target_labels",
     "to_count", "too_small", "with_rendered_data",
 ]  # fmt: skip

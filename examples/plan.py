@@ -124,7 +124,7 @@ def problems(request: Request, folders: list[Path], world: int = 1) -> list[str]
     for look in looks:
         try:
             result = look()
-            found += result if isinstance(result, Iterator) else []
+            found += list(result) if isinstance(result, Iterator) else []
         except (ValueError, WeightsError, OSError) as error:
             found.append(str(error))
     return list(dict.fromkeys(found))

@@ -15,7 +15,7 @@ from crossmix import SelfTraining, SelfTrainingOutput
 from crossmix.datasets import DataError, RareClassSampler, write_png
 from crossmix.engine import CheckpointStore, FiniteGuard, NonFiniteError, Progress, RunLog, StopRequest, keyed_generator
 from crossmix.visualize import gallery
-from domains import SOURCE, TARGET, Data, crop_size, differences, drawn_names, identity, loader, prepared
+from domains import SOURCE, TARGET, Data, Identity, crop_size, differences, drawn_names, identity, loader, prepared
 from options import FREE, Config
 from pictures import mixed_rows, predicted_rows, write_pictures
 from processes import Ranks, reason
@@ -45,6 +45,7 @@ class Run:
     scaler: torch.amp.GradScaler
     guard: FiniteGuard
     rare: RareClassSampler | None  # samples the source's images, if requested
+    identity: Identity = field(default_factory=dict)  # of the data
     samples: tuple[Any, Any] = ((), ())  # source and target as the crops are read from
     done: int = 0  # finished steps
     whole: bool = True  # False while a step is under way
@@ -58,7 +59,6 @@ class Run:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        self.identity = identity(self.data, self.classes)
         self.stop = StopRequest(self.ranks.control)
         self.store = CheckpointStore(self.folder / "checkpoints")
         self.log = RunLog(self.folder / "log.jsonl")
@@ -175,6 +175,7 @@ def stopped(run: Run) -> Stopped:
 
 def opened(run: Run, saved: dict[str, Any] | None, *, resume: bool) -> Run:
     """Restore a checkpoint, if there is one, and begin or continue the files and the data of the run."""
+    run.identity = identity(run.data, run.classes)
     if saved is not None:
         restore(run, saved)
     elif resume and run.ranks.first:
