@@ -79,7 +79,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def add_network_options(parser: argparse.ArgumentParser, size_flag: str) -> None:
     """Add the options that say which network runs, and how. Without a flag, `size` is absent."""
-    parser.add_argument("--weights", required=True, help="a file or URL; of a run: checkpoints/best.pt, best_unsupervised.pt")
+    parser.add_argument(
+        "--weights", required=True, help="a file, such as a run's checkpoints/best.pt or best_unsupervised.pt, or URL"
+    )
     parser.add_argument("--network", type=argument(network=True), help=f"{EXPECTED}; default: the run's, or resnet101")
     parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
     parser.add_argument(

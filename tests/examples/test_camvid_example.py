@@ -23,6 +23,8 @@ def test_camvid__trains_and_prints_both_columns(tmp_path: Path, monkeypatch: Pat
     images, labels = camvid_day_to_dusk.load(tmp_path / "day")
     assert images.shape == (2, 3, 120, 160)
     assert set(labels.unique().tolist()) == {*range(11), 255}
+    monkeypatch.setattr(camvid_day_to_dusk, "SIZE", (40, 48))
+    monkeypatch.setattr(camvid_day_to_dusk, "CROP", (32, 40))
     monkeypatch.setattr("sys.argv", ["camvid", str(tmp_path), "--seeds", "2", "--steps", "1"])
     camvid_day_to_dusk.main()
     printed = capsys.readouterr().out
