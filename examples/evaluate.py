@@ -131,7 +131,8 @@ def saved_config(weights: str) -> Mapping[str, Any]:
 
 def trained_size(weights: str) -> tuple[int, int] | None:
     """Read the size to which a run resized its target images."""
-    return image_size(saved_config(weights).get("target_size", "512x1024"))
+    found: tuple[int, int] | None = image_size(saved_config(weights).get("target_size", "512x1024"))
+    return found
 
 
 def saved_classes(config: Mapping[str, Any]) -> int:
