@@ -317,9 +317,8 @@ def read_options(argv: Sequence[str] | None, description: str) -> Request:
             chosen |= {name: before[name] for name in ("weights", "random_init") if name in before}
     config = _resolved(chosen, demo=args.demo)
     _refuse_contradictions(config, given, demo=args.demo)
-    methods: tuple[recipes.Method, ...] = (config.method,)
-    if args.demo and "method" not in chosen:
-        methods = "source", "dacs"
+    both: tuple[recipes.Method, ...] = ("source", "dacs")
+    methods = both if args.demo and "method" not in chosen else (config.method,)
     out = None if args.out is None else Path(args.out)
     return Request(config, methods, runs, args.demo, out, args.resume, args.dry_run)
 
