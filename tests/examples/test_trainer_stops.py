@@ -39,6 +39,7 @@ from runs import (
     wait_for_step,
     wait_until,
 )
+from signals import Stopped, ended_by_signals
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 RARELY = ("--save-every", "1000", "--eval-every", "1000")
@@ -155,6 +156,11 @@ def test_worker__killed_at_any_moment_costs_no_step(
     monkeypatch.undo()
     assert steps_saved(tmp_path / "run") == [3 if phase == "step" else 4]
     assert_same(final(whole(*ONCE)), final(run(*RARELY, "--resume")))
+
+
+def test_signal__is_not_taken_for_a_failure_of_what_it_ends() -> None:
+    with pytest.raises(Stopped), ended_by_signals(), contextlib.suppress(Exception):
+        signal.raise_signal(signal.SIGTERM)
 
 
 # Has a signal come while a package is being imported, then runs the trainer.
