@@ -34,11 +34,7 @@ class Network(nn.Module):
         super().__init__()
         self.stem = block(3, width)
         self.down1, self.down2, self.down3 = (block(width * k, 2 * width * k, stride=2) for k in (1, 2, 4))
-        self.up2, self.up1, self.up0 = (
-            block(12 * width, 4 * width),
-            block(6 * width, 2 * width),
-            block(3 * width, width),
-        )
+        self.up2, self.up1, self.up0 = (block(3 * width * k, width * k) for k in (4, 2, 1))
         self.head = nn.Conv2d(width, len(CLASSES), 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -55,10 +51,8 @@ class Network(nn.Module):
 
 def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i in range(2):
-        step = stride if i == 0 else 1
-        layers += [nn.Conv2d(inputs if i == 0 else outputs, outputs, 3, step, 1, bias=False), nn.BatchNorm2d(outputs)]
-        layers += [nn.ReLU(inplace=True)]
+    for width, step in ((inputs, stride), (outputs, 1)):
+        layers += [nn.Conv2d(width, outputs, 3, step, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 

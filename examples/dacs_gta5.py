@@ -11,10 +11,10 @@
 The demo renders two small domains (`crossmix.datasets.StreetScenes`), writes them to disk in the folder layouts of GTA5
 and Cityscapes, trains a small DeepLab-v2 from scratch, once on the source alone and once with DACS, and compares them.
 
-OUT holds config.json (all options), log.jsonl (one object per logged step), metrics.json (all evaluations),
-checkpoints/ and report/. Data and randomness are a pure function of (seed, step), so a resumed run equals an
-uninterrupted one, bit for bit on a CPU with the same number of threads. On SIGTERM or Ctrl-C the trainer finishes the
-step, saves and exits with 0.
+OUT holds config.json (all options), log.jsonl (one object per logged step), metrics.json (all evaluations), report/ and
+checkpoints/: the last two, best.pt, and best_unsupervised.pt, the step chosen without labels. Data and randomness are a
+pure function of (seed, step), so a resumed run equals an uninterrupted one, bit for bit on a CPU with the same number
+of threads. On SIGTERM or Ctrl-C the trainer finishes the step, saves and exits with 0.
 
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 """
@@ -40,33 +40,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import domains
 from crossmix import SelfTraining, SelfTrainingOutput, recipes
 from crossmix.datasets import DataError, class_counts
 from crossmix.diagnostics import UnsupervisedScores
-from crossmix.engine import (
-    BusyError,
-    CheckpointError,
-    CheckpointStore,
-    FiniteGuard,
-    FolderLock,
-    NonFiniteError,
-)
+from crossmix.engine import BusyError, CheckpointError, CheckpointStore, FiniteGuard, FolderLock, NonFiniteError
 from crossmix.evaluation import evaluate
 from crossmix.models import WeightsError, load_weights
 from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
-from domains import (
-    SOURCE,
-    TARGET,
-    Batch,
-    Unlabelled,
-    class_names,
-    identity,
-    open_data,
-    prepared,
-    rare_class_sampler,
-    target_labels,
-    with_rendered_data,
-)
 from networks import AUTOCAST, NetworkError, is_ours, small_logits
 from options import Config, Request, label_sizes, read_options, size
 from plan import empty_network, has_begun, head_of, plan, problems
@@ -76,21 +57,18 @@ from training_run import (
     Record,
     Run,
     conclude,
+    could_not_load,
     crops,
-    draw_whole_batch,
-    fewer_workers,
+    drawn_rows,
+    finish,
     goes_on,
     keep_scores,
     miou,
+    opened,
     recorded,
-    restore,
     save,
     saved_at_any_end,
     stopped,
-    versions,
-    what_was_skipped,
-    write_json,
-    write_report,
 )
 
 ERRORS = (DataError, WeightsError, NetworkError, NonFiniteError, BusyError, CheckpointError, OSError, ImportError)
@@ -109,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             ranks = start_ranks(request.config.device, stack)
             out = ranks.once(lambda: begin(request, ranks, stack))
             if request.demo:
-                request = request._replace(config=ranks.once(lambda: with_rendered_data(request.config, out / "data")))
+                request = request._replace(
+                    config=ranks.once(lambda: domains.with_rendered_data(request.config, out / "data"))
+                )
             run_all(request, out, ranks)
         except Stopped as stopped:
             end_undisturbed()
@@ -182,7 +162,7 @@ def train(config: Config, folder: Path, out: Path, ranks: Ranks, *, resume: bool
     """Train with one method and seed; return the contents of metrics.json."""
     set_up_arithmetic(config)
     run = build(config, folder, out, ranks, resume=resume)
-    batches = zip(crops(run, SOURCE, run.done), crops(run, TARGET, run.done), strict=True)
+    batches = zip(crops(run, domains.SOURCE, run.done), crops(run, domains.TARGET, run.done), strict=True)
     with run.stop, recorded(run) as record, saved_at_any_end(run):
         evaluate_if_due(run, record)  # in case the last run ended before it could
         while run.done < config.steps:
@@ -202,26 +182,24 @@ def train(config: Config, folder: Path, out: Path, ranks: Ranks, *, resume: bool
         if run.stop.agreed():
             raise stopped(run)
     if ranks.first:
-        write_report(run)
-        print(what_was_skipped(run), end="", flush=True)
+        finish(run)
     return run.metrics
 
 
-def train_step(run: Run, parts: list[Batch]) -> SelfTrainingOutput:
+def train_step(run: Run, parts: list[domains.Batch]) -> SelfTrainingOutput:
     """Run one iteration of Algorithm 1 on this process's rows of the whole batch."""
     config, training, scaler = run.config, run.training, run.scaler
     run.optimizer.zero_grad(set_to_none=True)
     losses = []
     for number, batch in enumerate(parts, run.done * config.accumulate):
         (source_images, source_labels), (target_images, target_labels) = batch
-        draw = draw_whole_batch(run, number)
         if training.align is not None and config.prior == "source":
             training.align.update_prior(source_labels)
         with autocast(config):
             output: SelfTrainingOutput = training(
                 source_images, source_labels, target_images,
                 target_weights=(target_labels != 255).float() if config.pad else None,
-                draw=draw.rows(own_rows(config, run.ranks)),
+                draw=drawn_rows(run, number),
             )  # fmt: skip
         scaler.scale(output.loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
         losses.append(output.loss.detach())
@@ -238,7 +216,7 @@ def train_step(run: Run, parts: list[Batch]) -> SelfTrainingOutput:
     return output
 
 
-def fetch(run: Run, batches: Iterator[Batch], record: Record) -> list[Batch]:
+def fetch(run: Run, batches: Iterator[domains.Batch], record: Record) -> list[domains.Batch]:
     """Load the batches of the next step; if a process was asked to stop or cannot load its own, save and stop."""
     parts, failure = [], None
     try:
@@ -251,15 +229,7 @@ def fetch(run: Run, batches: Iterator[Batch], record: Record) -> list[Batch]:
         return parts
     if run.done > run.saved:
         save(run)
-    if failure is None:
-        raise stopped(run)
-    if isinstance(failure, RuntimeError):
-        remedy = fewer_workers(run)
-    elif run.config.skip_files < min(map(len, run.data[:2])):
-        remedy = f"Repair it, or leave it out with --skip-files {run.config.skip_files + 1}"
-    else:
-        remedy = "Repair them"  # without the broken files nothing would be left
-    raise DataError(f"{reason(failure)} {remedy}; {goes_on(run)}.") from failure
+    raise stopped(run) if failure is None else could_not_load(run, failure) from failure
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
@@ -268,32 +238,16 @@ def fetch(run: Run, batches: Iterator[Batch], record: Record) -> list[Batch]:
 def build(config: Config, folder: Path, out: Path, ranks: Ranks, *, resume: bool) -> Run:
     """Build a run from its options, and restore its newest checkpoint when resuming."""
     torch.manual_seed(config.seed)  # for the initial weights; everything else is keyed
-    data, classes = open_data(config), class_names(config)
-    rare = ranks.once(lambda: rare_class_sampler(config, data, out)) if config.rare_classes else None
+    data, classes = domains.open_data(config), domains.class_names(config)
+    rare = ranks.once(lambda: domains.rare_class_sampler(config, data, out)) if config.rare_classes else None
     saved = CheckpointStore(folder / "checkpoints").load_newest() if resume else None
     student = build_network(config, ranks, fresh=saved is None)
     training = build_training(student, config, ranks, fresh=saved is None)
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.precision == "fp16")
     optimizer = build_optimizer(student, config)
     guard = FiniteGuard(training.children(), optimizer, skip=config.skip_steps)
-    run = Run(
-        config, folder, ranks, data, classes, identity(data, classes), student, training, optimizer, scaler, guard, rare
-    )
-    if saved is not None:
-        restore(run, saved)
-    elif resume and ranks.first:
-        print(f"nothing was saved in {run.store.folder}: starting at step 0", flush=True)
-    if ranks.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", {**asdict(config), "versions": versions()})
-        run.log.cut(run.done)
-    run.samples = prepared(config, data, progress=ranks.first)
-    return run
-
-
-def own_rows(config: Config, ranks: Ranks) -> slice:
-    """Locate this process's images in the batch over all processes."""
-    return slice(config.batch * ranks.rank, config.batch * (ranks.rank + 1))
+    run = Run(config, folder, ranks, data, classes, student, training, optimizer, scaler, guard, rare)
+    return opened(run, saved, resume=resume)
 
 
 def set_up_arithmetic(config: Config) -> None:
@@ -330,11 +284,11 @@ def build_training(student: nn.Module, config: Config, ranks: Ranks, *, fresh: b
     """Build the method, with the recipe's options as the configuration has them."""
     prior = None
     if config.method == "alignment" and config.prior == "oracle" and fresh:
-        counts = class_counts(target_labels(config), workers=config.workers)
-        prior = counts.sum(0)[: len(class_names(config))].double()
+        counts = class_counts(domains.target_labels(config), workers=config.workers)
+        prior = counts.sum(0)[: len(domains.class_names(config))].double()
     training = recipes.self_training(
         student,
-        len(class_names(config)),
+        len(domains.class_names(config)),
         method=config.method,
         **{one.name: getattr(config, one.name) for one in fields(recipes.Recipe)},
         prior=prior,
@@ -398,7 +352,7 @@ def evaluate_if_due(run: Run, record: Record) -> None:
         raise DataError(f"{reason(error)} Repair it; {goes_on(run)}.") from error
     entry: dict[str, Any] = {"step": run.done, **{who: by_size for who, (by_size, _) in found.items()}}
     entry["unsupervised"] = {who: without_labels for who, (_, without_labels) in found.items()}
-    save(run, best=keep_scores(run, entry))
+    save(run, names=keep_scores(run, entry))
     now = miou(entry, run.config)
     words = "no pixel of the validation images counts" if now is None else f"student mIoU {percent(now)} %"
     record.progress.say(f"step {run.done}: {words}")
@@ -411,7 +365,7 @@ def scores(run: Run, network: nn.Module) -> tuple[dict[str, Any], dict[str, floa
     unsupervised = UnsupervisedScores(len(run.classes)).to(config.device)
     matrices = evaluate(
         network,
-        validation if labelled else Unlabelled(validation, 255),
+        validation if labelled else domains.Unlabelled(validation, 255),
         num_classes=len(run.classes),
         image_size=size(config.target_size),
         label_sizes=label_sizes(config),

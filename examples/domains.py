@@ -26,35 +26,22 @@ from crossmix.datasets import (
     read_classes,
 )
 from crossmix.datasets.classes import CLASS_NAMES
+from crossmix.datasets.statistics import known_counts
 from crossmix.engine import KeyedCrops, QuietLoader, resident
 from options import Config, size
 
 __all__ = [
-    "COUNTS",
-    "SOURCE",
-    "TARGET",
-    "Batch",
-    "Data",
-    "Unlabelled",
-    "class_names",
-    "crop_size",
-    "differences",
-    "drawn_names",
-    "identity",
-    "loader",
-    "open_data",
-    "prepared",
-    "rare_class_sampler",
-    "target_labels",
-    "too_small",
-    "with_rendered_data",
-]
+    "COUNTS", "SOURCE", "TARGET", "Batch", "Data", "Identity", "Unlabelled", "class_names", "counts_file", "crop_size",
+    "differences", "drawn_names", "identity", "loader", "open_data", "prepared", "rare_class_sampler", "target_labels",
+    "to_count", "too_small", "with_rendered_data",
+]  # fmt: skip
 
 SOURCE, TARGET = 0, 1  # random streams, keyed next to the seed
 TRAIN = "train"
 COUNTS = "crossmix-stats.jsonl"
 """File of class counts, the one that `python -m crossmix.datasets stats` writes."""
 LAYOUT = "expected images/ and labels/, each with train/ and val/ if there are splits"
+Identity = dict[str, dict[str, Any]]
 Batch = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # source and target, each images and labels
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -68,11 +55,7 @@ class Data(NamedTuple):
 
 
 def open_data(config: Config) -> Data:
-    """Open the folders.
-
-    Raises:
-        DataError: If one is missing or has another layout.
-    """
+    """Open the folders; one that is missing or has another layout is a `DataError`."""
     source = size(config.source_size)
     if config.source:
         classes = read_classes(config.classes)
@@ -108,14 +91,7 @@ def target_labels(config: Config) -> Cityscapes | SegmentationFolder:
 
 
 def part(root: str, split: str) -> tuple[Path, Path | None]:
-    """Find the folders of images and label maps of a split, or of everything where there are no splits.
-
-    Returns:
-        Both folders; None in place of label maps if there are none.
-
-    Raises:
-        DataError: If there are splits, but not this one.
-    """
+    """Find the folders of images and label maps, or None, of a split, or of everything where there are no splits."""
     if not Path(root).is_dir():
         raise DataError(f"{root}: is not a folder; {LAYOUT}.")
     images, labels = Path(root, "images"), Path(root, "labels")
@@ -147,19 +123,24 @@ def with_rendered_data(config: Config, root: Path) -> Config:
     return replace(config, gta5=str(gta5), cityscapes=str(cityscapes))
 
 
-def rare_class_sampler(config: Config, data: Data, out: Path) -> RareClassSampler:
-    """Count the classes of the source and build the sampler of its images.
-
-    Counts are kept in a file beside the data, or in `out` where that folder cannot be written to.
-
-    Raises:
-        DataError: If a label map cannot be read, or no image has enough pixels of any class.
-    """
+def counts_file(config: Config, out: Path) -> Path:
+    """Choose the file of class counts: beside the source, or in `out` where that folder cannot be written to."""
     root = Path(config.source or config.synthia or config.gta5)
     file = root / COUNTS
-    if not os.access(file if file.exists() else root, os.W_OK):
+    return file if os.access(file if file.exists() else root, os.W_OK) else out / COUNTS
+
+
+def to_count(config: Config, data: Data, out: Path) -> int:
+    """Say how many label maps of the source `rare_class_sampler` has to read, because their counts are not kept."""
+    paths = [one.label for one in data.source.files if one.label is not None]
+    return len(paths) - len(known_counts(paths, data.source.label_format, counts_file(config, out)))
+
+
+def rare_class_sampler(config: Config, data: Data, out: Path) -> RareClassSampler:
+    """Count the classes of the source, or read the counts that are kept, and build the sampler of its images."""
+    file = counts_file(config, out)
+    if file.parent == out:
         out.mkdir(parents=True, exist_ok=True)
-        file = out / COUNTS
     counts = class_counts(data.source, cache=file, workers=config.workers)
     try:
         return RareClassSampler(counts, temperature=config.rare_temperature, min_pixels=config.rare_pixels)
@@ -170,7 +151,7 @@ def rare_class_sampler(config: Config, data: Data, out: Path) -> RareClassSample
 # ------------------------------------------------------------------------------------------------ identity of the data
 
 
-def identity(data: Data, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
+def identity(data: Data, classes: Sequence[str]) -> Identity:
     """Identify the data, wherever it is stored, by reader, names, classes and file sizes."""
     found = {}
     for part, samples in data._asdict().items():
@@ -179,25 +160,17 @@ def identity(data: Data, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
             "reader": type(samples).__name__,
             "count": len(samples.files),
             "names": hashlib.sha256(names.encode()).hexdigest(),
-            "classes": f"{list(classes)}: {samples.label_format.signature}"
-            if isinstance(samples, SegmentationFolder)
-            else "",
-            "bytes": torch.tensor(
-                [[0 if path is None else path.stat().st_size for path in one[:2]] for one in samples.files]
-            ),
-        }
+            "classes": f"{list(classes)}: {samples.label_format.signature}" * isinstance(samples, SegmentationFolder),
+            "bytes": torch.tensor([[0 if path is None else path.stat().st_size for path in one[:2]]
+                                   for one in samples.files]),
+        }  # fmt: skip
     return found
 
 
-def differences(
-    old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], data: Data
-) -> tuple[list[str], list[str]]:
-    """Compare the data of a checkpoint with the present data.
+def differences(old: Identity, new: Identity, data: Data) -> tuple[list[str], list[str]]:
+    """Compare the data of a checkpoint with the present data: what differs, and the names of samples that changed.
 
     A repaired file has another size, so data in which one such file, or a tenth of all, differs is still the same.
-
-    Returns:
-        Descriptions of the differences, and the names of samples whose files have changed.
     """
     other, changed = [], []
     for part, now in new.items():
@@ -212,9 +185,8 @@ def differences(
             moved = (was["bytes"] != now["bytes"]).any(1).nonzero().flatten().tolist()
             names = [samples.files[i].name for i in moved]
             if len(moved) > max(1, len(samples) // 10):
-                other.append(
-                    f"the {part} has {len(moved)} files of {len(samples)} with another size, such as {names[0]}"
-                )
+                other.append(f"the {part} has {len(moved)} files of {len(samples)} with another size, such as "
+                             f"{names[0]}")  # fmt: skip
             else:
                 changed += names
     return other, changed
@@ -222,12 +194,8 @@ def differences(
 
 def too_small(samples: Any, crop: tuple[int, int]) -> list[str]:  # noqa: ANN401 - any reader of files
     """List the images smaller than the crop, with their sizes. Only file headers are read."""
-    sizes: Iterator[tuple[str, tuple[int, int]]]
-    if samples.size is not None:
-        sizes = ((str(file.image), tuple(samples.size)) for file in samples.files)
-    else:
-        sizes = ((str(file.image), _image_size(file.image)) for file in samples.files)
-    return [f"{name}: {height}x{width}" for name, (height, width) in sizes if height < crop[0] or width < crop[1]]
+    sizes = ((file.image, samples.size or _image_size(file.image)) for file in samples.files)
+    return [f"{path}: {height}x{width}" for path, (height, width) in sizes if height < crop[0] or width < crop[1]]
 
 
 def _image_size(path: Path) -> tuple[int, int]:
@@ -243,8 +211,7 @@ def _image_size(path: Path) -> tuple[int, int]:
 
 
 def crop_size(config: Config) -> tuple[int, int]:
-    height, width = size(config.crop) or (0, 0)
-    return height, width
+    return size(config.crop) or (0, 0)
 
 
 def prepared(config: Config, data: Data, *, progress: bool) -> tuple[Any, Any]:
@@ -258,22 +225,11 @@ def prepared(config: Config, data: Data, *, progress: bool) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-class Draws:
-    """The draw numbers of one process, from a step to the end: its rows of each batch."""
-
-    def __init__(self, config: Config, start: int, rank: int, world: int) -> None:
-        self.batch = config.batch
-        self.every = config.batch * world
-        self.first = config.batch * rank
-        self.parts = range(start * config.accumulate, config.steps * config.accumulate)
-
-    def __len__(self) -> int:
-        return self.batch * len(self.parts)
-
-    def __iter__(self) -> Iterator[int]:
-        for part in self.parts:
-            begin = part * self.every + self.first
-            yield from range(begin, begin + self.batch)
+def draws(config: Config, start: int, rank: int, world: int) -> Iterator[int]:
+    """Count the draws of one process, from a step to the end: its rows of each batch."""
+    for part in range(start * config.accumulate, config.steps * config.accumulate):
+        begin = config.batch * (part * world + rank)
+        yield from range(begin, begin + config.batch)
 
 
 class Crops(Dataset[tuple[Tensor, Tensor, int]]):
@@ -307,25 +263,12 @@ class Unlabelled(Dataset[Sample]):
 
 
 def loader(
-    config: Config,
-    samples: Any,  # noqa: ANN401 - a data set, or a list
-    stream: int,
-    start: int,
-    *,
-    rank: int,
-    world: int,
-    rare: RareClassSampler | None = None,
-) -> QuietLoader[Any]:
+    config: Config, samples: Any, stream: int, start: int, *,  # noqa: ANN401 - what `prepared` returned
+    rank: int, world: int, rare: RareClassSampler | None = None,
+) -> QuietLoader[Any]:  # fmt: skip
     """Load batches of crops from a step on: images, labels, and for each the index of a sample left out for it, or -1.
 
-    Args:
-        config: The options.
-        samples: What `prepared` returned.
-        stream: SOURCE or TARGET.
-        start: The first step.
-        rank: The rank of this process.
-        world: The number of processes.
-        rare: Sampler of the source's images; ignored for the target.
+    `stream` is SOURCE or TARGET; `rare` samples the source's images, and is ignored for the target.
     """
     keyed = KeyedCrops(
         Unlabelled(samples, 0) if config.pad and stream == TARGET else samples,
@@ -339,7 +282,7 @@ def loader(
     return QuietLoader(
         Crops(keyed),
         batch_size=config.batch,
-        sampler=Draws(config, start, rank, world),
+        sampler=draws(config, start, rank, world),
         num_workers=0 if config.resident else config.workers,
         pin_memory=config.device.startswith("cuda") and not config.resident,
         generator=torch.Generator(),  # otherwise the loader would draw from the global one

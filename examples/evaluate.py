@@ -27,9 +27,13 @@ from crossmix.evaluation import evaluate
 from crossmix.models import DeepLabV2, WeightsError, load_weights
 from crossmix.models.weight_files import read_weights
 from crossmix.recipes import METHODS
-from networks import AUTOCAST, EXPECTED, NetworkError, is_name, is_ours, new_network, small_logits
-from options import Kind, size, unusable
+from networks import AUTOCAST, EXPECTED, NETWORKS, NetworkError, is_name, is_ours, new_network, small_logits
+from options import argument, size, unusable
 from scores import TITLES, markdown, paper_row, rows_by_class, summary
+
+ERRORS = (DataError, WeightsError, NetworkError, OSError, ImportError, argparse.ArgumentTypeError)
+image_size = argument(size, "HxW in pixels, such as 512x1024, or native", native=True)
+number = argument(int, type=int, low=0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         scores = {entry: score(entry, args, ranks=ranks) for entry in args.entry}
-    except (DataError, WeightsError, NetworkError, OSError, ImportError, argparse.ArgumentTypeError) as error:
+    except ERRORS as error:
         raise SystemExit(f"error: {error}") from error
     finally:
         if ranks:
@@ -67,15 +71,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--paper", default="gta5/dacs", choices=rows, metavar="ROW",
         help=f"row of the paper to print alongside: {', '.join(rows)}",
     )  # fmt: skip
-    parser.add_argument("--workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that load images")
+    workers = min(4, os.cpu_count() or 1)
+    parser.add_argument("--workers", type=number, default=workers, help="processes that load images")
     parser.add_argument("--out", help="JSON file for the scores")
     return parser.parse_args(argv)
 
 
 def add_network_options(parser: argparse.ArgumentParser, size_flag: str) -> None:
     """Add the options that say which network runs, and how. Without a flag, `size` is absent."""
-    parser.add_argument("--weights", required=True, help="a file or URL")
-    parser.add_argument("--network", type=network_name, help=f"{EXPECTED}; default: the run's, or resnet101")
+    parser.add_argument(
+        "--weights", required=True, help="a file, such as a run's checkpoints/best.pt or best_unsupervised.pt, or URL"
+    )
+    parser.add_argument("--network", type=argument(network=True), help=f"{EXPECTED}; default: the run's, or resnet101")
     parser.add_argument("--aspp-branches", type=int, choices=(2, 4), help="default: the run's, or 2 as released")
     parser.add_argument(
         size_flag, dest="size", metavar="HxW", type=image_size, default=argparse.SUPPRESS,
@@ -100,6 +107,8 @@ def load_network(
         raise WeightsError(
             f"{weights}: was trained on the network {name!r}, which this script does not build by itself{hint}."
         )
+    if aspp_branches and not is_ours(name):
+        raise NetworkError(f"--aspp-branches has no effect without --network {' or '.join(NETWORKS)}, got {name}.")
     branches = aspp_branches or config.get("aspp_branches", 2)
     model = new_network(name, classes, aspp_branches=branches, upsample=True)
     try:
@@ -122,26 +131,13 @@ def saved_config(weights: str) -> Mapping[str, Any]:
 
 def trained_size(weights: str) -> tuple[int, int] | None:
     """Read the size to which a run resized its target images."""
-    return image_size(saved_config(weights).get("target_size", "512x1024"))
+    found: tuple[int, int] | None = image_size(saved_config(weights).get("target_size", "512x1024"))
+    return found
 
 
 def saved_classes(config: Mapping[str, Any]) -> int:
     """Read the number of classes of a run."""
-    count = config.get("num_classes", len(CLASS_NAMES))
-    return int(count)
-
-
-def network_name(text: str) -> str:
-    if not is_name(text):
-        raise argparse.ArgumentTypeError(f"expected {EXPECTED}, got {text!r}")
-    return text
-
-
-def image_size(text: str) -> tuple[int, int] | None:
-    """Parse '512x1024' as (512, 1024), '512' as a square, 'native' as None."""
-    if not Kind(str, native=True).allows(text):
-        raise argparse.ArgumentTypeError(f"expected HxW in pixels, such as 512x1024, or native, got {text!r}")
-    return size(text)
+    return int(config.get("num_classes", len(CLASS_NAMES)))
 
 
 def usable_device(text: str) -> str:
@@ -150,17 +146,10 @@ def usable_device(text: str) -> str:
     return text
 
 
-def count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
-    return int(text)
-
-
 def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any]:
     """Score one network of a file; return its scores by label size."""
     model = load_network(args.weights, entry, network=args.network, aspp_branches=args.aspp_branches)
-    classes = saved_classes(saved_config(args.weights))
-    if classes != len(CLASS_NAMES):
+    if (classes := saved_classes(saved_config(args.weights))) != len(CLASS_NAMES):
         raise WeightsError(f"{args.weights}: has {classes} classes, but Cityscapes {len(CLASS_NAMES)}.")
     shape = args.size if "size" in args else trained_size(args.weights)
     matrices = evaluate(

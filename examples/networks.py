@@ -42,16 +42,10 @@ def is_name(name: str) -> bool:
 def new_network(name: str, num_classes: int, *, aspp_branches: int = 2, upsample: bool = False) -> nn.Module:
     """Build a network that takes (N, 3, H, W) images in [0, 1] and returns a tensor of logits, possibly smaller.
 
-    Args:
-        name: One of `NETWORKS`, or `"module:function"`, with the module on Python's path or in the current folder. The
-            function is called with the number of classes, as `num_classes`, `classes` or `num_labels` if it has such
-            an argument, and returns a module whose output is logits, or holds them as `logits` or `"out"`.
-        num_classes: The number of classes.
-        aspp_branches: For DeepLab-v2: dilated branches in its head.
-        upsample: For DeepLab-v2: whether its logits have the size of the images.
-
-    Raises:
-        NetworkError: If there is no such function, it fails, or it returns something else.
+    `name` is one of `NETWORKS`, to which the last two arguments apply, or `"module:function"`, with the module on
+    Python's path or in the current folder. The function is called with the number of classes, as `num_classes`,
+    `classes` or `num_labels` if it has such an argument, and returns a module whose output is logits, or holds them as
+    `logits` or `"out"`. If it fails, returns something else or is not there, that is a `NetworkError`.
     """
     if is_ours(name):
         return NETWORKS[name](num_classes, aspp_branches=aspp_branches, upsample=upsample)
@@ -72,11 +66,7 @@ def new_network(name: str, num_classes: int, *, aspp_branches: int = 2, upsample
 
 @torch.no_grad()
 def tried(network: nn.Module, name: str, num_classes: int, shape: tuple[int, int], device: str, *, train: bool) -> None:
-    """Check that a network takes images of a shape and returns logits of the right shape.
-
-    Raises:
-        NetworkError: If it does not.
-    """
+    """Raise `NetworkError` unless a network takes images of a shape and returns logits of the right shape."""
     images = torch.zeros(2 if train else 1, 3, *shape, device=device)
     try:
         logits = network.to(device).train(train)(images)

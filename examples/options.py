@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from math import prod
 from pathlib import Path
@@ -24,19 +24,12 @@ from crossmix import recipes
 from networks import EXPECTED, is_name, is_ours
 
 __all__ = [
-    "FREE",
-    "Config",
-    "Kind",
-    "Request",
-    "config_files",
-    "label_sizes",
-    "read_options",
-    "size",
-    "size_name",
+    "FREE", "Config", "Kind", "Request", "argument", "config_files", "label_sizes", "read_options", "size", "size_name",
     "unusable",
-]
+]  # fmt: skip
 
 LARGEST_COUNT = 10**9
+SIZE = re.compile(r"({0})(x({0}))?".format(r"(?!0+(?:x|$))[0-9]{1,6}"))
 SMALLEST_CROP = 8  # pixels per side
 
 
@@ -55,22 +48,18 @@ class Kind(NamedTuple):
 
     def expected(self) -> str:
         """Describe the permitted values for an error message."""
-        return self._expected() + (", or none" if self.optional else "")
-
-    def _expected(self) -> str:
-        if self.type is bool:
-            return "true or false"
-        if self.network or self.choices:
-            names = ", ".join(map(str, self.choices))
-            return EXPECTED if self.network else f"any of {names}" if self.several else f"one of {names}"
-        if self.native is not None:
-            return "a size such as 512x1024 or 512, in pixels" + (", or native" if self.native else "")
-        if self.type is str:
-            return "text"
-        words = "a whole number" if self.type is int else "a number"
-        if self.high is not None and self.high < LARGEST_COUNT:
-            return f"{words} from {self.low:g} to {self.high:g}"
-        return words if self.low is None else f"{words} of at least {self.low:g}"
+        text = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[self.type]
+        if self.network:
+            text = EXPECTED
+        elif self.choices:
+            text = f"{'any' if self.several else 'one'} of {', '.join(map(str, self.choices))}"
+        elif self.native is not None:
+            text = "a size such as 512x1024 or 512, in pixels" + (", or native" if self.native else "")
+        elif self.high is not None and self.high < LARGEST_COUNT:
+            text += f" from {self.low:g} to {self.high:g}"
+        elif self.low is not None:
+            text += f" of at least {self.low:g}"
+        return text + (", or none" if self.optional else "")
 
     def allows(self, value: object) -> bool:
         """Whether the value is permitted."""
@@ -93,13 +82,9 @@ class Kind(NamedTuple):
             return text in self.choices
         if self.network:
             return is_name(text)
-        return "\0" not in text and (self.native is None or self._is_size(text))
-
-    def _is_size(self, text: str) -> bool:
-        sides = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text)
-        return bool(self.native and text == "native") or (
-            sides is not None and all(int(side) > 0 for side in sides.groups() if side is not None)
-        )
+        if self.native is not None:
+            return bool(SIZE.fullmatch(text) or (self.native and text == "native"))
+        return "\0" not in text
 
 
 def option(default: Any, text: str, *, type: type | None = None, **kind: Any) -> Any:  # noqa: A002, ANN401
@@ -248,12 +233,7 @@ def _recipe(recipe: recipes.Recipe, **others: Any) -> dict[str, Any]:  # noqa: A
 RECIPES: dict[str, dict[str, Any]] = {
     "released": {},  # the defaults
     "paper": _recipe(
-        recipes.PAPER,
-        aspp_branches=4,
-        source_size="760x1280",
-        nesterov=True,
-        repeated=False,
-        evaluation="1024x2048",
+        recipes.PAPER, aspp_branches=4, source_size="760x1280", nesterov=True, repeated=False, evaluation="1024x2048"
     ),
     "mic": _recipe(
         recipes.MIC,
@@ -309,11 +289,7 @@ class Request(NamedTuple):
 
 
 def read_options(argv: Sequence[str] | None, description: str) -> Request:
-    """Parse a command line.
-
-    Raises:
-        SystemExit: If an option is unknown, a value is not permitted, or two options contradict each other.
-    """
+    """Parse a command line; exit if an option is unknown, not permitted, or contradicts another one."""
     args = _parser(description).parse_args(argv)
     for name, value in vars(args).items():
         if value == [] or (isinstance(value, str) and "\0" in value):  # argparse makes a list of "--name=--"
@@ -341,15 +317,10 @@ def read_options(argv: Sequence[str] | None, description: str) -> Request:
             chosen |= {name: before[name] for name in ("weights", "random_init") if name in before}
     config = _resolved(chosen, demo=args.demo)
     _refuse_contradictions(config, given, demo=args.demo)
-    return Request(
-        config=config,
-        methods=("source", "dacs") if args.demo and "method" not in chosen else (config.method,),
-        runs=runs,
-        demo=args.demo,
-        out=None if args.out is None else Path(args.out),
-        resume=args.resume,
-        dry_run=args.dry_run,
-    )
+    both: tuple[recipes.Method, ...] = ("source", "dacs")
+    methods = both if args.demo and "method" not in chosen else (config.method,)
+    out = None if args.out is None else Path(args.out)
+    return Request(config, methods, runs, args.demo, out, args.resume, args.dry_run)
 
 
 def checked(name: str, value: object, where: str) -> Any:  # noqa: ANN401 - an option's value
@@ -432,6 +403,18 @@ def _help(one: Field[Any]) -> str:
     return f"{one.metadata['text']}{unit} (default: {default})".replace("%", "%%")
 
 
+def argument(convert: Callable[[str], Any] = str, words: str = "", **kind: Any) -> Callable[[str], Any]:  # noqa: ANN401
+    """Make an argument's type for argparse; the keywords are fields of `Kind`, `words` what messages call it."""
+    expected = Kind(**{"type": str} | kind)
+
+    def parse(text: str) -> Any:  # noqa: ANN401
+        if not expected.allows(_from_text(expected, text)):
+            raise argparse.ArgumentTypeError(f"expected {words or expected.expected()}, got {text!r}")
+        return convert(text)
+
+    return parse
+
+
 def _from_text(kind: Kind, value: Any) -> Any:  # noqa: ANN401 - a flag's value
     """Convert a flag's text to a number or None where it is one."""
     if kind.optional and value == "none":
@@ -495,13 +478,9 @@ def _fitted(config: Config, fixed: Collection[str]) -> Config:
 
 
 def _refuse_contradictions(config: Config, given: dict[str, Any], *, demo: bool) -> None:
-    """Check options against each other.
-
-    Raises:
-        SystemExit: If some contradict each other or one is missing.
-    """
+    """Exit if options contradict each other, or one is missing."""
     problem = _data_problem(config, given, demo=demo)
-    for found in () if problem else (_of_network(config), _of_training(config)):
+    for found in () if problem else (_of_network(config), _of_training(config), _without_effect(config, given)):
         problem = problem or next((text for wrong, text in found if wrong), "")
     if problem := problem or unusable(config.device):
         raise SystemExit(f"error: {problem}.")
@@ -552,6 +531,23 @@ def _of_training(config: Config) -> Checks:
     yield top + bottom >= 512, f"--ignore-top {top} and --ignore-bottom {bottom} must leave some of 512 rows"
     block, large = config.consistency_block, config.consistency and (config.consistency_block or 0) > min(crop)
     yield large, f"--consistency-block must fit into --crop {config.crop}, got {block}; give a smaller one, or none"
+
+
+def _without_effect(config: Config, given: dict[str, Any]) -> Checks:
+    """Find flags that would do nothing. In a file they are accepted: a run's own config.json has every option."""
+    rare, consistency = (config.rare_classes, "--rare-classes"), (config.consistency, "--consistency")
+    needed: dict[str, tuple[object, str]] = {
+        "prior": (config.method == "alignment", "--method alignment"),
+        "aspp_branches": (is_ours(config.network), "--network resnet101 or tiny"),
+        "head_factor": (is_ours(config.network) or config.head, "--head"),
+        "momentum": (config.optimizer == "sgd", "--optimizer sgd"),
+        "no_decay": (config.weight_decay, "--weight-decay above 0"),
+        **dict.fromkeys(("rare_temperature", "rare_pixels"), rare),
+        **dict.fromkeys(("consistency_block", "consistency_ratio", "consistency_weight"), consistency),
+    }
+    for name, (used, other) in needed.items():
+        flag = "--" + name.replace("_", "-")
+        yield given.get(name) not in {None, ""} and not used, f"{flag} has no effect without {other}"
 
 
 def unusable(device: str) -> str:

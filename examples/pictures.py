@@ -32,22 +32,13 @@ def mixed_rows(
 ) -> list[list[Tensor]]:
     """Show source, target, mixed image and mixed label of a batch (Figure 4 of the paper), leaving all state as it is.
 
-    Args:
-        training: The method.
-        student: Its network, not wrapped.
-        images: Source images, source labels, target images.
-        draw: Result of `training.sample`.
+    `student` is the method's network, not wrapped; `images` are source images, source labels and target images; `draw`
+    is a result of `training.sample`.
     """
     source_images, source_labels, target_images = images
     modes = {module: module.training for module in training.modules()}
-    shown = SelfTraining(
-        student,
-        training.teacher,
-        mix=training.mix,
-        augment=training.augment,
-        align=training.align,
-        upsample=training.upsample,
-    ).eval()
+    parts = {name: getattr(training, name) for name in ("mix", "augment", "align", "upsample")}
+    shown = SelfTraining(student, training.teacher, **parts).eval()
     mixed = shown(source_images, source_labels, target_images, draw=draw).mixed
     for module, mode in modes.items():
         module.training = mode
@@ -62,16 +53,8 @@ def mixed_rows(
 def predicted_rows(
     student: nn.Module, samples: Iterable[Sample], shape: tuple[int, int], device: str
 ) -> list[list[Tensor]]:
-    """Show images, predictions and ground truth (Figure 6 of the paper), all in one shape.
-
-    Args:
-        student: The network, not wrapped.
-        samples: Images, labelled or not.
-        shape: Height and width to which images are resized.
-        device: Device of the network.
-    """
-    rows = []
-    mode = student.training
+    """Show images, predictions of a network and ground truth (Figure 6 of the paper), resized to one shape."""
+    rows, mode = [], student.training
     student.eval()
     for image, label, _ in samples:
         small = tf.interpolate(image[None], size=shape, mode="bilinear", antialias=True)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossmix.datasets import DataError
+import domains
+from crossmix.datasets import class_counts
 from crossmix.models import WeightsError, load_weights
 from crossmix.optim import parameter_groups
-from domains import COUNTS, Data, class_names, crop_size, open_data, target_labels, too_small
 from networks import is_ours, new_network, tried
 from options import Config, Request, config_files, size
 
@@ -24,17 +24,37 @@ __all__ = ["empty_network", "has_begun", "head_of", "plan", "problems"]
 def plan(request: Request) -> dict[str, Any]:
     """Compute the number of images and evaluations, and the disk space and memory needed."""
     config = request.config
-    images: Any = "rendered by the demo"
-    if not request.demo:
+
+    def found(look: Callable[[], Any]) -> Any:  # noqa: ANN401 - part of the plan
         try:
-            images = dict(zip(Data._fields, map(len, open_data(config)), strict=True))
-        except (DataError, OSError) as error:
-            images = f"not there yet: {error}"
-    try:
-        takes = costs(config)
-    except (ValueError, OSError) as error:
-        takes = {"network": f"not there yet: {error}"}
-    return {"images": images, "evaluations": -(-config.steps // config.eval_every), **takes}
+            return look()
+        except (ValueError, OSError) as error:
+            return f"not there yet: {error}"
+
+    def images() -> dict[str, int]:
+        return dict(zip(domains.Data._fields, map(len, domains.open_data(config)), strict=True))
+
+    takes = found(lambda: costs(config))
+    return {
+        "images": "rendered by the demo" if request.demo else found(images),
+        **({"rare_classes": found(lambda: rare_classes(request))} if config.rare_classes else {}),
+        "evaluations": -(-config.steps // config.eval_every),
+        **(takes if isinstance(takes, dict) else {"network": takes}),
+    }
+
+
+def rare_classes(request: Request) -> dict[str, Any]:
+    """Say which label maps a run would count for rare-class sampling and, if none is left, what the counts are."""
+    config, out = request.config, request.out or Path("OUT")
+    if request.demo:
+        return {"images_to_count": "all that the demo renders, unless they are counted already"}
+    data = domains.open_data(config)
+    file, left = domains.counts_file(config, out), domains.to_count(config, data, out)
+    if left:
+        return {"counts": str(file), "images_to_count": left}
+    enough = (class_counts(data.source, cache=file) >= config.rare_pixels).sum(0).tolist()
+    images = dict(zip(domains.class_names(config), enough, strict=False))
+    return {"counts": str(file), "images_to_count": 0, "images_with_rare_pixels": images}
 
 
 def costs(config: Config) -> dict[str, Any]:
@@ -49,7 +69,7 @@ def costs(config: Config) -> dict[str, Any]:
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            network(torch.empty(config.batch, 3, *crop_size(config), device="meta"))
+            network(torch.empty(config.batch, 3, *domains.crop_size(config), device="meta"))
         graphs = 1 if config.method == "source" else 3 if config.consistency else 2
         memory: Any = (copies(config) + 3) * size_of(network) + graphs * sum(one.nbytes() for one in saved.values())
     except Exception:  # some networks cannot run without data
@@ -73,14 +93,14 @@ def copies(config: Config) -> int:
 
 
 def checkpoints(config: Config, network: nn.Module) -> int:
-    """Count the bytes of one training's checkpoints: the last two and the best."""
-    return 3 * copies(config) * size_of(network)
+    """Count the bytes of one training's checkpoints: the last two, the best and the label-free one."""
+    return 4 * copies(config) * size_of(network)
 
 
 def empty_network(config: Config, *, meta: bool = False) -> nn.Module:
     """Build the student, whose logits are small: the loss upsamples them. On `meta` it holds no data."""
     with torch.device("meta") if meta and is_ours(config.network) else nullcontext():
-        network = new_network(config.network, len(class_names(config)), aspp_branches=config.aspp_branches)
+        network = new_network(config.network, len(domains.class_names(config)), aspp_branches=config.aspp_branches)
     return network.to("meta") if meta else network
 
 
@@ -90,28 +110,21 @@ def head_of(config: Config) -> str | list[str] | None:
 
 
 def problems(request: Request, folders: list[Path], world: int = 1) -> list[str]:
-    """List what would stop a run.
-
-    Args:
-        request: The request.
-        folders: Folders of its trainings; empty if they are not chosen yet.
-        world: The number of processes.
-    """
+    """List what would stop a run of `world` processes into the folders of its trainings, none if not chosen yet."""
     fresh = not (request.resume and all(map(has_begun, folders)))  # otherwise everything is in the checkpoints
-    looks: list[Callable[[], Iterator[str]]] = [
-        lambda: _of_packages(request),
-        lambda: _of_folders(request, folders),
-    ]
-    if fresh and request.config.weights:
-        looks.append(lambda: _of_weights(request.config))
+    config = request.config
+    looks: list[Callable[[], Any]] = [lambda: _of_packages(request), lambda: _of_folders(request, folders)]
+    if fresh and config.weights:
+        looks.append(lambda: load_weights(empty_network(config), config.weights, strict=False))
     if not request.demo:
-        looks.append(lambda: _of_data(request.config, world, fresh=fresh))
-    if not is_ours(request.config.network):
-        looks.append(lambda: _of_network(request))
+        looks.append(lambda: _of_data(request, world, fresh=fresh))
+    if not is_ours(config.network):
+        looks.append(lambda: _try_network(request))
     found: list[str] = []
     for look in looks:
         try:
-            found += list(look())
+            result = look()
+            found += list(result) if isinstance(result, Iterator) else []
         except (ValueError, WeightsError, OSError) as error:
             found.append(str(error))
     return list(dict.fromkeys(found))
@@ -175,36 +188,33 @@ def unwritable(folder: Path) -> str | None:
 
 def _visible(out: Path) -> Iterator[Path]:
     """List the contents of a folder, except what a run creates before its config.json."""
-    return (path for path in out.iterdir() if not path.name.startswith(".") and path.name not in {"data", COUNTS})
+    return (
+        path for path in out.iterdir() if not path.name.startswith(".") and path.name not in {"data", domains.COUNTS}
+    )
 
 
-def _of_weights(config: Config) -> Iterator[str]:
-    load_weights(empty_network(config), config.weights, strict=False)
-    yield from ()
-
-
-def _of_network(request: Request) -> Iterator[str]:
+def _try_network(request: Request) -> None:
     """Try your own network on crops and on images as they will be evaluated."""
     config = request.config
-    network, classes = empty_network(config), len(class_names(config))
+    network, classes = empty_network(config), len(domains.class_names(config))
     parameter_groups(network, config.lr, head=head_of(config))
-    tried(network, config.network, classes, crop_size(config), config.device, train=True)
+    tried(network, config.network, classes, domains.crop_size(config), config.device, train=True)
     whole = size(config.target_size)
     if whole is None and not request.demo:
-        _, height, width = open_data(config).validation[0].image.shape
+        _, height, width = domains.open_data(config).validation[0].image.shape
         whole = height, width
     if whole is not None:
         tried(network, config.network, classes, whole, config.device, train=False)
-    yield from ()
 
 
-def _of_data(config: Config, world: int, *, fresh: bool) -> Iterator[str]:
-    data = open_data(config)
+def _of_data(request: Request, world: int, *, fresh: bool) -> Iterator[str]:
+    config, out = request.config, request.out or Path("OUT")
+    data = domains.open_data(config)
     whole = config.batch * world
     for name, samples in (("source", data.source), ("target", data.target)):
         if len(samples) < whole:
             yield f"the {name} has {len(samples)} images, fewer than the {whole} of a batch."
-        small = [] if config.pad else too_small(samples, crop_size(config))
+        small = [] if config.pad else domains.too_small(samples, domains.crop_size(config))
         if len(small) > min(config.skip_files, len(samples) - 1):
             leave_out = f", leave them out with --skip-files {len(small)}" if len(small) < len(samples) else ""
             yield (
@@ -212,14 +222,21 @@ def _of_data(config: Config, world: int, *, fresh: bool) -> Iterator[str]:
                 f"{small[0]}; crop smaller, pad with --pad{leave_out}, or give a larger --{name}-size."
             )
     if config.method == "alignment" and config.prior == "oracle" and fresh:
-        target_labels(config)
-    for name, samples in zip(Data._fields, data, strict=True):
+        domains.target_labels(config)
+    if config.rare_classes and domains.to_count(config, data, out) == 0:
+        domains.rare_class_sampler(config, data, out)  # quick, as everything is counted; it refuses too few pixels
+    yield from _of_first(data, skip=config.skip_files > 0)
+    if config.cache and not Path(config.cache).is_dir() and (problem := unwritable(Path(config.cache))) is not None:
+        yield f"--cache {config.cache}: {problem}; give one that is new, or a cache."
+
+
+def _of_first(data: domains.Data, *, skip: bool) -> Iterator[str]:
+    """Read the first sample of each part, which finds what is wrong with all of them."""
+    for name, samples in zip(domains.Data._fields, data, strict=True):
         try:
-            samples[0]  # finds what is wrong with all of them
+            samples[0]
         except ValueError as error:
             if name == "validation":
                 raise
-            if not config.skip_files:
+            if not skip:
                 yield f"{error} Repair it, or leave it out with --skip-files 1."
-    if config.cache and not Path(config.cache).is_dir() and (problem := unwritable(Path(config.cache))) is not None:
-        yield f"--cache {config.cache}: {problem}; give one that is new, or a cache."

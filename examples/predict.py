@@ -21,13 +21,12 @@ from torch.nn import functional as tf
 
 from crossmix.datasets import DataError, image_files, read_image, write_png
 from crossmix.engine import Progress
-from crossmix.models import DeepLabV2, WeightsError
+from crossmix.models import DeepLabV2
 from crossmix.visualize import colorize
-from evaluate import add_network_options, load_network, trained_size
-from networks import AUTOCAST, NetworkError, small_logits
+from evaluate import ERRORS, add_network_options, load_network, trained_size
+from networks import AUTOCAST, small_logits
 from pictures import CLASS_COLORS
 
-KINDS = ("ids", "color", "overlay")
 SUFFIXES = {"ids": "_trainIds.png", "color": "_color.png", "overlay": "_overlay.png"}
 
 
@@ -39,15 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "size" not in args:
             args.size = trained_size(args.weights)
         predict_all(model.to(args.device), targets, args)
-    except (
-        DataError,
-        WeightsError,
-        NetworkError,
-        OSError,
-        ImportError,
-        argparse.ArgumentTypeError,
-        torch.OutOfMemoryError,
-    ) as error:
+    except (*ERRORS, torch.OutOfMemoryError) as error:
         raise SystemExit(f"error: {error}") from error
     return 0
 
@@ -56,7 +47,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="PNG or JPEG")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
-    parser.add_argument("--what", nargs="+", choices=KINDS, default=KINDS, help="kinds of results; default: all")
+    parser.add_argument(
+        "--what", nargs="+", choices=SUFFIXES, default=tuple(SUFFIXES), help="kinds of results; default: all"
+    )
     parser.add_argument("--entry", default="student", help="network in a checkpoint: student, teacher")
     add_network_options(parser, "--size")
     parser.add_argument("--skip", action="store_true", help="leave out images that cannot be read")
@@ -92,18 +85,14 @@ def without_ending(path: Path) -> Path:
 
 
 def refuse_clashes(targets: dict[Path, Path], what: Sequence[str]) -> None:
-    """Refuse to write a result over another one or over an image.
-
-    Raises:
-        DataError: If that would happen.
-    """
+    """Refuse to write a result over another one or over an image."""
     inputs = {image.resolve() for image in targets}
     taken: dict[Path, Path] = {}
     for image, target in targets.items():
         if other := taken.get(target):
             raise DataError(f"{other} and {image}: would both become {target}_*.png; predict them apart.")
         taken[target] = image
-        for file in (with_suffix(target, kind) for kind in what):
+        for file in (Path(f"{target}{SUFFIXES[kind]}") for kind in what):
             if file.resolve() in inputs:
                 raise DataError(f"{file}: is an input and would be written over; give another --out.")
 
@@ -133,29 +122,18 @@ def predict_all(model: nn.Module, targets: dict[Path, Path], args: argparse.Name
 
 @torch.no_grad()
 def predicted(model: nn.Module, image: Tensor, size: tuple[int, int] | None, precision: str = "fp32") -> Tensor:
-    """Predict the train ids of an image.
-
-    Args:
-        model: The network, in eval mode.
-        image: (3, H, W) uint8.
-        size: Height and width to which the image is resized, bilinear and antialiased; None leaves it as it is.
-        precision: `"fp32"`, or `"bf16"` or `"fp16"` for autocast.
-
-    Returns:
-        (H, W) uint8, on the CPU.
-    """
+    """Predict the train ids (H, W) of an image (3, H, W), both uint8, that the network, in eval mode, sees resized."""
     device = next(model.parameters()).device
     small = image[None] if size is None else tf.interpolate(image[None], size=size, mode="bilinear", antialias=True)
     with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
         logits = small_logits(model)(small.to(device).float() / 255)
-    size_of_image = image.shape[1], image.shape[2]
-    return argmax_at(logits.float(), size_of_image, align_corners=isinstance(model, DeepLabV2)).cpu()
+    return argmax_at(logits.float(), image.shape[1:], align_corners=isinstance(model, DeepLabV2)).cpu()
 
 
-def argmax_at(logits: Tensor, size: tuple[int, int], *, align_corners: bool = True) -> Tensor:
+def argmax_at(logits: Tensor, size: tuple[int, ...], *, align_corners: bool = True) -> Tensor:
     """Upsample (1, C, h, w) logits and take the best class, one class at a time, as all would take gigabytes."""
-    ids = torch.zeros(size, dtype=torch.uint8, device=logits.device)
-    best = torch.full(size, -torch.inf, device=logits.device)
+    ids = torch.zeros(*size, dtype=torch.uint8, device=logits.device)
+    best = torch.full_like(ids, -torch.inf, dtype=torch.float32)
     for k in range(logits.shape[1]):
         scores = tf.interpolate(logits[:, k : k + 1], size=size, mode="bilinear", align_corners=align_corners)[0, 0]
         ids.masked_fill_(scores > best, k)
@@ -168,11 +146,7 @@ def write_results(target: Path, image: Tensor, ids: Tensor, what: Sequence[str])
     color = colorize(ids, colors=CLASS_COLORS)
     pictures = {"ids": ids, "color": color, "overlay": ((image.int() + color.int() + 1) // 2).to(torch.uint8)}
     for kind in what:
-        write_png(with_suffix(target, kind), pictures[kind])
-
-
-def with_suffix(target: Path, kind: str) -> Path:
-    return target.with_name(target.name + SUFFIXES[kind])
+        write_png(f"{target}{SUFFIXES[kind]}", pictures[kind])
 
 
 if __name__ == "__main__":

@@ -26,11 +26,7 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
     def once(self, work: Callable[[], Result]) -> Result:
-        """Do some work in the first process only, and return its result in all.
-
-        Raises:
-            SystemExit: In the other processes, if the work failed.
-        """
+        """Do some work in the first process only, and return its result in all; exit in the others if it failed."""
         if self.world == 1:
             return work()
         said: list[Any] = [None, False]  # the result, and whether the work failed

@@ -234,22 +234,13 @@ def comparison_page(groups: Mapping[str, Sequence[Path]], out: Path) -> Path:
 
 
 def write(
-    folder: Path,
-    *,
-    classes: Sequence[str],
-    charts: Mapping[str, Charts],
-    galleries: Iterable[Gallery],
+    folder: Path, *, classes: Sequence[str], charts: Mapping[str, Charts], galleries: Iterable[Gallery],
     **content: object,
-) -> Path:
+) -> Path:  # fmt: skip
     """Fill in the template, draw the charts and embed the pictures; the file is replaced atomically."""
-    template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("report.html.j2")
-    page = template.render(
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+                            trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    page = templates.get_template("report.html.j2").render(
         {"note": "", "figures": {}, "differing": ((), ())} | content,
         charts={
             heading: [(title, drawn(title, lines), {name: end(values) for name, (_, values) in lines.items()})
@@ -292,9 +283,7 @@ def key_figures(run: Run) -> dict[str, str]:
 def score_tables(entries: Mapping[str, Sequence[dict[str, Any]]], config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Make a table for each label size, the deciding one first: IoU in percent of student and teacher, by class.
 
-    Args:
-        entries: Evaluations by title, one for each run that is averaged.
-        config: Options of the runs.
+    `entries` are evaluations by title, one for each run that is averaged.
     """
     synthia, deciding = bool(config["synthia"]), config["evaluation"]
     last = next(iter(entries.values()))[0]["student"][deciding]
@@ -335,12 +324,9 @@ def score_tables(entries: Mapping[str, Sequence[dict[str, Any]]], config: Mappin
 
 def charts(run: Run) -> Charts:
     """Collect the curves of log and evaluations, over steps."""
-    found: Charts = {
-        "mIoU in percent": evaluated(run, lambda entry, who: 100 * number(run.miou(entry, who))),
-        "neighbourhood density": evaluated(run, lambda entry, who: number(density(entry, who))),
-    }
-    if not any("unsupervised" in entry for entry in run.metrics["evaluations"]):
-        del found["neighbourhood density"]
+    found: Charts = {"mIoU in percent": evaluated(run, lambda entry, who: 100 * number(run.miou(entry, who)))}
+    if any("unsupervised" in entry for entry in run.metrics["evaluations"]):
+        found["neighbourhood density"] = evaluated(run, lambda entry, who: number(density(entry, who)))
     steps = [record["step"] for record in run.log]
     for title, lines in CHARTS.items():
         found[title] = {
@@ -365,9 +351,8 @@ def compared(groups: Mapping[str, Sequence[Charts]]) -> Charts:
     """Average one line of some charts over each group. Every group is listed, so that each keeps its colour."""
     found: Charts = {}
     for title, (chart, line) in COMPARED.items():
-        lines = {
-            name: [run[chart][line] for run in runs if line in run.get(chart, {})] for name, runs in groups.items()
-        }
+        lines = {name: [run[chart][line] for run in runs if line in run.get(chart, {})]
+                 for name, runs in groups.items()}  # fmt: skip
         if any(lines.values()):
             found[title] = {name: mean_curve(own) if own else ([], []) for name, own in lines.items()}
     return found
@@ -453,12 +438,12 @@ def inline(svg: str, title: str, lines: Mapping[str, Curve]) -> Markup:
 
 def compared_predictions(runs: Mapping[str, Run]) -> Gallery:
     """Show images, each method's predictions and ground truth, for images that all methods predicted."""
-    columns = {name: run.pictures("predicted") for name, run in runs.items()}
-    same = [
-        row for row in zip(*columns.values(), strict=False) if len({image.read_bytes() for image, _, _ in row}) == 1
+    rows = [
+        [row[0][0], *(prediction for _, prediction, _ in row), row[0][2]]
+        for row in zip(*(run.pictures("predicted") for run in runs.values()), strict=False)
+        if len({image.read_bytes() for image, _, _ in row}) == 1
     ]
-    rows = [[row[0][0], *(prediction for _, prediction, _ in row), row[0][2]] for row in same]
-    return PREDICTED, ["image", *columns, "ground truth"], rows
+    return PREDICTED, ["image", *runs, "ground truth"], rows
 
 
 def embedded(path: Path) -> str:

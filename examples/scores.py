@@ -18,13 +18,9 @@ __all__ = [
 TITLES = {"miou": "mIoU", "miou_16": "mIoU of 16", "miou_13": "mIoU of 13"}
 CHOSEN = {"best": "best step", "best_unsupervised": "label-free step"}
 """Evaluations that metrics.json singles out, apart from the last."""
-ROWS = {
-    "source": "Source",
-    "pseudo-label": "Pseudo-labelling",
-    "classmix": "Naive ClassMix",
-    "alignment": "Distribution alignment",
-    "dacs": "DACS",
-}  # the paper's names for the methods of `crossmix.recipes`
+ROWS = {"source": "Source", "pseudo-label": "Pseudo-labelling", "classmix": "Naive ClassMix",
+        "alignment": "Distribution alignment", "dacs": "DACS"}  # fmt: skip
+"""The paper's names for the methods of `crossmix.recipes`."""
 
 
 def summary(matrix: ConfusionMatrix, names: Sequence[str] = CLASS_NAMES) -> dict[str, Any]:
@@ -65,12 +61,9 @@ def shortfall(metrics: Mapping[str, Any], miou: Callable[[Mapping[str, Any]], fl
 def rows_by_class(
     columns: Mapping[str, Sequence[Mapping[str, Any]]], paper: Mapping[str, Mapping[str, Any]], means: Iterable[str]
 ) -> list[list[str]]:
-    """Make a header and rows of IoU in percent: the classes, then the means.
+    """Make a header and rows of IoU in percent: the classes, then the means, which are keys of `TITLES`.
 
-    Args:
-        columns: Results of `summary` by title, one for each run.
-        paper: Rows of the paper by title, shown as further columns.
-        means: Keys of `TITLES`.
+    `columns` are results of `summary` by title, one for each run; `paper`, rows of the paper, are further columns.
     """
     rows = [["class", *columns, *paper]]
     for name in next(iter(columns.values()))[0]["per_class"]:
@@ -113,11 +106,6 @@ def paper_tables() -> dict[str, Any]:
 
 
 def paper_row(source: str, method: str) -> dict[str, Any]:
-    """Find the paper's row for a method, without numbers if it has none.
-
-    Args:
-        source: `"gta5"` or `"synthia"`.
-        method: A name of `crossmix.recipes.METHODS`.
-    """
+    """Find the paper's row for a source, "gta5" or "synthia", and a method; without numbers if it has none."""
     table = paper_tables()["table 2" if source == "synthia" else "table 3"]
     return next((row for row in table["rows"] if row["method"] == ROWS[method]), {"per_class": {}})

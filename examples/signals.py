@@ -15,8 +15,8 @@ __all__ = ["Stopped", "end_early", "end_undisturbed", "ended_by_signals"]
 BOTH = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
-    """A signal ended the run."""
+class Stopped(BaseException):
+    """A signal ended the run: no error, which whoever catches `Exception` could take for a failure of his own."""
 
 
 def end_early() -> None:

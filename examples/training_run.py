@@ -1,7 +1,7 @@
 """The state of one training and the files in its folder: checkpoints, log, metrics and report."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,18 +13,9 @@ from torch import Tensor, nn
 import crossmix
 from crossmix import SelfTraining, SelfTrainingOutput
 from crossmix.datasets import DataError, RareClassSampler, write_png
-from crossmix.engine import (
-    CheckpointStore,
-    FiniteGuard,
-    NonFiniteError,
-    Progress,
-    RunLog,
-    StopRequest,
-    keyed_generator,
-)
+from crossmix.engine import CheckpointStore, FiniteGuard, NonFiniteError, Progress, RunLog, StopRequest, keyed_generator
 from crossmix.visualize import gallery
-from domains import SOURCE, TARGET, Data, crop_size, differences, drawn_names, loader
-from events import Events
+from domains import SOURCE, TARGET, Data, Identity, crop_size, differences, drawn_names, identity, loader, prepared
 from options import FREE, Config
 from pictures import mixed_rows, predicted_rows, write_pictures
 from processes import Ranks, reason
@@ -32,9 +23,8 @@ from scores import CHOSEN, TITLES, deciding_miou, density, markdown, paper_row, 
 from signals import Stopped
 
 __all__ = [
-    "Record", "Run", "conclude", "crops", "draw_whole_batch", "fewer_workers", "goes_on", "keep_scores", "miou",
-    "recorded", "restore", "save", "saved_at_any_end", "stopped", "versions", "what_was_skipped", "write_json",
-    "write_report",
+    "Record", "Run", "conclude", "could_not_load", "crops", "drawn_rows", "finish", "goes_on", "keep_scores", "miou",
+    "opened", "recorded", "save", "saved_at_any_end", "stopped",
 ]  # fmt: skip
 
 STEP = 2  # random stream of the steps, beside SOURCE and TARGET
@@ -49,13 +39,13 @@ class Run:
     ranks: Ranks
     data: Data
     classes: tuple[str, ...]  # names
-    identity: dict[str, dict[str, Any]]  # of the data
     student: nn.Module
     training: SelfTraining
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     guard: FiniteGuard
     rare: RareClassSampler | None  # samples the source's images, if requested
+    identity: Identity = field(default_factory=dict)  # of the data
     samples: tuple[Any, Any] = ((), ())  # source and target as the crops are read from
     done: int = 0  # finished steps
     whole: bool = True  # False while a step is under way
@@ -92,13 +82,13 @@ def crops(run: Run, stream: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield on_device.contiguous(memory_format=layout), labels.to(config.device, non_blocking=True)
 
 
-def draw_whole_batch(run: Run, number: int) -> Any:  # noqa: ANN401 - what `SelfTraining.sample` returns
-    """Make the random draws of a batch, by its number, for all processes."""
-    config = run.config
-    generator = keyed_generator(config.seed, STEP, number)
-    return run.training.sample(
-        config.batch * run.ranks.world, crop_size(config), generator=generator, device=config.device
-    )
+def drawn_rows(run: Run, number: int) -> Any:  # noqa: ANN401 - what `SelfTraining.sample` returns
+    """Make the random draws of a batch, by its number, for all processes; return those for this one's rows."""
+    batch, rank = run.config.batch, run.ranks.rank
+    generator = keyed_generator(run.config.seed, STEP, number)
+    n, shape = batch * run.ranks.world, crop_size(run.config)
+    draw = run.training.sample(n, shape, generator=generator, device=run.config.device)
+    return draw.rows(slice(batch * rank, batch * (rank + 1)))
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -122,12 +112,12 @@ def state(run: Run) -> dict[str, Any]:
     }
 
 
-def save(run: Run, *, best: bool = False) -> None:
-    """Write a checkpoint and the metrics."""
+def save(run: Run, *, names: Collection[str] = ()) -> None:
+    """Write a checkpoint, also by the names of what it is the best for, and the metrics."""
     run.guard.settle()  # the device may have undone a step without the host knowing yet
     count_skipped(run)
     if run.ranks.first:
-        run.store.save(run.done, state(run), best=best)
+        run.store.save(run.done, state(run), names=names)
         write_json(run.folder / "metrics.json", run.metrics)
     run.saved = run.done
 
@@ -155,6 +145,17 @@ def saved_at_any_end(run: Run) -> Iterator[None]:
                 print(f"{run.folder}: {goes_on(run)}", flush=True)
 
 
+def could_not_load(run: Run, failure: Exception) -> DataError:
+    """Make the exception for a batch that could not be loaded."""
+    if isinstance(failure, RuntimeError):
+        remedy = fewer_workers(run)
+    elif run.config.skip_files < min(map(len, run.data[:2])):
+        remedy = f"Repair it, or leave it out with --skip-files {run.config.skip_files + 1}"
+    else:
+        remedy = "Repair them"  # without the broken files nothing would be left
+    return DataError(f"{reason(failure)} {remedy}; {goes_on(run)}.")
+
+
 def fewer_workers(run: Run) -> str:
     """Suggest a remedy for a killed worker, which mostly ran out of memory."""
     return f"--workers 0 reads in this process, fewer than {run.config.workers} need less memory"
@@ -172,6 +173,21 @@ def stopped(run: Run) -> Stopped:
     return Stopped(f" after step {run.done}, which is saved" if run.done else "")
 
 
+def opened(run: Run, saved: dict[str, Any] | None, *, resume: bool) -> Run:
+    """Restore a checkpoint, if there is one, and begin or continue the files and the data of the run."""
+    run.identity = identity(run.data, run.classes)
+    if saved is not None:
+        restore(run, saved)
+    elif resume and run.ranks.first:
+        print(f"nothing was saved in {run.store.folder}: starting at step 0", flush=True)
+    if run.ranks.first:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_json(run.folder / "config.json", {**asdict(run.config), "versions": versions()})
+        run.log.cut(run.done)
+    run.samples = prepared(run.config, run.data, progress=run.ranks.first)
+    return run
+
+
 def restore(run: Run, saved: dict[str, Any]) -> None:
     """Load a checkpoint, which holds everything a run needs except its data."""
     refuse_another_run(run, saved)
@@ -186,16 +202,15 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     run.skipped = run.metrics["skipped_steps"]
     run.guard.skip -= run.skipped
     run.guard.keep()
+    best = [title for title in CHOSEN if (run.metrics[title] or {}).get("step") == run.done]
+    if best:
+        save(run, names=best)  # in case the last run was killed before it had written all of them
     if run.ranks.first:
         print(f"resumed at step {run.done}", flush=True)
 
 
 def refuse_another_run(run: Run, saved: dict[str, Any]) -> None:
-    """Refuse to resume with other options or on other data, wherever the data is stored.
-
-    Raises:
-        SystemExit: If something differs that would change the result.
-    """
+    """Exit if other options or other data would change the result, wherever the data is stored."""
     old, new = {**asdict(Config()), **saved["config"]}, asdict(run.config)
     changed = [f"{name} {old[name]!r} is now {new[name]!r}" for name in sorted(new.keys() - FREE)
                if new[name] != old[name]]  # fmt: skip
@@ -236,7 +251,15 @@ class Record:
     def __init__(self, run: Run) -> None:
         config, first = run.config, run.ranks.first
         self.progress = Progress(config.steps, start=run.done, title=config.method, shown=first)
-        self.events = Events(run.folder / "report", run.log.read()) if config.tensorboard and first else None
+        self.events: Any = None  # for TensorBoard
+        if config.tensorboard and first:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package
+
+            for old in run.folder.glob("report/events.out.tfevents.*"):
+                old.unlink()
+            self.events = SummaryWriter(str(run.folder / "report"))
+            for line in run.log.read():  # so that a resumed run has every step, and none twice
+                self.write_events(line)
 
     def step(self, run: Run, output: SelfTrainingOutput) -> None:
         """Log a step. Reading the losses waits for the device."""
@@ -260,7 +283,13 @@ class Record:
             run.log.write(line)
             self.progress.show(line)
             if self.events is not None:
-                self.events.write(line)
+                self.write_events(line)
+
+    def write_events(self, line: Mapping[str, float]) -> None:
+        """Write a line of the log for TensorBoard, at once."""
+        for name in line.keys() - {"step"}:
+            self.events.add_scalar(name, line[name], line["step"])
+        self.events.flush()
 
 
 @contextmanager
@@ -283,8 +312,8 @@ def miou(entry: Mapping[str, Any], config: Config) -> float | None:
     return deciding_miou(entry, evaluation=config.evaluation, synthia=bool(config.synthia))
 
 
-def keep_scores(run: Run, entry: dict[str, Any]) -> bool:
-    """Add an evaluation to the metrics; return whether it is the best so far by the labels."""
+def keep_scores(run: Run, entry: dict[str, Any]) -> list[str]:
+    """Add an evaluation to the metrics; return the titles by which it is the best so far."""
     run.metrics["evaluations"].append(entry)
     run.metrics["last"] = entry
 
@@ -295,14 +324,16 @@ def keep_scores(run: Run, entry: dict[str, Any]) -> bool:
 
     keep_if_better("best", lambda one: miou(one, run.config))
     keep_if_better("best_unsupervised", density)
-    return run.metrics["best"] is entry
+    return [title for title in CHOSEN if run.metrics[title] is entry]
 
 
-def what_was_skipped(run: Run) -> str:
-    """Describe the steps that were undone and the files that were left out."""
-    steps, files = run.metrics["skipped_steps"], run.metrics["skipped_files"]
-    undone = f"{steps} of {run.done} steps were undone: the loss or a gradient was not finite\n" if steps else ""
-    return undone + (f"{len(files)} files were left out: {', '.join(files)}\n" if files else "")
+def finish(run: Run) -> None:
+    """Write the report, and say which steps were undone and which files were left out."""
+    write_report(run)
+    if steps := run.metrics["skipped_steps"]:
+        print(f"{steps} of {run.done} steps were undone: the loss or a gradient was not finite", flush=True)
+    if files := run.metrics["skipped_files"]:
+        print(f"{len(files)} files were left out: {', '.join(files)}", flush=True)
 
 
 def write_report(run: Run) -> None:
@@ -317,7 +348,7 @@ def write_report(run: Run) -> None:
     (source_images, source_labels), (target_images, _) = (
         next(crops(last, stream, config.steps - 1)) for stream in (SOURCE, TARGET)
     )
-    draw = draw_whole_batch(run, (config.steps - 1) * config.accumulate).rows(slice(config.batch))
+    draw = drawn_rows(run, (config.steps - 1) * config.accumulate)
     mixed = mixed_rows(run.training, run.student, (source_images, source_labels, target_images), draw)
     validation = run.data.validation
     samples = (validation[i] for i in range(min(config.batch, len(validation))))

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from crossmix import _checks
 from crossmix.datasets import StreetScenes
-from runs import changed
+from runs import changed, forget
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,14 +79,14 @@ def no_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_checks, "can_look", lambda tensor: tensor.device.type != "cpu" and can_look(tensor))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trainer() -> ModuleType:
     import dacs_gta5
 
     return dacs_gta5
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Small folders in the official layouts, and the flags that train on them in a second."""
     root = tmp_path_factory.mktemp("data")
@@ -109,11 +109,41 @@ def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "drawn", lambda *_: "")
 
 
+@pytest.fixture(scope="session")
+def whole(trainer: ModuleType, folders: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Runs that were never stopped, each made once, without charts; not to be written to."""
+    import report
+
+    made: dict[tuple[str, ...], Path] = {}
+
+    def go(*flags: str) -> Path:
+        if flags not in made:
+            made[flags] = tmp_path_factory.mktemp("whole") / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(report, "drawn", lambda *_: "")
+                assert trainer.main([*folders, *flags, "--out", str(made[flags])]) == 0
+        return made[flags]
+
+    return go
+
+
+@pytest.fixture
+def died(whole: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Copies of such runs, as if they had been killed before a step was saved."""
+
+    def go(*flags: str, out: str = "run", step: int = 4) -> Path:
+        shutil.copytree(whole(*flags), tmp_path / out)
+        forget(tmp_path / out, step)
+        return tmp_path / out
+
+    return go
+
+
 @pytest.fixture
 def own_data(folders: list[str], tmp_path: Path) -> list[str]:
     """The flags, on data that a test may break."""
     for name, folder in (("gta5", folders[1]), ("cs", folders[3])):
-        shutil.copytree(folder, tmp_path / "data" / name)
+        shutil.copytree(folder, tmp_path / "data" / name, ignore=shutil.ignore_patterns("*.jsonl"))
     return changed(folders, gta5=str(tmp_path / "data" / "gta5"), cityscapes=str(tmp_path / "data" / "cs"))
 
 

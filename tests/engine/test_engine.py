@@ -249,6 +249,19 @@ def test_checkpoints__a_damaged_one_is_never_loaded(tmp_path: Path, how: str) ->
     assert best["step"] == 3
 
 
+def test_checkpoints__named_ones_stay_until_another_one_has_the_name(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    (tmp_path / "best_density.pt.tmp.7").touch()  # of a killed writer
+    for step, names in ((1, ["best", "best_density"]), (2, []), (3, ["best"]), (4, [])):
+        store.save(step, state(step), names=names)
+    found = {path.stem: torch.load(path, weights_only=True)["step"] for path in tmp_path.glob("*.pt")}
+    assert found == {"step-0000003": 3, "step-0000004": 4, "best": 3, "best_density": 1}
+    assert len(list(tmp_path.iterdir())) == 2 * len(found)
+    for name in ("bester", "best-density", "last", "../best", "best_"):
+        with pytest.raises(ValueError, match=f"`names` must have the form 'best_<measure>', got {name!r}"):
+            store.save(5, state(5), names=[name])
+
+
 def test_checkpoints__best_comes_back(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     assert store.load_best() is None

@@ -8,11 +8,10 @@ import torch
 import camvid_day_to_dusk
 from crossmix.datasets import write_png
 from oracles import seeded
+from runs import Capture, Patch
 
 
-def test_camvid__trains_and_prints_both_columns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_camvid__trains_and_prints_both_columns(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     for k, folder in enumerate(("day", "dusk-train", "dusk-test")):
         for kind in ("images", "labels"):
             (tmp_path / folder / kind).mkdir(parents=True)
@@ -24,6 +23,8 @@ def test_camvid__trains_and_prints_both_columns(
     images, labels = camvid_day_to_dusk.load(tmp_path / "day")
     assert images.shape == (2, 3, 120, 160)
     assert set(labels.unique().tolist()) == {*range(11), 255}
+    monkeypatch.setattr(camvid_day_to_dusk, "SIZE", (40, 48))
+    monkeypatch.setattr(camvid_day_to_dusk, "CROP", (32, 40))
     monkeypatch.setattr("sys.argv", ["camvid", str(tmp_path), "--seeds", "2", "--steps", "1"])
     camvid_day_to_dusk.main()
     printed = capsys.readouterr().out

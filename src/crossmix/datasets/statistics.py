@@ -124,9 +124,8 @@ class _Counted(Dataset[Tensor]):
 
 def count_files(paths: list[Path], labelled: LabelFormat, cache: Path | None, *, workers: int) -> Tensor:
     """Count label maps given as paths; see `class_counts`."""
-    ids = hashlib.sha256(labelled.signature.encode()).hexdigest()[:16]
-    known = {} if cache is None else _read(cache, ids)
-    counted = {path: known[key] for path in paths if (key := _key(path)) in known}
+    ids = _ids(labelled)
+    counted = {} if cache is None else known_counts(paths, labelled, cache)
     rest = [path for path in dict.fromkeys(paths) if path not in counted]
     if cache is not None and rest:
         _append(cache, b"")  # fail before counting if the file is not writable
@@ -139,6 +138,16 @@ def count_files(paths: list[Path], labelled: LabelFormat, cache: Path | None, *,
         for value, count in counted[path].items():
             row[value] = count
     return table
+
+
+def known_counts(paths: list[Path], labelled: LabelFormat, cache: Path) -> dict[Path, dict[int, int]]:
+    """Read the counts that a file holds of label maps in their current state; see `class_counts`."""
+    known = _read(cache, _ids(labelled))
+    return {path: known[key] for path in paths if (key := _key(path)) in known}
+
+
+def _ids(labelled: LabelFormat) -> str:
+    return hashlib.sha256(labelled.signature.encode()).hexdigest()[:16]
 
 
 def _count(path: Path, labelled: LabelFormat) -> dict[int, int]:

@@ -8,7 +8,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +18,8 @@ from crossmix._files import damaged_part, whole_file, write_whole
 
 __all__ = ["CheckpointError", "CheckpointStore"]
 
-OURS = r"(step-\d+|best)\.pt"
+NAMES = r"best(_[a-z0-9_]*[a-z0-9])?"
+OURS = rf"(step-\d+|{NAMES})\.pt"
 LEFT_BEHIND = re.compile(rf"{OURS}(\.sha256)?\.tmp\.\d+")
 
 
@@ -63,7 +64,7 @@ class CheckpointStore:
         """The path of the best checkpoint."""
         return self.folder / "best.pt"
 
-    def save(self, step: int, state: Mapping[str, Any], *, best: bool = False) -> Path:
+    def save(self, step: int, state: Mapping[str, Any], *, best: bool = False, names: Collection[str] = ()) -> Path:
         """Write a checkpoint, delete the ones that are no longer kept, and return its path.
 
         This verifies the checkpoints that are kept, which takes a second or two per gigabyte.
@@ -72,17 +73,23 @@ class CheckpointStore:
             step: Number of finished optimizer steps.
             state: Tensors, numbers, strings and containers of them.
             best: Whether to save it as `best.pt` as well.
+            names: Further names of the form `best_<measure>`: it is saved as `<name>.pt` as well, and replaces the one
+                of that name.
 
         Raises:
             OSError: If writing fails. On a full disk the message states how many bytes are needed and free. Earlier
                 checkpoints are untouched, and no partial file is left behind.
+            ValueError: If a name has another form.
         """
+        for name in names:
+            if not re.fullmatch(NAMES, name):
+                raise ValueError(f"`names` must have the form 'best_<measure>', got {name!r}.")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clear()
         path = self.folder / f"step-{step:07d}.pt"
         _write(path, state)
-        if best:
-            _write(self.best, state)
+        for name in dict.fromkeys([*["best"] * best, *names]):
+            _write(self.folder / f"{name}.pt", state)
         whole = 0
         for one in reversed(self._steps()):
             if whole == self.keep:
