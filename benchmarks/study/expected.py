@@ -54,10 +54,11 @@ def above(rows: Rows, high: str, low: str, paper: str, *, margin: float = 0, eve
     seeds = sum(difference >= margin and difference > 0 for difference in differences)
     by = f" by at least {margin:g} points" if margin else ""
     where = " in every seed" if every else " in the mean"
+    found = f"{mean:+.2f} points in the mean, {least:+.2f} in the worst seed; in {seeds} of {count} seeds"
     return Check(
         f"{high} above {low}{by}{where}",
         paper,
-        f"{mean:+.2f} points in the mean, {least:+.2f} in the worst seed; in {seeds} of {count} seeds",
+        found if count > 1 else f"{mean:+.2f} points, 1 seed",
         seeds == count if every else mean >= margin and mean > 0,
     )
 
@@ -67,10 +68,11 @@ def not_below(rows: Rows, name: str, base: str) -> Check:
     found = [100 * miou for miou in mious(rows, name)]
     difference = statistics.mean(found) - 100 * statistics.mean(mious(rows, base))
     spread = statistics.stdev(found) if len(found) > 1 else 0.0
+    measured = f" in the mean, spread {spread:.2f}" if len(found) > 1 else ", 1 seed, spread unknown"
     return Check(
         f"{name} not below {base} by more than its spread",
         "not run",
-        f"{difference:+.2f} points in the mean, spread {spread:.2f}",
+        f"{difference:+.2f} points{measured}",
         difference >= -spread,
     )
 
