@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from benchmarks.speed.common import interleave, show
+from benchmarks.speed.common import compare
 from crossmix.datasets import GTA5, CachedSamples, Cityscapes, Sample, StreetScenes, write_png
 from crossmix.datasets.classes import label_ids, train_ids
 from crossmix.engine import KeyedCrops
@@ -169,8 +169,9 @@ def data_set(
         check_same_work(cached[i], reader[i], pillow[i])
     sources: dict[str, Dataset[Sample]] = {"Pillow": pillow, "PNG": reader, "cache": cached}
     candidates = {name: crop_by_crop(samples) for name, samples in sources.items()}
-    rows = interleave({**candidates, "cache, first read": first_read(cached)}, rounds=rounds, device="cpu")
-    show(f"{type(reader).__name__} at {size[0]} x {size[1]}, one crop, CPU time of one thread", rows, "Pillow")
+    candidates["cache, first read"] = first_read(cached)
+    title = f"{type(reader).__name__} at {size[0]} x {size[1]}, one crop, CPU time of one thread"
+    rows = compare(title, candidates, "Pillow", rounds=rounds, device="cpu")
     rates = {}
     for workers in (2,) if quick else (0, 1, 2):
         rate = rates[str(workers)] = throughput(sources, workers, max(3, rounds // 3))

@@ -160,7 +160,6 @@ LINES: dict[str, Callable[..., list[Line]]] = {
     "input": crops,
     "step": step,
     "step-compiled": step,
-    "step-whole": step,
     "step-kernels": kernels,
     "step-memory": memory,
     "scaling": scaling,
