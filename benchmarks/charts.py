@@ -130,9 +130,9 @@ def pictures(
 ) -> str:
     """A grid of pictures of about one shape, and a legend of colours."""
     height, width = next(iter(columns.values()))[0].image.shape[-2:]
-    inches = 7.6 / len(columns)
+    inches = 7.0 / len(columns)
     with mpl.rc_context({**STYLE, "axes.grid": False, "svg.image_inline": True}):
-        figure = Figure(figsize=(8.4, 1.0 + len(rows) * (inches * height / width + 0.05)), layout="constrained")
+        figure = Figure(figsize=(7.8, 1.0 + len(rows) * (inches * height / width + 0.05)), layout="constrained")
         grid = figure.subplots(len(rows), len(columns), squeeze=False)
         for j, (name, column) in enumerate(columns.items()):
             grid[0, j].set_title(name, fontsize=9)

@@ -75,23 +75,18 @@ class Onwards(Sampler[int]):
 def real(data: Path, root: Path, count: int) -> str:
     """Copy real images and label maps into the data sets' layouts, repeated to reach `count`."""
     maps = [np.asarray(Image.open(path)) for path in sorted((data / "gta5" / "labels_trainids").glob("*.png"))]
-    frame = data / "gta5" / "images" / "frame.png"
-    for i in range(count):
-        for kind in ("images", "labels"):
-            (root / "gta5" / kind).mkdir(parents=True, exist_ok=True)
-        shutil.copy(frame, root / "gta5" / "images" / f"{i:05d}.png")
-        ids = Image.fromarray(label_ids().numpy()[maps[i % len(maps)]]).convert("P")
-        ids.save(root / "gta5" / "labels" / f"{i:05d}.png")
     pairs = Cityscapes(data / "cityscapes", "train").files
+    images, labels = root / "gta5" / "images", root / "gta5" / "labels"
+    photographs, truth = (root / "cityscapes" / part / "train" / "town" for part in ("leftImg8bit", "gtFine"))
+    for folder in (images, labels, photographs, truth):
+        folder.mkdir(parents=True)
     for i in range(count):
+        shutil.copy(data / "gta5" / "images" / "frame.png", images / f"{i:05d}.png")
+        ids = Image.fromarray(label_ids().numpy()[maps[i % len(maps)]]).convert("P")
+        ids.save(labels / f"{i:05d}.png")
         files = pairs[i % len(pairs)]
-        for path, part, suffix in (
-            (files.image, "leftImg8bit", "leftImg8bit"),
-            (files.label, "gtFine", "gtFine_labelIds"),
-        ):
-            folder = root / "cityscapes" / part / "train" / "town"
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(str(path), folder / f"town_{i:06d}_000019_{suffix}.png")
+        shutil.copy(str(files.image), photographs / f"town_{i:06d}_000019_leftImg8bit.png")
+        shutil.copy(str(files.label), truth / f"town_{i:06d}_000019_gtFine_labelIds.png")
     return f"real: 1 GTA5 frame with {len(maps)} label maps, {len(pairs)} Cityscapes pairs, repeated"
 
 
