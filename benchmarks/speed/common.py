@@ -1,5 +1,6 @@
 """Shared by all suites: interleaved timing, peak memory in a fresh process, and a description of the machine."""
 
+import datetime as dt
 import json
 import os
 import platform
@@ -105,6 +106,10 @@ def in_fresh_process(module: str, expression: str) -> dict[str, float]:
     )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def today() -> str:
+    return dt.datetime.now(tz=dt.UTC).date().isoformat()
 
 
 def commit() -> str | None:

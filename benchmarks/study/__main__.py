@@ -22,12 +22,11 @@ docs/results.md and its figures from the files written by --save.
 """
 
 import argparse
-import datetime as dt
 import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.common import RESULTS, machine
+from benchmarks.speed.common import RESULTS, machine, today
 from benchmarks.study import demo, predictions, shift
 from benchmarks.study.collected import row
 from benchmarks.study.expected import mious
@@ -144,10 +143,6 @@ def write(name: str, document: Document, *, indent: int | None = None) -> None:
     separators = (",", ":") if indent is None else None
     path.write_text(json.dumps(document, indent=indent, separators=separators) + "\n", encoding="utf-8")
     print(f"\nwrote {path}; run python -m benchmarks.publish --write to update the docs")
-
-
-def today() -> str:
-    return dt.datetime.now(tz=dt.UTC).date().isoformat()
 
 
 if __name__ == "__main__":
