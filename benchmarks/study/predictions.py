@@ -47,7 +47,7 @@ def shown() -> dict[str, Path]:
 
 
 def are_there() -> bool:
-    return all(path.exists() for path in shown().values())
+    return all(path.with_suffix(".json").exists() for path in shown().values())  # written after the label maps
 
 
 def figure(camvid: str = "") -> str:
