@@ -143,7 +143,7 @@ def pictures(
                 axes.spines[:].set_visible(False)
         for axes, name in zip(grid[:, 0], rows, strict=True):
             axes.set_ylabel(name, fontsize=7)
-        patches = [Patch(facecolor=[value / 255 for value in color], label=name) for name, color in legend.items()]
+        patches = [Patch(facecolor=(r / 255, g / 255, b / 255), label=name) for name, (r, g, b) in legend.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
         figure.suptitle(title, fontsize=11)
         digests = {name: [_digest(picture) for picture in column] for name, column in columns.items()}

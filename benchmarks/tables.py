@@ -1,6 +1,5 @@
 """Tables of the docs, in Markdown."""
 
-import functools
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,7 +23,9 @@ def mean_and_sd(fractions: Sequence[float]) -> str:
 
 def cell(runs: Sequence[dict[str, Any]], *keys: str) -> str:
     """The mean over runs of a number at these keys, with its spread; - if there is no such number."""
-    found = [functools.reduce(lambda part, key: (part or {}).get(key), keys, run) for run in runs]
+    found: list[Any] = list(runs)
+    for key in keys:
+        found = [None if part is None else part.get(key) for part in found]
     return "-" if None in found else mean_and_sd(found)
 
 

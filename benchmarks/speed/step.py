@@ -264,7 +264,7 @@ def measured(size: Size, rounds: int, names: Sequence[str], memory: Sequence[str
     first = {name: first_loss(*made[name], size) for name in names}
     height, width = size.crop
     title = f"one step of {size.network}, {size.batch} + {size.batch} crops of {height} x {width}, {device}"
-    steps = {name: lambda work=work, step=step: step(work.sample()) for name, (work, step) in made.items()}  # type: ignore[misc]
+    steps = {name: lambda work=work, step=step: step(work.sample()) for name, (work, step) in made.items()}
     rows = compare(title, steps, names[0], rounds=rounds, device=device)
     made.clear()
     steps.clear()

@@ -75,4 +75,5 @@ def figure(camvid: str = "") -> str:
 
 def stack(path: Path, count: int) -> Tensor:
     """Read pictures that `write_stack` wrote, (N, 3, H, W) uint8."""
-    return read_image(path).unflatten(1, (count, -1)).transpose(0, 1)
+    image = read_image(path)
+    return image.reshape(3, count, -1, image.shape[-1]).transpose(0, 1)
