@@ -1,4 +1,4 @@
-"""Figures of the docs: bars of means with a dot per seed, curves over training, and scaling of cost."""
+"""Figures of the docs: bars of means with a dot per seed, curves over training, scaling of cost, and pictures."""
 
 import hashlib
 import io
@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
+from torch import Tensor
 
 mpl.use("svg")
 COLORS = {
@@ -47,6 +49,13 @@ class Panel(NamedTuple):
     series: Mapping[str, Sequence[Sequence[float | None]]]
     limit: float | None = 1  # upper limit of the axis, to which values are clipped; None fits the curves
     level: float | None = None  # a dashed reference line
+
+
+class Picture(NamedTuple):
+    """An image (3, H, W) uint8; an exact one, such as a label map, is shown without smoothing."""
+
+    image: Tensor
+    exact: bool = False
 
 
 def bars(title: str, rows: Mapping[str, Sequence[float]], *, unit: str = "%") -> str:
@@ -113,9 +122,41 @@ def growth(title: str, unit: str, panels: Mapping[str, Mapping[str, Sequence[tup
         return _svg(figure, title, [title, panels])
 
 
+def pictures(
+    title: str,
+    columns: Mapping[str, Sequence[Picture]],
+    rows: Sequence[str],
+    legend: Mapping[str, tuple[int, int, int]],
+) -> str:
+    """A grid of pictures of about one shape, and a legend of colours."""
+    height, width = next(iter(columns.values()))[0].image.shape[-2:]
+    inches = 7.0 / len(columns)
+    with mpl.rc_context({**STYLE, "axes.grid": False, "svg.image_inline": True}):
+        figure = Figure(figsize=(7.8, 1.0 + len(rows) * (inches * height / width + 0.05)), layout="constrained")
+        grid = figure.subplots(len(rows), len(columns), squeeze=False)
+        for j, (name, column) in enumerate(columns.items()):
+            grid[0, j].set_title(name, fontsize=9)
+            for axes, picture in zip(grid[:, j], column, strict=True):
+                smooth = "none" if picture.exact else "bilinear"
+                axes.imshow(picture.image.permute(1, 2, 0).numpy(), interpolation=smooth, aspect="auto")
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+        for axes, name in zip(grid[:, 0], rows, strict=True):
+            axes.set_ylabel(name, fontsize=7)
+        patches = [Patch(facecolor=(r / 255, g / 255, b / 255), label=name) for name, (r, g, b) in legend.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+        figure.suptitle(title, fontsize=11)
+        digests = {name: [_digest(picture) for picture in column] for name, column in columns.items()}
+        return _svg(figure, title, [title, digests, rows, legend])
+
+
 def fingerprint(data: object) -> str:
     """A hash of a figure's data. Unlike the SVG, it does not depend on the version of Matplotlib."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(picture: Picture) -> str:
+    return hashlib.sha256(picture.image.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _legend(figure: Figure, handles: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ failure.
 """
 
 import argparse
-import datetime as dt
 import importlib
 import json
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.speed.common import BIG, RESULTS, commit, machine
+from benchmarks.speed.common import BIG, RESULTS, commit, machine, today
 from benchmarks.speed.targets import LINES, Line, table
 
 SUITES = ("mixing", "augment", "loss", "teacher", "optimizer", "evaluation", "input", "step", "step-memory", "scaling")
@@ -86,7 +85,7 @@ def arguments() -> argparse.Namespace:
 def save(suite: str, device: str, results: object, folder: Path, *, rounds: int) -> None:
     document = {
         "suite": suite,
-        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
+        "date": today(),
         "commit": commit(),
         "machine": machine(device),
         "rounds": rounds,

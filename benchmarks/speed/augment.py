@@ -11,6 +11,7 @@ in the drawn order.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import kornia.augmentation
@@ -19,7 +20,7 @@ import kornia.filters
 import torch
 from torch import Tensor
 
-from benchmarks.speed.common import interleave, show
+from benchmarks.speed.common import compare
 from crossmix import StrongAugment
 
 STRENGTH = 0.25
@@ -47,45 +48,33 @@ def one_by_one(images: Tensor, draw: tuple[Tensor, ...]) -> Tensor:
     return torch.cat(done)
 
 
-def table(
-    images: Tensor, *, jitter: bool, blur: bool, rounds: int, device: str
-) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Times of all candidates on the same batch, and their errors against `one_by_one`."""
-    n = len(images)
-    augment = StrongAugment(flavor="additive", jitter_p=float(jitter), blur_p=float(blur))
-    jiggle = kornia.augmentation.ColorJiggle(STRENGTH, STRENGTH, STRENGTH, STRENGTH, p=float(jitter))
-    gauss = kornia.augmentation.RandomGaussianBlur((TAPS, TAPS), SIGMA, p=float(blur))
-    modules = torch.nn.Sequential(*[module for module, used in ((jiggle, jitter), (gauss, blur)) if used])
-    compiled = torch.compile(augment, fullgraph=True)
-
-    draw = augment.sample(n, device=device)
-    want = one_by_one(images, draw)
-    errors = {
-        name: float((candidate(images, draw=draw) - want).abs().max())
-        for name, candidate in (("crossmix eager", augment), ("crossmix compiled", compiled))
-    }
-    rows = interleave(
-        {
-            "copy": images.clone,
-            "kornia": lambda: modules(images),
-            "crossmix eager": lambda: augment(images),
-            "crossmix compiled": lambda: compiled(images, draw=augment.sample(n, device=device)),
-        },
-        rounds=rounds,
-        device=device,
-    )
-    return rows, errors
-
-
 def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]:
+    """Times of all candidates on the same batch, and their errors against `one_by_one`."""
     torch.manual_seed(0)
     images = torch.rand(8, 3, 512, 512).to(device)
     results: list[dict[str, object]] = []
     parts = (("whole", True, True), ("jitter", True, False), ("blur", False, True))
     for name, jitter, blur in parts[:1] if quick else parts:
         torch.compiler.reset()
-        rows, errors = table(images, jitter=jitter, blur=blur, rounds=rounds, device=device)
-        show(f"{name}, 8 x 3 x 512 x 512, {device}", rows, "kornia")
+        augment = StrongAugment(flavor="additive", jitter_p=float(jitter), blur_p=float(blur))
+        jiggle = kornia.augmentation.ColorJiggle(STRENGTH, STRENGTH, STRENGTH, STRENGTH, p=float(jitter))
+        gauss = kornia.augmentation.RandomGaussianBlur((TAPS, TAPS), SIGMA, p=float(blur))
+        modules = torch.nn.Sequential(*[module for module, used in ((jiggle, jitter), (gauss, blur)) if used])
+        compiled = torch.compile(augment, fullgraph=True)
+        sample = partial(augment.sample, len(images), device=device)
+        draw = sample()
+        want = one_by_one(images, draw)
+        errors = {
+            name: float((candidate(images, draw=draw) - want).abs().max())
+            for name, candidate in (("crossmix eager", augment), ("crossmix compiled", compiled))
+        }
+        candidates: dict[str, Callable[[], object]] = {
+            "copy": images.clone,
+            "kornia": partial(modules, images),
+            "crossmix eager": partial(augment, images),
+            "crossmix compiled": lambda compiled=compiled, sample=sample: compiled(images, draw=sample()),  # type: ignore[misc]
+        }
+        rows = compare(f"{name}, 8 x 3 x 512 x 512, {device}", candidates, "kornia", rounds=rounds, device=device)
         print(", ".join(f"error of {candidate} {error:.1e}" for candidate, error in errors.items()))
         ratios = {key: rows[key]["median_ms"] / rows["kornia"]["median_ms"] for key in errors}
         results.append({"what": name, "batch": 8, "size": 512, "rows": rows, "of_kornia": ratios, "error": errors})

@@ -1,5 +1,6 @@
 """Shared by all suites: interleaved timing, peak memory in a fresh process, and a description of the machine."""
 
+import datetime as dt
 import json
 import os
 import platform
@@ -36,7 +37,7 @@ def interleave(candidates: Mapping[str, Callable[[], object]], *, rounds: int, d
 
 def _time(run: Callable[[], object], device: str) -> float:
     """Time one call in milliseconds: CPU time of this thread, or GPU time between events."""
-    if torch.device(device).type == "cuda":
+    if is_cuda(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
         start.record()
@@ -49,6 +50,19 @@ def _time(run: Callable[[], object], device: str) -> float:
     return (time.thread_time() - begin) * 1e3
 
 
+def compare(
+    title: str, candidates: Mapping[str, Callable[[], object]], baseline: str, *, rounds: int, device: str
+) -> Rows:
+    """Time every candidate and print the times next to those of the baseline."""
+    rows = interleave(candidates, rounds=rounds, device=device)
+    show(title, rows, baseline)
+    return rows
+
+
+def is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
 def show(title: str, rows: Mapping[str, Mapping[str, float]], baseline: str) -> None:
     print(f"\n{title}")
     width = max(map(len, rows))
@@ -59,7 +73,7 @@ def show(title: str, rows: Mapping[str, Mapping[str, float]], baseline: str) -> 
 
 def held_bytes(device: str) -> int:
     """Memory in use by this process: resident memory, or memory allocated on the GPU."""
-    if torch.device(device).type == "cuda":
+    if is_cuda(device):
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated(device)
     return _resident("VmRSS")
@@ -67,7 +81,7 @@ def held_bytes(device: str) -> int:
 
 def peak_mb(run: Callable[[], object], device: str, *, since: int) -> dict[str, float]:
     """Peak memory of one call beyond `since` bytes, in MB; on a GPU also the memory reserved from the driver."""
-    if torch.device(device).type == "cuda":
+    if is_cuda(device):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
         run()
@@ -94,6 +108,10 @@ def in_fresh_process(module: str, expression: str) -> dict[str, float]:
     return found
 
 
+def today() -> str:
+    return dt.datetime.now(tz=dt.UTC).date().isoformat()
+
+
 def commit() -> str | None:
     """The measured commit, with a + if there are uncommitted changes."""
     head = _git("rev-parse", "HEAD").stdout.strip()
@@ -106,7 +124,7 @@ def _git(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def machine(device: str) -> dict[str, object]:
-    cuda = torch.device(device).type == "cuda"
+    cuda = is_cuda(device)
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from benchmarks.speed.common import interleave, show
+from benchmarks.speed.common import compare
 from crossmix.datasets import GTA5, CachedSamples, Cityscapes, Sample, StreetScenes, write_png
 from crossmix.datasets.classes import label_ids, train_ids
 from crossmix.engine import KeyedCrops
@@ -75,23 +75,18 @@ class Onwards(Sampler[int]):
 def real(data: Path, root: Path, count: int) -> str:
     """Copy real images and label maps into the data sets' layouts, repeated to reach `count`."""
     maps = [np.asarray(Image.open(path)) for path in sorted((data / "gta5" / "labels_trainids").glob("*.png"))]
-    frame = data / "gta5" / "images" / "frame.png"
-    for i in range(count):
-        for kind in ("images", "labels"):
-            (root / "gta5" / kind).mkdir(parents=True, exist_ok=True)
-        shutil.copy(frame, root / "gta5" / "images" / f"{i:05d}.png")
-        ids = Image.fromarray(label_ids().numpy()[maps[i % len(maps)]]).convert("P")
-        ids.save(root / "gta5" / "labels" / f"{i:05d}.png")
     pairs = Cityscapes(data / "cityscapes", "train").files
+    images, labels = root / "gta5" / "images", root / "gta5" / "labels"
+    photographs, truth = (root / "cityscapes" / part / "train" / "town" for part in ("leftImg8bit", "gtFine"))
+    for folder in (images, labels, photographs, truth):
+        folder.mkdir(parents=True)
     for i in range(count):
+        shutil.copy(data / "gta5" / "images" / "frame.png", images / f"{i:05d}.png")
+        ids = Image.fromarray(label_ids().numpy()[maps[i % len(maps)]]).convert("P")
+        ids.save(labels / f"{i:05d}.png")
         files = pairs[i % len(pairs)]
-        for path, part, suffix in (
-            (files.image, "leftImg8bit", "leftImg8bit"),
-            (files.label, "gtFine", "gtFine_labelIds"),
-        ):
-            folder = root / "cityscapes" / part / "train" / "town"
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(str(path), folder / f"town_{i:06d}_000019_{suffix}.png")
+        shutil.copy(str(files.image), photographs / f"town_{i:06d}_000019_leftImg8bit.png")
+        shutil.copy(str(files.label), truth / f"town_{i:06d}_000019_gtFine_labelIds.png")
     return f"real: 1 GTA5 frame with {len(maps)} label maps, {len(pairs)} Cityscapes pairs, repeated"
 
 
@@ -169,8 +164,9 @@ def data_set(
         check_same_work(cached[i], reader[i], pillow[i])
     sources: dict[str, Dataset[Sample]] = {"Pillow": pillow, "PNG": reader, "cache": cached}
     candidates = {name: crop_by_crop(samples) for name, samples in sources.items()}
-    rows = interleave({**candidates, "cache, first read": first_read(cached)}, rounds=rounds, device="cpu")
-    show(f"{type(reader).__name__} at {size[0]} x {size[1]}, one crop, CPU time of one thread", rows, "Pillow")
+    candidates["cache, first read"] = first_read(cached)
+    title = f"{type(reader).__name__} at {size[0]} x {size[1]}, one crop, CPU time of one thread"
+    rows = compare(title, candidates, "Pillow", rounds=rounds, device="cpu")
     rates = {}
     for workers in (2,) if quick else (0, 1, 2):
         rate = rates[str(workers)] = throughput(sources, workers, max(3, rounds // 3))

@@ -12,12 +12,13 @@ is the allocator's maximum.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.speed.common import held_bytes, in_fresh_process, interleave, peak_mb, show
+from benchmarks.speed.common import compare, held_bytes, in_fresh_process, peak_mb
 from crossmix.functional import upsampled_cross_entropy, weighted_cross_entropy
 
 N, CLASSES, SMALL, FULL = 2, 19, 65, 512
@@ -64,12 +65,9 @@ def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, flo
     if quick:
         del losses["compiled plain"]
     exact = step(plain, (batch[0].detach().double().requires_grad_(), batch[1], batch[2].double()))
-    rows = interleave(
-        {name: lambda loss=loss: step(loss, batch) for name, loss in losses.items()},  # type: ignore[misc]
-        rounds=rounds,
-        device=device,
-    )
-    show(f"{N} x {CLASSES} x {SMALL} x {SMALL} to {FULL} x {FULL}, {device}", rows, "plain")
+    title = f"{N} x {CLASSES} x {SMALL} x {SMALL} to {FULL} x {FULL}, {device}"
+    steps = {name: partial(step, loss, batch) for name, loss in losses.items()}
+    rows = compare(title, steps, "plain", rounds=rounds, device=device)
     for name, loss in losses.items():
         error = (step(loss, batch) - exact).abs().max() / exact.abs().max()
         rows[name] |= {**in_fresh_process("loss", f"peak({name!r}, {device!r})"), "gradient_error": error.item()}

@@ -21,13 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.speed.common import interleave, show
+from benchmarks.speed.common import Rows, compare, is_cuda
 from crossmix import BoxMasks, CowMasks, CrossDomainMix
 from crossmix import functional as F
 
 CLASSES = 19
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Rows = dict[str, dict[str, float]]
 
 
 def street_like(n: int, size: tuple[int, int], dtype: torch.dtype, device: str, *, num_classes: int = CLASSES) -> Batch:
@@ -101,7 +100,8 @@ def table(n: int, size: int, dtype: torch.dtype, rounds: int, device: str) -> Ro
         "whole-batch unique": lambda: per_image_loop(batch, whole_batch=True),
         "kornia transplant": lambda: transplant(pairs[:n], pair_labels[:n]),
     }
-    rows = interleave(candidates, rounds=rounds, device=device)
+    title = f"{n} x 3 x {size} x {size}, {labels.dtype} labels, {device}"
+    rows = compare(title, candidates, "crossmix", rounds=rounds, device=device)
     copied = 2 * sum(tensor.nbytes for tensor in (images, labels, weights)) / rows["copy"]["median_ms"]
     moved = 3 * (images.nbytes + labels.nbytes) + 2 * weights.nbytes + mask.nbytes
     for name in ("floor", "floor compiled", "crossmix", "crossmix compiled"):
@@ -111,15 +111,13 @@ def table(n: int, size: int, dtype: torch.dtype, rounds: int, device: str) -> Ro
 
 def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]:  # noqa: ARG001 - quick enough
     results: list[dict[str, object]] = []
-    for n in (8, 32) if torch.device(device).type == "cuda" else (8,):
+    for n in (8, 32) if is_cuda(device) else (8,):
         for dtype in (torch.int64, torch.uint8):
             rows = table(n, 512, dtype, rounds, device)
-            name = str(dtype).removeprefix("torch.")
-            show(f"{n} x 3 x 512 x 512, {name} labels, {device}", rows, "crossmix")
             ratio = rows["released loop"]["median_ms"] / rows["crossmix"]["median_ms"]
             share = rows["crossmix"]["share_of_copy"]
             print(
-                f"  crossmix is {ratio:.2f} times as fast as the released loop, at {share:.2f} of the copy's bandwidth"
+                f"  crossmix is {ratio:.2f} times as fast as the released loop, with {share:.2f} of a copy's bandwidth"
             )
-            results.append({"batch": n, "size": 512, "labels": name, "rows": rows, "speedup_over_released_loop": ratio})
+            results.append({"batch": n, "size": 512, "labels": str(dtype).removeprefix("torch."), "rows": rows})
     return results

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.speed.common import interleave, show
+from benchmarks.speed.common import compare
 from crossmix.models import deeplab_v2_resnet101
 from crossmix.optim import RepeatedSGD, parameter_groups
 
@@ -55,6 +55,4 @@ def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, flo
         "RepeatedSGD": repeated(two).step,
         "repeated foreach": stepwise(two),
     }
-    rows = interleave(candidates, rounds=rounds, device=device)
-    show("one step, 43.8 million parameters", rows, "plain foreach")
-    return rows
+    return compare("one step, 43.8 million parameters", candidates, "plain foreach", rounds=rounds, device=device)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.speed.common import interleave
+from benchmarks.speed.common import interleave, is_cuda
 from benchmarks.speed.mixing import street_like
 from crossmix import CrossDomainMix, StrongAugment
 from crossmix import functional as F
@@ -68,7 +68,7 @@ MOST = {"mix": 64, "augment": 16, "loss": 16, "pseudo-labels": 16}  # images of 
 
 def series(device: str, *, quick: bool) -> dict[tuple[str, str], list[Shape]]:
     """The shapes of every series; smaller images on a CPU, and fewer, smaller steps with `quick`."""
-    size = (512, 512) if torch.device(device).type == "cuda" else (64, 128) if quick else (128, 256)
+    size = (512, 512) if is_cuda(device) else (64, 128) if quick else (128, 256)
     heights = [32, 64, 128] if quick else [64, 128, 256, 512, 1024]
     found = {}
     for name, most in MOST.items():
@@ -96,33 +96,16 @@ def measure(device: str, rounds: int, *, quick: bool) -> list[dict[str, object]]
     torch.manual_seed(0)
     results: list[dict[str, object]] = []
     for (name, axis), shapes in series(device, quick=quick).items():
-        rows = interleave(
-            {str(i): OPERATIONS[name](shape, device) for i, shape in enumerate(shapes)}, rounds=rounds, device=device
-        )
-        points = [
-            {
-                "batch": shape.batch,
-                "size": shape.size,
-                "classes": shape.classes,
-                **row,
-                "ns_per_pixel": 1e6 * row["median_ms"] / shape.pixels,
-            }
-            for shape, row in zip(shapes, rows.values(), strict=True)
-        ]
-        xs, times = [grown(axis, shape) for shape in shapes], [row["median_ms"] for row in rows.values()]
+        calls = {str(i): OPERATIONS[name](shape, device) for i, shape in enumerate(shapes)}
+        rows = interleave(calls, rounds=rounds, device=device).values()
+        xs, times = [grown(axis, shape) for shape in shapes], [row["median_ms"] for row in rows]
+        each = [1e6 * time / shape.pixels for time, shape in zip(times, shapes, strict=True)]
         whole, last = slope(xs, times), slope(xs[-3:], times[-3:])
         print(f"\n{name} by {axis}, {device}: exponent {whole:.2f}, of the last three points {last:.2f}")
-        for x, row, shape in zip(xs, rows.values(), shapes, strict=True):
-            each = 1e6 * row["median_ms"] / shape.pixels
-            print(f"  {x:9}  {row['median_ms']:9.3f} ms  (IQR {row['iqr_ms']:7.3f})  {each:8.3f} ns per pixel")
-        results.append(
-            {
-                "operation": name,
-                "axis": axis,
-                "grown": xs,
-                "points": points,
-                "exponent": whole,
-                "exponent_last": last,
-            }
-        )
+        points = []
+        for x, row, shape, ns in zip(xs, rows, shapes, each, strict=True):
+            print(f"  {x:9}  {row['median_ms']:9.3f} ms  (IQR {row['iqr_ms']:7.3f})  {ns:8.3f} ns per pixel")
+            points.append({**shape._asdict(), **row, "ns_per_pixel": ns})
+        found = {"grown": xs, "points": points, "exponent": whole, "exponent_last": last}
+        results.append({"operation": name, "axis": axis, **found})
     return results

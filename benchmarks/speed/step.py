@@ -40,7 +40,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.speed.common import held_bytes, in_fresh_process, interleave, peak_mb, show
+from benchmarks.speed.common import compare, held_bytes, in_fresh_process, interleave, is_cuda, peak_mb
 from benchmarks.speed.mixing import CLASSES
 from benchmarks.speed.step_forms import (
     NETWORKS,
@@ -126,7 +126,7 @@ class Clock:
     """Measures time between marks: CPU time of this thread, or GPU time between events."""
 
     def __init__(self, device: str) -> None:
-        self.cuda = torch.device(device).type == "cuda"
+        self.cuda = is_cuda(device)
         self.names: list[str] = []
         self.moments = [self.now()]
 
@@ -165,7 +165,7 @@ def tflop(size: Size, passes: int = 2) -> float:
 
 
 def matmul_rates(device: str, rounds: int) -> dict[str, float]:
-    cuda = torch.device(device).type == "cuda"
+    cuda = is_cuda(device)
     side = 8192 if cuda else 1024
     rates = {}
     for kind in ("fp32", "tf32", "bf16") if cuda else ("fp32", "bf16"):
@@ -194,7 +194,7 @@ def fresh_peaks(names: Sequence[str], size: Size) -> dict[str, dict[str, float]]
 def measure(device: str, rounds: int, *, quick: bool) -> dict[str, object]:
     """All forms, the parts of some, and memory; without slow compilation with `quick` and on a GPU."""
     known = forms(device)
-    cuda = torch.device(device).type == "cuda"
+    cuda = is_cuda(device)
     names = [name for name, form in known.items() if not (form.compiled and (quick or cuda))]
     size = default_size(device)
     memory = names
@@ -206,7 +206,7 @@ def measure(device: str, rounds: int, *, quick: bool) -> dict[str, object]:
 def measure_compiled(device: str, rounds: int, *, quick: bool) -> dict[str, object]:  # noqa: ARG001 - all are slow
     """The compiled forms and the form that they are based on."""
     known = forms(device)
-    base = "bf16" if torch.device(device).type == "cuda" else "RepeatedSGD"
+    base = "bf16" if is_cuda(device) else "RepeatedSGD"
     return measured(default_size(device), rounds, [base, *(name for name in known if known[name].compiled)], ())
 
 
@@ -262,17 +262,14 @@ def measured(size: Size, rounds: int, names: Sequence[str], memory: Sequence[str
     print(f"{tflop(size):.4g} TFLOP a step")
     made = {name: stepper(known[name], size) for name in names}
     first = {name: first_loss(*made[name], size) for name in names}
-    rows = interleave(
-        {name: lambda work=work, step=step: step(work.sample()) for name, (work, step) in made.items()},  # type: ignore[misc]
-        rounds=rounds,
-        device=device,
-    )
-    made.clear()
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()  # leave memory to the processes that measure it
     height, width = size.crop
     title = f"one step of {size.network}, {size.batch} + {size.batch} crops of {height} x {width}, {device}"
-    show(title, rows, names[0])
+    steps = {name: lambda work=work, step=step: step(work.sample()) for name, (work, step) in made.items()}
+    rows = compare(title, steps, names[0], rounds=rounds, device=device)
+    made.clear()
+    steps.clear()
+    if is_cuda(device):
+        torch.cuda.empty_cache()  # leave memory to the processes that measure it
     peaks = fresh_peaks(memory, size)
     for name, row in rows.items():
         rate, work = 1e3 / row["median_ms"], tflop(size, known[name].passes)
@@ -296,6 +293,6 @@ def show_parts(name: str, times: dict[str, float]) -> None:
 
 def default_size(device: str) -> Size:
     """The paper's size on a GPU, the demo's on a CPU."""
-    if torch.device(device).type == "cuda":
+    if is_cuda(device):
         return Size(network="resnet101", crop=(512, 512), batch=2, device=device)
     return Size(device=device)

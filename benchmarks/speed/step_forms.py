@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.speed.augment import one_by_one
+from benchmarks.speed.common import is_cuda
 from benchmarks.speed.mixing import CLASSES, per_image_loop, street_like
 from benchmarks.speed.teacher import released as released_average
 from crossmix import SelfTraining, recipes
@@ -56,7 +57,7 @@ def forms(device: str) -> dict[str, Form]:
     last = replace(small, channels_last=True)
     fused = replace(last, optimizer="repeated")
     half = replace(fused, precision="bf16")
-    cuda = torch.device(device).type == "cuda"
+    cuda = is_cuda(device)
     base = half if cuda else fused
     found = {
         "released style": Form(released=True),

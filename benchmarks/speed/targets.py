@@ -37,23 +37,24 @@ def rate(what: str, ours: float, wanted: float, unit: str) -> Line:
     return Line(what, unit, ours, wanted, "target", ours / wanted, 1, at_least=True)
 
 
+def times(rows: Any) -> dict[str, float]:  # noqa: ANN401 - as JSON has it
+    return {name: row["median_ms"] for name, row in rows.items()}
+
+
 def mixing(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON has it
     lines = []
     for result in results:
         rows, labels, n = result["rows"], result["labels"], result["batch"]
-        time = {name: row["median_ms"] for name, row in rows.items()}
-        what = f"mix, N = {n}, {labels}"
+        time, what = times(rows), f"mix, N = {n}, {labels}"
         loop = 20 if cuda else 3.2 if labels == "int64" else 2.5
         lines += [
             faster(what, time["crossmix"], time["released loop"], "released loop", loop),
             faster(what, time["crossmix"], time["whole-batch unique"], "whole-batch unique", 30),
-            share(what, time["crossmix"], time["floor"], "floor", 1.35),
         ]
-        for kind in ("boxes", "blobs"):
-            if f"crossmix {kind}" in rows:
-                lines.append(share(f"{what}, {kind}", time[f"crossmix {kind}"], time["floor"], "floor", 1.5))
-        if "crossmix compiled" in rows:
-            lines.append(share(f"{what}, compiled", time["crossmix compiled"], time["floor"], "floor", 1))
+        for form, target in (("", 1.35), (" boxes", 1.5), (" blobs", 1.5), (" compiled", 1)):
+            if f"crossmix{form}" in rows:
+                name = f"{what},{form}" if form else what
+                lines.append(share(name, time[f"crossmix{form}"], time["floor"], "floor", target))
         if cuda and n >= 32:
             best = max(rows[name]["share_of_copy"] for name in ("crossmix", "crossmix compiled") if name in rows)
             lines.append(Line(f"{what}, bandwidth", "of copy", best, 1, "copy", best, 0.8, at_least=True))
@@ -62,12 +63,12 @@ def mixing(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON
 
 def augment(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
     result = results[0]
-    time = {name: row["median_ms"] for name, row in result["rows"].items()}
+    time, error = times(result["rows"]), result["error"]
     lines = []
     for form, target in (("eager", 0.35), ("compiled", 0.12)):
-        name = f"crossmix {form}"
-        lines.append(share(f"augment, {form}", time[name], time["kornia"], "kornia", target))
-        lines.append(share(f"augment, {form}, error", result["error"][name], 1e-5, "target", 1, unit=""))
+        what, name = f"augment, {form}", f"crossmix {form}"
+        lines.append(share(what, time[name], time["kornia"], "kornia", target))
+        lines.append(share(f"{what}, error", error[name], 1e-5, "target", 1, unit=""))
     return lines
 
 
@@ -81,21 +82,23 @@ def loss(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - t
 
 
 def teacher(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON has it
-    time = {name: row["median_ms"] for name, row in results.items()}
-    names = ("MeanTeacher.update", "ema_update_")
+    time, names = times(results), ("MeanTeacher.update", "ema_update_")
     lines = [share(f"EMA, {name}", time[name], time["loop mul_/add_"], "loop mul_/add_", 0.85) for name in names]
     counted = [(name, results[name]["launches"]) for name in names if cuda and "launches" in results[name]]
     return lines + [share(f"EMA, {name}", count, 20, "target", 1, unit="launches") for name, count in counted]
 
 
 def optimizer(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
-    ours, other = results["RepeatedSGD"]["median_ms"], results["repeated foreach"]["median_ms"]
-    return [Line("optimizer, RepeatedSGD", "ms", ours, other, "repeated foreach", ours / other)]
+    return [beside("optimizer, RepeatedSGD", times(results), "RepeatedSGD", "repeated foreach")]
 
 
 def evaluation(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - no GPU in it
-    ours, other = (results["rows"][name]["median_ms"] for name in ("ConfusionMatrix", "masked bincount"))
-    return [Line("confusion matrix", "ms", ours, other, "masked bincount", ours / other)]
+    return [beside("confusion matrix", times(results["rows"]), "ConfusionMatrix", "masked bincount")]
+
+
+def beside(what: str, time: dict[str, float], ours: str, other: str) -> Line:
+    """A ratio without a target."""
+    return Line(what, "ms", time[ours], time[other], other, time[ours] / time[other])
 
 
 def crops(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - no GPU in it
@@ -113,16 +116,12 @@ def crops(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - 
 
 def step(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401 - as JSON has it
     """The best form against the released style (if measured) and, on a GPU, against the target rate."""
-    rows = results["rows"]
-    whole = [name for name in rows if name not in {"updated once", "mic", "bf16, mic"}]  # those differ from the paper
-    best = min(whole, key=lambda name: rows[name]["median_ms"])
-    ours, lines = rows[best]["median_ms"], []
-    if "released style" in rows:
-        other = rows["released style"]["median_ms"]
-        lines.append(Line(f"step, {best}", "ms", ours, other, "released style", ours / other))
+    rows, time = results["rows"], times(results["rows"])
+    best = min(time.keys() - {"updated once", "mic", "bf16, mic"}, key=time.__getitem__)  # those differ from the paper
+    lines = [beside(f"step, {best}", time, best, "released style")] if "released style" in rows else []
     for mic, dacs in (("mic", "RepeatedSGD"), ("bf16, mic", "bf16")):
         if mic in rows and dacs in rows:
-            lines.append(share(f"step, {mic}", rows[mic]["median_ms"], rows[dacs]["median_ms"], dacs, 1.45))
+            lines.append(share(f"step, {mic}", time[mic], time[dacs], dacs, 1.45))
     return [*lines, rate(f"step, {best}", rows[best]["it_per_s"], 40, "it/s")] if cuda else lines
 
 
@@ -131,14 +130,14 @@ def memory(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 -
     if results["network"] != "resnet101" or "RepeatedSGD" not in results["rows"]:
         return []
     row = results["rows"]["RepeatedSGD"]
-    used = row.get("reserved_mb", row["peak_mb"])
-    return [share("step, fp32, memory", used, 11_000, "11 GB", 1, unit="MB")]
+    return [share("step, fp32, memory", row.get("reserved_mb", row["peak_mb"]), 11_000, "11 GB", 1, unit="MB")]
 
 
 def kernels(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - GPU only
     """All kernels of a step against the rate to reach."""
-    spent = sum(row["ms"] for row in results["kernels"].values())
-    return [share("step, captured, all kernels", spent, 25, "40 it/s", 1)]
+    return [
+        share("step, captured, all kernels", sum(row["ms"] for row in results["kernels"].values()), 25, "40 it/s", 1)
+    ]
 
 
 def scaling(results: Any, *, cuda: bool) -> list[Line]:  # noqa: ANN401, ARG001 - the same on a GPU
@@ -160,7 +159,6 @@ LINES: dict[str, Callable[..., list[Line]]] = {
     "input": crops,
     "step": step,
     "step-compiled": step,
-    "step-whole": step,
     "step-kernels": kernels,
     "step-memory": memory,
     "scaling": scaling,
@@ -169,18 +167,9 @@ LINES: dict[str, Callable[..., list[Line]]] = {
 
 def table(lines: Sequence[Line]) -> str:
     rows = [("what", "ours", "baseline", "", "ratio", "target")]
-    rows += [
-        (
-            line.what,
-            f"{line.ours:.4g} {line.unit}",
-            f"{line.baseline:.4g} {line.unit}",
-            line.against,
-            f"{line.ratio:.3f}",
-            line.verdict,
-        )
-        for line in lines
-    ]
+    for line in lines:
+        ours, baseline = (f"{value:.4g} {line.unit}" for value in (line.ours, line.baseline))
+        rows.append((line.what, ours, baseline, line.against, f"{line.ratio:.3f}", line.verdict))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    padded = ((f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.profiler import ProfilerActivity
 
-from benchmarks.speed.common import interleave, show
+from benchmarks.speed.common import compare, is_cuda
 from crossmix import MeanTeacher
 from crossmix.functional import ema_update_
 from crossmix.models import deeplab_v2_resnet101
@@ -59,10 +59,9 @@ def measure(device: str, rounds: int, *, quick: bool) -> dict[str, dict[str, flo
         "loop data[:] =": lambda: released(averaged, current),
         "AveragedModel": lambda: torchs.update_parameters(student),
     }
-    rows = interleave(candidates, rounds=rounds, device=device)
-    millions = sum(parameter.numel() for parameter in current) / 1e6
-    show(f"one update, {millions:.1f} million parameters, {device}", rows, "loop mul_/add_")
-    if torch.device(device).type == "cuda":
+    title = f"one update, {sum(parameter.numel() for parameter in current) / 1e6:.1f} million parameters, {device}"
+    rows = compare(title, candidates, "loop mul_/add_", rounds=rounds, device=device)
+    if is_cuda(device):
         for name, run in candidates.items():
             if count := launches(run):  # 0 if profiling is not permitted
                 rows[name]["launches"] = count

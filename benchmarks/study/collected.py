@@ -1,15 +1,25 @@
-"""Collect the runs of one row for a result file: the scores of every seed, and rounded curves."""
+"""Collect what tables and figures need: of a run for its file, and of the runs of one row for a result file."""
 
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.study.trials import best
-
 Document = dict[str, Any]
 CURVES = ("lambda", "agreement", "divergence")
 UNSUPERVISED = ("entropy", "information", "neighborhood_density")
 BY_CLASS = ("precision", "recall", "share")
+
+
+def compact(looks: Sequence[Document]) -> list[Document]:
+    """The looks of a run to 5 digits, with the IoU by class at the last step and the best ones only."""
+    whole = {looks[-1]["step"], *(best(looks, name)["step"] for name in networks_of(looks[-1]))}
+    kept = []
+    for i, look in enumerate(looks):
+        surplus = set() if look["step"] in whole else {"per_class"}
+        surplus |= {"true_share"} if i > 0 else set()  # always the same
+        surplus |= {"precision"} if i < len(looks) - 1 else set()
+        kept.append(rounded(without(look, surplus), 5))
+    return kept
 
 
 def row(documents: Sequence[Document]) -> dict[str, Any]:
@@ -21,7 +31,12 @@ def row(documents: Sequence[Document]) -> dict[str, Any]:
     looks = list(zip(*(document["looks"] for document in documents), strict=True))  # step by step, those of all seeds
     if "pseudo_labels" in looks[0][0]:
         collected["by_class"] = {
-            name: [by_class([look["pseudo_labels"][name] for look in seeds]) for seeds in looks] for name in BY_CLASS
+            name: [
+                by_class([look["pseudo_labels"][name] for look in seeds])
+                for seeds in looks
+                if name in seeds[0]["pseudo_labels"]
+            ]
+            for name in BY_CLASS
         }
     return collected
 
@@ -29,7 +44,7 @@ def row(documents: Sequence[Document]) -> dict[str, Any]:
 def seed_of(document: Document) -> dict[str, Any]:
     """One seed: scores at the last and the best step, quality of the last pseudo-labels, and curves."""
     looks = document["looks"]
-    networks = [name for name in ("student", "teacher") if name in looks[-1]]
+    networks = networks_of(looks[-1])
     entry: dict[str, Any] = {
         "seed": document["options"]["seed"],
         "cpu_seconds": round(document["cpu_seconds"], 1),
@@ -43,14 +58,23 @@ def seed_of(document: Document) -> dict[str, Any]:
         entry["by_day"] = rounded(looks[-1]["by_day"], 5)
         entry["curves"]["by_day"] = rounded([look["by_day"]["student"]["miou"] for look in looks], 4)
     if "unsupervised" in looks[-1]:
+        entry["curves"]["student"] = rounded([look["student"]["miou"] for look in looks], 5)  # read in a table
         for name in UNSUPERVISED:
-            entry["curves"][name] = rounded([look["unsupervised"][name] for look in looks], 4)
+            entry["curves"][name] = rounded([look["unsupervised"][name] for look in looks], 5)
     if "pseudo_labels" in looks[-1]:
         entry["pseudo_labels"] = rounded({name: looks[-1]["pseudo_labels"][name] for name in BY_CLASS}, 4)
         entry["curves"]["mixed_accuracy"] = rounded([look["mixed_accuracy"] for look in looks], 3)
         for name in CURVES:
             entry["curves"][name] = rounded([look["pseudo_labels"][name] for look in looks], 3)
     return entry
+
+
+def networks_of(look: Document) -> list[str]:
+    return [name for name in ("student", "teacher") if name in look]
+
+
+def best(looks: Sequence[Document], network: str = "student") -> Document:
+    return max(looks, key=lambda look: float(look[network]["miou"]))
 
 
 def highest(looks: Sequence[Document], network: str) -> dict[str, Any]:
@@ -64,10 +88,11 @@ def by_class(seeds: Sequence[Sequence[float | None]]) -> list[float | None]:
     return [round(statistics.mean(column), 4) if column else None for column in columns]
 
 
-def mean_and_sd(fractions: Sequence[float]) -> str:
-    """Mean in percent, with the sample standard deviation if there are several seeds."""
-    mean = f"{100 * statistics.mean(fractions):.2f}"
-    return f"{mean} ± {100 * statistics.stdev(fractions):.2f}" if len(fractions) > 1 else mean
+def without(value: Any, names: set[str]) -> Any:  # noqa: ANN401 - whatever JSON holds
+    """A nested dict without some of its keys."""
+    if not isinstance(value, dict):
+        return value
+    return {key: without(item, names) for key, item in value.items() if key not in names}
 
 
 def rounded(value: Any, digits: int) -> Any:  # noqa: ANN401 - whatever JSON holds

@@ -11,10 +11,11 @@ from typing import Any
 
 from benchmarks.charts import Panel, bars, curves
 from benchmarks.speed.common import RESULTS
-from benchmarks.study.collected import mean_and_sd
+from benchmarks.study import predictions
 from benchmarks.study.expected import checks, mious
 from benchmarks.study.studies import BASE, OPTIONS, row_name
 from benchmarks.study.trials import LOOKED_AT
+from benchmarks.tables import cell, each, mean_and_sd, table
 
 PRETRAINED = {
     "ablation-streets-camvid": "StreetScenes to CamVid, from ImageNet weights",
@@ -29,12 +30,12 @@ Document = dict[str, Any]
 INTRODUCTION = """\
 # Results
 
-The paper's findings on two freely available pairs of domains, with every seed. All scores are IoU in percent on
+The paper's findings on {pairs} freely available pairs of domains, with every seed. All scores are IoU in percent on
 held-out target images; ± is the standard deviation over seeds. This page and its figures are generated from the files
 in `benchmarks/results/`:
 
 ```bash
-python -m benchmarks.study ablation --pair streetscenes --workers 2 --save
+{commands}python -m benchmarks.study ablation --pair streetscenes --workers 2 --save
 python -m benchmarks.study ablation --pair camvid --camvid CamVid --workers 2 --save
 python -m benchmarks.study sensitivity --workers 2 --save
 python -m benchmarks.study causes --pair streetscenes --workers 2 --save
@@ -47,6 +48,24 @@ same network with the same initial weights, the same number of steps and the sam
 DACS are applied to the pseudo-labelled images of every method that has them, to the source images in `source + jitter`,
 and nowhere else. `alignment` knows the true class shares of the target, and `oracle` trains on its labels: both are
 bounds, not methods.
+"""
+
+COMMAND = "python -m benchmarks.study ablation --pair {pair} --camvid CamVid --workers 2 --save\n"
+
+PREDICTED = """\
+Label maps of the student at the last step of seed 0, on images spread evenly over the two test drives, and scenes that
+it was trained on. The photographs must not be distributed; with the data,
+`python -m benchmarks.publish --photographs CamVid --out FILE` draws the figure with them.
+"""
+
+SELECTED = """\
+Which step to keep, without labels: the mIoU of the student at the last step, at the best one, and at the one that a
+score of `UnsupervisedScores` on {count} unlabelled training images of the target would choose among {looks} steps.
+"""
+
+FROM_SCRATCH = """\
+The same methods with a small network from random weights, which is weaker and less confident, and so are the
+pseudo-labels that it learns from. The mIoU at the last step, in percent: {scores}.
 """
 
 WATCHING = """\
@@ -72,7 +91,7 @@ otherwise it is within the spread of these seeds. By chance, one row in twenty w
 
 PAIR_TEXT = {
     "ablation-streets-camvid": (
-        "From rendered scenes to photographs: 1000 source scenes of StreetScenes, with its 19 classes mapped to the 11 "
+        "From rendered scenes to photographs: 1000 source scenes of StreetScenes in the style `rich`, with its 19 classes mapped to the 11 "
         "of CamVid, and two drives by day as the target (0006R0 and the last two thirds of 0016E5, 305 images). Scored "
         "on drive 0001TP at dusk (124 images), and by day on the first third of 0016E5 (101 images). CamVid in the "
         "SegNet version, resized to 160 x 213."
@@ -97,10 +116,14 @@ PAIR_TEXT = {
 
 
 def page() -> str:
-    parts = [INTRODUCTION]
-    for suite in TITLES:
-        parts += ablation(suite)
-    parts += sensitivity()
+    lead = [part for suite in PRETRAINED for part in ablation(suite)]
+    rest = [part for suite in TITLES if suite not in PRETRAINED for part in ablation(suite)] + sensitivity()
+    found = [suite.removeprefix("ablation-") for suite in PRETRAINED if read(suite) is not None]
+    if found:
+        rest = from_scratch() + ["#" + part if part.startswith("##") else part for part in rest]
+    pairs = {2: "two", 3: "three", 4: "four"}[2 + len(found)]
+    commands = "".join(COMMAND.format(pair=pair) for pair in found)
+    parts = [INTRODUCTION.format(pairs=pairs, commands=commands), *lead, *rest]
     return "\n".join(parts).rstrip("\n") + "\n"
 
 
@@ -114,6 +137,8 @@ def figures() -> dict[str, str]:
             found[f"{name}-course.svg"] = course_figure(document)
             found[f"{name}-recall.svg"] = class_figure(document, "recall")
             found[f"{name}-share.svg"] = class_figure(document, "share")
+            if name == predictions.PAIR and predictions.are_there():
+                found[predictions.FIGURE] = predictions.figure()
     document = read(SENSITIVITY)
     if document is not None:
         found["sensitivity-miou.svg"] = miou_figure(document)
@@ -138,20 +163,23 @@ def ablation(suite: str) -> list[str]:
             return []
         return [f"## {TITLES[suite]}\n\nNot run yet: `benchmarks/results/{suite}.json` does not exist.\n"]
     name, rows = document["options"]["pair"]["name"], document["rows"]
-    parts = [f"## {TITLES[suite]}\n", PAIR_TEXT[suite] + "\n", setting(document), scores_table(rows)]
+    parts = [f"## {TITLES[suite]}\n", PAIR_TEXT[suite] + "\n", setting(document), *scores_table(rows)]
     parts += [figure(f"{name}-miou.svg", "mIoU of every method, a dot per seed"), *by_day(rows)]
-    parts += ["### Expectations and results\n", checks_table(document)]
+    if name == predictions.PAIR and predictions.are_there():
+        parts += ["### Predictions\n", PREDICTED, figure(predictions.FIGURE, "Label maps predicted by source and dacs")]
+    parts += ["### Expectations and results\n", *checks_table(document)]
     if suite not in PRETRAINED:
         parts += tried(document)
     parts += remarks(suite)
-    parts += ["### By class\n", "IoU of the student at the last step.\n", class_table(document)]
+    parts += selected(document)
+    parts += ["### By class\n", "IoU of the student at the last step.\n", *class_table(document)]
     if watched(rows):
         watching = WATCHING.format(looks=len(document["looks"]), count=LOOKED_AT)
-        parts += ["### Pseudo-labels\n", watching, pseudo_label_table(rows)]
+        parts += ["### Pseudo-labels\n", watching, *pseudo_label_table(rows)]
         parts += [figure(f"{name}-course.svg", "Scores, lambda, agreement and errors over training")]
         parts += [figure(f"{name}-recall.svg", "Recall of the pseudo-labels over training, by class")]
         parts += [figure(f"{name}-share.svg", "Share of each class among the pseudo-labels over training")]
-        parts += [BY_CLASS, precision_table(document)]
+        parts += [BY_CLASS, *precision_table(document)]
     return parts
 
 
@@ -161,62 +189,63 @@ def setting(document: Document) -> str:
     height, width = pair["crop"]
     hours = sum(run["cpu_seconds"] for run in runs) / 3600
     network, optimizer = "`deeplab_v2_tiny` from random weights", "weight decay 0.0005"
+    count = f"{len(runs)} runs"
     if pair.get("network") == "efficientnet-lite0":
         network = "EfficientNet-Lite0 with ImageNet weights and a feature pyramid of 64 channels"
         optimizer = "AdamW with weight decay 0.01"
+        count += f" with {seeds_of(document['rows'])} each"
     return (
         f"{network}, {options['steps']} steps of {pair['batch']} source and "
         f"{pair['batch']} target crops of {height} x {width}, learning rate {pair['lr']} (head ten times that), "
         f"polynomial decay 0.9, {optimizer}; the released recipe with threshold {pair['threshold']} and EMA "
-        f"decay {pair['decay']}. The {len(runs)} runs took {hours:.1f} core hours on {machine['processor']}, "
+        f"decay {pair['decay']}. The {count} took {hours:.1f} core hours on {machine['processor']}, "
         f"torch {machine['torch']}, {document['date']}.\n"
     )
 
 
-def scores_table(rows: Document) -> str:
-    lines = [
-        "| method | mIoU, last step | best step | teacher, last | teacher, best | seeds, last step |",
-        "|---|---:|---:|---:|---:|---|",
-    ]
-    for name, entry in rows.items():
-        cells = [
-            mean_and_sd([run[when][network]["miou"] for run in entry["runs"]])
-            if network in entry["runs"][0][when]
-            else "-"
-            for network in ("student", "teacher")
-            for when in ("last", "best")
-        ]
-        seeds = ", ".join(f"{100 * value:.2f}" for value in mious(rows, name))
-        lines.append(f"| {name} | {' | '.join(cells)} | {seeds} |")
-    return "\n".join([*lines, ""])
+def scores_table(rows: Document) -> list[str]:
+    columns = [("student", "last"), ("student", "best"), ("teacher", "last"), ("teacher", "best")]
+    return table(
+        ["method", "mIoU, last step", "best step", "teacher, last", "teacher, best", "seeds, last step"],
+        [
+            [name, *(cell(entry["runs"], when, network, "miou") for network, when in columns), each(mious(rows, name))]
+            for name, entry in rows.items()
+        ],
+        left=(0, 5),
+    )
 
 
 def by_day(rows: Document) -> list[str]:
     """Scores on the second set, by day, if there is one."""
-    lines = ["Scored by day, at the last step:\n", "| method | mIoU | teacher | seeds |", "|---|---:|---:|---|"]
-    scored = {name: [run["by_day"] for run in entry["runs"] if "by_day" in run] for name, entry in rows.items()}
-    for name, runs in scored.items():
-        if not runs:
-            return []
-        cells = [
-            mean_and_sd([run[network]["miou"] for run in runs]) if network in runs[0] else "-"
-            for network in ("student", "teacher")
+    scored = {name: [run.get("by_day") for run in entry["runs"]] for name, entry in rows.items()}
+    if any(None in runs for runs in scored.values()):
+        return []
+    lines = [
+        [
+            name,
+            cell(runs, "student", "miou"),
+            cell(runs, "teacher", "miou"),
+            each([run["student"]["miou"] for run in runs]),
         ]
-        seeds = ", ".join(f"{100 * run['student']['miou']:.2f}" for run in runs)
-        lines.append(f"| {name} | {' | '.join(cells)} | {seeds} |")
-    return ["\n".join([*lines, ""])]
+        for name, runs in scored.items()
+    ]
+    return ["Scored by day, at the last step:\n", *table(["method", "mIoU", "teacher", "seeds"], lines, left=(0, 3))]
 
 
-def checks_table(document: Document) -> str:
+def seeds_of(rows: Document) -> str:
+    count = min(len(entry["runs"]) for entry in rows.values())
+    return f"{count} seed{'s' * (count > 1)}"
+
+
+def checks_table(document: Document) -> list[str]:
     """All expectations with their figures, preceded by a list of the missed ones."""
     found = checks(document["rows"], document["options"]["pair"]["classes"], document["options"]["pair"]["name"])
     missed = [check.claim for check in found if not check.holds]
     verdict = f"{len(found) - len(missed)} of {len(found)} expectations hold."
     if missed:
         verdict += f" Missed: {'; '.join(missed)}."
-    lines = [verdict, "", "| expected | paper, GTA5 to Cityscapes | found | |", "|---|---|---|---|"]
-    lines += [f"| {c.claim} | {c.paper} | {c.found} | {'holds' if c.holds else '**missed**'} |" for c in found]
-    return "\n".join([*lines, ""])
+    rows = [[c.claim, c.paper, c.found, "holds" if c.holds else "**missed**"] for c in found]
+    return [verdict, "", *table(["expected", "paper, GTA5 to Cityscapes", "found", "result"], rows, left=range(4))]
 
 
 def tried(whole: Document) -> list[str]:
@@ -229,24 +258,26 @@ def tried(whole: Document) -> list[str]:
     baselines = whole["rows"] if steps == full else rows
     beside = {name: entry for name, entry in whole["rows"].items() if name in {"classmix", "dacs"}}
     seeds = [run["seed"] for run in next(iter(rows.values()))["runs"]]
-    lines = [
+    return [
         TRIED.format(seeds=", ".join(map(str, seeds))),
-        "| row | steps | mIoU | above source | above source + jitter | seeds |",
-        "|---|---:|---:|---:|---:|---|",
-        *(tried_line(name, steps, mious(rows, name), baselines) for name in rows if name not in BASELINES),
-        *(tried_line(name, full, mious(beside, name)[: len(seeds)], whole["rows"]) for name in beside),
+        *table(
+            ["row", "steps", "mIoU", "above source", "above source + jitter", "seeds"],
+            [
+                *(tried_line(name, steps, mious(rows, name), baselines) for name in rows if name not in BASELINES),
+                *(tried_line(name, full, mious(beside, name)[: len(seeds)], whole["rows"]) for name in beside),
+            ],
+            left=(0, 5),
+        ),
     ]
-    return ["\n".join([*lines, ""])]
 
 
-def tried_line(name: str, steps: int, found: Sequence[float], base: Document) -> str:
+def tried_line(name: str, steps: int, found: Sequence[float], base: Document) -> list[str]:
     """A row with its differences to the two baselines, if they were run."""
     above = [
         mean_and_sd([a - b for a, b in zip(found, mious(base, other), strict=False)]) if other in base else "-"
         for other in BASELINES
     ]
-    seeds = ", ".join(f"{100 * value:.2f}" for value in found)
-    return f"| {' | '.join([name, str(steps), mean_and_sd(found), *above, seeds])} |"
+    return [name, str(steps), mean_and_sd(found), *above, each(found)]
 
 
 def remarks(suite: str) -> list[str]:
@@ -254,24 +285,77 @@ def remarks(suite: str) -> list[str]:
     return [path.read_text(encoding="utf-8").rstrip("\n") + "\n"] if path.exists() else []
 
 
-def class_table(document: Document) -> str:
-    rows, classes = document["rows"], document["options"]["pair"]["classes"]
-    lines = ["| class | " + " | ".join(rows) + " |", "|---|" + "---:|" * len(rows)]
-    for i, name in enumerate(classes):
-        cells = [
-            mean_and_sd([run["last"]["student"]["per_class"][i] or 0.0 for run in entry["runs"]])
-            for entry in rows.values()
+def selected(document: Document) -> list[str]:
+    """The scores at the steps that label-free scores choose, and how far they fall short of the best."""
+    rows = {name: entry["runs"] for name, entry in document["rows"].items()}
+    every = [run for runs in rows.values() for run in runs]
+    if any("entropy" not in run["curves"] for run in every):
+        return []
+    columns: dict[str, Callable[[Document], float]] = {
+        "last step": lambda run: run["last"]["student"]["miou"],
+        "best step": lambda run: run["best"]["student"]["miou"],
+        "lowest entropy": lambda run: chosen(run, "entropy", -1),
+        "highest information": lambda run: chosen(run, "information", 1),
+        "highest density": lambda run: chosen(run, "neighborhood_density", 1),
+    }
+    best_of = columns["best step"]
+    short = {
+        name: 100 * statistics.mean(best_of(run) - column(run) for run in every) for name, column in columns.items()
+    }
+    scores = list(columns)[2:]
+    best = min(scores, key=lambda name: short[name])
+    verdict = "better" if short[best] < short["last step"] else "no better"
+    said = (
+        f"In the mean over all runs, the last step is {short['last step']:.2f} points below the best one, and the "
+        f"chosen steps are {', '.join(f'{short[name]:.2f} ({name})' for name in scores)} below it. The best of these "
+        f"scores, {best}, chooses {verdict} than keeping the last step.\n"
+    )
+    words = SELECTED.format(count=LOOKED_AT, looks=len(document["looks"]))
+    lines = [
+        [name, *(mean_and_sd([column(run) for run in runs]) for column in columns.values())]
+        for name, runs in rows.items()
+    ]
+    return ["### Choosing a step without labels\n", words, *table(["method", *columns], lines), said]
+
+
+def chosen(run: Document, score: str, sign: int) -> float:
+    """The student's mIoU at the step with the highest score, or with the lowest if the sign is negative."""
+    mious, values = run["curves"]["student"], run["curves"][score]
+    steps = [i for i, value in enumerate(values) if value is not None]
+    return float(mious[max(steps, key=lambda i: sign * values[i])])
+
+
+def from_scratch() -> list[str]:
+    """The head of the part about the pairs that start from random weights."""
+    scores = []
+    for suite in TITLES.keys() - PRETRAINED.keys():
+        if (document := read(suite)) is not None:
+            rows = {name: mean_and_sd(mious(document["rows"], name)) for name in (*BASELINES, "dacs", "oracle")}
+            scores.append(f"{TITLES[suite]}: " + ", ".join(f"{name} {score}" for name, score in rows.items()))
+    return ["## Without pretrained weights\n", FROM_SCRATCH.format(scores="; ".join(sorted(scores)) or "not run yet")]
+
+
+def class_table(document: Document) -> list[str]:
+    rows = document["rows"]
+    lines = [
+        [
+            name,
+            *(
+                mean_and_sd([run["last"]["student"]["per_class"][i] or 0.0 for run in entry["runs"]])
+                for entry in rows.values()
+            ),
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    cells = [f"**{mean_and_sd(mious(rows, name))}**" for name in rows]
-    return "\n".join([*lines, f"| **mIoU** | {' | '.join(cells)} |", ""])
+        for i, name in enumerate(document["options"]["pair"]["classes"])
+    ]
+    lines.append(["**mIoU**", *(f"**{mean_and_sd(mious(rows, name))}**" for name in rows)])
+    return table(["class", *rows], lines)
 
 
 def watched(rows: Document) -> Document:
     return {name: entry for name, entry in rows.items() if "by_class" in entry}
 
 
-def pseudo_label_table(rows: Document) -> str:
+def pseudo_label_table(rows: Document) -> list[str]:
     columns: dict[str, Callable[[Document], float]] = {
         "lambda": lambda run: last(run, "lambda"),
         "teacher-student agreement": lambda run: last(run, "agreement"),
@@ -279,30 +363,34 @@ def pseudo_label_table(rows: Document) -> str:
         "correct labels in the mixed batches": lambda run: last(run, "mixed_accuracy"),
         "mean recall": lambda run: statistics.mean(v for v in run["pseudo_labels"]["recall"] if v is not None),
     }
-    lines = ["| method | " + " | ".join(columns) + " | classes with a recall under 1 % |", "|---|" + "---:|" * 6]
-    for name, entry in watched(rows).items():
-        runs = entry["runs"]
-        cells = [mean_and_sd([column(run) for run in runs]) for column in columns.values()]
+    lines = []
+    for name, runs in ((name, entry["runs"]) for name, entry in watched(rows).items()):
         lost = [sum(v is not None and v < 0.01 for v in run["pseudo_labels"]["recall"]) for run in runs]
-        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(map(str, lost))} |")
-    return "\n".join(["Percent at the last step, the last column by seed:\n", *lines, ""])
+        cells = [mean_and_sd([column(run) for run in runs]) for column in columns.values()]
+        lines.append([name, *cells, ", ".join(map(str, lost))])
+    head = ["method", *columns, "classes with a recall under 1 %"]
+    return ["Percent at the last step, the last column by seed:\n", *table(head, lines)]
 
 
 def last(run: Document, curve: str) -> float:
     return float(run["curves"][curve][-1])
 
 
-def precision_table(document: Document) -> str:
+def precision_table(document: Document) -> list[str]:
     """Classes down, methods across: precision / recall (share)."""
     rows, shares = watched(document["rows"]), document["true_share"]
-    lines = ["| class | true share | " + " | ".join(rows) + " |", "|---|---:|" + "---:|" * len(rows)]
-    for i, name in enumerate(document["options"]["pair"]["classes"]):
-        cells = []
-        for entry in rows.values():
-            precision, recall, share = (entry["by_class"][key][-1][i] for key in ("precision", "recall", "share"))
-            cells.append(f"{percent(precision)} / {percent(recall)} ({percent(share)})")
-        lines.append(f"| {name} | {percent(shares[i])} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+
+    def of_class(entry: Document, i: int) -> str:
+        precision, recall, share = (percent(entry["by_class"][key][-1][i]) for key in ("precision", "recall", "share"))
+        return f"{precision} / {recall} ({share})"
+
+    return table(
+        ["class", "true share", *rows],
+        [
+            [name, percent(shares[i]), *(of_class(entry, i) for entry in rows.values())]
+            for i, name in enumerate(document["options"]["pair"]["classes"])
+        ],
+    )
 
 
 def percent(value: float | None) -> str:
@@ -314,33 +402,33 @@ def sensitivity() -> list[str]:
     title = "## Sensitivity of DACS to its options\n"
     if document is None:
         return [title, f"Not run yet: `benchmarks/results/{SENSITIVITY}.json` does not exist.\n"]
-    rows, seeds = document["rows"], len(document["rows"]["dacs"]["runs"])
-    parts = [
-        title,
-        ONE_AT_A_TIME.format(seeds=seeds, steps=document["options"]["steps"]),
-        "| option | value | mIoU | difference from the base | | lambda at the end | seeds |",
-        "|---|---|---:|---:|---|---:|---|",
+    rows = document["rows"]
+    words = ONE_AT_A_TIME.format(seeds=len(rows["dacs"]["runs"]), steps=document["options"]["steps"])
+    named = [
+        (option, value, "dacs" if variant == BASE else row_name(option, value))
+        for option, values in OPTIONS.items()
+        for value, variant in values.items()
     ]
-    base = mious(rows, "dacs")
-    for option, values in OPTIONS.items():
-        for value, variant in values.items():
-            name = "dacs" if variant == BASE else row_name(option, value)
-            if name in rows:
-                parts.append(sensitivity_line(option, value, rows, name, base))
-    return [*parts, "", figure("sensitivity-miou.svg", "mIoU of every variant, a dot per seed"), *remarks(SENSITIVITY)]
+    lines = [[option, value, *sensitivity_line(rows, name)] for option, value, name in named if name in rows]
+    head = ["option", "value", "mIoU", "difference from the base", "verdict", "lambda at the end", "seeds"]
+    picture = figure("sensitivity-miou.svg", "mIoU of every variant, a dot per seed")
+    return [title, words, *table(head, lines, left=(0, 1, 4, 6)), picture, *remarks(SENSITIVITY)]
 
 
-def sensitivity_line(option: str, value: str, rows: Document, name: str, base: Sequence[float]) -> str:
+def sensitivity_line(rows: Document, name: str) -> list[str]:
     found = mious(rows, name)
-    confident = mean_and_sd([last(run, "lambda") for run in rows[name]["runs"]])
     difference, verdict = "base", ""
     if name != "dacs":
-        moved = [100 * (a - b) for a, b in zip(found, base, strict=True)]
-        difference, verdict = f"{statistics.mean(moved):+.2f}", clear(moved)
-        if len(moved) > 1:
-            difference += f" ± {statistics.stdev(moved):.2f}"
-    seeds = ", ".join(f"{100 * v:.2f}" for v in found)
-    return f"| {option} | {value} | {mean_and_sd(found)} | {difference} | {verdict} | {confident} | {seeds} |"
+        moved = [a - b for a, b in zip(found, mious(rows, "dacs"), strict=True)]
+        difference, verdict = mean_and_sd(moved), clear(moved)
+        difference = "+" * (not difference.startswith("-")) + difference
+    return [
+        mean_and_sd(found),
+        difference,
+        verdict,
+        mean_and_sd([last(run, "lambda") for run in rows[name]["runs"]]),
+        each(found),
+    ]
 
 
 def clear(moved: Sequence[float]) -> str:

@@ -67,6 +67,10 @@ class Pair:
     threshold: float = 0.5  # 0.968 in the paper's code
     decay: float = 0.9  # of the teacher; 0.99 in the paper's code
 
+    @property
+    def pretrained(self) -> bool:
+        return self.network == "efficientnet-lite0"
+
 
 def pretrained(name: str, steps: int) -> Pair:
     """A pair with CamVid's classes that starts from ImageNet weights, on whole images."""

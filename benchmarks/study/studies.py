@@ -111,7 +111,7 @@ def seeds_of(study: str, pair: str) -> int:
 
 
 def is_pretrained(pair: str) -> bool:
-    return PAIRS[pair].network == "efficientnet-lite0"
+    return PAIRS[pair].pretrained
 
 
 def steps_of(study: str, pair: str) -> int:

@@ -1,7 +1,8 @@
 """Comparable training runs: a single run as a pure function of its options, and resumable sets of runs.
 
 Data and randomness are keyed by (seed, step), the initial weights by the seed, and arithmetic uses one thread, so the
-result of a run is bit-identical regardless of what else runs. Each run writes one JSON file; finished runs are skipped.
+result of a run is bit-identical regardless of what else runs. Each run writes one JSON file, and from ImageNet weights
+the label maps that it ends with on a few test images; finished runs are skipped.
 """
 
 import json
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from benchmarks.study.collected import best, compact
 from benchmarks.study.network import PretrainedPyramid
 from benchmarks.study.pairs import PAIRS, Domains, Pair, class_shares, load
 from crossmix import ClassMix, CrossDomainMix, Mixed, SelfTraining, SelfTrainingOutput, StrongAugment, recipes
 from crossmix import functional as F
-from crossmix.datasets import RareClassSampler, Sample, class_counts
+from crossmix.datasets import RareClassSampler, Sample, class_counts, write_png
 from crossmix.diagnostics import PseudoLabelMonitor, UnsupervisedScores
 from crossmix.engine import FolderLock, KeyedCrops, keyed_generator
 from crossmix.evaluation import evaluate
@@ -34,6 +36,7 @@ from crossmix.optim import parameter_groups, poly_lr
 SOURCE, TARGET, STEP = 0, 1, 2  # streams of randomness, as in the trainer
 LOOKS = 20  # how often a run is scored and its pseudo-labels are compared with the truth
 LOOKED_AT = 48  # number of target training images used for that comparison
+PICTURED, PICTURED_BY_DAY = 3, 1  # number of test images whose predicted label maps are kept
 RARE_PIXELS = 3000 / (1052 * 1914)  # pixels of a class that rare-class sampling needs, as a share of a GTA5 image
 
 
@@ -77,53 +80,38 @@ class Job:
         return {"pair": fixed, "variant": asdict(self.variant), "seed": self.seed, "steps": self.steps, "looks": LOOKS}
 
 
-class BoxMix(nn.Module):
-    """CutMix across domains: paste a box of half the image instead of half the classes.
+class Boxes(nn.Module):
+    """Masks of CutMix: a box that covers a share `area` of each image, with a random position and aspect ratio.
 
-    The box has a random position and aspect ratio, as in French et al., BMVC 2020, https://arxiv.org/abs/1906.01916.
+    As in French et al., BMVC 2020, https://arxiv.org/abs/1906.01916. Draws as many numbers as for classes.
     """
 
-    def __init__(self, area: float) -> None:
+    def __init__(self, area: float, num_classes: int) -> None:
         super().__init__()
         self.area = area
+        self.numbers = num_classes + 1
 
-    def forward(
-        self,
-        source_images: Tensor,
-        source_labels: Tensor,
-        target_images: Tensor,
-        target_labels: Tensor,
-        target_weights: Tensor,
-        *,
-        scores: Tensor,
-    ) -> Mixed:
-        """Paste a box of each source image; the first three columns of `scores` (N, C + 1) determine the box."""
-        mask = box_mask(scores, self.area, *source_labels.shape[-2:])
-        return Mixed(
-            F.mix(source_images, target_images, mask),
-            F.mix(source_labels, target_labels, mask),
-            F.mix(torch.ones_like(target_weights), target_weights, mask),
-            mask,
-        )
+    def sample(self, n: int, size: object, /, **where: Any) -> Tensor:  # noqa: ANN401, ARG002 - as for any masks
+        return torch.rand(n, self.numbers, **where)
 
-
-def box_mask(scores: Tensor, area: float, height: int, width: int) -> Tensor:
-    """Boxes that cover a share `area` of the image, (N, H, W) bool; uniform numbers give shape and position."""
-    shape, y, x = (column[:, None] for column in scores[:, :3].unbind(1))
-    tall = area**shape  # from full height to full width
-    wide = area / tall
-    top, left = y * (1 - tall), x * (1 - wide)
-    rows = (torch.arange(height) + 0.5) / height
-    columns = (torch.arange(width) + 0.5) / width
-    inside_rows = (rows >= top) & (rows < top + tall)
-    inside_columns = (columns >= left) & (columns < left + wide)
-    return inside_rows[:, :, None] & inside_columns[:, None, :]
+    def forward(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
+        """The first three of the uniform numbers (N, C + 1) give shape and position of the box: (N, H, W) bool."""
+        shape, y, x = (column[:, None] for column in scores[:, :3].unbind(1))
+        tall = self.area**shape  # from full height to full width
+        inside = []
+        for position, length, pixels in zip((y, x), (tall, self.area / tall), size, strict=True):
+            centers = (torch.arange(pixels) + 0.5) / pixels
+            begin = position * (1 - length)
+            inside.append((centers >= begin) & (centers < begin + length))
+        rows, columns = inside
+        return rows[:, :, None] & columns[:, None, :]
 
 
 # ---------------------------------------------------------------------------------------------------------- one run
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> tuple[dict[str, Any], Tensor | None]:
+    """The run's document, and the label maps of `pictured` images from ImageNet weights, (N, H, W) uint8."""
     pair, variant = PAIRS[job.pair], job.variant
     domains = load(job.pair, job.camvid)
     torch.manual_seed(job.seed)  # for the initial weights; everything else is keyed
@@ -162,18 +150,22 @@ def run(job: Job) -> dict[str, Any]:
         if step + 1 in looked_at:
             looks.append({"step": step + 1, **means(noted), **look(training, domains, pair, variant)})
             noted.clear()
-    return {"options": job.options(), "torch": str(torch.__version__), "cpu_seconds": seconds, "looks": looks}
+    document = {"options": job.options(), "torch": str(torch.__version__), "cpu_seconds": seconds, "looks": looks}
+    if not pair.pretrained:
+        return document, None
+    document |= {"looks": compact(looks), "pictures": [sample.name for sample in pictured(domains)]}
+    return document, label_maps(student, pictured(domains))
 
 
 def network_of(pair: Pair, variant: Variant) -> nn.Module:
     """The student; its logits are smaller than the images."""
-    if pair.network == "efficientnet-lite0":
+    if pair.pretrained:
         return PretrainedPyramid(len(pair.classes))
     return deeplab_v2_tiny(len(pair.classes), aspp_branches=variant.aspp_branches, upsample=False)
 
 
 def optimizer_of(student: nn.Module, pair: Pair) -> torch.optim.Optimizer:
-    if pair.network == "efficientnet-lite0":
+    if pair.pretrained:
         return torch.optim.AdamW(parameter_groups(student, pair.lr, head="pyramid"), pair.lr)
     return torch.optim.SGD(parameter_groups(student, pair.lr), pair.lr, momentum=0.9, weight_decay=5e-4)
 
@@ -202,10 +194,11 @@ def build(student: nn.Module, pair: Pair, variant: Variant, prior: Tensor) -> Se
         upsample=True,  # in blocks, by the loss
     )
     if isinstance(training.mix, CrossDomainMix):
-        training.mix = (
-            BoxMix(variant.ratio)
-            if variant.boxes
-            else CrossDomainMix(num_classes, ratio=variant.ratio, include_ignored=training.mix.include_ignored)
+        training.mix = CrossDomainMix(
+            num_classes,
+            ratio=variant.ratio,
+            include_ignored=training.mix.include_ignored,
+            masks=Boxes(variant.ratio, num_classes) if variant.boxes else None,
         )
     return training
 
@@ -225,22 +218,9 @@ def look(training: SelfTraining, domains: Domains, pair: Pair, variant: Variant)
     found = scores(training, domains.test, len(pair.classes))
     if domains.by_day:
         found["by_day"] = scores(training, domains.by_day, len(pair.classes))
-    if pair.network == "efficientnet-lite0":
-        found["unsupervised"] = unsupervised(training, domains.target[:LOOKED_AT], pair)
-    if training.teacher is not None:
-        found["pseudo_labels"] = watch(training, domains.target[:LOOKED_AT], pair, variant)
+    if pair.pretrained or training.teacher is not None:
+        found |= watch(training, domains.target[:LOOKED_AT], pair, variant)
     return found
-
-
-@torch.no_grad()
-def unsupervised(training: SelfTraining, samples: list[Sample], pair: Pair) -> dict[str, float | None]:
-    """Scores of the student on target images that need no labels, to choose a step by."""
-    found = UnsupervisedScores(len(pair.classes))
-    training.student.eval()
-    for i in range(0, len(samples), pair.batch):
-        found.update(training.student(as_input(torch.stack([s.image for s in samples[i : i + pair.batch]]))))
-    training.student.train()
-    return {name: none_if_nan(value) for name, value in found.compute()._asdict().items()}
 
 
 def scores(training: SelfTraining, test: Sequence[Sample], num_classes: int) -> dict[str, Any]:
@@ -257,37 +237,61 @@ def scores(training: SelfTraining, test: Sequence[Sample], num_classes: int) -> 
 
 @torch.no_grad()
 def watch(training: SelfTraining, samples: list[Sample], pair: Pair, variant: Variant) -> dict[str, Any]:
-    """Compare the pseudo-labels that training would use on target images with the truth."""
-    teacher, num_classes = training.teacher, len(pair.classes)
-    if teacher is None:
-        raise ValueError("there are no pseudo-labels without a teacher")
+    """On target images: scores to choose a step by, and the truth about the pseudo-labels that training would use."""
+    num_classes = len(pair.classes)
     threshold = pair.threshold if variant.threshold is None else variant.threshold
-    monitor = PseudoLabelMonitor(num_classes, threshold=threshold)
+    monitor, unsupervised = PseudoLabelMonitor(num_classes, threshold=threshold), UnsupervisedScores(num_classes)
     training.student.eval()  # keeps these images out of BatchNorm's running statistics
     for i in range(0, len(samples), pair.batch):
         group = samples[i : i + pair.batch]
         images = as_input(torch.stack([sample.image for sample in group]))
         truth = torch.stack([sample.label for sample in group if sample.label is not None])
-        probs = upsampled(teacher(images), truth).softmax(1)
-        if training.align is not None:
-            probs = training.align(probs)
-        student = upsampled(training.student(images), truth).argmax(1)
-        monitor.update(*F.pseudo_label_from_probs(probs), truth=truth, student=student)
+        logits = training.student(images)
+        if pair.pretrained:
+            unsupervised.update(logits)
+        if training.teacher is not None:
+            probs = upsampled(training.teacher(images), truth).softmax(1)
+            if training.align is not None:
+                probs = training.align(probs)
+            student = upsampled(logits, truth).argmax(1)
+            monitor.update(*F.pseudo_label_from_probs(probs), truth=truth, student=student)
     training.student.train()
-    quality = monitor.compute()
-    return {
-        "lambda": quality.confident_share,
-        "agreement": quality.agreement,
-        "divergence": quality.divergence,
-        "precision": [none_if_nan(value) for value in quality.precision.tolist()],
-        "recall": [none_if_nan(value) for value in quality.recall.tolist()],
-        "share": quality.share.tolist(),
-        "true_share": quality.expected_share.tolist(),
-    }
+    found: dict[str, Any] = {}
+    if pair.pretrained:
+        found["unsupervised"] = {name: none_if_nan(value) for name, value in unsupervised.compute()._asdict().items()}
+    if training.teacher is not None:
+        quality = monitor.compute()
+        found["pseudo_labels"] = {
+            "lambda": quality.confident_share,
+            "agreement": quality.agreement,
+            "divergence": quality.divergence,
+            "precision": [none_if_nan(value) for value in quality.precision.tolist()],
+            "recall": [none_if_nan(value) for value in quality.recall.tolist()],
+            "share": quality.share.tolist(),
+            "true_share": quality.expected_share.tolist(),
+        }
+    return found
 
 
 def upsampled(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=True)
+
+
+def pictured(domains: Domains) -> list[Sample]:
+    """The test images of the figure of predictions, spread evenly over the drives."""
+    return evenly(domains.test, PICTURED) + (evenly(domains.by_day, PICTURED_BY_DAY) if domains.by_day else [])
+
+
+def evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
+    return [samples[(2 * i + 1) * len(samples) // (2 * count)] for i in range(count)]
+
+
+@torch.no_grad()
+def label_maps(student: nn.Module, samples: list[Sample]) -> Tensor:
+    """Predicted classes, (N, H, W) uint8."""
+    student.eval()
+    images = torch.stack([sample.image for sample in samples])
+    return upsampled(student(as_input(images)), images).argmax(1).to(torch.uint8)
 
 
 def note(
@@ -316,10 +320,6 @@ def means(noted: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def best(looks: Sequence[dict[str, Any]], network: str = "student") -> dict[str, Any]:
-    return max(looks, key=lambda look: float(look[network]["miou"]))
 
 
 # -------------------------------------------------------------------------------------------------------- many runs
@@ -377,9 +377,19 @@ def one_thread() -> None:
 
 
 def run_to_file(job: Job, out: Path) -> Job:
-    """Run the job and write its file atomically."""
-    document = run(job)
-    aside = out / f"{job.file}.tmp"
-    aside.write_text(json.dumps(document) + "\n", encoding="utf-8")
-    aside.replace(out / job.file)
+    """Run the job and write its files atomically, the JSON file last: it says that the run is finished."""
+    document, maps = run(job)
+    path = out / job.file
+    if maps is not None:
+        write_stack(path.with_suffix(".png"), maps)
+    aside = path.with_suffix(".json.tmp")
+    aside.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
+    aside.replace(path)
     return job
+
+
+def write_stack(path: Path, pictures: Tensor) -> None:
+    """Write images (N, 3, H, W) or label maps (N, H, W) of uint8 into one PNG file, one below the other; atomically."""
+    aside = path.with_suffix(".png.tmp")
+    write_png(aside, torch.cat(list(pictures), dim=-2))
+    aside.replace(path)

