@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from crossmix.datasets import DataError
 
 Inputs = Mapping[str, Tensor]
 Op = Callable[..., Any]
@@ -26,6 +29,13 @@ def leaves(output: object) -> list[Tensor]:
         return [output]
     assert isinstance(output, tuple)
     return [tensor for part in output for tensor in leaves(part)]
+
+
+def refusal(call: Callable[[], object], message: str, error: type[Exception] = DataError) -> str:
+    """What the error says, which matches the message."""
+    with pytest.raises(error, match=message) as caught:
+        call()
+    return str(caught.value)
 
 
 def assert_same(got: object, want: object, **tolerance: float) -> None:
