@@ -50,13 +50,12 @@ def gta5(root: Path) -> Path:
     return root
 
 
-def cityscapes(root: Path, split: str = "val", *, zips: bool = False, labels: bool = True) -> Path:
+def cityscapes(root: Path, *, zips: bool = False) -> Path:
     left, fine = (f"{name}_trainvaltest/{name}" if zips else name for name in ("leftImg8bit", "gtFine"))
     for city, i in (("zurich", 1), ("aachen", 0), ("aachen", 2)):
         stem = f"{city}_{i:06d}_000019"
-        save(root / left / split / city / f"{stem}_leftImg8bit.png", picture(16, 32, seed=i))
-        if labels:
-            save(root / fine / split / city / f"{stem}_gtFine_labelIds.png", ids(16, 32, seed=i))
+        save(root / left / "val" / city / f"{stem}_leftImg8bit.png", picture(16, 32, seed=i))
+        save(root / fine / "val" / city / f"{stem}_gtFine_labelIds.png", ids(16, 32, seed=i))
     return root
 
 
@@ -95,12 +94,6 @@ def test_readers__pixels_and_mapped_ids(tmp_path: Path, reader: str) -> None:
     batches = DataLoader(pickle.loads(pickle.dumps(data)), batch_size=None, num_workers=1)
     for got, want in zip(batches, data, strict=True):
         assert torch.equal(got.image, want.image)
-
-
-def test_cityscapes__labels_are_optional(tmp_path: Path) -> None:
-    data = Cityscapes(cityscapes(tmp_path, "train", labels=False), "train", labels=False, size=(8, 16))
-    assert [sample.label for sample in data] == [None] * 3
-    assert data[0].image.shape == (3, 8, 16)
 
 
 @pytest.mark.parametrize("size", [(6, 10), (9, 17), (24, 40), (5, 20)])
