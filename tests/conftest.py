@@ -18,6 +18,8 @@ from crossmix import _checks
 from crossmix.datasets import StreetScenes
 from runs import changed
 
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds; torch waits as long for workers after an error
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
