@@ -102,9 +102,6 @@ def start(work: Callable[[], object]) -> BaseProcess:
     return fork(lambda begun: (begun(), work()))
 
 
-# -------------------------------------------------------------------------------------------------------- What it gives
-
-
 def test_crops__equal_the_uncached_ones_on_a_thousand_draws(samples: GTA5, folder: Path) -> None:
     memory = [samples[i] for i in range(len(samples))]
     plain, quick = (KeyedCrops(source, (24, 32), seed=3, stream=1) for source in (memory, build(samples, folder)))
@@ -160,11 +157,8 @@ def test_pickle__is_small_and_checks_anew(samples: GTA5, folder: Path) -> None:
     refusal(lambda: pickle.loads(pickled)[0], "damaged")
 
 
-# ------------------------------------------------------------------------------------------------------------- Building
-
-
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers__make_the_same_bytes_and_leave_the_global_generator_alone(
+def test_workers__make_the_same_bytes_and_draw_nothing(
     samples: GTA5, whole: dict[str, bytes], folder: Path, workers: int
 ) -> None:
     before = torch.get_rng_state()
@@ -173,9 +167,7 @@ def test_workers__make_the_same_bytes_and_leave_the_global_generator_alone(
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_kill__at_every_step_a_build_goes_on_and_ends_the_same(
-    samples: GTA5, whole: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_kill__at_every_step_ends_the_same(samples: GTA5, whole: dict[str, bytes], tmp_path: Path) -> None:
     survived = set()
     for steps in itertools.count():
         folder = tmp_path / f"killed after {steps}"
@@ -262,9 +254,7 @@ def test_kill__a_worker_that_is_left_does_no_harm(samples: GTA5, whole: dict[str
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_lock__processes_at_once_build_one_cache(
-    samples: GTA5, whole: dict[str, bytes], folder: Path, workers: int
-) -> None:
+def test_lock__processes_build_one_cache(samples: GTA5, whole: dict[str, bytes], folder: Path, workers: int) -> None:
     held = Held(samples.root, 0)
     processes = [start(lambda: build(held, folder, workers=workers)) for _ in range(3)]
     os.close(held.tell)
@@ -326,7 +316,7 @@ def test_room__is_checked_to_the_byte_and_reported(
     build(samples, folder)
 
 
-def test_progress__is_a_bar_on_a_terminal_in_images(
+def test_progress__is_a_bar(
     written: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("tqdm")
@@ -337,7 +327,7 @@ def test_progress__is_a_bar_on_a_terminal_in_images(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_write__a_full_disk_is_an_error_and_what_is_finished_is_kept(
+def test_write__a_full_disk_keeps_what_is_finished(
     written: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     calls = itertools.count()
@@ -384,9 +374,6 @@ def test_arguments(written: Path, folder: Path) -> None:
     refusal(lambda: build(Floats(written), folder), wrong)
 
 
-# --------------------------------------------------------------------------------------------------------------- Damage
-
-
 def flip(path: Path, position: int, bits: int = 1) -> None:
     """Change one byte and nothing that the file system tells of the file."""
     stat, data = path.stat(), bytearray(path.read_bytes())
@@ -415,9 +402,7 @@ def test_damage__a_flipped_byte_is_noticed_before_it_is_used(samples: GTA5, fold
 
 
 @pytest.mark.parametrize("length", [-1, 1, -(10**9)])
-def test_damage__a_file_of_another_length_is_noticed_and_built_again(
-    samples: GTA5, whole: dict[str, bytes], folder: Path, length: int
-) -> None:
+def test_damage__a_file_of_another_length(samples: GTA5, whole: dict[str, bytes], folder: Path, length: int) -> None:
     build(samples, folder)
     before = stamps(folder)
     path = folder / FILES[1]
@@ -436,9 +421,6 @@ def test_damage__a_file_cut_off_or_lost_after_opening(samples: GTA5, folder: Pat
     refusal(lambda: cached[0], rf"{FILES[0]}: cannot be read")
     path.unlink()
     refusal(lambda: cached[0], rf"{FILES[0]}: cannot be read")
-
-
-# -------------------------------------------------------------------------------------------------------- Of which data
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -543,9 +525,7 @@ def test_foreign__a_file_where_the_folder_should_be(samples: GTA5, folder: Path)
     refusal(lambda: build(samples, folder), r"cache: cannot be listed \(Not a directory\)")
 
 
-def test_read_only__a_complete_cache_serves_and_another_is_refused(
-    samples: GTA5, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_only__a_complete_cache_serves(samples: GTA5, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = os.open
     build(samples, folder)
 

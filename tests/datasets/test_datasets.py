@@ -250,9 +250,6 @@ def test_folders__missing_empty_or_unpaired(tmp_path: Path) -> None:
     refusal(lambda: Cityscapes(city, "val"), "split 'val' has 2 label maps but no images")
 
 
-# ------------------------------------------------------------------------------------------------ SYNTHIA, and folders
-
-
 SYNTHIA_TRAIN_IDS = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 1: 10, 10: 11, 17: 12, 8: 13, 19: 15,
                      12: 17, 11: 18}  # fmt: skip
 

@@ -44,18 +44,13 @@ def pairs(
     return root
 
 
-# ------------------------------------------------------------------------------------------ Samples that a loader takes
-
-
 def mirrored(sample: Sample, *, named: str) -> Sample:
     return Sample(sample.image.flip(-1), sample.label.flip(-1), named + sample.name)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("context", [None, "fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_samples__collate_in_a_plain_loader_and_are_transformed_in_its_workers(
-    tmp_path: Path, labelled: bool, context: str | None
-) -> None:
+def test_samples__collate_and_are_transformed_in_workers(tmp_path: Path, labelled: bool, context: str | None) -> None:
     pairs(tmp_path)
     folders = (tmp_path / "images", tmp_path / "labels" if labelled else None)
     images = np.stack([picture(seed=i) for i in range(3)])
@@ -91,9 +86,6 @@ def test_transform__may_return_anything_and_is_not_cached(tmp_path: Path) -> Non
     assert torch.equal(class_counts(data), class_counts(SegmentationFolder(tmp_path)))  # of the files
     wrong = "`transform` must be callable, got str"
     refusal(lambda: SegmentationFolder(tmp_path, transform="flip"), wrong, TypeError)
-
-
-# ------------------------------------------------------------------------------------------------------------ Class ids
 
 
 def test_num_classes__ids_at_or_beyond_it_are_refused(tmp_path: Path) -> None:
@@ -154,9 +146,6 @@ def test_num_classes__that_of_the_mapping(tmp_path: Path) -> None:
     assert ignoring[0].label.unique().tolist() == [0, 9]
 
 
-# ----------------------------------------------------------------------------------------------- Which folders they are
-
-
 @pytest.mark.parametrize(
     ("images", "labels", "instead"),
     [
@@ -176,9 +165,7 @@ def test_root__above_images_and_labels_is_said(tmp_path: Path, images: str, labe
     refusal(lambda: SegmentationFolder(tmp_path), re.escape(instead.format(root=tmp_path)))
 
 
-def test_root__above_is_said_by_official_readers_and_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_root__above_is_said_of_official_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     StreetScenes(1).write(tmp_path / "g" / "unpacked", layout="gta5")
     StreetScenes(1).write(tmp_path / "c" / "unpacked", layout="cityscapes")
     classes = ["--classes", str(put_classes(tmp_path))]
@@ -204,9 +191,6 @@ def test_patterns__endings_in_any_case_and_of_any_kind(tmp_path: Path) -> None:
     data = SegmentationFolder(tmp_path / "[1] *_img.*", tmp_path / "[1] *_ids.png")
     assert [sample.name for sample in data] == ["a", "b"]
     assert len(SegmentationFolder(tmp_path / "*_img.jpg")) == 1
-
-
-# ----------------------------------------------------------------------------------------------------- Names, and lists
 
 
 def names_of(data: Any) -> list[str]:
@@ -250,7 +234,7 @@ def test_names__are_unique_where_folders_repeat_stems(tmp_path: Path, sequences:
     ids=["plain", "CRLF", "BOM", "BOM and CRLF", "UTF-16", "blank lines", "comments", "backslashes", "endings", "dots",
          "paths", "prefix"],
 )  # fmt: skip
-def test_lists__in_every_form(
+def test_lists__of_any_form(
     tmp_path: Path, sequences: SegmentationFolder, encode: Callable[[list[str]], bytes]
 ) -> None:
     path = tmp_path / "list.txt"
@@ -309,9 +293,6 @@ def test_lists__two_lines_for_one_file_are_not_taken_for_two(tmp_path: Path) -> 
     StreetScenes(2).write(tmp_path, layout="gta5")
     path = put(tmp_path / "list.txt", "seq1/00001.png\nseq2/00001.png\n")
     refusal(lambda: GTA5(tmp_path, names=path), r"names seq1/00001\.png and seq2/00001\.png, but there is only")
-
-
-# ---------------------------------------------------------------------------------------------------------- The command
 
 
 MAPPINGS = {
@@ -387,9 +368,7 @@ def test_command__unlabelled_images_of_your_own(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("missing", ["images", "labels"])
 @pytest.mark.parametrize("form", ["root", "folders", "patterns"])
-def test_command__says_that_there_are_none_of_a_kind(
-    tmp_path: Path, missing: str, form: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command__none_of_a_kind(tmp_path: Path, missing: str, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     for kind, pixels in (("images", picture()), ("labels", ids())):
         if kind != missing:
             save(tmp_path / kind / "a.png", pixels)
@@ -409,9 +388,7 @@ def put_classes(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_sizes__of_an_image_that_was_turned_are_not_advised_away(
-    tmp_path: Path, orientation: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sizes__of_turned_images(tmp_path: Path, orientation: int, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "labels" / "a.png", ids()[:5])
     (tmp_path / "images").mkdir()
     exif = Image.Exif()
@@ -440,9 +417,6 @@ def test_command__finds_images_smaller_than_the_crop(tmp_path: Path, capsys: pyt
     for wrong in (["--crop", "0x64"], ["--crop", "x"], ["--workers", "-1"]):
         with pytest.raises(SystemExit):
             main(["check", str(tmp_path), *wrong])
-
-
-# ------------------------------------------------------------------------------------------- What each of them promises
 
 
 NAMES = ["gta5", "synthia", "cityscapes", "folder", "street scenes", "cached"]
@@ -589,9 +563,6 @@ INTS = r"`mapping` must go from ints or \(R, G, B\) to ints"
 )
 def test_arguments__that_are_wrong(make: Callable[[], object], error: type[Exception], message: str) -> None:
     refusal(make, message, error)
-
-
-# ----------------------------------------------------------------------------------------- Images smaller than the crop
 
 
 def test_crops__a_small_image_is_named_left_out_or_padded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

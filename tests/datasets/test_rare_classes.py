@@ -198,9 +198,6 @@ def test_sampler__refuses(make: Callable[[], object], error: type[Exception], me
     refusal(make, message, error)
 
 
-# ------------------------------------------------------------------------------------------------------------- crops
-
-
 class Item(NamedTuple):
     image: Tensor
     label: Tensor | None

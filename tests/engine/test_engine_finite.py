@@ -39,49 +39,40 @@ class Others(torch.optim.Optimizer):
 
 
 o = torch.optim
+OF_TORCH: list[tuple[type[torch.optim.Optimizer], float, list[dict[str, Any]]]] = [
+    (o.Adadelta, 1.0, [{}, {"foreach": True, "weight_decay": 0.1}]),
+    (o.Adagrad, 0.1, [{"lr_decay": 0.1, "initial_accumulator_value": 0.5}, {"foreach": True, "maximize": True},
+                      {"fused": True, "initial_accumulator_value": 0.5}]),
+    (o.Adam, 0.1, [{}, {"amsgrad": True, "weight_decay": 0.1}, {"foreach": True, "maximize": True},
+                   {"fused": True, "amsgrad": True}, {"lr": torch.tensor(0.1), "foreach": False}]),
+    (o.AdamW, 0.1, [{}, {"amsgrad": True, "foreach": True}, {"fused": True}]),
+    (o.Adamax, 0.1, [{}, {"foreach": True}]),
+    (o.ASGD, 0.1, [{"t0": 1.0}, {"t0": 1.0, "foreach": True}]),
+    (o.NAdam, 0.1, [{}, {"foreach": True, "decoupled_weight_decay": True, "weight_decay": 0.1}]),
+    (o.RAdam, 0.1, [{}, {"foreach": True}]),
+    (o.RMSprop, 0.1, [{}, {"centered": True, "momentum": 0.9}, {"centered": True, "momentum": 0.9, "foreach": True}]),
+    (o.Rprop, 0.1, [{}, {"foreach": True}]),
+    (o.SGD, 0.1, [{}, {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
+                  {"momentum": 0.9, "nesterov": True, "foreach": True}, {"momentum": 0.9, "fused": True, "maximize": True},
+                  {"lr": torch.tensor(0.1), "momentum": 0.9, "foreach": False}]),
+    (o.Adafactor, 0.1, [{}, {"foreach": True}]),
+    (o.LBFGS, 0.1, [{"max_iter": 3, "history_size": 2}, {"max_iter": 3, "line_search_fn": "strong_wolfe"}]),
+    (o.SparseAdam, 0.1, [{}]),
+    *([(o.Muon, 0.1, [{}])] if hasattr(o, "Muon") else []),
+]  # fmt: skip
 OPTIMIZERS: dict[str, Build] = {
-    "Adadelta": lambda p: o.Adadelta(p, 1.0),
-    "Adadelta foreach": lambda p: o.Adadelta(p, 1.0, foreach=True, weight_decay=0.1),
-    "Adagrad": lambda p: o.Adagrad(p, 0.1, lr_decay=0.1, initial_accumulator_value=0.5),
-    "Adagrad foreach": lambda p: o.Adagrad(p, 0.1, foreach=True, maximize=True),
-    "Adagrad fused": lambda p: o.Adagrad(p, 0.1, fused=True, initial_accumulator_value=0.5),
-    "Adam": lambda p: o.Adam(p, 0.1),
-    "Adam amsgrad": lambda p: o.Adam(p, 0.1, amsgrad=True, weight_decay=0.1),
-    "Adam foreach": lambda p: o.Adam(p, 0.1, foreach=True, maximize=True),
-    "Adam fused": lambda p: o.Adam(p, 0.1, fused=True, amsgrad=True),
-    "Adam lr tensor": lambda p: o.Adam(p, torch.tensor(0.1), foreach=False),
-    "AdamW": lambda p: o.AdamW(p, 0.1),
-    "AdamW amsgrad foreach": lambda p: o.AdamW(p, 0.1, amsgrad=True, foreach=True),
-    "AdamW fused": lambda p: o.AdamW(p, 0.1, fused=True),
-    "Adamax": lambda p: o.Adamax(p, 0.1),
-    "Adamax foreach": lambda p: o.Adamax(p, 0.1, foreach=True),
-    "ASGD": lambda p: o.ASGD(p, 0.1, t0=1.0),
-    "ASGD foreach": lambda p: o.ASGD(p, 0.1, t0=1.0, foreach=True),
-    "NAdam": lambda p: o.NAdam(p, 0.1),
-    "NAdam foreach": lambda p: o.NAdam(p, 0.1, foreach=True, decoupled_weight_decay=True, weight_decay=0.1),
-    "RAdam": lambda p: o.RAdam(p, 0.1),
-    "RAdam foreach": lambda p: o.RAdam(p, 0.1, foreach=True),
-    "RMSprop": lambda p: o.RMSprop(p, 0.1),
-    "RMSprop centered": lambda p: o.RMSprop(p, 0.1, centered=True, momentum=0.9),
-    "RMSprop foreach": lambda p: o.RMSprop(p, 0.1, centered=True, momentum=0.9, foreach=True),
-    "Rprop": lambda p: o.Rprop(p, 0.1),
-    "Rprop foreach": lambda p: o.Rprop(p, 0.1, foreach=True),
-    "SGD": lambda p: o.SGD(p, 0.1),
-    "SGD momentum": lambda p: o.SGD(p, 0.1, momentum=0.9, dampening=0.5, weight_decay=0.1),
-    "SGD nesterov foreach": lambda p: o.SGD(p, 0.1, momentum=0.9, nesterov=True, foreach=True),
-    "SGD fused": lambda p: o.SGD(p, 0.1, momentum=0.9, fused=True, maximize=True),
-    "SGD lr tensor": lambda p: o.SGD(p, torch.tensor(0.1), momentum=0.9, foreach=False),
+    " ".join([kind.__name__, *map(str, options)]): lambda p, kind=kind, lr=lr, options=options: kind(
+        p, **{"lr": lr, **options}
+    )
+    for kind, lr, every in OF_TORCH
+    for options in every
+}
+OPTIMIZERS |= {
     "RepeatedSGD": lambda p: RepeatedSGD([*p, *p[:2]], 0.1, momentum=0.9, weight_decay=0.1),
     "groups": lambda p: o.Adam([{"params": p[:2], "lr": 0.01}, {"params": p[2:], "betas": (0.5, 0.9)}], 0.1),
-    "Adafactor": lambda p: o.Adafactor(p, 0.1),
-    "Adafactor foreach": lambda p: o.Adafactor(p, 0.1, foreach=True),
-    "LBFGS": lambda p: o.LBFGS(p, 0.1, max_iter=3, history_size=2),
-    "LBFGS line search": lambda p: o.LBFGS(p, 0.1, max_iter=3, line_search_fn="strong_wolfe"),
     "of others": Others,
-    "SparseAdam": lambda p: o.SparseAdam(p, 0.1),
 }
-if hasattr(o, "Muon"):
-    OPTIMIZERS["Muon"] = lambda p: o.Muon(p, 0.1)
+MOMENTUM = "SGD momentum dampening weight_decay"
 
 
 class Late(FiniteGuard):
@@ -294,7 +285,7 @@ def replace_the_teacher(parts: Parts) -> None:
 @EITHER
 @pytest.mark.parametrize("change", [add_a_layer, replace_the_parameters, replace_the_teacher])
 def test_guard__follows_what_is_added_or_replaced(change: Callable[[Parts], None], guard: type[FiniteGuard]) -> None:
-    parts = Parts("SGD momentum", guard)
+    parts = Parts(MOMENTUM, guard)
     parts.step(0)
     parts.state()  # settles the step
     change(parts)
@@ -315,7 +306,7 @@ def test_guard__finite_half_gradients_whose_norm_is_not_are_good() -> None:
     assert (weight == -60000.0).all()
 
 
-@pytest.mark.parametrize("name", ["SGD momentum", "SGD fused", "Adam"])
+@pytest.mark.parametrize("name", [MOMENTUM, "SGD momentum fused maximize", "Adam"])
 def test_guard__keeps_the_memory_format(name: str) -> None:
     plain, guarded = Parts(name, None), Parts(name)
     for parts in (plain, guarded):
@@ -327,7 +318,7 @@ def test_guard__keeps_the_memory_format(name: str) -> None:
 
 
 def test_guard__ends_training_after_so_many_bad_steps_and_good_ones_move_on() -> None:
-    parts = Parts("SGD momentum", skip=2)
+    parts = Parts(MOMENTUM, skip=2)
     parts.step(0)
     before = parts.state()
     parts.step(1, bad="image")
@@ -362,7 +353,7 @@ def test_guard__refuses() -> None:
 
 @pytest.mark.gpu
 def test_guard__on_a_gpu_without_waiting() -> None:
-    parts = Parts("SGD momentum", skip=0, device="cuda")
+    parts = Parts(MOMENTUM, skip=0, device="cuda")
     good = torch.rand(4, 3, 8, 8, device="cuda")
     parts.step(0, images=good)
     modules = nn.ModuleList([parts.student, parts.teacher.module, parts.align])

@@ -50,9 +50,7 @@ def test_whole_file__a_full_disk_is_named_with_the_space_needed_and_free(small_d
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_whole_file__a_disk_that_is_full_when_it_is_synchronised(
-    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_file__a_disk_full_at_the_end(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -105,9 +103,7 @@ def test_whole_file__survives_a_kill_of_its_writer(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"a.bin", f"a.bin.tmp.{process.pid}"}
 
 
-def test_whole_file__works_where_folders_cannot_be_synchronised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_file__folders_that_cannot_be_synchronised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.fsync
 
     def fsync(handle: int) -> None:
@@ -193,9 +189,7 @@ def test_lock__is_its_process_s_alone_and_not_that_of_forked_ones(tmp_path: Path
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_lock__a_file_system_without_locks_is_said_and_not_in_use(
-    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock__a_file_system_without_locks(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 

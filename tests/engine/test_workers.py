@@ -173,7 +173,7 @@ POOL = """
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_workers__go_on_through_a_signal_can_be_ended_and_end_with_their_parent(
+def test_workers__go_on_through_a_signal_and_end_with_their_parent(
     start: Callable[..., subprocess.Popen[str]], method: str, tmp_path: Path
 ) -> None:
     process = start(POOL, method)
