@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from crossmix import _checks
 from crossmix.datasets import StreetScenes
+from crossmix.datasets.__main__ import main
 from runs import changed
 
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds; torch waits as long for workers after an error
@@ -55,6 +56,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("no disk can be mounted here")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command of data sets prints when it ends with a code; its error, where it cannot begin."""
+
+    def run(code: int, *arguments: object) -> str:
+        assert main(list(map(str, arguments))) == code
+        printed = capsys.readouterr()
+        return printed.err if code == 2 else printed.out
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,11 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from checks import refusal
 from crossmix.datasets import GTA5, Sample, SegmentationFolder, StreetScenes, class_counts, statistics
-from crossmix.datasets.__main__ import main
 from crossmix.datasets.classes import CLASS_NAMES
 from oracles import save
 from runs import fork
+
+Command = Callable[..., str]
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def gta5(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
-def test_check__good_folders(gta5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+def test_check__good_folders(gta5: Path, tmp_path: Path, command: Command, workers: str) -> None:
     StreetScenes(3, domain="target").write(tmp_path / "c", layout="cityscapes", split="train")
     StreetScenes(2, domain="target", seed=1).write(tmp_path / "c", layout="cityscapes", split="val")
     for folder, texts in (
@@ -39,12 +40,11 @@ def test_check__good_folders(gta5: Path, tmp_path: Path, capsys: pytest.CaptureF
             "Cityscapes val, gtFine: 2 images (the whole data set has 500)",
         ]),
     ):  # fmt: skip
-        assert main(["check", str(folder), "--workers", workers]) == 0
-        out = capsys.readouterr().out
+        out = command(0, "check", folder, "--workers", workers)
         assert all(text in out for text in [*texts, "no problems"])
 
 
-def test_check__lists_every_bad_file(gta5: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check__lists_every_bad_file(gta5: Path, command: Command) -> None:
     images, labels = gta5 / "images", gta5 / "labels"
     (labels / "00001.png").unlink()
     (images / "00002.png").write_bytes((images / "00002.png").read_bytes()[:200])
@@ -52,8 +52,7 @@ def test_check__lists_every_bad_file(gta5: Path, capsys: pytest.CaptureFixture[s
     save(labels / "00003.png", np.zeros((64, 126), np.uint8))
     save(labels / "00004.png", np.where(np.arange(64 * 128).reshape(64, 128) % 3, 18, 7).astype(np.uint8))
     save(labels / "00009.png", np.full((64, 128), 77, np.uint8))
-    assert main(["check", str(gta5)]) == 1
-    lines = capsys.readouterr().out.splitlines()
+    lines = command(1, "check", gta5).splitlines()
     for name, text in (
         ("images/00001.png", "has no label map"),
         ("labels/00009.png", "has no image"),
@@ -68,50 +67,44 @@ def test_check__lists_every_bad_file(gta5: Path, capsys: pytest.CaptureFixture[s
     assert lines[-1] == "8 problems"
 
 
-def test_check__synthia_saved_from_high_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check__synthia_saved_from_high_bytes(tmp_path: Path, command: Command) -> None:
     for i in range(2):
         save(tmp_path / "RGB" / f"{i}.png", np.arange(96, dtype=np.uint8).reshape(4, 8, 3))
         save(tmp_path / "GT" / "LABELS" / f"{i}.png", np.zeros((4, 8, 3), np.uint8))
-    assert main(["check", str(tmp_path)]) == 1
-    out = capsys.readouterr().out
+    out = command(1, "check", tmp_path)
     assert "SYNTHIA: 2 images (the whole data set has 9400)" in out
     assert out.count("like files saved from the high bytes") == 2
 
 
-def test_check__your_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check__your_own(tmp_path: Path, command: Command) -> None:
     save(tmp_path / "1_img.png", np.arange(96, dtype=np.uint8).reshape(4, 8, 3))
     save(tmp_path / "1_ids.png", np.full((4, 8), 5, np.uint8))
     mapping = tmp_path / "mapping.json"
     mapping.write_text('{"5": 0}', encoding="utf-8")
     patterns = ["--images", str(tmp_path / "*_img.png"), "--labels", str(tmp_path / "*_ids.png")]
-    assert main(["check", *patterns, "--mapping", str(mapping)]) == 0
+    command(0, "check", *patterns, "--mapping", mapping)
     mapping.write_text('{"4": 0}', encoding="utf-8")
-    assert main(["check", *patterns, "--mapping", str(mapping)]) == 1
-    out = capsys.readouterr().out
+    out = command(1, "check", *patterns, "--mapping", mapping)
     assert "holds [5], which the mapping does not list" in out
     assert out.splitlines()[-1] == "1 problem"
     for text in ("[1]", '{"5": 300}', "{", '{"a": 1}'):
         mapping.write_text(text, encoding="utf-8")
-        assert main(["check", *patterns, "--mapping", str(mapping)]) == 2
-        assert "mapping.json" in capsys.readouterr().err
-    assert main(["check", "--labels", str(tmp_path / "*_nothing.png")]) == 2
+        assert "mapping.json" in command(2, "check", *patterns, "--mapping", mapping)
+    command(2, "check", "--labels", tmp_path / "*_nothing.png")
 
 
-def test_command__nothing_to_look_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", str(tmp_path)]) == 2
-    assert "is not laid out as GTA5 (images, labels), SYNTHIA" in capsys.readouterr().err
-    assert main(["stats", str(tmp_path / "none")]) == 2
-    assert "no such folder" in capsys.readouterr().err
+def test_command__nothing_to_look_at(tmp_path: Path, command: Command) -> None:
+    assert "is not laid out as GTA5 (images, labels), SYNTHIA" in command(2, "check", tmp_path)
+    assert "no such folder" in command(2, "stats", tmp_path / "none")
     for arguments in (["check"], ["check", str(tmp_path), "--images", "x"]):
         with pytest.raises(SystemExit):
-            main(arguments)
+            command(2, *arguments)
 
 
 def test_stats__prints_shares_and_keeps_the_counts(
-    gta5: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    gta5: Path, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["stats", str(gta5)]) == 0
-    first = capsys.readouterr().out
+    first = command(0, "stats", gta5)
     data = GTA5(gta5)
     labels = torch.cat([data[i].label.flatten() for i in range(4)])
     for value, name in enumerate(CLASS_NAMES):
@@ -120,8 +113,7 @@ def test_stats__prints_shares_and_keeps_the_counts(
         maps = sum(bool((data[i].label == value).any()) for i in range(4))
         row = next(line.split() for line in first.splitlines() if line.strip().startswith(name))
         assert row[len(name.split()) :] == [str(count), share, str(maps)]
-    assert main(["stats", str(gta5)]) == 0
-    assert capsys.readouterr().out == first
+    assert command(0, "stats", gta5) == first
     assert len((gta5 / "crossmix-stats.jsonl").read_text("utf-8").splitlines()) == 4
     monkeypatch.setattr(sys, "argv", ["datasets", "stats", str(gta5)])
     monkeypatch.delitem(sys.modules, "crossmix.datasets.__main__")  # to be run again, as `python -m` does
@@ -237,12 +229,10 @@ def test_class_counts__refuses(gta5: Path, tmp_path: Path) -> None:
     refusal(lambda: class_counts(data), r"00001\.png: cannot be read")
 
 
-def test_check__real_folders(test_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", str(test_data / "gta5")]) == 1
-    out = capsys.readouterr().out
+def test_check__real_folders(test_data: Path, command: Command) -> None:
+    out = command(1, "check", test_data / "gta5")
     assert "has 1 images and no label maps" in out
     assert out.count("looks like train ids") == 4
-    assert main(["check", str(test_data / "cityscapes")]) == 1
-    out = capsys.readouterr().out
+    out = command(1, "check", test_data / "cityscapes")
     assert "Cityscapes train, gtFine: 8 images (the whole data set has 2975), 8 label maps of label ids, 8 pairs" in out
     assert out.splitlines()[-1] == "15 problems"  # label maps of val without images

@@ -25,8 +25,9 @@ from crossmix.datasets import (
     read_image,
 )
 from crossmix.datasets import _images as images
-from crossmix.datasets.__main__ import main
 from oracles import seeded
+
+Command = Callable[..., str]
 
 
 def picture(height: int = 12, width: int = 20, seed: int = 0) -> np.ndarray:
@@ -209,7 +210,7 @@ def test_readers__say_what_was_left_out(tmp_path: Path, reader: str) -> None:
     refusal(lambda: read(tmp_path), r"b has no label map \(left out, being neither PNG nor JPEG: 1 \.bmp")
 
 
-def test_check__names_images_of_other_types(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check__names_images_of_other_types(tmp_path: Path, command: Command) -> None:
     ids = np.arange(240, dtype=np.uint8).reshape(12, 20) % 34
     for name in ("1.png", "2.PNG"):
         png(tmp_path / "images" / name)
@@ -218,18 +219,16 @@ def test_check__names_images_of_other_types(tmp_path: Path, capsys: pytest.Captu
     png(tmp_path / "labels" / "3.png", ids)
     put(tmp_path / "images" / "._1.png", b"macOS")
     put(tmp_path / "labels" / "notes.txt", b"text")
-    assert main(["check", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
+    out = command(0, "check", tmp_path)
     assert "GTA5: 3 images (the whole data set has 24966), 3 label maps of label ids, 3 pairs" in out
     assert "(other files, ignored: 1 .txt)" in out
     tif, empty = put(tmp_path / "images" / "4.TIF", encoded(picture(), "tiff")), put(tmp_path / "images" / "5.jpg", b"")
     png(tmp_path / "labels" / "5.png", ids)
-    assert main(["check", str(tmp_path)]) == 1
-    out = capsys.readouterr().out
+    out = command(1, "check", tmp_path)
     assert f"{tif}: is left out, being neither PNG nor JPEG; convert it" in out
     assert f"{empty}: is empty; " in out
-    assert main(["stats", str(tmp_path)]) == 0
-    assert "GTA5: 4 label maps" in (out := capsys.readouterr().out)
+    out = command(0, "stats", tmp_path)
+    assert "GTA5: 4 label maps" in out
     assert "left out, being neither PNG nor JPEG: 1 .tif, 1 .txt" in out
 
 

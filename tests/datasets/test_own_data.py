@@ -26,9 +26,10 @@ from crossmix.datasets import (
     class_counts,
     read_classes,
 )
-from crossmix.datasets.__main__ import main
 from crossmix.engine import KeyedCrops
 from oracles import picture, save, seeded
+
+Command = Callable[..., str]
 
 
 def ids(height: int = 12, width: int = 20, seed: int = 0, classes: int = 5) -> np.ndarray:
@@ -165,15 +166,14 @@ def test_root__above_images_and_labels_is_said(tmp_path: Path, images: str, labe
     refusal(lambda: SegmentationFolder(tmp_path), re.escape(instead.format(root=tmp_path)))
 
 
-def test_root__above_is_said_of_official_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_root__above_is_said_of_official_ones(tmp_path: Path, command: Command) -> None:
     StreetScenes(1).write(tmp_path / "g" / "unpacked", layout="gta5")
     StreetScenes(1).write(tmp_path / "c" / "unpacked", layout="cityscapes")
     classes = ["--classes", str(put_classes(tmp_path))]
     for folder, read, options in (("g", GTA5, []), ("c", Cityscapes, []), ("g", GTA5, classes)):
         said = f"did you mean {tmp_path / folder}/unpacked?"
         refusal(partial(read, tmp_path / folder), re.escape(said))
-        assert main(["check", str(tmp_path / folder), *options]) == 2
-        assert said in capsys.readouterr().err
+        assert said in command(2, "check", tmp_path / folder, *options)
 
 
 def test_folders__one_for_both_is_refused(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ COLORS = [(128, 64, 128), (0, 0, 142), (1, 2, 3), (9, 9, 9), (0, 0, 0)]
 
 
 @pytest.mark.parametrize("form", [*MAPPINGS, "colours", "hex"])
-def test_command__classes_of_your_own(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command__classes_of_your_own(tmp_path: Path, form: str, command: Command) -> None:
     pairs(tmp_path)
     content = MAPPINGS.get(form, MAPPINGS["ids"])
     if form in {"colours", "hex"}:
@@ -321,20 +321,18 @@ def test_command__classes_of_your_own(tmp_path: Path, form: str, capsys: pytest.
     want = table[np.stack([ids(seed=i) for i in range(3)])]
     data = SegmentationFolder(tmp_path, None, mapping, num_classes=len(names))
     assert np.array_equal(np.stack([sample.label for sample in data]), want)
-    ways = ([str(tmp_path)], ["--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels")])
+    ways = ([tmp_path], ["--images", tmp_path / "images", "--labels", tmp_path / "labels"])
     for i, way in enumerate(ways):
-        assert main(["check", *way, "--classes", str(classes)]) == 0
-        assert "your own: 3 images, 3 label maps of mapped ids, 3 pairs" in capsys.readouterr().out
-        assert main(["stats", *way, "--classes", str(classes), "--out", str(tmp_path / f"{i}.jsonl")]) == 0
-        out = capsys.readouterr().out
+        assert "your own: 3 images, 3 label maps of mapped ids, 3 pairs" in command(
+            0, "check", *way, "--classes", classes
+        )
+        out = command(0, "stats", *way, "--classes", classes, "--out", tmp_path / f"{i}.jsonl")
         for value, name in enumerate(names):
             row = next(line.split() for line in out.splitlines() if line.split()[0] == name)
             assert row[1] == str(int((want == value).sum()))
     save(tmp_path / "labels" / "b.png", ids(classes=6) if form in MAPPINGS else picture())
-    assert main(["check", str(tmp_path), "--classes", str(classes)]) == 1
-    assert capsys.readouterr().out.count("labels/b.png: holds [") == 1
-    assert main(["stats", str(tmp_path), "--classes", str(classes)]) == 2
-    assert "labels/b.png: holds [" in capsys.readouterr().err
+    assert command(1, "check", tmp_path, "--classes", classes).count("labels/b.png: holds [") == 1
+    assert "labels/b.png: holds [" in command(2, "stats", tmp_path, "--classes", classes)
 
 
 @pytest.mark.parametrize(
@@ -354,21 +352,19 @@ def test_class_files__that_are_none(tmp_path: Path, text: str) -> None:
     refusal(lambda: read_classes(tmp_path / "none.json"), r"none\.json: cannot be read")
 
 
-def test_command__unlabelled_images_of_your_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command__unlabelled_images_of_your_own(tmp_path: Path, command: Command) -> None:
     save(tmp_path / "grey.png", ids(classes=200))
     save(tmp_path / "b.jpg", picture())
-    assert main(["check", "--images", str(tmp_path)]) == 0
-    assert "your own: 2 images, 0 label maps" in capsys.readouterr().out
+    assert "your own: 2 images, 0 label maps" in command(0, "check", "--images", tmp_path)
     (tmp_path / "sub").mkdir()
-    assert main(["check", "--images", str(tmp_path / "sub")]) == 2
+    command(2, "check", "--images", tmp_path / "sub")
     (tmp_path / "sub" / "a.tif").write_bytes(b"II*\0")
-    assert main(["check", "--images", str(tmp_path / "sub")]) == 2
-    assert "left out, being neither PNG nor JPEG: 1 .tif" in capsys.readouterr().err
+    assert "left out, being neither PNG nor JPEG: 1 .tif" in command(2, "check", "--images", tmp_path / "sub")
 
 
 @pytest.mark.parametrize("missing", ["images", "labels"])
 @pytest.mark.parametrize("form", ["root", "folders", "patterns"])
-def test_command__none_of_a_kind(tmp_path: Path, missing: str, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command__none_of_a_kind(tmp_path: Path, missing: str, form: str, command: Command) -> None:
     for kind, pixels in (("images", picture()), ("labels", ids())):
         if kind != missing:
             save(tmp_path / kind / "a.png", pixels)
@@ -379,8 +375,9 @@ def test_command__none_of_a_kind(tmp_path: Path, missing: str, form: str, capsys
         "folders": ["--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels")],
         "patterns": ["--images", str(tmp_path / "images" / "*.png"), "--labels", str(tmp_path / "labels" / "*.png")],
     }[form]
-    assert main(["check", *arguments, "--classes", str(classes)]) == 2
-    assert f"has no {'images' if missing == 'images' else 'label maps'}, PNG or JPEG" in capsys.readouterr().err
+    assert f"has no {'images' if missing == 'images' else 'label maps'}, PNG or JPEG" in command(
+        2, "check", *arguments, "--classes", classes
+    )
 
 
 def put_classes(folder: Path) -> Path:
@@ -388,7 +385,7 @@ def put_classes(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_sizes__of_turned_images(tmp_path: Path, orientation: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sizes__of_turned_images(tmp_path: Path, orientation: int, command: Command) -> None:
     save(tmp_path / "labels" / "a.png", ids()[:5])
     (tmp_path / "images").mkdir()
     exif = Image.Exif()
@@ -396,27 +393,26 @@ def test_sizes__of_turned_images(tmp_path: Path, orientation: int, capsys: pytes
     width = 7 if orientation == 1 else ids().shape[1]
     Image.new("RGB", (width, 5)).save(tmp_path / "images" / "a.jpg", exif=exif)
     said = refusal(lambda: SegmentationFolder(tmp_path)[0], "its image")
-    main(["check", str(tmp_path), "--classes", str(put_classes(tmp_path))])
-    for text in (said, capsys.readouterr().out):
+    for text in (said, command(1, "check", tmp_path, "--classes", put_classes(tmp_path))):
         assert ("EXIF" in text) == (orientation == 6)
         assert ("pass `size=`" in text) == (orientation == 1)
 
 
-def test_command__finds_images_smaller_than_the_crop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command__finds_images_smaller_than_the_crop(tmp_path: Path, command: Command) -> None:
     StreetScenes(3).write(tmp_path, layout="gta5")
     for folder in ("images", "labels"):
         with Image.open(tmp_path / folder / "00002.png") as opened:
             small = opened.crop((0, 0, 100, 50))
         small.save(tmp_path / folder / "00002.png")
-    assert main(["check", str(tmp_path)]) == 0
-    assert main(["check", str(tmp_path), "--crop", "50x100"]) == 0
-    assert main(["check", str(tmp_path), "--crop", "64x64"]) == 1
-    assert f"{tmp_path}/images/00002.png: is 50 x 100, smaller than the crop 64 x 64" in capsys.readouterr().out
-    assert main(["check", str(tmp_path), "--crop", "200"]) == 1
-    assert capsys.readouterr().out.count("smaller than the crop 200 x 200") == 3
+    command(0, "check", tmp_path)
+    command(0, "check", tmp_path, "--crop", "50x100")
+    assert f"{tmp_path}/images/00002.png: is 50 x 100, smaller than the crop 64 x 64" in command(
+        1, "check", tmp_path, "--crop", "64x64"
+    )
+    assert command(1, "check", tmp_path, "--crop", "200").count("smaller than the crop 200 x 200") == 3
     for wrong in (["--crop", "0x64"], ["--crop", "x"], ["--workers", "-1"]):
         with pytest.raises(SystemExit):
-            main(["check", str(tmp_path), *wrong])
+            command(2, "check", tmp_path, *wrong)
 
 
 NAMES = ["gta5", "synthia", "cityscapes", "folder", "street scenes", "cached"]
@@ -558,8 +554,9 @@ INTS = r"`mapping` must go from ints or \(R, G, B\) to ints"
         (lambda: folder(unlisted="skip"), ValueError, "`unlisted` must be one of"),
         (lambda: SegmentationFolder(None), ValueError, "must not both be False"),
         (lambda: KeyedCrops(StreetScenes(1), (8, 8), seed=-1, stream=0), ValueError, "non-negative"),
+        (lambda: KeyedCrops([], (8, 8), seed=0, stream=0), ValueError, "must not be empty"),
     ],
-    ids=range(24),
+    ids=range(25),
 )
 def test_arguments__that_are_wrong(make: Callable[[], object], error: type[Exception], message: str) -> None:
     refusal(make, message, error)

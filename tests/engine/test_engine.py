@@ -101,16 +101,6 @@ def test_keyed_crops__without_label_gives_ignored_pixels() -> None:
     assert torch.equal(label, torch.full((2, 3), 255, dtype=torch.uint8))
 
 
-def test_keyed_crops__refuses_what_cannot_be_cropped() -> None:
-    for samples, size, message in (
-        ([], (2, 2), "must not be empty"),
-        (items(1), (0, 2), "must be positive"),
-        (items(1), (7, 2), "item0: the image is 6 x 9, smaller than the crop of 7 x 2"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            KeyedCrops(samples, size, seed=0, stream=0)[0]
-
-
 class Broken(list[Item]):
     """Samples of which some cannot be read."""
 

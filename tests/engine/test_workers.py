@@ -65,17 +65,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def run(script: str, *arguments: str, slow: str = "") -> subprocess.Popen[str]:
         path = tmp_path / "script.py"
         path.write_text(textwrap.dedent(script))
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(path), "trainer", *arguments, str(tmp_path)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-                env={**os.environ, "SLOW": slow},
-            )
-        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        command = [sys.executable, str(path), "trainer", *arguments, str(tmp_path)]
+        environment = {**os.environ, "SLOW": slow}
+        processes.append(subprocess.Popen(command, **pipes, text=True, start_new_session=True, env=environment))
         return processes[-1]
 
     yield run

@@ -72,14 +72,7 @@ def test_resnet101__feature_sizes(bare: nn.Module, size: tuple[int, int], featur
     assert bare(images).shape == (1, 19, *size)
 
 
-def test_resnet101__strides_dilations_and_frozen_norms(network: nn.Module) -> None:
-    for stage, (stride, dilation) in enumerate(((1, 1), (2, 1), (1, 2), (1, 4)), start=1):
-        for i, block in enumerate(network.get_submodule(f"layer{stage}")):
-            assert block.conv1.stride == ((stride, stride) if i == 0 else (1, 1))  # caffe: on the first 1x1
-            assert block.conv2.stride == (1, 1)
-            assert block.conv2.dilation == block.conv2.padding == (dilation, dilation)
-    assert network.maxpool.ceil_mode
-    assert [conv.dilation[0] for conv in network.layer5.conv2d_list] == [6, 12, 18, 24]
+def test_resnet101__initial_values_and_frozen_norms(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert not module.weight.requires_grad

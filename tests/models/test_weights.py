@@ -151,7 +151,7 @@ def test_load__every_tensor_from_wherever_in_the_file(place: str, tmp_path: Path
     make, entry = PLACES[place]
     student, teacher = snapshot(tiny(1)), snapshot(tiny(2))
     contents = make(student, teacher)
-    for legacy in (False, True):
+    for legacy in (False, True) if place in {"plain", "released", "a training module"} else (False,):
         path, model = saved(contents, tmp_path / "x.pth", legacy=legacy), tiny(3)
         assert load_weights(model, path, entry=entry) == LoadReport(tuple(student), (), (), ())
         assert_equal(model, student)
