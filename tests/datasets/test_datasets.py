@@ -468,7 +468,7 @@ def test_real_gta5_labels__are_train_ids_and_refused(test_data: Path, tmp_path: 
 @pytest.mark.parametrize("domain", ["source", "target"])
 def test_street_scenes__are_pure_functions_of_their_index(domain: str) -> None:
     scenes = StreetScenes(30, domain=domain, seed=4)
-    forward = [scenes[i] for i in range(30)]
+    forward = list(scenes)
     for i in reversed(range(30)):
         again = StreetScenes(50, domain=domain, seed=4)[i]
         assert torch.equal(again.image, forward[i].image)
@@ -479,13 +479,12 @@ def test_street_scenes__are_pure_functions_of_their_index(domain: str) -> None:
     assert set(seen.unique().tolist()) == {*range(19), 255}
 
 
-@pytest.mark.parametrize("size", [(16, 16), (32, 64), (96, 160), (128, 256), (33, 57)])
+@pytest.mark.parametrize("size", [(16, 16), (33, 57), (96, 160)])
 def test_street_scenes__any_size_and_a_street_each_time(size: tuple[int, int]) -> None:
     for domain in ("source", "target"):
         scenes = StreetScenes(20, domain=domain, size=size)
         ground, sky = torch.zeros(size), torch.zeros(size)
-        for i in range(20):
-            scene = scenes[i]
+        for scene in scenes:
             assert scene.image.shape == (3, *size)
             assert scene.image.dtype == scene.label.dtype == torch.uint8
             ground += scene.label == 0

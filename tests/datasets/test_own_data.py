@@ -323,9 +323,8 @@ def test_command__classes_of_your_own(tmp_path: Path, form: str, command: Comman
     assert np.array_equal(np.stack([sample.label for sample in data]), want)
     ways = ([tmp_path], ["--images", tmp_path / "images", "--labels", tmp_path / "labels"])
     for i, way in enumerate(ways):
-        assert "your own: 3 images, 3 label maps of mapped ids, 3 pairs" in command(
-            0, "check", *way, "--classes", classes
-        )
+        out = command(0, "check", *way, "--classes", classes)
+        assert "your own: 3 images, 3 label maps of mapped ids, 3 pairs" in out
         out = command(0, "stats", *way, "--classes", classes, "--out", tmp_path / f"{i}.jsonl")
         for value, name in enumerate(names):
             row = next(line.split() for line in out.splitlines() if line.split()[0] == name)
@@ -371,13 +370,12 @@ def test_command__none_of_a_kind(tmp_path: Path, missing: str, form: str, comman
     (tmp_path / missing).mkdir()
     classes = put_classes(tmp_path)
     arguments = {
-        "root": [str(tmp_path)],
-        "folders": ["--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels")],
-        "patterns": ["--images", str(tmp_path / "images" / "*.png"), "--labels", str(tmp_path / "labels" / "*.png")],
+        "root": [tmp_path],
+        "folders": ["--images", tmp_path / "images", "--labels", tmp_path / "labels"],
+        "patterns": ["--images", tmp_path / "images" / "*.png", "--labels", tmp_path / "labels" / "*.png"],
     }[form]
-    assert f"has no {'images' if missing == 'images' else 'label maps'}, PNG or JPEG" in command(
-        2, "check", *arguments, "--classes", classes
-    )
+    kind = "images" if missing == "images" else "label maps"
+    assert f"has no {kind}, PNG or JPEG" in command(2, "check", *arguments, "--classes", classes)
 
 
 def put_classes(folder: Path) -> Path:
@@ -406,9 +404,8 @@ def test_command__finds_images_smaller_than_the_crop(tmp_path: Path, command: Co
         small.save(tmp_path / folder / "00002.png")
     command(0, "check", tmp_path)
     command(0, "check", tmp_path, "--crop", "50x100")
-    assert f"{tmp_path}/images/00002.png: is 50 x 100, smaller than the crop 64 x 64" in command(
-        1, "check", tmp_path, "--crop", "64x64"
-    )
+    small = f"{tmp_path}/images/00002.png: is 50 x 100, smaller than the crop 64 x 64"
+    assert small in command(1, "check", tmp_path, "--crop", "64x64")
     assert command(1, "check", tmp_path, "--crop", "200").count("smaller than the crop 200 x 200") == 3
     for wrong in (["--crop", "0x64"], ["--crop", "x"], ["--workers", "-1"]):
         with pytest.raises(SystemExit):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from checks import refusal
-from crossmix.datasets import GTA5, RareClassSampler, StreetScenes, class_counts
+from crossmix.datasets import GTA5, RareClassSampler, Sample, StreetScenes, class_counts
 from crossmix.engine import KeyedCrops, keyed_generator, resident
 from crossmix.engine.sampling import _with_enough
 from oracles import seeded
@@ -198,24 +198,18 @@ def test_sampler__refuses(make: Callable[[], object], error: type[Exception], me
     refusal(make, message, error)
 
 
-class Item(NamedTuple):
-    image: Tensor
-    label: Tensor | None
-    name: str
-
-
-def scene(i: int, *, patch: int = 0) -> Item:
+def scene(i: int, *, patch: int = 0) -> Sample:
     """Road, with a patch of class 1 in one corner of some, whose image says where each pixel is."""
     rows, columns = torch.meshgrid(torch.arange(40), torch.arange(60), indexing="ij")
     label = torch.zeros(40, 60, dtype=torch.uint8)
     label[40 - patch :, 60 - patch :] = 1
-    return Item(torch.stack([torch.full_like(rows, i), rows, columns]).to(torch.uint8), label, f"s{i}")
+    return Sample(torch.stack([torch.full_like(rows, i), rows, columns]).to(torch.uint8), label, f"s{i}")
 
 
 SCENES = [scene(0), scene(1, patch=6), scene(2), scene(3), scene(4, patch=8), scene(5)]
 
 
-def rare(samples: list[Item] = SCENES, **options: Any) -> RareClassSampler:
+def rare(samples: list[Sample] = SCENES, **options: Any) -> RareClassSampler:
     return RareClassSampler(class_counts(samples), **{"temperature": 0.01, "min_pixels": 30, **options})
 
 
@@ -318,8 +312,8 @@ def test_crops__padded_ones_are_looked_at_too() -> None:
 
 
 def test_crops__a_broken_sample_gives_way_to_one_of_an_ordinary_pass() -> None:
-    class Broken(list[Item]):
-        def __getitem__(self, index: int) -> Item:  # type: ignore[override]
+    class Broken(list[Sample]):
+        def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
             if index in {1, 4}:
                 raise ValueError(f"file{index}.png: is cut off.")
             return super().__getitem__(index)
@@ -335,7 +329,7 @@ def test_crops__a_broken_sample_gives_way_to_one_of_an_ordinary_pass() -> None:
 
 
 def test_crops__refuse_what_does_not_belong_to_the_samples() -> None:
-    def crops(samples: list[Item], sampler: Any) -> KeyedCrops:
+    def crops(samples: list[Sample], sampler: Any) -> KeyedCrops:
         return KeyedCrops(samples, (8, 8), seed=0, stream=0, rare=sampler)
 
     fewer = "counts of 6 images, but there are 5 samples; count these"

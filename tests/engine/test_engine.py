@@ -7,7 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,21 +17,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from checks import refusal
+from crossmix.datasets import Sample
 from crossmix.engine import CheckpointError, CheckpointStore, KeyedCrops, RunLog, keyed_generator, resident
 from runs import fork
 
 
-class Item(NamedTuple):
-    image: Tensor
-    label: Tensor | None
-    name: str
-
-
-def items(n: int, height: int = 6, width: int = 9) -> list[Item]:
+def items(n: int, height: int = 6, width: int = 9) -> list[Sample]:
     """Images whose pixels say which image, row and column they are."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return [
-        Item(
+        Sample(
             torch.stack([torch.full_like(rows, i), rows, columns]).to(torch.uint8),
             (rows * width + columns).to(torch.uint8),
             f"item{i}",
@@ -101,12 +96,12 @@ def test_keyed_crops__without_label_gives_ignored_pixels() -> None:
     assert torch.equal(label, torch.full((2, 3), 255, dtype=torch.uint8))
 
 
-class Broken(list[Item]):
+class Broken(list[Sample]):
     """Samples of which some cannot be read."""
 
     bad: tuple[int, ...] = ()
 
-    def __getitem__(self, index: int) -> Item:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         if index in self.bad:
             raise ValueError(f"file{index}.png: is cut off.")
         return super().__getitem__(index)
@@ -116,7 +111,7 @@ def test_keyed_crops__broken_samples_are_errors_or_left_out_up_to_a_cap(caplog: 
     samples = Broken(items(6))
     samples.bad = (1, 4)
 
-    def crops(of: list[Item] = samples, skip: int = 0) -> KeyedCrops:
+    def crops(of: list[Sample] = samples, skip: int = 0) -> KeyedCrops:
         return KeyedCrops(of, (2, 2), seed=0, stream=0, skip=skip)
 
     def read_all(made: KeyedCrops) -> list[tuple[Tensor, Tensor]]:
