@@ -614,23 +614,3 @@ def test_crops__draws_are_whole_numbers_from_0() -> None:
     refusal(lambda: crops[-1], "numbered from 0, got -1", IndexError)
     for draw in (slice(2), 1.0, None):
         refusal(partial(crops.__getitem__, draw), "cannot be interpreted as an integer", TypeError)
-
-
-def test_real_images__as_jpeg(test_data: Path, tmp_path: Path) -> None:
-    """CamVid, saved again as photographs are, with links to its own label maps."""
-    day = test_data / "camvid" / "day"
-    paths = sorted((day / "images").glob("*.png"))[:4]
-    (tmp_path / "images").mkdir()
-    for path in paths:
-        with Image.open(path) as opened:
-            opened.convert("RGB").save(tmp_path / "images" / f"{path.stem}.JPG", quality=95)
-    (tmp_path / "labels").symlink_to(day / "labels")
-    data = SegmentationFolder(tmp_path, num_classes=12)
-    for i, path in enumerate(paths):
-        with Image.open(path) as opened:
-            original = np.asarray(opened.convert("RGB")).astype(int)
-        assert np.abs(data[i].image.permute(1, 2, 0).numpy() - original).mean() < 3
-        with Image.open(day / "labels" / path.name) as opened:
-            assert np.array_equal(data[i].label, np.asarray(opened))
-    eleven = SegmentationFolder(tmp_path, num_classes=11)
-    refusal(lambda: [eleven[i] for i in range(4)], r"holds \[11\], but 11 classes have the ids 0\.\.10")

@@ -5,7 +5,6 @@ import pickle
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from checks import refusal
-from crossmix.datasets import GTA5, RareClassSampler, Sample, StreetScenes, class_counts
+from crossmix.datasets import RareClassSampler, Sample, class_counts
 from crossmix.engine import KeyedCrops, keyed_generator, resident
 from crossmix.engine.sampling import _with_enough
 from oracles import seeded
@@ -150,18 +149,6 @@ def test_counts__of_any_kind_and_with_ignored_pixels() -> None:
     dropped = torch.tensor(COUNTS)
     dropped[:, 1] = 0
     assert RareClassSampler(dropped).probabilities[1] == 0
-
-
-def test_counts__of_a_data_set(tmp_path: Path) -> None:
-    """The rarest class that some image has enough of is the likeliest."""
-    StreetScenes(6).write(tmp_path, layout="gta5")
-    counts = class_counts(GTA5(tmp_path))
-    sampler = RareClassSampler(counts, min_pixels=20)
-    assert sampler.probabilities.shape == (256,)
-    pixels = counts[:, :255].sum(0).where((counts[:, :255] >= 20).any(0), 10**9)
-    assert sampler.probabilities.argmax() == pixels.argmin()
-    for image in sampler:
-        assert 0 <= image < 6
 
 
 BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
