@@ -372,6 +372,8 @@ def test_arguments(written: Path, folder: Path) -> None:
     assert not folder.exists()
     wrong = r"00001: expected uint8 .*, got \(3, 60, 100\) torch\.float32, \(60, 100\)"
     refusal(lambda: build(Floats(written), folder), wrong)
+    (file := folder.with_name("file.bin")).touch()
+    refusal(lambda: build(gta5, file), r"file\.bin: cannot be listed \(Not a directory\)")
 
 
 def flip(path: Path, position: int, bits: int = 1) -> None:
@@ -518,11 +520,6 @@ def test_foreign__a_folder_that_holds_anything_else_is_left_alone(samples: GTA5,
     (folder / name).write_text("mine")
     refusal(lambda: build(samples, folder), rf"cache: holds '{name}', which is not part of this cache; use")
     assert contents(folder) == {name: b"mine"}
-
-
-def test_foreign__a_file_where_the_folder_should_be(samples: GTA5, folder: Path) -> None:
-    folder.write_text("")
-    refusal(lambda: build(samples, folder), r"cache: cannot be listed \(Not a directory\)")
 
 
 def test_read_only__a_complete_cache_serves(samples: GTA5, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
