@@ -180,6 +180,12 @@ def save(path: Path, array: np.ndarray) -> Path:
     return path
 
 
+def flipped(data: bytes, place: int | None = None, bits: int = 1) -> bytes:
+    """Some bits of a byte another way, in the middle by default."""
+    place = len(data) // 2 if place is None else place
+    return data[:place] + bytes([data[place] ^ bits]) + data[place + 1 :]
+
+
 def png_file(path: Path, size: tuple[int, int], bits: int, color: int, lines: bytes) -> Path:
     """A PNG, written from the specification; each line begins with its filter."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ from crossmix.datasets import (
     write_png,
 )
 from crossmix.engine import FolderLock, KeyedCrops
+from oracles import flipped
 from runs import fork
 
 SIZE = (48, 80)
@@ -378,9 +379,8 @@ def test_arguments(written: Path, folder: Path) -> None:
 
 def flip(path: Path, position: int, bits: int = 1) -> None:
     """Change one byte and nothing that the file system tells of the file."""
-    stat, data = path.stat(), bytearray(path.read_bytes())
-    data[position] ^= bits
-    path.write_bytes(data)
+    stat = path.stat()
+    path.write_bytes(flipped(path.read_bytes(), position, bits))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 

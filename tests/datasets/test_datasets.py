@@ -19,7 +19,7 @@ from crossmix.datasets import GTA5, Cityscapes, DataError, Sample, SegmentationF
 from crossmix.datasets._png import read_png
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES, CLASSES_13, CLASSES_16, PALETTE, label_ids, train_ids
 from crossmix.engine import KeyedCrops
-from oracles import deep_png, picture, png_file, save, seeded
+from oracles import deep_png, flipped, picture, png_file, save, seeded
 
 LABEL_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
              28: 15, 31: 16, 32: 17, 33: 18}  # fmt: skip
@@ -151,7 +151,7 @@ def test_write_png__round_trip(tmp_path: Path) -> None:
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda data: data[: len(data) // 2],
     "cut before the end": lambda data: data[:-8],
-    "flipped": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 255]) + data[len(data) // 2 + 1 :],
+    "flipped": lambda data: flipped(data, bits=255),
     "empty": lambda data: b"",
     "html": lambda data: b"<html>not found</html>" * 10,
     "bomb": lambda data: data[:16] + struct.pack(">II", 20_000, 20_000) + data[24:],

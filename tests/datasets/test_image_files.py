@@ -77,7 +77,7 @@ def test_listing__by_ending_in_any_case_or_by_content(tmp_path: Path) -> None:
     put(tmp_path / "empty.png", b"")  # counts, so that reading it is an error, and nothing is passed over
     for name, content in (("x.tif", data["tiff"]), ("y.txt", b"text"), ("z", b""), ("w.bmp", data["tiff"])):
         put(tmp_path / name, content)
-    for name in (
+    hidden = (
         "._a.png",
         ".h.png",
         ".x/a.png",
@@ -86,8 +86,9 @@ def test_listing__by_ending_in_any_case_or_by_content(tmp_path: Path) -> None:
         "Thumbs.db",
         "desktop.ini",
         ".DS_Store",
-    ):
-        put(tmp_path / name, data["png"])  # hidden, or of systems
+    )
+    for name in hidden:
+        put(tmp_path / name, data["png"])
     found = image_files(tmp_path)
     assert [path.name for path in found.files] == [
         "a.png", "b.PNG", "c.Jpg", "d.JPEG", "e", "empty.png", "f.dat", "frame.0001", "g.png", "h.jpg",

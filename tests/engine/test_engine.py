@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from checks import refusal
 from crossmix.datasets import Sample
 from crossmix.engine import CheckpointError, CheckpointStore, KeyedCrops, RunLog, keyed_generator, resident
+from oracles import flipped
 from runs import fork
 
 
@@ -193,9 +194,7 @@ def other_hash(path: Path, text: bytes) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path, bytes], object]] = {
-    "flip": lambda path, data: path.write_bytes(
-        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
-    ),
+    "flip": lambda path, data: path.write_bytes(flipped(data)),
     "truncate": lambda path, data: path.write_bytes(data[:-10]),
     "empty": lambda path, data: path.write_bytes(b""),
     "other hash": lambda path, data: other_hash(path, b"0" * 64 + b"\n"),
@@ -262,9 +261,7 @@ def test_checkpoints__no_flipped_bit_of_a_lone_copy_is_loaded(tmp_path: Path) ->
     directory = whole.index(b"PK\x01\x02")  # which has no checksum
     for place in range(len(whole)):
         for bit in range(8) if place >= directory else (place % 8,):
-            flipped = bytearray(whole)
-            flipped[place] ^= 1 << bit
-            store.best.write_bytes(flipped)
+            store.best.write_bytes(flipped(whole, place, 1 << bit))
             try:
                 assert step_of(store.load_best()) == 1  # it was in a padding, or a date
             except CheckpointError:

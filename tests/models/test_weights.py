@@ -5,7 +5,6 @@ import collections
 import copy
 import dataclasses
 import errno
-import http.server
 import io
 import json
 import logging
@@ -14,12 +13,10 @@ import pathlib
 import pickle
 import re
 import sys
-import threading
 import types
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -32,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
-from checks import WRAPS, compiled
+from checks import WRAPS, compiled, refusal
 from crossmix import ClassMix, MeanTeacher, SelfTraining
 from crossmix.models import (
     DeepLabV2,
@@ -44,6 +41,7 @@ from crossmix.models import (
     save_weights,
 )
 from crossmix.models.weight_files import SOURCES
+from oracles import flipped
 
 State = dict[str, Tensor]
 
@@ -555,8 +553,8 @@ def test_safetensors__round_trip_of_every_dtype_and_shape(tmp_path: Path) -> Non
     raw = path.read_bytes()
     assert int.from_bytes(raw[:8], "little") % 8 == 0  # tensors begin aligned
     complex_ = nn.ParameterDict({"a": nn.Parameter(torch.ones(1, dtype=torch.complex128))})
-    with pytest.raises(ValueError, match=r"safetensors has no dtype torch\.complex128 \(`a`\); use \.pth"):
-        save_weights(complex_, path)
+    none = r"safetensors has no dtype torch\.complex128 \(`a`\); use \.pth"
+    refusal(lambda: save_weights(complex_, path), none, ValueError)
     assert path.read_bytes() == raw
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
@@ -566,8 +564,7 @@ def test_safetensors__are_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = path.read_bytes()
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for attempt in (lambda: load_weights(tiny(2), path), lambda: save_weights(tiny(2), path)):
-        with pytest.raises(ImportError, match=r"x\.safetensors: .* `pip install crossmix\[weights\]`"):
-            attempt()
+        refusal(attempt, r"x\.safetensors: .* `pip install crossmix\[weights\]`", ImportError)
     assert path.read_bytes() == before
     load_weights(tiny(2), save_weights(tiny(1), tmp_path / "x.pth"))  # nothing else needs it
 
@@ -600,11 +597,6 @@ def written(state: object, *, legacy: bool = False) -> bytes:
     file = io.BytesIO()
     torch.save(state, file, _use_new_zipfile_serialization=not legacy)
     return file.getvalue()
-
-
-def flipped(data: bytes) -> bytes:
-    """One bit of a tensor another way: torch.load would not notice."""
-    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
 
 
 DAMAGED = "it is truncated, damaged or not a file of weights"
@@ -751,8 +743,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         (lambda: save_weights(model, tmp_path / "none" / "x.pth"), FileNotFoundError, "none"),
     ]  # fmt: skip
     for call, error, message in cases:
-        with pytest.raises(error, match=message):
-            call()
+        refusal(call, message, error)
 
 
 def attributes_of(content: bytes, part: bytes) -> int:
@@ -769,9 +760,7 @@ def test_zip__a_part_that_calls_itself_a_folder_is_not_read(tmp_path: Path) -> N
     for part in (b"/data/0", b"/data/1"):
         name = whole[whole.rindex(b"PK\1\2", 0, whole.rindex(part)) + 46 : whole.rindex(part)] + part
         for bit in range(32):
-            flipped = bytearray(whole)
-            flipped[attributes_of(whole, name) + bit // 8] ^= 1 << bit % 8
-            path.write_bytes(flipped)
+            path.write_bytes(flipped(whole, attributes_of(whole, name) + bit // 8, 1 << bit % 8))
             refused(model, path, rf"its part {name.decode()} does not match its checksum")
 
 
@@ -801,9 +790,8 @@ def test_save__a_full_disk_is_named_with_the_space_needed(tmp_path: Path, name: 
     path = save_weights(tiny(1), tmp_path / name)
     whole = path.read_bytes()
     path.with_name(f"{name}.tmp.{os.getpid()}").symlink_to("/dev/full")
-    with pytest.raises(
-        OSError, match=r"\d+ (k|M)B are needed.*free some space, existing files are untouched"
-    ) as caught:
+    full = r"\d+ (k|M)B are needed.*free some space, existing files are untouched"
+    with pytest.raises(OSError, match=full) as caught:
         save_weights(tiny(2), path)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
     assert path.read_bytes() == whole
@@ -811,53 +799,34 @@ def test_save__a_full_disk_is_named_with_the_space_needed(tmp_path: Path, name: 
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path, list[str]]]:
-    """A host on this machine, its folder, and what it was asked for."""
-    asked: list[str] = []
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            asked.append(str(args[1]))
-
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose files have addresses."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("no_proxy", "*")
-    host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-    thread = threading.Thread(target=host.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{host.server_port}", folder, asked
-    host.shutdown()
-    host.server_close()
-    thread.join()
+    (tmp_path / "served").mkdir()
+    return tmp_path / "served"
 
 
-def test_url__is_downloaded_once_and_checked(server: tuple[str, Path, list[str]]) -> None:
-    address, folder, asked = server
+def test_url__is_downloaded_once_and_checked(served: Path) -> None:
     source, model = tiny(1), tiny(2)
-    digest = sha256(save_weights(source, folder / "x.pth").read_bytes()).hexdigest()
+    path = save_weights(source, served / "x.pth")
+    digest = sha256(path.read_bytes()).hexdigest()
     for checksum in (None, digest, digest[:10]):
-        load_weights(model, f"{address}/x.pth", sha256=checksum)
+        load_weights(model, path.as_uri(), sha256=checksum)
         assert_equal(model, source.state_dict())
-    assert len([line for line in asked if "x.pth" in line]) == 1
-    load_weights(tiny(3), (folder / "x.pth").as_uri())
+        path.unlink(missing_ok=True)
 
 
-def test_url__what_goes_wrong(server: tuple[str, Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    address, folder, _ = server
-    path, model = save_weights(tiny(1), folder / "x.pth"), tiny(2)
-    (folder / "z.pth").write_bytes(b"<html>")
-    refused(model, f"{address}/x.pth", r"/x\.pth: it cannot be downloaded \(invalid hash value", sha256="0" * 64)
-    refused(model, f"{address}/z.pth", r"got an HTML page.* It came from http://127.*/z\.pth")
-    (folder / "z.pth").write_bytes(path.read_bytes())
-    load_weights(model, f"{address}/z.pth")  # the page was not kept
-    monkeypatch.setitem(SOURCES, "coco", SOURCES["coco"]._replace(url=f"{address}/gone.pth"))
-    for name, message in (
-        (f"{address}/y.pth", r"/y\.pth: it cannot be downloaded \(HTTP Error 404.*download it by hand"),
-        ("coco", "has not answered since about December 2021; users .* pass its path"),
-    ):
-        with pytest.raises(WeightsError, match=message):  # keeping the error would keep its connection
-            load_weights(model, name)
+def test_url__what_goes_wrong(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = tiny(2), save_weights(tiny(1), served / "x.pth")
+    page, nothing = served / "z.pth", (served / "y.pth").as_uri()
+    refused(model, path.as_uri(), r"/x\.pth: it cannot be downloaded \(invalid hash value", sha256="0" * 64)
+    refused(model, nothing, r"/y\.pth: it cannot be downloaded \(.*No such file.*; download it by hand")
+    page.write_bytes(b"<html>")
+    refused(model, page.as_uri(), r"got an HTML page.* It came from file://.*/z\.pth")
+    page.write_bytes(path.read_bytes())
+    load_weights(model, page.as_uri())  # the page was not kept
+    monkeypatch.setitem(SOURCES, "coco", SOURCES["coco"]._replace(url=nothing))
+    refused(model, "coco", "has not answered since about December 2021; users .* pass its path")
 
 
 def test_sources__say_what_is_known() -> None:
