@@ -20,8 +20,6 @@ from crossmix.datasets.classes import CLASS_NAMES
 from oracles import save
 from runs import fork
 
-Command = Callable[..., str]
-
 
 @pytest.fixture
 def gta5(tmp_path: Path) -> Path:
@@ -30,7 +28,7 @@ def gta5(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
-def test_check__good_folders(gta5: Path, tmp_path: Path, command: Command, workers: str) -> None:
+def test_check__good_folders(gta5: Path, tmp_path: Path, command: Callable[..., str], workers: str) -> None:
     StreetScenes(3, domain="target").write(tmp_path / "c", layout="cityscapes", split="train")
     StreetScenes(2, domain="target", seed=1).write(tmp_path / "c", layout="cityscapes", split="val")
     for folder, texts in (
@@ -44,7 +42,7 @@ def test_check__good_folders(gta5: Path, tmp_path: Path, command: Command, worke
         assert all(text in out for text in [*texts, "no problems"])
 
 
-def test_check__lists_every_bad_file(gta5: Path, command: Command) -> None:
+def test_check__lists_every_bad_file(gta5: Path, command: Callable[..., str]) -> None:
     images, labels = gta5 / "images", gta5 / "labels"
     (labels / "00001.png").unlink()
     (images / "00002.png").write_bytes((images / "00002.png").read_bytes()[:200])
@@ -67,7 +65,7 @@ def test_check__lists_every_bad_file(gta5: Path, command: Command) -> None:
     assert lines[-1] == "8 problems"
 
 
-def test_check__synthia_saved_from_high_bytes(tmp_path: Path, command: Command) -> None:
+def test_check__synthia_saved_from_high_bytes(tmp_path: Path, command: Callable[..., str]) -> None:
     for i in range(2):
         save(tmp_path / "RGB" / f"{i}.png", np.arange(96, dtype=np.uint8).reshape(4, 8, 3))
         save(tmp_path / "GT" / "LABELS" / f"{i}.png", np.zeros((4, 8, 3), np.uint8))
@@ -76,7 +74,7 @@ def test_check__synthia_saved_from_high_bytes(tmp_path: Path, command: Command) 
     assert out.count("like files saved from the high bytes") == 2
 
 
-def test_check__your_own(tmp_path: Path, command: Command) -> None:
+def test_check__your_own(tmp_path: Path, command: Callable[..., str]) -> None:
     save(tmp_path / "1_img.png", np.arange(96, dtype=np.uint8).reshape(4, 8, 3))
     save(tmp_path / "1_ids.png", np.full((4, 8), 5, np.uint8))
     mapping = tmp_path / "mapping.json"
@@ -93,7 +91,7 @@ def test_check__your_own(tmp_path: Path, command: Command) -> None:
     command(2, "check", "--labels", tmp_path / "*_nothing.png")
 
 
-def test_command__nothing_to_look_at(tmp_path: Path, command: Command) -> None:
+def test_command__nothing_to_look_at(tmp_path: Path, command: Callable[..., str]) -> None:
     assert "is not laid out as GTA5 (images, labels), SYNTHIA" in command(2, "check", tmp_path)
     assert "no such folder" in command(2, "stats", tmp_path / "none")
     for arguments in (["check"], ["check", str(tmp_path), "--images", "x"]):
@@ -102,7 +100,7 @@ def test_command__nothing_to_look_at(tmp_path: Path, command: Command) -> None:
 
 
 def test_stats__prints_shares_and_keeps_the_counts(
-    gta5: Path, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    gta5: Path, command: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = command(0, "stats", gta5)
     data = GTA5(gta5)
@@ -229,7 +227,7 @@ def test_class_counts__refuses(gta5: Path, tmp_path: Path) -> None:
     refusal(lambda: class_counts(data), r"00001\.png: cannot be read")
 
 
-def test_check__real_folders(test_data: Path, command: Command) -> None:
+def test_check__real_folders(test_data: Path, command: Callable[..., str]) -> None:
     out = command(1, "check", test_data / "gta5")
     assert "has 1 images and no label maps" in out
     assert out.count("looks like train ids") == 4

@@ -27,8 +27,6 @@ from crossmix.datasets import (
 from crossmix.datasets import _images as images
 from oracles import seeded
 
-Command = Callable[..., str]
-
 
 def picture(height: int = 12, width: int = 20, seed: int = 0) -> np.ndarray:
     """Smooth, so that JPEG keeps most of it."""
@@ -77,16 +75,7 @@ def test_listing__by_ending_in_any_case_or_by_content(tmp_path: Path) -> None:
     put(tmp_path / "empty.png", b"")  # counts, so that reading it is an error, and nothing is passed over
     for name, content in (("x.tif", data["tiff"]), ("y.txt", b"text"), ("z", b""), ("w.bmp", data["tiff"])):
         put(tmp_path / name, content)
-    hidden = (
-        "._a.png",
-        ".h.png",
-        ".x/a.png",
-        "__MACOSX/a.png",
-        "@eaDir/a.png",
-        "Thumbs.db",
-        "desktop.ini",
-        ".DS_Store",
-    )
+    hidden = ("._a.png", ".h.png", ".x/a.png", "__MACOSX/a", "@eaDir/a.png", "Thumbs.db", "desktop.ini", ".DS_Store")
     for name in hidden:
         put(tmp_path / name, data["png"])
     found = image_files(tmp_path)
@@ -211,7 +200,7 @@ def test_readers__say_what_was_left_out(tmp_path: Path, reader: str) -> None:
     refusal(lambda: read(tmp_path), r"b has no label map \(left out, being neither PNG nor JPEG: 1 \.bmp")
 
 
-def test_check__names_images_of_other_types(tmp_path: Path, command: Command) -> None:
+def test_check__names_images_of_other_types(tmp_path: Path, command: Callable[..., str]) -> None:
     ids = np.arange(240, dtype=np.uint8).reshape(12, 20) % 34
     for name in ("1.png", "2.PNG"):
         png(tmp_path / "images" / name)

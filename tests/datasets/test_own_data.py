@@ -29,8 +29,6 @@ from crossmix.datasets import (
 from crossmix.engine import KeyedCrops
 from oracles import picture, save, seeded
 
-Command = Callable[..., str]
-
 
 def ids(height: int = 12, width: int = 20, seed: int = 0, classes: int = 5) -> np.ndarray:
     return torch.randint(0, classes, (height, width), generator=seeded(seed)).numpy().astype(np.uint8)
@@ -166,7 +164,7 @@ def test_root__above_images_and_labels_is_said(tmp_path: Path, images: str, labe
     refusal(lambda: SegmentationFolder(tmp_path), re.escape(instead.format(root=tmp_path)))
 
 
-def test_root__above_is_said_of_official_ones(tmp_path: Path, command: Command) -> None:
+def test_root__above_is_said_of_official_ones(tmp_path: Path, command: Callable[..., str]) -> None:
     StreetScenes(1).write(tmp_path / "g" / "unpacked", layout="gta5")
     StreetScenes(1).write(tmp_path / "c" / "unpacked", layout="cityscapes")
     classes = ["--classes", str(put_classes(tmp_path))]
@@ -306,7 +304,7 @@ COLORS = [(128, 64, 128), (0, 0, 142), (1, 2, 3), (9, 9, 9), (0, 0, 0)]
 
 
 @pytest.mark.parametrize("form", [*MAPPINGS, "colours", "hex"])
-def test_command__classes_of_your_own(tmp_path: Path, form: str, command: Command) -> None:
+def test_command__classes_of_your_own(tmp_path: Path, form: str, command: Callable[..., str]) -> None:
     pairs(tmp_path)
     content = MAPPINGS.get(form, MAPPINGS["ids"])
     if form in {"colours", "hex"}:
@@ -351,7 +349,7 @@ def test_class_files__that_are_none(tmp_path: Path, text: str) -> None:
     refusal(lambda: read_classes(tmp_path / "none.json"), r"none\.json: cannot be read")
 
 
-def test_command__unlabelled_images_of_your_own(tmp_path: Path, command: Command) -> None:
+def test_command__unlabelled_images_of_your_own(tmp_path: Path, command: Callable[..., str]) -> None:
     save(tmp_path / "grey.png", ids(classes=200))
     save(tmp_path / "b.jpg", picture())
     assert "your own: 2 images, 0 label maps" in command(0, "check", "--images", tmp_path)
@@ -363,7 +361,7 @@ def test_command__unlabelled_images_of_your_own(tmp_path: Path, command: Command
 
 @pytest.mark.parametrize("missing", ["images", "labels"])
 @pytest.mark.parametrize("form", ["root", "folders", "patterns"])
-def test_command__none_of_a_kind(tmp_path: Path, missing: str, form: str, command: Command) -> None:
+def test_command__none_of_a_kind(tmp_path: Path, missing: str, form: str, command: Callable[..., str]) -> None:
     for kind, pixels in (("images", picture()), ("labels", ids())):
         if kind != missing:
             save(tmp_path / kind / "a.png", pixels)
@@ -383,7 +381,7 @@ def put_classes(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_sizes__of_turned_images(tmp_path: Path, orientation: int, command: Command) -> None:
+def test_sizes__of_turned_images(tmp_path: Path, orientation: int, command: Callable[..., str]) -> None:
     save(tmp_path / "labels" / "a.png", ids()[:5])
     (tmp_path / "images").mkdir()
     exif = Image.Exif()
@@ -396,7 +394,7 @@ def test_sizes__of_turned_images(tmp_path: Path, orientation: int, command: Comm
         assert ("pass `size=`" in text) == (orientation == 1)
 
 
-def test_command__finds_images_smaller_than_the_crop(tmp_path: Path, command: Command) -> None:
+def test_command__finds_images_smaller_than_the_crop(tmp_path: Path, command: Callable[..., str]) -> None:
     StreetScenes(3).write(tmp_path, layout="gta5")
     for folder in ("images", "labels"):
         with Image.open(tmp_path / folder / "00002.png") as opened:
