@@ -17,7 +17,7 @@ import torch.distributed as dist
 from crossmix import _checks
 from crossmix.datasets import StreetScenes
 from crossmix.datasets.__main__ import main
-from runs import changed
+from runs import FORKED, changed
 
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds; torch waits as long for workers after an error
 
@@ -34,6 +34,8 @@ def _child_handler() -> Iterator[None]:
     """A DataLoader with workers leaves a handler that raises when a worker of any later one dies."""
     before = signal.getsignal(signal.SIGCHLD)
     yield
+    while FORKED:
+        FORKED.pop().kill()
     signal.signal(signal.SIGCHLD, before)
 
 

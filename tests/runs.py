@@ -36,6 +36,9 @@ def wait_for(process: subprocess.Popen[str], word: str) -> None:
     assert line.decode().strip() == word, (line, process.stderr.read() if process.stderr else "")
 
 
+FORKED: list[BaseProcess] = []  # to be ended with their test
+
+
 def fork(work: Callable[..., object], *arguments: object) -> BaseProcess:
     """Call a function in a forked process, with a function to call first; by then, or when it ends, this goes on."""
     read, write = os.pipe()
@@ -46,6 +49,7 @@ def fork(work: Callable[..., object], *arguments: object) -> BaseProcess:
 
     process = multiprocessing.get_context("fork").Process(target=alone)
     process.start()
+    FORKED.append(process)
     os.close(write)
     os.read(read, 1)
     os.close(read)
