@@ -213,7 +213,7 @@ def test_crops__have_enough_of_the_class_or_are_the_last_try() -> None:
         assert wanted == 1  # by far the rarer class
         assert index in {1, 4}
         generator = keyed_generator(4, 1, 1, draw)
-        places = [(randint(31, generator), randint(49, generator)) for _ in range(11)]
+        places = [tuple(int(torch.randint(n, (), generator=generator)) for n in (31, 49)) for _ in range(11)]
         cuts = [SCENES[index].label[top : top + 10, left : left + 12] for top, left in places]
         attempt = next((k for k, cut in enumerate(cuts) if int((cut == 1).sum()) >= 15), 10)
         tries.append(attempt)
@@ -224,10 +224,6 @@ def test_crops__have_enough_of_the_class_or_are_the_last_try() -> None:
     plain = KeyedCrops(SCENES, size, seed=4, stream=1)
     seen, before = (sum(bool((c[k][1] == 1).any()) for k in range(150)) for c in (crops, plain))
     assert seen > 4 * before
-
-
-def randint(high: int, generator: torch.Generator) -> int:
-    return int(torch.randint(high, (), generator=generator))
 
 
 def test_crops__the_draws_are_those_of_the_probabilities() -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import os
 import pickle
 import shutil
@@ -298,16 +299,16 @@ def save_and_die(begun: Callable[[], object], folder: Path, moment: int) -> None
     store = CheckpointStore(folder)
     store.save(1, state(1), best=True)
     store.save(2, state(2))
-    real, count = Path.replace, 0
+    real, moments = Path.replace, itertools.count(1)
+
+    def reached() -> None:
+        if next(moments) == moment:
+            os._exit(9)
 
     def replace(path: Path, target: Path) -> Path:
-        nonlocal count
-        count += 1
-        if count == (moment + 1) // 2 and moment % 2:
-            os._exit(9)
+        reached()
         moved = real(path, target)
-        if count == moment // 2 and not moment % 2:
-            os._exit(9)
+        reached()
         return moved
 
     Path.replace = replace  # type: ignore[method-assign]
