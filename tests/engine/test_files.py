@@ -18,24 +18,17 @@ from crossmix._files import BusyError, FolderLock, amount, whole_file, write_who
 from runs import fork
 
 
-def test_write_whole__replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    for content in (b"one", b"another"):
-        write_whole(path, content)
-        assert path.read_bytes() == content
-        assert list(tmp_path.iterdir()) == [path]
-
-
-def test_whole_file__is_not_there_before_its_end_and_not_at_all_after_an_error(tmp_path: Path) -> None:
+def test_whole_file__replaces_at_its_end_and_not_at_all_after_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     with whole_file(path) as file:
-        file.write(b"old")
+        file.write(b"one")
         assert not path.exists()
+    write_whole(path, b"another")
     for error in (ValueError("no"), KeyboardInterrupt()):
         with pytest.raises(type(error)), whole_file(path) as file:  # noqa: PT012
             file.write(b"new")
             raise error
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"another"
     assert list(tmp_path.iterdir()) == [path]
 
 

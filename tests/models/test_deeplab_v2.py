@@ -145,18 +145,16 @@ def test_resnet101__is_its_restatement(
             torch.testing.assert_close(got / scale, wanted / scale, rtol=0, atol=tolerance)
 
 
-def test_aspp__idle_branches_get_no_gradient() -> None:
-    network = deeplab_v2_tiny(5, aspp_branches=2)
-    network(torch.rand(2, 3, 32, 40)).sum().backward()
+def test_switches__idle_branches_frozen_norms_and_no_upsampling() -> None:
+    network = deeplab_v2_tiny(5, aspp_branches=2, freeze_bn_affine=True, upsample=False).train()
+    before, images = network.bn1.running_mean.clone(), torch.rand(2, 3, 32, 40)
+    network(images).sum().backward()
     assert [conv.weight.grad is not None for conv in network.layer5.conv2d_list] == [True, True, False, False]
     assert all(p.requires_grad for p in network.layer5.parameters())
     assert "branches=2" in repr(network)
-
-
-def test_forward__without_upsampling_is_the_features() -> None:
-    images = torch.rand(2, 3, 30, 44)
-    small = deeplab_v2_tiny(5, upsample=False).eval()
-    torch.testing.assert_close(small(images), small.forward_features(images))
+    assert network.bn1.weight.grad is None
+    assert not torch.equal(before, network.bn1.running_mean)  # though the affine part is frozen
+    torch.testing.assert_close(network.eval()(images), network.forward_features(images))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 32, 32), (1, 3, 1, 1), (2, 3, 7, 5)])
@@ -188,14 +186,6 @@ def test_forward__exports() -> None:
     network, images = deeplab_v2_tiny(5).eval(), torch.rand(2, 3, 16, 24)
     exported = torch.export.export(network, (images,)).module()
     torch.testing.assert_close(exported(images), network(images), rtol=1e-4, atol=1e-4)
-
-
-def test_running_statistics__move_though_the_affine_part_is_frozen() -> None:
-    network = deeplab_v2_tiny(5, freeze_bn_affine=True).train()
-    before = network.bn1.running_mean.clone()
-    network(torch.rand(2, 3, 32, 32)).sum().backward()
-    assert not torch.equal(before, network.bn1.running_mean)
-    assert network.bn1.weight.grad is None
 
 
 def test_bad_arguments() -> None:
