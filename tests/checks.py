@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from crossmix.datasets import DataError
 
 
 @contextmanager
@@ -41,6 +44,13 @@ def leaves(output: object) -> list[Tensor]:
         return [output]
     assert isinstance(output, tuple)
     return [tensor for part in output for tensor in leaves(part)]
+
+
+def refusal(call: Callable[[], object], message: str, error: type[Exception] = DataError) -> str:
+    """What the error says, which matches the message."""
+    with pytest.raises(error, match=message) as caught:
+        call()
+    return str(caught.value)
 
 
 def assert_same(got: object, want: object, **tolerance: float) -> None:

@@ -16,7 +16,10 @@ import torch.distributed as dist
 
 from crossmix import _checks
 from crossmix.datasets import StreetScenes
-from runs import changed, forget
+from crossmix.datasets.__main__ import main
+from runs import FORKED, changed, forget
+
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds; torch waits as long for workers after an error
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +34,8 @@ def _child_handler() -> Iterator[None]:
     """A DataLoader with workers leaves a handler that raises when a worker of any later one dies."""
     before = signal.getsignal(signal.SIGCHLD)
     yield
+    while FORKED:
+        FORKED.pop().kill()
     signal.signal(signal.SIGCHLD, before)
 
 
@@ -53,6 +58,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("no disk can be mounted here")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command of data sets prints when it ends with a code; its error, where it cannot begin."""
+
+    def run(code: int, *arguments: object) -> str:
+        assert main(list(map(str, arguments))) == code
+        printed = capsys.readouterr()
+        return printed.err if code == 2 else printed.out
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -191,15 +191,26 @@ def save(path: Path, array: np.ndarray) -> Path:
     return path
 
 
-def deep_png(path: Path, pixels: np.ndarray) -> None:
-    """A 16-bit PNG, grey or RGB, written from the specification: high byte first."""
+def flipped(data: bytes, place: int | None = None, bits: int = 1) -> bytes:
+    """Some bits of a byte another way, in the middle by default."""
+    place = len(data) // 2 if place is None else place
+    return data[:place] + bytes([data[place] ^ bits]) + data[place + 1 :]
+
+
+def png_file(path: Path, size: tuple[int, int], bits: int, color: int, lines: bytes) -> Path:
+    """A PNG, written from the specification; each line begins with its filter."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    height, width, channels = pixels.shape
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
-    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    header = struct.pack(">IIBBBBB", size[1], size[0], bits, color, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+def deep_png(path: Path, pixels: np.ndarray) -> Path:
+    """Of 16 bits, grey or RGB: high byte first."""
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    return png_file(path, pixels.shape[:2], 16, {1: 0, 3: 2}[pixels.shape[2]], lines)

@@ -1,6 +1,7 @@
 """Programs in processes of their own, and what a run of the trainer leaves behind."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +37,26 @@ def wait_for(process: subprocess.Popen[str], word: str) -> None:
     while not line.endswith(b"\n") and (byte := os.read(process.stdout.fileno(), 1)):
         line += byte
     assert line.decode().strip() == word, (line, process.stderr.read() if process.stderr else "")
+
+
+FORKED: list[BaseProcess] = []  # to be ended with their test
+
+
+def fork(work: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Call a function in a forked process, with a function to call first; by then, or when it ends, this goes on."""
+    read, write = os.pipe()
+
+    def alone() -> None:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: waiting for them would never end
+        work(lambda: os.write(write, b"."), *arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=alone)
+    process.start()
+    FORKED.append(process)
+    os.close(write)
+    os.read(read, 1)
+    os.close(read)
+    return process
 
 
 RANK = """

@@ -2,20 +2,24 @@
 
 import pickle
 import struct
-import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from checks import refusal
+from crossmix._tensors import nearest
 from crossmix.datasets import GTA5, Cityscapes, DataError, Sample, SegmentationFolder, StreetScenes, Synthia, write_png
 from crossmix.datasets._png import read_png
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES, CLASSES_13, CLASSES_16, PALETTE, label_ids, train_ids
 from crossmix.engine import KeyedCrops
-from oracles import deep_png, picture, save, seeded
+from oracles import deep_png, flipped, picture, png_file, save, seeded
 
 LABEL_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
              28: 15, 31: 16, 32: 17, 33: 18}  # fmt: skip
@@ -35,22 +39,23 @@ def palette_png(path: Path, array: np.ndarray, bits: int) -> None:
     image.save(path, bits=bits)
 
 
-def gta5(root: Path, count: int = 3, size: tuple[int, int] = (12, 20)) -> Path:
-    for i in range(count):
-        save(root / "images" / f"{i:05d}.png", picture(*size, seed=i))
-        save(root / "labels" / f"{i:05d}.png", ids(*size, seed=i))
+def pixels(image: Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy()
+
+
+def gta5(root: Path) -> Path:
+    for i in range(3):
+        save(root / "images" / f"{i:05d}.png", picture(12, 20, seed=i))
+        save(root / "labels" / f"{i:05d}.png", ids(12, 20, seed=i))
     return root
 
 
-def cityscapes(root: Path, split: str = "val", *, zips: bool = False, labels: bool = True) -> Path:
-    left, fine = (
-        ("leftImg8bit_trainvaltest/leftImg8bit", "gtFine_trainvaltest/gtFine") if zips else ("leftImg8bit", "gtFine")
-    )
+def cityscapes(root: Path, *, zips: bool = False) -> Path:
+    left, fine = (f"{name}_trainvaltest/{name}" if zips else name for name in ("leftImg8bit", "gtFine"))
     for city, i in (("zurich", 1), ("aachen", 0), ("aachen", 2)):
         stem = f"{city}_{i:06d}_000019"
-        save(root / left / split / city / f"{stem}_leftImg8bit.png", picture(16, 32, seed=i))
-        if labels:
-            save(root / fine / split / city / f"{stem}_gtFine_labelIds.png", ids(16, 32, seed=i))
+        save(root / left / "val" / city / f"{stem}_leftImg8bit.png", picture(16, 32, seed=i))
+        save(root / fine / "val" / city / f"{stem}_gtFine_labelIds.png", ids(16, 32, seed=i))
     return root
 
 
@@ -73,60 +78,45 @@ def test_readers__pixels_and_mapped_ids(tmp_path: Path, reader: str) -> None:
     data: GTA5 | Cityscapes
     if reader == "gta5":
         data = GTA5(gta5(tmp_path))
-        names, seeds = ["00000", "00001", "00002"], [0, 1, 2]
+        names = {"00000": 0, "00001": 1, "00002": 2}
     else:
         data = Cityscapes(cityscapes(tmp_path, zips=reader == "zips"), "val")
-        names, seeds = ["aachen_000000_000019", "aachen_000002_000019", "zurich_000001_000019"], [0, 2, 1]
+        names = {"aachen_000000_000019": 0, "aachen_000002_000019": 2, "zurich_000001_000019": 1}
     assert len(data) == 3
-    for i, seed in enumerate(seeds):
+    for i, (name, seed) in enumerate(names.items()):
         sample = data[i]
         assert isinstance(sample, Sample)
-        assert sample.name == names[i]
-        height, width = sample.image.shape[1:]
-        assert sample.image.dtype == torch.uint8
-        assert np.array_equal(sample.image.permute(1, 2, 0).numpy(), picture(height, width, seed))
-        want = [[LABEL_IDS.get(int(v), 255) for v in row] for row in ids(height, width, seed)]
-        assert sample.label is not None
-        assert sample.label.dtype == torch.uint8
-        assert sample.label.tolist() == want
-    again = pickle.loads(pickle.dumps(data))
-    batches = list(DataLoader(again, batch_size=None, num_workers=2))
-    for got, i in zip(batches, range(3), strict=True):
-        assert torch.equal(got.image, data[i].image)
-
-
-def test_cityscapes__labels_are_optional(tmp_path: Path) -> None:
-    data = Cityscapes(cityscapes(tmp_path, "train", labels=False), "train", labels=False, size=(8, 16))
-    assert [sample.label for sample in (data[i] for i in range(3))] == [None] * 3
-    assert data[0].image.shape == (3, 8, 16)
+        assert sample.name == name
+        assert sample.image.dtype == sample.label.dtype == torch.uint8
+        size = sample.image.shape[1:]
+        assert np.array_equal(pixels(sample.image), picture(*size, seed))
+        assert sample.label.tolist() == [[LABEL_IDS.get(v, 255) for v in row] for row in ids(*size, seed).tolist()]
+    batches = DataLoader(pickle.loads(pickle.dumps(data)), batch_size=None, num_workers=1)
+    for got, want in zip(batches, data, strict=True):
+        assert torch.equal(got.image, want.image)
 
 
 @pytest.mark.parametrize("size", [(6, 10), (9, 17), (24, 40), (5, 20)])
 def test_size__is_pillows_resize(tmp_path: Path, size: tuple[int, int]) -> None:
-    from_gta5 = GTA5(gta5(tmp_path / "g"), size=size)[0]
-    from_cityscapes = Cityscapes(cityscapes(tmp_path / "c"), "val", size=size)[0]
-    height, width = size
     for sample, source, resampling in (
-        (from_gta5, (12, 20), Image.Resampling.BICUBIC),
-        (from_cityscapes, (16, 32), Image.Resampling.BILINEAR),
+        (GTA5(gta5(tmp_path / "g"), size=size)[0], (12, 20), Image.Resampling.BICUBIC),
+        (Cityscapes(cityscapes(tmp_path / "c"), "val", size=size)[0], (16, 32), Image.Resampling.BILINEAR),
     ):
-        want = np.asarray(Image.fromarray(picture(*source)).resize((width, height), resampling)).astype(int)
-        got = sample.image.permute(1, 2, 0).numpy().astype(int)
-        assert np.abs(got - want).max() <= 1
-        nearest = np.asarray(Image.fromarray(ids(*source)).resize((width, height), Image.Resampling.NEAREST))
-        assert sample.label is not None
+        want = np.asarray(Image.fromarray(picture(*source)).resize(size[::-1], resampling)).astype(int)
+        assert np.abs(pixels(sample.image).astype(int) - want).max() <= 1
+        nearest = np.asarray(Image.fromarray(ids(*source)).resize(size[::-1], Image.Resampling.NEAREST))
         assert np.array_equal(sample.label.numpy(), train_ids().numpy()[nearest])
+    save(tmp_path / "g" / "labels" / "00002.png", ids(13, 22))  # of another size than its image
+    sample = GTA5(tmp_path / "g", size=size)[2]
+    assert sample.image.shape[1:] == sample.label.shape == size
 
 
 @pytest.mark.parametrize(
     ("old", "new"), [((1052, 1914), (720, 1280)), ((1024, 2048), (512, 1024)), ((761, 1280), (760, 1280))]
 )
 def test_label_resize__is_pillows_nearest_at_real_sizes(old: tuple[int, int], new: tuple[int, int]) -> None:
-    from crossmix._tensors import nearest
-
-    rows, columns = np.indices(old)
-    for coordinate in ((rows % 251).astype(np.uint8), (columns % 251).astype(np.uint8)):
-        want = np.asarray(Image.fromarray(coordinate).resize((new[1], new[0]), Image.Resampling.NEAREST))
+    for coordinate in np.indices(old, np.int32):
+        want = np.asarray(Image.fromarray(coordinate).resize(new[::-1], Image.Resampling.NEAREST))
         assert np.array_equal(nearest(torch.from_numpy(coordinate), new).numpy(), want)
 
 
@@ -143,111 +133,81 @@ def test_palette_files__give_their_indices(tmp_path: Path, bits: int, width: int
 @pytest.mark.parametrize("kind", range(5))
 def test_low_bit_files__every_filter(tmp_path: Path, kind: int) -> None:
     """Lines filtered by hand, against Pillow's decoder."""
-    rng = np.random.default_rng(kind)
-    lines = rng.integers(0, 256, (7, 5), dtype=np.uint8)
-    raw = b"".join(bytes([kind]) + line.tobytes() for line in lines)
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", 10, 7, 4, 0, 0, 0, 0)
-    path = tmp_path / "f.png"
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
-    )
+    lines = np.random.default_rng(kind).integers(0, 256, (7, 5), dtype=np.uint8)
+    filtered = b"".join(bytes([kind]) + line.tobytes() for line in lines)
+    path = png_file(tmp_path / "f.png", (7, 10), 4, 0, filtered)
     want = np.asarray(Image.open(path)) // 17  # Pillow spreads 4 bits over 0..255
     assert np.array_equal(read_png(path)[0].numpy(), want)
 
 
 def test_write_png__round_trip(tmp_path: Path) -> None:
-    for pixels in (torch.from_numpy(picture(5, 7)).permute(2, 0, 1), torch.from_numpy(ids(5, 7))):
-        write_png(tmp_path / "w.png", pixels)
-        assert torch.equal(read_png(tmp_path / "w.png"), pixels.reshape(-1, 5, 7))
-    with pytest.raises(TypeError, match="must be uint8"):
-        write_png(tmp_path / "w.png", torch.rand(3, 4, 4))
-    with pytest.raises(ValueError, match=r"\(3, H, W\) or \(H, W\)"):
-        write_png(tmp_path / "w.png", torch.zeros(4, 4, 4, dtype=torch.uint8))
-    with pytest.raises(OSError, match=r"nowhere/w\.png: cannot be written \(No such file"):
-        write_png(tmp_path / "nowhere" / "w.png", torch.zeros(4, 4, dtype=torch.uint8))
+    path = tmp_path / "w.png"
+    for written in (torch.from_numpy(picture(5, 7)).permute(2, 0, 1), torch.from_numpy(ids(5, 7))):
+        write_png(path, written)
+        assert torch.equal(read_png(path), written.reshape(-1, 5, 7))
+    refusal(lambda: write_png(path, torch.rand(3, 4, 4)), "must be uint8", TypeError)
+    refusal(lambda: write_png(path, torch.zeros(4, 4, 4).byte()), r"\(3, H, W\) or \(H, W\)", ValueError)
+    nowhere = tmp_path / "nowhere" / "w.png"
+    refusal(lambda: write_png(nowhere, torch.zeros(4, 4).byte()), r"w\.png: cannot be written \(No such file", OSError)
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "cut before the end": lambda data: data[:-8],
+    "flipped": lambda data: flipped(data, bits=255),
+    "empty": lambda data: b"",
+    "html": lambda data: b"<html>not found</html>" * 10,
+    "bomb": lambda data: data[:16] + struct.pack(">II", 20_000, 20_000) + data[24:],
+}
 
 
 def damage(path: Path, kind: str) -> None:
-    data = bytearray(path.read_bytes())
-    if kind == "missing":
-        path.unlink()
-        return
-    if kind == "folder":
-        path.unlink()
-        path.mkdir()
-        return
-    if kind == "truncated":
-        data = data[: len(data) // 2]
-    elif kind == "cut before the end":
-        data = data[:-8]
-    elif kind == "flipped":
-        data[len(data) // 2] ^= 255
-    elif kind == "empty":
-        data = bytearray()
-    elif kind == "html":
-        data = bytearray(b"<html>not found</html>" * 10)
-    elif kind == "bomb":
-        data[16:24] = struct.pack(">II", 20_000, 20_000)
-    elif kind == "16 bit":
+    if kind == "16 bit":
         Image.fromarray(np.zeros((12, 20), np.uint16)).save(path)
         return
-    path.write_bytes(data)
+    whole = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(DAMAGES[kind](whole))
 
 
-DAMAGES = ["missing", "folder", "truncated", "cut before the end", "flipped", "empty", "html", "bomb", "16 bit"]
+def one_to_break(root: Path, reader: str) -> tuple[Any, Path]:
+    """A data set and a file of its second sample."""
+    if reader == "synthia":
+        return Synthia(synthia(root, "16-bit RGB")), root / "GT/LABELS/0000001.png"
+    if reader == "cityscapes":
+        stem = "aachen/aachen_000002_000019_leftImg8bit.png"
+        return Cityscapes(cityscapes(root), "val"), root / "leftImg8bit/val" / stem
+    gta5(root)
+    if reader == "folder":
+        return SegmentationFolder(root / "images", root / "labels"), root / "images/00001.png"
+    if reader == "packed":
+        palette_png(root / "labels/00001.png", (ids(12, 20) % 4).astype(np.uint8), 2)
+    return GTA5(root), root / "labels/00001.png"
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
-@pytest.mark.parametrize("which", ["images", "labels", "packed"])
-def test_damaged_files__are_named_and_never_read(tmp_path: Path, kind: str, which: str) -> None:
-    root = gta5(tmp_path)
-    if which == "packed":
-        palette_png(root / "labels" / "00001.png", (ids(12, 20) % 4).astype(np.uint8), 2)
-    data = GTA5(root)
-    path = root / ("images" if which == "images" else "labels") / "00001.png"
-    damage(path, kind)
-    with pytest.raises(DataError) as caught:
-        data[1]
-    assert str(path) in str(caught.value)
-    assert ";" in str(caught.value)  # and what to do
-    assert data[0].name == "00000"
-
-
-@pytest.mark.parametrize("kind", DAMAGES)
-@pytest.mark.parametrize("reader", ["gta5", "synthia", "cityscapes", "folder"])
+@pytest.mark.parametrize("kind", ["missing", "folder", *DAMAGES, "16 bit"])
+@pytest.mark.parametrize("reader", ["gta5", "packed", "synthia", "cityscapes", "folder"])
 def test_damaged_files__under_both_policies(tmp_path: Path, kind: str, reader: str) -> None:
-    """Raised by default; left out, counted and capped when asked, and no pixel of it gets through."""
-    if reader == "gta5":
-        data, second = GTA5(gta5(tmp_path)), "labels/00001.png"
-    elif reader == "synthia":
-        data, second = Synthia(synthia(tmp_path, "16-bit RGB")), "GT/LABELS/0000001.png"
-    elif reader == "cityscapes":
-        data, second = (
-            Cityscapes(cityscapes(tmp_path), "val"),
-            "leftImg8bit/val/aachen/aachen_000002_000019_leftImg8bit.png",
-        )
-    else:
-        gta5(tmp_path)
-        data, second = SegmentationFolder(tmp_path / "images", tmp_path / "labels"), "images/00001.png"
-    whole = [data[i] for i in range(len(data))]
+    """Named by default; left out, counted and capped when asked, and no pixel of it gets through."""
     if kind == "16 bit" and reader == "synthia":
         pytest.skip("16 bits are right here")
-    damage(tmp_path / second, kind)
+    data, path = one_to_break(tmp_path, reader)
+    whole = list(data)
+    damage(path, kind)
+    said = refusal(lambda: data[1], f"{path}: ")
+    assert "expected 8 bits per channel, got 16" in said or kind != "16 bit"
+    assert ";" in said  # and what to do
     strict, lenient = (KeyedCrops(data, (8, 8), seed=0, stream=0, skip=skip) for skip in (0, 1))
-    with pytest.raises(DataError, match=Path(second).name):
-        [strict[draw] for draw in range(len(data))]
+    refusal(lambda: [strict[draw] for draw in range(len(data))], path.name)
     for draw in range(20):
         image, _ = lenient[draw]
         assert any(
-            torch.equal(image, other[:, top : top + 8, left : left + 8])
-            for i, (other, _, _) in enumerate(whole)
+            (other.image.unfold(1, 8, 1).unfold(2, 8, 1) == image[:, None, None]).all((0, 3, 4)).any()
+            for i, other in enumerate(whole)
             if i != 1
-            for top in range(other.shape[1] - 7)
-            for left in range(other.shape[2] - 7)
         )
     assert list(lenient.skipped) == [1]
 
@@ -257,73 +217,36 @@ def test_damaged_files__under_both_policies(tmp_path: Path, kind: str, reader: s
     [
         (np.full((12, 20), 77, np.uint8), r"holds ids \[77\] that are not Cityscapes label ids"),
         (np.where(np.arange(240).reshape(12, 20) % 2, 255, 4).astype(np.uint8), r"looks like train ids"),
-        (
-            np.zeros((12, 20, 3), np.uint8),
-            "got 3 channels of 8 bits; read colour-coded maps with `SegmentationFolder`",
-        ),
+        (np.zeros((12, 20, 3), np.uint8), "got 3 channels of 8 bits; read colour-coded maps with `SegmentationFolder`"),
         (np.zeros((12, 21), np.uint8), r"is 12 x 21 but its image 12 x 20; pass `size=`"),
     ],
     ids=["unknown ids", "train ids", "colours", "another size"],
 )
 def test_wrong_labels__are_refused(tmp_path: Path, label: np.ndarray, message: str) -> None:
-    root = gta5(tmp_path)
-    save(root / "labels" / "00002.png", label)
-    with pytest.raises(DataError, match=message) as caught:
-        GTA5(root)[2]
-    assert "00002.png" in str(caught.value)
-
-
-def test_pairs_of_two_sizes__are_both_resized_when_asked(tmp_path: Path) -> None:
-    root = gta5(tmp_path)
-    save(root / "labels" / "00002.png", ids(13, 22))
-    sample = GTA5(root, size=(6, 10))[2]
-    assert sample.label is not None
-    assert sample.image.shape[1:] == sample.label.shape == (6, 10)
-
-
-def test_image_that_is_a_label__is_refused(tmp_path: Path) -> None:
-    root = gta5(tmp_path)
-    save(root / "images" / "00000.png", ids(12, 20))
-    with pytest.raises(DataError, match="expected an RGB image, got 1 channels; is this a label map"):
-        GTA5(root)[0]
+    save(gta5(tmp_path) / "labels" / "00002.png", label)
+    assert "00002.png" in refusal(lambda: GTA5(tmp_path)[2], message)
 
 
 def test_folders__missing_empty_or_unpaired(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"nowhere: has no images \(there is no such folder\); expected <root>/images/\*\.png"
-    ):
-        GTA5(tmp_path / "nowhere")
+    none = r"has no images \(there is no such folder\); expected <root>"
+    refusal(lambda: GTA5(tmp_path / "nowhere"), rf"nowhere: {none}/images/\*\.png")
+    refusal(lambda: Cityscapes(tmp_path / "c", "val"), rf"split 'val' {none}/leftImg8bit/<split>")
     root = gta5(tmp_path / "g")
     (root / "labels" / "00001.png").unlink()
-    with pytest.raises(DataError, match="g: has 3 images and 2 label maps that do not pair up, 00001 has no label map"):
-        GTA5(root)
+    refusal(lambda: GTA5(root), "g: has 3 images and 2 label maps that do not pair up, 00001 has no label map")
     for path in (root / "images").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match="has 2 label maps but no images"):
-        GTA5(root)
-    with pytest.raises(
-        DataError, match=r"split 'val' has no images \(there is no such folder\); expected <root>/leftImg8bit/<split>"
-    ):
-        Cityscapes(tmp_path / "c", "val")
-    root = cityscapes(tmp_path / "c")
-    with pytest.raises(DataError, match=r"c: has no images \(it looks like Cityscapes\); expected <root>/images"):
-        GTA5(root)
-    with pytest.raises(DataError, match=r"split 'test' has no images; expected"):
-        Cityscapes(root, "test")
-    (root / "gtFine/val/aachen/aachen_000002_000019_gtFine_labelIds.png").unlink()
-    with pytest.raises(DataError, match=r"3 images and 2 label maps .* aachen/aachen_000002_000019 has no label map"):
-        Cityscapes(root, "val")
-    assert len(Cityscapes(root, "val", labels=False)) == 3
-    for path in (root / "leftImg8bit/val").rglob("*.png"):
+    refusal(lambda: GTA5(root), "has 2 label maps but no images")
+    city = cityscapes(tmp_path / "c")
+    refusal(lambda: GTA5(city), r"c: has no images \(it looks like Cityscapes\); expected <root>/images")
+    refusal(lambda: Cityscapes(city, "test"), r"split 'test' has no images; expected")
+    (city / "gtFine/val/aachen/aachen_000002_000019_gtFine_labelIds.png").unlink()
+    unpaired = r"3 images and 2 label maps .* aachen/aachen_000002_000019 has no label map"
+    refusal(lambda: Cityscapes(city, "val"), unpaired)
+    assert len(Cityscapes(city, "val", labels=False)) == 3
+    for path in (city / "leftImg8bit/val").rglob("*.png"):
         path.unlink()
-    with pytest.raises(DataError, match="split 'val' has 2 label maps but no images"):
-        Cityscapes(root, "val")
-    for bad in ((0, 5), (5, -1)):
-        with pytest.raises(ValueError, match="`size` must be"):
-            Cityscapes(root, "val", size=bad)
-
-
-# ------------------------------------------------------------------------------------------------ SYNTHIA, and folders
+    refusal(lambda: Cityscapes(city, "val"), "split 'val' has 2 label maps but no images")
 
 
 SYNTHIA_TRAIN_IDS = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 1: 10, 10: 11, 17: 12, 8: 13, 19: 15,
@@ -358,23 +281,18 @@ def synthia(root: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["16-bit RGB", "16-bit grey", "8-bit grey", "8-bit RGB"])
 def test_synthia__every_form_gives_the_same_train_ids(tmp_path: Path, kind: str) -> None:
     data = Synthia(synthia(tmp_path, kind))
-    assert [data[i].name for i in range(2)] == ["0000000", "0000001"]
-    for i in range(2):
-        want = [[SYNTHIA_TRAIN_IDS.get(v, 255) for v in row] for row in synthia_ids(i).tolist()]
-        assert data[i].label.tolist() == want
-        assert np.array_equal(data[i].image.permute(1, 2, 0).numpy(), picture(12, 20, seed=i))
+    assert [sample.name for sample in data] == ["0000000", "0000001"]
+    for i, sample in enumerate(data):
+        assert sample.label.tolist() == [
+            [SYNTHIA_TRAIN_IDS.get(v, 255) for v in row] for row in synthia_ids(i).tolist()
+        ]
+        assert np.array_equal(pixels(sample.image), picture(12, 20, seed=i))
     half = Synthia(tmp_path, size=(6, 10))[0].label
     assert torch.equal(half, data[0].label[1::2, 1::2])  # Pillow's NEAREST takes the odd pixels
 
 
-def test_synthia__high_bytes_are_told_and_refused(tmp_path: Path) -> None:
-    data = Synthia(synthia(tmp_path, "high bytes"))
-    with pytest.raises(DataError, match=r"0000000\.png: holds no class but 0 in 8 bits, like files saved"):
-        data[0]
-
-
 @pytest.mark.parametrize(
-    ("pixels", "message"),
+    ("labels", "message"),
     [
         (np.full((12, 20, 3), 3 << 8), r"holds the id 768, but SYNTHIA's ids end at 22"),  # the bytes in reverse
         (np.full((12, 20, 1), 31), r"holds ids \[31\] that are not SYNTHIA ids"),
@@ -382,36 +300,32 @@ def test_synthia__high_bytes_are_told_and_refused(tmp_path: Path) -> None:
     ],
     ids=["reversed bytes", "another id", "train ids"],
 )
-def test_synthia__other_files_are_refused(tmp_path: Path, pixels: np.ndarray, message: str) -> None:
-    root = synthia(tmp_path, "16-bit RGB")
-    deep_png(root / "GT" / "LABELS" / "0000001.png", pixels)
-    with pytest.raises(DataError, match=message) as caught:
-        Synthia(root)[1]
-    assert "0000001.png" in str(caught.value)
+def test_synthia__other_files_are_refused(tmp_path: Path, labels: np.ndarray, message: str) -> None:
+    high = Synthia(synthia(tmp_path / "high", "high bytes"))
+    refusal(lambda: high[0], r"0000000\.png: holds no class but 0 in 8 bits, like files saved")
+    deep_png(synthia(tmp_path, "16-bit RGB") / "GT" / "LABELS" / "0000001.png", labels)
+    assert "0000001.png" in refusal(lambda: Synthia(tmp_path)[1], message)
 
 
 @pytest.mark.parametrize("reader", [GTA5, Synthia])
 def test_readers__a_list_of_names_and_either_half_alone(tmp_path: Path, reader: type) -> None:
     root = gta5(tmp_path) if reader is GTA5 else synthia(tmp_path, "16-bit RGB")
-    names = [reader(root)[i].name for i in range(2)]
+    second = reader(root)[1].name
     chosen = tmp_path / "list.txt"
-    chosen.write_text(f"RAND_CITYSCAPES/{names[1]}.png\n\n", encoding="utf-8")
-    data = reader(root, names=chosen)
-    assert [data[i].name for i in range(len(data))] == [names[1]]
+    chosen.write_text(f"RAND_CITYSCAPES/{second}.png\n\n", encoding="utf-8")
+    assert [sample.name for sample in reader(root, names=chosen)] == [second]
     chosen.write_text("0.png\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"list\.txt: names 0, which is not there \(1 of 1 are missing"):
-        reader(root, names=chosen)
+    absent = r"list\.txt: names 0, which is not there \(1 of 1 are missing"
+    refusal(lambda: reader(root, names=chosen), absent)
     chosen.write_bytes(b"\xff")
     for bad in (chosen, tmp_path / "none.txt"):
-        with pytest.raises(DataError, match=r"cannot be read as a list of names"):
-            reader(root, names=bad)
+        refusal(lambda bad=bad: reader(root, names=bad), "cannot be read as a list of names")
     alone = reader(root, images=False)[0]
     assert alone.image.shape == (3, 0, 0)
     assert torch.equal(alone.label, reader(root)[0].label)
     assert reader(root, labels=False, size=(6, 10))[0].label is None
     assert reader(root, images=False, size=(6, 10))[0].label.shape == (6, 10)
-    with pytest.raises(ValueError, match="must not both be False"):
-        reader(root, images=False, labels=False)
+    refusal(lambda: reader(root, images=False, labels=False), "must not both be False", ValueError)
 
 
 def test_cityscapes__train_extra_has_coarse_labels(tmp_path: Path) -> None:
@@ -426,20 +340,19 @@ def test_cityscapes__train_extra_has_coarse_labels(tmp_path: Path) -> None:
 
 
 def test_folder__by_folders_of_any_depth(tmp_path: Path) -> None:
+    x, y = tmp_path / "x", tmp_path / "y"
     for key in ("a/1", "a/2", "b/1"):
-        save(tmp_path / "x" / f"{key}.png", picture(8, 12, seed=ord(key[0])))
-        save(tmp_path / "y" / f"{key}.png", np.full((8, 12), ord(key[0]) - ord("a"), np.uint8))
-    data = SegmentationFolder(tmp_path / "x", tmp_path / "y")
-    assert [(data[i].name, int(data[i].label.unique())) for i in range(3)] == [("a/1", 0), ("a/2", 0), ("b/1", 1)]
-    assert len(SegmentationFolder(tmp_path / "x")) == 3
-    assert SegmentationFolder(tmp_path / "x", size=(4, 6))[0].image.shape == (3, 4, 6)
-    (tmp_path / "y" / "a" / "2.png").unlink()
-    with pytest.raises(DataError, match="3 images and 2 label maps that do not pair up, a/2 has no label map"):
-        SegmentationFolder(tmp_path / "x", tmp_path / "y")
-    with pytest.raises(DataError, match="no such folder; pass a folder of image files, or a pattern"):
-        SegmentationFolder(tmp_path / "z")
-    with pytest.raises(DataError, match="has no images; expected PNG or JPEG images"):
-        SegmentationFolder(tmp_path / "x" / "*_img.png")
+        save(x / f"{key}.png", picture(8, 12, seed=ord(key[0])))
+        save(y / f"{key}.png", np.full((8, 12), ord(key[0]) - ord("a"), np.uint8))
+    found = [(sample.name, int(sample.label.unique())) for sample in SegmentationFolder(x, y)]
+    assert found == [("a/1", 0), ("a/2", 0), ("b/1", 1)]
+    assert len(SegmentationFolder(x)) == 3
+    assert SegmentationFolder(x, size=(4, 6))[0].image.shape == (3, 4, 6)
+    (y / "a" / "2.png").unlink()
+    unpaired = "3 images and 2 label maps that do not pair up, a/2 has no label map"
+    refusal(lambda: SegmentationFolder(x, y), unpaired)
+    refusal(lambda: SegmentationFolder(tmp_path / "z"), "no such folder; pass a folder of image files, or a pattern")
+    refusal(lambda: SegmentationFolder(x / "*_img.png"), "has no images; expected PNG or JPEG images")
 
 
 def test_folder__by_patterns(tmp_path: Path) -> None:
@@ -447,63 +360,44 @@ def test_folder__by_patterns(tmp_path: Path) -> None:
         save(tmp_path / town / f"{key}_img.png", picture(8, 12))
         save(tmp_path / town / "gt" / f"{key}_ids.png", np.full((8, 12), int(key), np.uint8))
     both = SegmentationFolder(tmp_path / "*" / "*_img.png", tmp_path / "*" / "gt" / "*_ids.png", {7: 0, 8: 1})
-    assert [int(both[i].label.unique()) for i in range(3)] == [0, 1, 0]
-    deep = SegmentationFolder(tmp_path / "**" / "*_img.png")
-    assert len(deep) == 3
+    assert [int(sample.label.unique()) for sample in both] == [0, 1, 0]
+    assert len(SegmentationFolder(tmp_path / "**" / "*_img.png")) == 3
     one = SegmentationFolder(tmp_path / "t1" / "*_img.png", tmp_path / "t1" / "gt" / "*_ids.png", {7: 0, 8: 255})
-    assert [one[i].name for i in range(2)] == ["7", "8"]
+    assert [sample.name for sample in one] == ["7", "8"]
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("unlisted", ["raise", "ignore"])
-def test_folder__mapping_of_ids(tmp_path: Path, bits: int, unlisted: str) -> None:
+def test_folder__mapping_of_ids(tmp_path: Path, bits: int) -> None:
     values = torch.randint(0, 5, (9, 7), generator=seeded(bits)).numpy() * (3 if bits == 8 else 13_107)
     mapping = {key: i for i, key in enumerate(sorted(set(values.flatten().tolist())))}
     if bits == 8:
         save(tmp_path / "l.png", values.astype(np.uint8))
     else:
         deep_png(tmp_path / "l.png", values[..., None])
+
+    def read(unlisted: str) -> list[list[int]]:
+        return SegmentationFolder(None, tmp_path / "*.png", mapping, unlisted=unlisted)[0].label.tolist()
+
     want = [[mapping[v] for v in row] for row in values.tolist()]
-    got = SegmentationFolder(None, tmp_path / "*.png", mapping, unlisted=unlisted)[0]
-    assert got.label.tolist() == want
+    assert read("raise") == read("ignore") == want
     lacking = max(mapping)
     del mapping[lacking]
-    data = SegmentationFolder(None, tmp_path / "*.png", mapping, unlisted=unlisted)
-    if unlisted == "raise":
-        with pytest.raises(DataError, match=rf"l\.png: holds \[{lacking}\], which the mapping does not list"):
-            data[0]
-    else:
-        assert data[0].label.tolist() == [[255 if v == len(mapping) else v for v in row] for row in want]
+    refusal(lambda: read("raise"), rf"l\.png: holds \[{lacking}\], which the mapping does not list")
+    assert read("ignore") == [[255 if v == len(mapping) else v for v in row] for row in want]
 
 
 def test_folder__mapping_of_colours(tmp_path: Path) -> None:
+    def read(mapping: object = None) -> Tensor:
+        return SegmentationFolder(None, tmp_path / "*.png", mapping)[0].label
+
+    mapping = {color: i for i, color in enumerate(PALETTE)}
     values = torch.randint(0, 19, (9, 7), generator=seeded(0)).numpy()
     save(tmp_path / "l.png", np.array(PALETTE, np.uint8)[values])
-    data = SegmentationFolder(None, tmp_path / "*.png", {color: i for i, color in enumerate(PALETTE)})
-    assert np.array_equal(data[0].label.numpy(), values)
-    with pytest.raises(DataError, match=r"holds \[\(0, 0, 70\)"):
-        SegmentationFolder(None, tmp_path / "*.png", {c: i for i, c in enumerate(PALETTE) if c != (0, 0, 70)})[0]
-    with pytest.raises(DataError, match="expected a label map with one channel of ids, got 3 channels"):
-        SegmentationFolder(None, tmp_path / "*.png")[0]
+    assert np.array_equal(read(mapping).numpy(), values)
+    refusal(lambda: read({c: i for c, i in mapping.items() if c != (0, 0, 70)}), r"holds \[\(0, 0, 70\)")
+    refusal(read, "expected a label map with one channel of ids, got 3 channels")
     save(tmp_path / "l.png", ids(9, 7))
-    with pytest.raises(DataError, match="expected an RGB label map for a mapping of colours, got 1 channel of 8 bits"):
-        data[0]
-
-
-def test_folder__refuses(tmp_path: Path) -> None:
-    for mapping, message in (
-        ({3: 256}, "must give train ids in 0..255, got 256 for 3"),
-        ({70_000: 1}, r"ids in 0..65535 or \(R, G, B\)"),
-        ({(1, 2): 1}, r"ids in 0..65535 or \(R, G, B\)"),
-        ({(1, 2, 3): 1, 4: 1}, "either ids or colours"),
-        ({}, "must not be empty"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            SegmentationFolder(None, tmp_path / "*.png", mapping)
-    with pytest.raises(ValueError, match="`unlisted` must be one of"):
-        SegmentationFolder(None, tmp_path, unlisted="skip")
-    with pytest.raises(ValueError, match="must not both be False"):
-        SegmentationFolder(None)
+    refusal(lambda: read(mapping), "expected an RGB label map for a mapping of colours, got 1 channel of 8 bits")
 
 
 CARLA = {**{k: k - 1 for k in range(1, 20)}, 24: 0}
@@ -513,33 +407,12 @@ def test_real_carla(test_data: Path) -> None:
     base = test_data / "carla"
     data = SegmentationFolder(base / "*_img.png", base / "*_labelIds.png", CARLA, unlisted="ignore")
     assert len(data) == 4
-    for i in range(4):
-        image, label, name = data[i]
-        raw = np.asarray(Image.open(base / f"{name}_labelIds.png"))
-        want = np.full(256, 255, np.uint8)
-        for key, value in CARLA.items():
-            want[key] = value
-        assert np.array_equal(label.numpy(), want[raw])
+    table = np.array([CARLA.get(value, 255) for value in range(256)])
+    for image, label, name in data:
         assert image.shape == (3, 1024, 2048)
-        assert np.array_equal(
-            image.permute(1, 2, 0).numpy(), np.asarray(Image.open(base / f"{name}_img.png").convert("RGB"))
-        )
-
-
-def test_real_cityscapes__class_counts_of_all_maps(test_data: Path) -> None:
-    base = test_data / "cityscapes"
-    seen = 0
-    for split in ("train", "val"):
-        data = Cityscapes(base, split, images=False)
-        for i in range(len(data)):
-            paths = list((base / "gtFine" / split).rglob(f"{data[i].name}_gtFine_labelIds.png"))
-            raw = np.asarray(Image.open(paths[0]))
-            want = [int((raw == key).sum()) for key in LABEL_IDS]  # in the order of train ids
-            got = torch.bincount(data[i].label.flatten().long(), minlength=256)
-            assert got[:19].tolist() == want
-            assert int(got[255]) == raw.size - sum(want)
-            seen += 1
-    assert seen == 23
+        assert np.array_equal(label.numpy(), table[np.asarray(Image.open(base / f"{name}_labelIds.png"))])
+        shown = Image.open(base / f"{name}_img.png").convert("RGB")
+        assert np.array_equal(pixels(image), np.asarray(shown))
 
 
 def test_errors_survive_worker_processes(tmp_path: Path) -> None:
@@ -550,38 +423,25 @@ def test_errors_survive_worker_processes(tmp_path: Path) -> None:
 
 
 def test_real_cityscapes(test_data: Path) -> None:
-    data = Cityscapes(test_data / "cityscapes", "train")
-    assert len(data) == 8
-    sample = data[0]
-    assert sample.name == "aachen_000000_000019"
-    assert sample.image.shape == (3, 1024, 2048)
-    assert sample.label is not None
     base = test_data / "cityscapes"
-    raw = np.asarray(Image.open(base / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png"))
-    assert np.array_equal(sample.label.numpy(), train_ids().numpy()[raw])
-    image = Image.open(base / "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png")
-    assert np.array_equal(sample.image.permute(1, 2, 0).numpy(), np.asarray(image))
-    half = Cityscapes(base, "train", size=(512, 1024))[0]
+    for split, count in (("train", 8), ("val", 15)):  # of whose images none is there
+        labels = Cityscapes(base, split, images=False)
+        assert len(labels) == count
+        for sample in labels:
+            [path] = (base / "gtFine" / split).rglob(f"{sample.name}_gtFine_labelIds.png")
+            assert np.array_equal(sample.label.numpy(), train_ids().numpy()[np.asarray(Image.open(path))])
+    refusal(lambda: Cityscapes(base, "val"), "split 'val' has 15 label maps but no images")
+    whole, half = (Cityscapes(base, "train", size=size)[0] for size in (None, (512, 1024)))
+    image = Image.open(base / f"leftImg8bit/train/aachen/{whole.name}_leftImg8bit.png")
+    assert np.array_equal(pixels(whole.image), np.asarray(image))
     want = np.asarray(image.resize((1024, 512), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(half.image.permute(1, 2, 0).numpy().astype(int) - want).max() <= 1
-    with pytest.raises(DataError, match="split 'val' has 15 label maps but no images"):
-        Cityscapes(base, "val")
-
-
-def test_real_gta5_labels__are_train_ids_and_refused(test_data: Path, tmp_path: Path) -> None:
-    source = sorted((test_data / "gta5" / "labels_trainids").glob("*.png"))[0]
-    frame = test_data / "gta5" / "images" / "frame.png"
-    for folder, path in (("images", frame), ("labels", source)):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "1.png").symlink_to(path)
-    with pytest.raises(DataError, match="looks like train ids"):
-        GTA5(tmp_path)[0]
+    assert np.abs(pixels(half.image).astype(int) - want).max() <= 1
 
 
 @pytest.mark.parametrize("domain", ["source", "target"])
 def test_street_scenes__are_pure_functions_of_their_index(domain: str) -> None:
     scenes = StreetScenes(30, domain=domain, seed=4)
-    forward = [scenes[i] for i in range(30)]
+    forward = list(scenes)
     for i in reversed(range(30)):
         again = StreetScenes(50, domain=domain, seed=4)[i]
         assert torch.equal(again.image, forward[i].image)
@@ -592,13 +452,12 @@ def test_street_scenes__are_pure_functions_of_their_index(domain: str) -> None:
     assert set(seen.unique().tolist()) == {*range(19), 255}
 
 
-@pytest.mark.parametrize("size", [(16, 16), (32, 64), (96, 160), (128, 256), (33, 57)])
+@pytest.mark.parametrize("size", [(16, 16), (33, 57), (96, 160)])
 def test_street_scenes__any_size_and_a_street_each_time(size: tuple[int, int]) -> None:
     for domain in ("source", "target"):
         scenes = StreetScenes(20, domain=domain, size=size)
         ground, sky = torch.zeros(size), torch.zeros(size)
-        for i in range(20):
-            scene = scenes[i]
+        for scene in scenes:
             assert scene.image.shape == (3, *size)
             assert scene.image.dtype == scene.label.dtype == torch.uint8
             ground += scene.label == 0
@@ -608,18 +467,15 @@ def test_street_scenes__any_size_and_a_street_each_time(size: tuple[int, int]) -
 
 
 def test_street_scenes__the_domains_differ_in_look_and_not_in_layout() -> None:
-    source, target = (StreetScenes(60, domain=domain) for domain in ("source", "target"))
-
-    def statistics(scenes: StreetScenes) -> tuple[torch.Tensor, float]:
+    def statistics(domain: str) -> tuple[Tensor, float]:
         counts, saturation = torch.zeros(256), 0.0
-        for i in range(60):
-            scene = scenes[i]
+        for scene in StreetScenes(60, domain=domain):
             counts += torch.bincount(scene.label.flatten().long(), minlength=256)
             image = scene.image.float()
             saturation += float((image.amax(0) - image.amin(0)).mean())
         return counts[:19] / counts.sum(), saturation
 
-    (shares, vivid), (other, dull) = statistics(source), statistics(target)
+    (shares, vivid), (other, dull) = statistics("source"), statistics("target")
     assert vivid > 2 * dull
     assert float((shares - other).abs().sum()) < 0.2
 
@@ -629,22 +485,6 @@ def test_street_scenes__written_and_read_back(tmp_path: Path, layout: str) -> No
     scenes = StreetScenes(3, domain="target", size=(24, 40))
     scenes.write(tmp_path, layout=layout, split="val")
     data = GTA5(tmp_path) if layout == "gta5" else Cityscapes(tmp_path, "val")
-    assert len(data) == 3
-    for i in range(3):
-        assert torch.equal(data[i].image, scenes[i].image)
-        assert torch.equal(data[i].label, scenes[i].label)
-
-
-def test_street_scenes__refuses() -> None:
-    with pytest.raises(ValueError, match="`length` must be at least 1"):
-        StreetScenes(0)
-    with pytest.raises(ValueError, match="`domain` must be one of 'source', 'target'"):
-        StreetScenes(1, domain="real")
-    with pytest.raises(ValueError, match="at least 16 pixels"):
-        StreetScenes(1, size=(8, 64))
-    with pytest.raises(ValueError, match="`seed` must not be negative"):
-        StreetScenes(1, seed=-1)
-    with pytest.raises(IndexError):
-        StreetScenes(2)[2]
-    with pytest.raises(ValueError, match="`layout` must be one of"):
-        StreetScenes(1).write("x", layout="synthia")
+    for got, want in zip(data, scenes, strict=True):
+        assert torch.equal(got.image, want.image)
+        assert torch.equal(got.label, want.label)

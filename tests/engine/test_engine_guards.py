@@ -3,48 +3,45 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from crossmix.engine import StopRequest
-from runs import run_ranks, start_code, wait_for
+from runs import fork, run_ranks
 
-LOOP = """
-    import sys, time
-    from crossmix.engine import StopRequest
+
+def wait(ready: Callable[[], object], asked: Path, seconds: float) -> None:
+    """As a trainer does, whose last step takes this long."""
     with StopRequest() as stop:
-        print("ready", flush=True)
+        ready()
         while not stop.agreed():
             time.sleep(0.01)
-        print("asked", flush=True)
-        time.sleep(float(sys.argv[1]))
-    print("left", flush=True)
-"""
+        asked.touch()
+        time.sleep(seconds)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_stop__finishes_the_step(number: signal.Signals) -> None:
-    process = start_code(LOOP, "0")
-    wait_for(process, "ready")
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert output.split() == ["asked", "left"]
-    assert process.returncode == 0
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop__finishes_the_step(number: signal.Signals, tmp_path: Path) -> None:
+    process = fork(wait, tmp_path / "asked", 0)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 0
+    assert (tmp_path / "asked").exists()
 
 
-def test_stop__a_second_ctrl_c_ends_at_once() -> None:
-    process = start_code(LOOP, "600")
-    wait_for(process, "ready")
-    process.send_signal(signal.SIGINT)
-    wait_for(process, "asked")
-    process.send_signal(signal.SIGTERM)  # changes nothing
-    time.sleep(0.1)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert output == ""
-    assert process.returncode == 130
+def test_stop__a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    process = fork(wait, tmp_path / "asked", 600)
+    os.kill(process.pid, signal.SIGINT)
+    while not (tmp_path / "asked").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)  # changes nothing
+    process.join(0.1)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
 
 
 def test_stop__puts_the_handlers_back() -> None:

@@ -6,56 +6,44 @@ import os
 import platform
 import re
 import stat
+import sys
+import time
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from crossmix._files import BusyError, FolderLock, amount, whole_file, write_whole
-from runs import start_code, wait_for
+from runs import fork
 
 
-def test_write_whole__replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    for content in (b"one", b"another"):
-        write_whole(path, content)
-        assert path.read_bytes() == content
-        assert list(tmp_path.iterdir()) == [path]
-
-
-def test_whole_file__is_not_there_before_its_end_and_not_at_all_after_an_error(tmp_path: Path) -> None:
+def test_whole_file__replaces_at_its_end_and_not_at_all_after_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     with whole_file(path) as file:
-        file.write(b"old")
+        file.write(b"one")
         assert not path.exists()
-
-    def fail(error: BaseException) -> None:
-        with whole_file(path) as file:
+    write_whole(path, b"another")
+    for error in (ValueError("no"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), whole_file(path) as file:  # noqa: PT012
             file.write(b"new")
             raise error
-
-    for error in (ValueError("no"), KeyboardInterrupt()):
-        with pytest.raises(type(error)):
-            fail(error)
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"another"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_whole_file__a_full_disk_is_named_with_the_space_needed_and_free(small_disk: Path) -> None:
     path = small_disk / "a.bin"
     write_whole(path, b"old")
-    size = 3_000_000
     with pytest.raises(OSError, match=r"3\.00 MB are needed, \d\.\d\d MB are free.*free some space") as caught:
-        write_whole(path, bytes(size))
-    assert caught.value.errno == errno.ENOSPC
-    assert caught.value.filename == str(path)
+        write_whole(path, bytes(3_000_000))
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
     assert path.read_bytes() == b"old"
     assert list(small_disk.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_whole_file__a_disk_that_is_full_when_it_is_synchronised(
-    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_file__a_disk_full_at_the_end(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -90,29 +78,25 @@ def test_whole_file__a_read_only_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert caught.value.filename == str(tmp_path / "a.bin")
 
 
+def write_and_wait(begun: Callable[[], object], path: Path) -> None:
+    with whole_file(path) as file:
+        file.write(b"new")
+        file.flush()
+        begun()
+        time.sleep(600)
+
+
 def test_whole_file__survives_a_kill_of_its_writer(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     write_whole(path, b"old")
-    code = """
-        import sys
-        from crossmix._files import whole_file
-        with whole_file(sys.argv[1]) as file:
-            file.write(b"new")
-            file.flush()
-            print("writing", flush=True)
-            sys.stdin.read()
-    """
-    process = start_code(code, str(path))
-    wait_for(process, "writing")
+    process = fork(write_and_wait, path)
     process.kill()
-    process.communicate()
+    process.join()
     assert path.read_bytes() == b"old"
     assert {file.name for file in tmp_path.iterdir()} == {"a.bin", f"a.bin.tmp.{process.pid}"}
 
 
-def test_whole_file__works_where_folders_cannot_be_synchronised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_file__folders_that_cannot_be_synchronised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.fsync
 
     def fsync(handle: int) -> None:
@@ -131,41 +115,35 @@ def test_amount() -> None:
     ]  # fmt: skip
 
 
-HOLD = """
-    import sys
-    from crossmix._files import FolderLock
-    with FolderLock(sys.argv[1]):
-        print("held", flush=True)
-        sys.stdin.read()
-"""
+def hold(held: Callable[[], object], folder: Path) -> None:
+    with FolderLock(folder):
+        held()
+        time.sleep(600)
 
 
 def test_lock__names_its_holder_and_is_gone_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = start_code(HOLD, str(folder))
-    wait_for(process, "held")
+    process = fork(hold, folder)
     holder = rf"process {process.pid} on {re.escape(platform.node())} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
     for _ in range(2):  # the first who is refused leaves the name for the second
         with pytest.raises(BusyError, match=rf"run: is in use by {holder}.*; wait for it to end"), FolderLock(folder):
             pass
     process.kill()  # without any chance to clean up
-    process.communicate()
-    with FolderLock(folder), pytest.raises(BusyError, match=f"in use by process {os.getpid()} "), FolderLock(folder):
+    process.join()
+    with FolderLock(folder) as lock, pytest.raises(BusyError, match=f"process {os.getpid()} "), FolderLock(folder):
         pass
-    with FolderLock(folder) as lock:
-        assert lock.path == folder / ".lock"
+    assert lock.path == folder / ".lock"
     assert {path.name for path in folder.iterdir()} <= {".lock"}
 
 
 def test_lock__may_be_waited_for(tmp_path: Path) -> None:
-    process = start_code(HOLD, str(tmp_path))
-    wait_for(process, "held")
+    process = fork(hold, tmp_path)
     told = []
 
     def waiting(text: str) -> None:
         told.append(text)
         process.kill()
-        process.communicate()
+        process.join()
 
     with FolderLock(tmp_path, waiting=waiting), pytest.raises(BusyError), FolderLock(tmp_path):
         pass
@@ -173,43 +151,38 @@ def test_lock__may_be_waited_for(tmp_path: Path) -> None:
     assert f"is in use by process {process.pid} on" in told[0]
 
 
+def hold_and_fork(ready: Callable[[], object], folder: Path, end: str) -> None:
+    with FolderLock(folder):
+        child = os.fork()
+        if child == 0 and end == "leaves":
+            sys.exit()  # through the end of the block
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        if end == "leaves":
+            os.waitpid(child, 0)
+        (folder / "child").write_text(str(child))
+        ready()
+        time.sleep(60)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
 @pytest.mark.parametrize("end", ["outlives", "leaves"])
 def test_lock__is_its_process_s_alone_and_not_that_of_forked_ones(tmp_path: Path, end: str) -> None:
-    code = """
-        import os, sys, time
-        from crossmix._files import FolderLock
-        with FolderLock(sys.argv[1]):
-            child = os.fork()
-            if child == 0 and sys.argv[2] == "leaves":
-                sys.exit()  # through the end of the block
-            if child == 0:
-                time.sleep(60)
-                os._exit(0)
-            if sys.argv[2] == "leaves":
-                os.waitpid(child, 0)
-            print(child, flush=True)
-            time.sleep(60)
-    """
-    process = start_code(code, str(tmp_path), end)
-    assert process.stdout is not None
-    child = int(process.stdout.readline())
+    process = fork(hold_and_fork, tmp_path, end)
     # The child let go of its copy, and not of the lock.
     with pytest.raises(BusyError, match=f"in use by process {process.pid} "), FolderLock(tmp_path):
         pass
     process.kill()
-    process.wait(60)
+    process.join()
     with FolderLock(tmp_path):
         pass
     if end == "outlives":
-        os.kill(child, 9)
-    process.communicate()
+        os.kill(int((tmp_path / "child").read_text()), 9)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_lock__a_file_system_without_locks_is_said_and_not_in_use(
-    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock__a_file_system_without_locks(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -226,21 +199,10 @@ def test_lock__other_errors_are_not_in_use(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("found", ["nothing", pytest.param("3.16.0", marks=pytest.mark.slow)])
-def test_lock__asks_for_the_extra(tmp_path: Path, found: str) -> None:
-    code = """
-        import sys, types
-        if sys.argv[2] == "nothing":
-            sys.modules["filelock"] = None
-        else:
-            sys.modules["filelock"] = types.ModuleType("filelock")
-            sys.modules["filelock"].__version__ = sys.argv[2]
-        import crossmix._files  # itself needs none
-        try:
-            crossmix._files.FolderLock(sys.argv[1]).__enter__()
-        except ImportError as error:
-            print(error)
-    """
-    output, errors = start_code(code, str(tmp_path), found).communicate()
-    assert "pip install crossmix[train]" in output, errors
-    assert found == "nothing" or "is 3.16.0" in output
+@pytest.mark.parametrize("found", [None, "3.16.0"])
+def test_lock__asks_for_the_extra(tmp_path: Path, found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = None if found is None else types.SimpleNamespace(__version__=found)
+    monkeypatch.setitem(sys.modules, "filelock", module)
+    said = f"is {found}: .*" if found else ""
+    with pytest.raises(ImportError, match=rf"{said}pip install crossmix\[train\]"), FolderLock(tmp_path):
+        pass

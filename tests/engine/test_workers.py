@@ -1,17 +1,20 @@
 """Workers under signals, with real processes: to one and to the group, at their start and later, forked and spawned."""
 
-import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch.utils.data._utils import signal_handling
 
+from crossmix.engine import QuietLoader, quiet_worker
 from runs import wait_for
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs process groups")
@@ -62,17 +65,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def run(script: str, *arguments: str, slow: str = "") -> subprocess.Popen[str]:
         path = tmp_path / "script.py"
         path.write_text(textwrap.dedent(script))
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(path), "trainer", *arguments, str(tmp_path)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-                env={**os.environ, "SLOW": slow},
-            )
-        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        command = [sys.executable, str(path), "trainer", *arguments, str(tmp_path)]
+        environment = {**os.environ, "SLOW": slow}
+        processes.append(subprocess.Popen(command, **pipes, text=True, start_new_session=True, env=environment))
         return processes[-1]
 
     yield run
@@ -124,30 +120,6 @@ def test_loader__a_signal_to_the_group_ends_no_worker(
     wait_until(lambda: not any(map(running, workers(tmp_path))))
 
 
-BUSY = """
-    import sys
-    from data import Data
-    from crossmix.engine import QuietLoader
-    if __name__ == "__main__":
-        _, _, method, folder = sys.argv
-        batches = iter(QuietLoader(Data(folder, 600.0), num_workers=2, multiprocessing_context=method))
-        print("ready", flush=True)
-        next(batches)
-"""
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_loader__workers_end_with_their_parent_though_they_are_busy(
-    start: Callable[..., subprocess.Popen[str]], method: str, tmp_path: Path
-) -> None:
-    process = start(BUSY, method)
-    wait_for(process, "ready")
-    wait_until(lambda: len(workers(tmp_path)) == 2)
-    process.kill()
-    process.wait()
-    wait_until(lambda: not any(map(running, workers(tmp_path))))
-
-
 LEFT_OVER = """
     import sys
     from data import Data
@@ -174,95 +146,76 @@ def test_loader__one_that_is_not_finished_does_not_keep_its_process_from_ending(
 
 POOL = """
     import multiprocessing, os, signal, sys, time
-    from crossmix._workers import quiet_worker, started_quietly
+    from data import Data
+    from crossmix._workers import QuietLoader, quiet_worker, started_quietly
     if __name__ == "__main__":
-        _, _, method, _ = sys.argv
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        _, _, method, folder = sys.argv
+        heard = []
+        signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
         context = multiprocessing.get_context(method)
         with started_quietly(context):
+            os.kill(os.getpid(), signal.SIGTERM)  # a thread of a library may take it at once
             pool = context.Pool(2, initializer=quiet_worker)
+        print(heard, flush=True)
         with pool:
-            print("ready", flush=True)
-            print(pool.map(abs, range(-8, 0), chunksize=1), flush=True)
-            sys.stdin.readline()
-            print(pool.map(abs, range(-8, 0), chunksize=1), flush=True)
+            print(pool.map(abs, range(-8, 0), chunksize=1) == list(range(8, 0, -1)), flush=True)
+            time.sleep(0.5)
+            print(pool.map(abs, range(-8, 0), chunksize=1) == list(range(8, 0, -1)), flush=True)
+        next(iter(QuietLoader(Data(folder, 600.0), num_workers=2, multiprocessing_context=method)))
 """
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_pool__goes_on_through_a_signal_and_can_be_ended(
-    start: Callable[..., subprocess.Popen[str]], method: str
+def test_workers__go_on_through_a_signal_and_end_with_their_parent(
+    start: Callable[..., subprocess.Popen[str]], method: str, tmp_path: Path
 ) -> None:
-    process = start(POOL.replace("sys.stdin.readline()", "time.sleep(0.5)"), method)
-    wait_for(process, "ready")
+    process = start(POOL, method)
+    wait_for(process, "[1]")  # this process has heard the signal when the workers have been started
     for _ in range(4):
         os.killpg(process.pid, signal.SIGTERM)
         time.sleep(0.1)
-    output, errors = process.communicate(timeout=120)
-    assert [json.loads(line) for line in output.splitlines()] == [list(range(8, 0, -1))] * 2, errors
-    assert process.returncode == 0
+    for _ in range(2):
+        wait_for(process, "True")
+    wait_until(lambda: len(workers(tmp_path)) == 2)  # which are busy
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(map(running, workers(tmp_path))))
 
 
-@pytest.mark.slow
 def test_quiet_worker__outside_a_worker_changes_nothing() -> None:
-    code = """
-        import signal, threading
-        from crossmix.engine import quiet_worker
-        before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), threading.active_count()
-        quiet_worker(0)
-        now = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), threading.active_count()
-        print(before == now, signal.pthread_sigmask(signal.SIG_BLOCK, []) == set())
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "True"]
+    def state() -> tuple[object, ...]:
+        handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+        return handlers, threading.active_count(), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    before = state()
+    quiet_worker(0)
+    assert state() == before
 
 
-def test_loader__signals_reach_this_process_when_the_workers_have_been_started() -> None:
-    code = """
-        import os, signal
-        from crossmix._workers import started_quietly
-        heard = []
-        signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
-        with started_quietly():
-            os.kill(os.getpid(), signal.SIGTERM)  # a thread of a library may take it at once
-        print(heard == [signal.SIGTERM])
-    """
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # a thread of NumPy's would take the signal at once
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=alone)
-    assert done.stdout.split() == ["True"]
+EACH = """
+    import signal, time
+    from crossmix.datasets._parallel import each
+
+    def slow(i):
+        time.sleep(0.2)
+        return i
+
+    if __name__ == "__main__":
+        stopped, results = [], []
+        signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+        for _, result in each(slow, list(range(24)), "slow", workers=2):
+            results.append(result)
+            print("begun", flush=True)
+        print(results == list(range(24)), stopped)
+"""
 
 
 @pytest.mark.slow
-def test_each__workers_of_a_pool_leave_signals_to_their_parent(tmp_path: Path) -> None:
-    code = """
-import signal, sys, time
-from crossmix.datasets._parallel import each
-
-def slow(i):
-    time.sleep(0.2)
-    return i
-
-if __name__ == "__main__":
-    stopped, results = [], []
-    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-    for _, result in each(slow, list(range(24)), "slow", workers=2):
-        results.append(result)
-        print("begun", flush=True)
-    print(results == list(range(24)), stopped)
-"""
-    script = tmp_path / "script.py"
-    script.write_text(code, encoding="utf-8")
-    with subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        wait_for(process, "begun")
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            printed, _ = process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail("it waits for ever")
+def test_each__workers_of_a_pool_leave_signals_to_their_parent(start: Callable[..., subprocess.Popen[str]]) -> None:
+    process = start(EACH)
+    wait_for(process, "begun")
+    os.killpg(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
     assert printed.splitlines()[-1] == "True [1]"
 
 
@@ -291,31 +244,22 @@ def test_workers__a_lost_signal_from_their_parent_is_repeated(
     assert process.wait(60) == 0
 
 
-BEREFT = """
-    import multiprocessing, sys, time
-    from data import Data
-    from crossmix.engine import QuietLoader
-
-    if __name__ == "__main__":
-        batches = iter(QuietLoader(Data(sys.argv[3], 0.05), num_workers=1, multiprocessing_context=sys.argv[2]))
-        next(batches)
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        end = time.monotonic() + 0.5
-        while time.monotonic() < end:  # a step, in which nothing may be raised
-            sum(range(1000))
-        print("a whole step", flush=True)
-        try:
-            list(batches)
-        except RuntimeError as error:
-            print(str(error)[:17], flush=True)
-"""
+class Slow(list[int]):
+    def __getitem__(self, index: int) -> int:  # type: ignore[override]
+        time.sleep(0.05)
+        return index
 
 
 @pytest.mark.parametrize("method", METHODS[:2])
-def test_workers__a_dead_one_is_told_by_the_next_batch(
-    start: Callable[..., subprocess.Popen[str]], method: str
-) -> None:
-    process = start(BEREFT, method)
-    wait_for(process, "a whole step")
-    wait_for(process, "DataLoader worker")
+def test_workers__a_dead_one_is_told_by_the_next_batch(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # torch's handler is set once in a process
+    batches = iter(QuietLoader(Slow(range(24)), num_workers=1, multiprocessing_context=method))
+    monkeypatch.setattr(type(batches)._try_get_data, "__defaults__", (0.2,))  # looks after the worker every 5 seconds
+    next(batches)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:  # a step, in which nothing may be raised
+        sum(range(1000))
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(batches)

@@ -58,8 +58,9 @@ def test_plain_name__keeps_what_is_no_module() -> None:
     assert plain_name(network, "module.module.0.made.by.a.hook") == "module.0.made.by.a.hook"
 
 
-def test_wrappers__import_no_compiler() -> None:
-    code = "import sys, torch; from crossmix import _wrappers as w; w.unwrapped(torch.nn.ReLU()); print(*sys.modules)"
+def test_imports__no_compiler_and_no_extra() -> None:
+    code = "import sys, torch, crossmix._files, crossmix.models; from crossmix._wrappers import unwrapped; "
+    code += "unwrapped(torch.nn.ReLU()); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "crossmix._wrappers" in loaded
-    assert "torch._dynamo" not in loaded
+    assert "crossmix.models.weights" in loaded
+    assert not {"torch._dynamo", "safetensors", "filelock"} & {*loaded}
