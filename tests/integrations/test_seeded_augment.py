@@ -76,6 +76,17 @@ def test_forward__restores_the_global_generator_and_draws_from_it_without_a_draw
     assert torch.equal(augment(images), once)
 
 
+@pytest.mark.gpu
+def test_forward__replays_what_is_drawn_on_a_gpu() -> None:
+    augment, images = SeededAugment(noise), torch.rand(2, 3, 4, 4, device="cuda")
+    draw = augment.sample(2, generator=seeded(0), device="cuda")
+    before = torch.cuda.get_rng_state()
+    first = augment(images, draw=draw)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    torch.rand(5, device="cuda")
+    assert torch.equal(augment(images, draw=draw), first)
+
+
 def test_forward__batches_are_their_images_and_none_is_no_error() -> None:
     augment, images = SeededAugment(noise), torch.rand(3, 3, 4, 5)
     draw = augment.sample(3, generator=seeded(0))

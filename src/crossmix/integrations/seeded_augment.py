@@ -19,8 +19,8 @@ class SeededAugment(nn.Module):
 
     As the `augment` of `SelfTraining` or of a recipe it is then replayed by `draw=`, follows `generator=`, and gives
     the same images when a global batch is split over ranks. The state of the global generators is restored afterwards.
-    What draws from numpy or Python is not replayed. A call for each image costs time: where nothing is replayed, pass
-    the augmentation itself.
+    What draws from numpy or Python, or on devices other than CPU and CUDA, is not replayed. A call for each image costs
+    time: where nothing is replayed, pass the augmentation itself.
 
     Args:
         augment: Called with a batch of one image, (1, C, H, W); returns another of the same shape. It must not move
@@ -96,7 +96,10 @@ class SeededAugment(nn.Module):
             return torch.cat([self._one(image[None], seed) for image, seed in zip(images, draw.tolist(), strict=True)])
 
     def _one(self, image: Tensor, seed: int) -> Tensor:
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which would also seed GPUs whose state is not restored.
+        torch.default_generator.manual_seed(seed)
+        if image.device.type == "cuda":
+            torch.cuda.default_generators[image.device.index].manual_seed(seed)
         augmented: Tensor = self.augment(image)
         return augmented
 
