@@ -27,6 +27,13 @@ def lowest(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def interop(session: nox.Session) -> None:
+    """Run what is about other packages beside these, some of which need torchvision of the same build as torch."""
+    session.install("-e", ".[dev,interop]", "segmentation-models-pytorch", "timm", "torchvision")
+    session.run("python", "-m", "pytest", "tests/contracts/test_docs.py", "tests/integrations", *session.posargs)
+
+
+@nox.session(default=False)
 def package(session: nox.Session) -> None:
     """Build wheel and sdist into dist/ and check both."""
     session.install("build", "check-wheel-contents", "pyroma", "twine", "validate-pyproject[all]")

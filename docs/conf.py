@@ -43,6 +43,7 @@ html_theme_options = {
 }
 html_sidebars = {"index": [], "quickstart": []}
 
+autodoc_mock_imports = ["torchmetrics"]
 autosummary_generate = True
 autosummary_imported_members = True
 autodoc_member_order = "bysource"
@@ -62,6 +63,7 @@ nitpick_ignore_regex = [(r"py:.*", r"crossmix\..*\.(Samples|Resident|FolderDatas
 PUBLIC = (
     "", ".functional", ".recipes", ".mixing", ".augment", ".self_training", ".models", ".datasets",
     ".datasets.classes", ".metrics", ".evaluation", ".diagnostics", ".visualize", ".optim", ".engine",
+    ".integrations",
 )  # fmt: skip
 
 

@@ -1,10 +1,13 @@
 """What every function and every module of the library has in common, as two lists of checks."""
 
 import copy
+import importlib
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -123,6 +126,16 @@ def check_module(module: nn.Module, call: Callable[[nn.Module], object], shown: 
         assert tensor.dtype in {torch.float64, torch.int64}
     for mode in (True, False):
         assert module.train(mode).training is mode
+
+
+def needed(name: str) -> ModuleType:
+    """A package that is not always there; skips where it is missing, or of another build than torch (torchvision)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it finds in others
+        try:
+            return importlib.import_module(name)
+        except (ImportError, RuntimeError) as error:
+            pytest.skip(f"needs {name}: {error}", allow_module_level=True)
 
 
 compiled = partial(torch.compile, backend="eager")

@@ -90,6 +90,8 @@ def logits_in(output: object, name: str) -> str | None:
         return None
     if isinstance(getattr(output, "logits", None), Tensor):
         return f"{name}.logits"
+    if hasattr(output, "masks_queries_logits"):
+        return f"crossmix.integrations.semantic_logits({name})"
     if isinstance(output, Mapping) and output:
         return f"{name}[{next((key for key in ('logits', 'out') if key in output), next(iter(output)))!r}]"
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
@@ -133,7 +135,9 @@ def check_same_shape(name: str, shape: Sequence[int], other_name: str, other_sha
     """Refuse two shapes that differ, naming both."""
     if tuple(shape) != tuple(other_shape):
         both = f"`{name}` {tuple(shape)} and `{other_name}` {tuple(other_shape)}"
-        raise ValueError(f"{both} must agree in batch size, height and width; crop or resize them to one size.")
+        last = other_shape[-1] == 3 != shape[-1] and shape[0] == other_shape[0]
+        hint = "move channels that are last with `.permute(0, 3, 1, 2)`" if last else "crop or resize them to one size"
+        raise ValueError(f"{both} must agree in batch size, height and width; {hint}.")
 
 
 def check_same_device(**tensors: Tensor | None) -> None:

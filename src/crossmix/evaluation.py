@@ -286,6 +286,11 @@ def _batch(item: object, index: int) -> Batch:
         got = f"{tuple(image.shape)} {image.dtype}"
         raise ValueError(f"{name}: an image must be (C, H, W), a batch (N, C, H, W), uint8 or floating, got {got}.")
     check_labels("label", labels)
+    if images.shape[-1] == 3 and images.shape[1:3] == labels.shape[1:] != images.shape[2:]:
+        raise ValueError(
+            f"{name}: an image must be (C, H, W), a batch (N, C, H, W), got {tuple(image.shape)}; move the channels to "
+            "the front, with `.movedim(-1, -3)`."
+        )
     if len(images) != len(labels):
         raise ValueError(f"{name}: {len(images)} images and {len(labels)} label maps must be equally many.")
     return Batch(images, labels, name)

@@ -5,6 +5,7 @@ CrossDomainMix: Tranheden et al. (DACS), WACV 2021, https://arxiv.org/abs/2007.0
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -434,7 +435,8 @@ class CrossDomainMix(_Mix):
             generator: Source of randomness; None uses the global one.
 
         Returns:
-            The mixed batch; source pixels have weight 1.
+            The mixed batch; source pixels have weight 1. It has the types of the source, if these are torchvision's
+            `tv_tensors`; weights and mask then have that of the labels.
 
         Raises:
             TypeError: If a dtype is wrong.
@@ -463,7 +465,7 @@ class CrossDomainMix(_Mix):
 def _mixed(pasted: Sequence[Tensor], base: Sequence[Tensor], mask: Tensor) -> Mixed:
     """Mix images, labels and weights under one mask."""
     images, labels, weights = (mix(a, b, mask) for a, b in zip(pasted, base, strict=True))
-    return Mixed(images, labels, weights, stored(mask))
+    return _typed_as(pasted[0], pasted[1], Mixed(images, labels, weights, stored(mask)))
 
 
 def _draw(codes: Words | Indices, scores: Tensor, how: _How) -> Tensor:
@@ -558,6 +560,19 @@ def _weights(name: str, weights: Tensor | None, images: Tensor, labels: Tensor) 
         return images.new_ones(len(images), dtype=arithmetic(images))
     check_weights(name, weights, labels.shape)
     return at_least_float32(weights)
+
+
+def _typed_as(images: Tensor, labels: Tensor, mixed: Mixed) -> Mixed:
+    """Give a mixed batch the types of torchvision's `tv_tensors`, so that its transforms move all parts alike."""
+    tv_tensors = None if type(images) is type(labels) is Tensor else sys.modules.get("torchvision.tv_tensors")
+    if tv_tensors is None:
+        return mixed
+    likes = (images, labels, labels, labels)
+    typed = (
+        tv_tensors.wrap(part, like=like) if isinstance(like, tv_tensors.TVTensor) else part
+        for part, like in zip(mixed, likes, strict=True)
+    )
+    return Mixed(*typed)
 
 
 def _pixels(value: Tensor) -> tuple[int, int, int]:

@@ -37,6 +37,7 @@ from crossmix.teacher import PseudoLabels, pseudo_label_from_probs
 __all__ = [
     "Alignment",
     "AveragedModel",
+    "DrawnAugment",
     "MixedCriterion",
     "SelfTraining",
     "SelfTrainingDraw",
@@ -109,27 +110,39 @@ class MixedCriterion(Protocol):
         """Return a scalar loss."""
 
 
+class DrawnAugment(Protocol):
+    """An `augment` that is replayed: `StrongAugment`, `crossmix.integrations.SeededAugment`, or anything like them."""
+
+    def sample(
+        self, n: int, /, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> AugmentDraw | Tensor:
+        """Draw all randomness for n images as one tensor with a row per image."""
+
+    def __call__(self, images: Tensor, /, *, draw: Any) -> Tensor:  # noqa: ANN401 - what its `sample` returns
+        """Augment images as drawn, each by its own row."""
+
+
 class SelfTrainingDraw(NamedTuple):
     """All randomness of one step, as tensors with one row per mixed image.
 
     Attributes:
         scores: Random numbers for the masks: (N, C + 1) uniform numbers for classes, or the result of the mix's
             `sample_scores`; None if the mix takes no scores.
-        augment: The draw of `StrongAugment`; None without one.
+        augment: The draw of `StrongAugment`, or of another `DrawnAugment`; None without one.
         consistency: The scores of `MaskedImages`; None without one.
         consistency_augment: As `augment`, for the images of the consistency term.
     """
 
     scores: Tensor | None
-    augment: AugmentDraw | None
+    augment: AugmentDraw | Tensor | None
     consistency: Tensor | None = None
-    consistency_augment: AugmentDraw | None = None
+    consistency_augment: AugmentDraw | Tensor | None = None
 
     def rows(self, rows: slice) -> "SelfTrainingDraw":
         """Select the draw of some images, e.g. one rank's share of a global batch."""
 
         def of_rows(part: Any) -> Any:  # noqa: ANN401 - a tensor, a draw of tensors, or None
-            if isinstance(part, tuple):
+            if isinstance(part, AugmentDraw):
                 return AugmentDraw(*map(of_rows, part))
             return None if part is None else part[rows]
 
@@ -197,8 +210,8 @@ class SelfTraining(nn.Module):
             result of its own `sample_scores(n, size, generator=, device=)` or, without that method, (N, C + 1) uniform
             numbers. Otherwise it gets `generator` if it accepts that, and is not replayed by `draw`.
         num_classes: The number of classes C that the networks must return; by default that of the parts.
-        augment: Applied only to the mixed images: a `StrongAugment`, or any callable on images, which gets no draw and
-            no generator. It must not move pixels, since labels and weights are not transformed.
+        augment: Applied only to the mixed images: a `StrongAugment`, another `DrawnAugment`, or any callable on images,
+            which gets no draw and no generator. It must not move pixels, since labels and weights are not transformed.
         criterion: Computes the weights of target pixels and the loss on mixed images; `ConfidenceWeightedCE()` by
             default.
         source_criterion: `source_criterion(logits, labels)`; cross-entropy averaged over valid pixels by default. Other
@@ -370,7 +383,7 @@ class SelfTraining(nn.Module):
             else:
                 columns = self.num_classes + 1  # type: ignore[operator]  # known, or the mix would get no scores
                 scores = uniform((n, columns), generator=generator, device=device)
-        if _is_ours(self.augment):
+        if _is_drawn(self.augment):
             augment = self.augment.sample(n, generator=generator, device=device)
         if isinstance(self.consistency, MaskedImages):
             if size is None:
@@ -378,7 +391,7 @@ class SelfTraining(nn.Module):
                     "`size` must be given, since the blocks of `consistency` depend on it; pass (height, width)."
                 )
             consistency = self.consistency.sample(n, size, generator=generator, device=device)
-        if self.consistency is not None and _is_ours(self.consistency_augment):
+        if self.consistency is not None and _is_drawn(self.consistency_augment):
             consistency_augment = self.consistency_augment.sample(n, generator=generator, device=device)
         return SelfTrainingDraw(scores, augment, consistency, consistency_augment)
 
@@ -585,7 +598,7 @@ class SelfTraining(nn.Module):
         if _is_ours(part) or isinstance(part, MaskedImages):
             changed = part(images, **{"draw" if _is_ours(part) else "scores": draw})
             return changed
-        changed = part(images)
+        changed = part(images, draw=draw) if _is_drawn(part) else part(images)
         check_images(f"{name}(images)", changed)
         if changed.shape != images.shape:
             raise ValueError(
@@ -606,9 +619,9 @@ class SelfTraining(nn.Module):
         hidden = self.consistency is not None
         needed = {
             "scores": ("a `mix`", self._mix_keyword() == "scores"),
-            "augment": ("a `StrongAugment`", _is_ours(self.augment)),
+            "augment": ("a `StrongAugment` or the like", _is_drawn(self.augment)),
             "consistency": ("a `MaskedImages`", isinstance(self.consistency, MaskedImages)),
-            "consistency_augment": ("a `StrongAugment`", hidden and _is_ours(self.consistency_augment)),
+            "consistency_augment": ("a `StrongAugment` or the like", hidden and _is_drawn(self.consistency_augment)),
         }
         for name, (part, is_there) in needed.items():
             if is_there and getattr(draw, name) is None:
@@ -712,6 +725,11 @@ def _how_to_call(mix: Any) -> _MixCall:  # noqa: ANN401 - any callable
 def _is_ours(augment: object) -> TypeGuard[StrongAugment]:
     """Whether an augmentation is a `StrongAugment`, compiled or not, which takes a draw."""
     return isinstance(getattr(augment, "_orig_mod", augment), StrongAugment)
+
+
+def _is_drawn(augment: object) -> TypeGuard[DrawnAugment]:
+    """Whether an augmentation is replayed by a draw of its own."""
+    return callable(getattr(augment, "sample", None))
 
 
 def _takes(signature: inspect.Signature, count: int, keyword: str) -> bool:

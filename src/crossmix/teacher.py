@@ -62,7 +62,8 @@ def pseudo_label(logits: Tensor) -> PseudoLabels:
     """
     if way := logits_in(logits, "output"):
         hint = f"extract it from the network's output: crossmix.functional.pseudo_label({way})"
-        raise TypeError(f"`logits` must be a torch.Tensor, got {type(logits).__name__}; {hint}.")
+        small = "Logits smaller than the images have to be upsampled first, as SelfTraining(upsample=True) does."
+        raise TypeError(f"`logits` must be a torch.Tensor, got {type(logits).__name__}; {hint}. {small}")
     check_logits("logits", logits)
     return pseudo_label_from_probs(at_least_float32(logits.detach()).softmax(1))
 
@@ -293,8 +294,8 @@ class MeanTeacher(nn.Module):
         """Call `update` automatically after every step of an optimizer.
 
         This is correct under gradient accumulation, with a GradScaler (steps that it skips do not count; with a fused
-        optimizer it costs one host sync per step), and in frameworks that call the optimizer themselves. `remove()` of
-        the returned handle stops the updates.
+        optimizer it costs one host sync per step), and in frameworks that call the optimizer themselves, also where
+        accelerate or Lightning have wrapped it. `remove()` of the returned handle stops the updates.
 
         Raises:
             TypeError: If `optimizer` is not a torch.optim.Optimizer.
@@ -308,6 +309,8 @@ class MeanTeacher(nn.Module):
             >>> teacher.num_updates
             1
         """
+        inner = getattr(optimizer, "optimizer", None)  # of accelerate and Lightning, whose wrappers take no hooks
+        optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}; unwrap it.")
 

@@ -6,17 +6,20 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from checks import needed
 from crossmix.datasets import read_image
 
 ROOT = Path(__file__).parents[2]
-PAGES = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md")
-] + sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md")] + [
+    page for folder in ("docs", "docs/frameworks") for page in sorted((ROOT / folder).glob("*.md"))
+]
+NEEDS = re.compile(r"^<!-- needs: (.+) -->$", re.MULTILINE)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -36,10 +39,20 @@ SLOW = {"graphs.md", "rare_classes.md"}  # compile and train; what they show has
     ],
 )
 def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [name for line in NEEDS.findall(page.read_text(encoding="utf-8")) for name in line.split(", ")]
+    for name in others:
+        needed(name)
     monkeypatch.chdir(tmp_path)
+    ours = [
+        folder for folder in sys.path if Path(folder) != ROOT / "tests"
+    ]  # transformers looks for a package `datasets`
+    monkeypatch.setattr(sys, "path", ours)
     names: dict[str, object] = {}
-    for body in blocks(page, "python"):
-        exec(compile(body, str(page), "exec"), names)  # noqa: S102 - our own pages
+    with warnings.catch_warnings():
+        if others:  # packages warn of what they find in each other
+            warnings.simplefilter("ignore")
+        for body in blocks(page, "python"):
+            exec(compile(body, str(page), "exec"), names)  # noqa: S102 - our own pages
     for picture in tmp_path.glob("*.png"):  # the page shows what its code draws
         shown = page.parent / picture.name
         if shown.exists():
