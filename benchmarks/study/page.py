@@ -92,9 +92,9 @@ otherwise it is within the spread of these seeds. By chance, one row in twenty w
 PAIR_TEXT = {
     "ablation-streets-camvid": (
         "From rendered scenes to photographs: 1000 source scenes of StreetScenes in the style `rich`, with its 19 "
-        "classes mapped to the 11 of CamVid, and two drives by day as the target (0006R0 and the last two thirds of 0016E5, "
-        "305 images). Scored on drive 0001TP at dusk (124 images), and by day on the first third of 0016E5 (101 "
-        "images). CamVid in the SegNet version, resized to 160 x 213."
+        "classes mapped to the 11 of CamVid, and two drives by day as the target (0006R0 and the last two thirds of "
+        "0016E5, 305 images). Scored on drive 0001TP at dusk (124 images), and by day on the first third of 0016E5 "
+        "(101 images). CamVid in the SegNet version, resized to 160 x 213."
     ),
     "ablation-day-dusk": (
         "Photographs from a moving car: drives 0006R0 and 0016E5 by day are the source (406 images), the first half of "
