@@ -292,6 +292,7 @@ PARTLY: dict[str, tuple[Callable[[State], object], bool, str, str]] = {
     "no stage": (lambda s: without(s, "layer3"), False, "missing", "layer3.0.conv1.weight"),
     "another width": (lambda s: {**s, "layer1.0.bn1.bias": torch.ones(7)}, False, "mismatched", "layer1.0.bn1.bias"),
     "integers": (lambda s: {**s, "conv1.weight": torch.ones(16, 3, 7, 7).byte()}, False, "mismatched", "conv1.weight"),
+    "a bomb": (lambda _: bomb(torch.zeros(10**6)), "its parts claim 4.0 MB, the file has 5"),
     "a list": (lambda s: {**s, "conv1.weight": [1.0]}, False, "missing", "conv1.weight"),
     "only a head": (lambda s: {name: v for name, v in s.items() if "layer5" in name}, False, "missing", "conv1.weight"),
     "nothing of it": (lambda s: {"net": torch.ones(3)}, False, "unexpected", "net"),
@@ -596,6 +597,16 @@ class Calls:
 def written(state: object, *, legacy: bool = False) -> bytes:
     file = io.BytesIO()
     torch.save(state, file, _use_new_zipfile_serialization=not legacy)
+    return file.getvalue()
+
+
+def bomb(tensor: Tensor) -> bytes:
+    """A file of weights whose parts are compressed to nearly nothing."""
+    file = io.BytesIO()
+    whole = zipfile.ZipFile(io.BytesIO(written({"w": tensor})))
+    with whole, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        for part in whole.infolist():
+            packed.writestr(part.filename, whole.read(part))
     return file.getvalue()
 
 
