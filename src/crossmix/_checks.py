@@ -94,7 +94,7 @@ def logits_in(output: object, name: str) -> str | None:
         return f"crossmix.integrations.semantic_logits({name})"
     if isinstance(output, Mapping) and output:
         return f"{name}[{next((key for key in ('logits', 'out') if key in output), next(iter(output)))!r}]"
-    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return f"{name}[0]"
     return None
 
@@ -170,7 +170,7 @@ def check_ignore_index(ignore_index: int) -> None:
 
 def check_float(name: str, value: float) -> None:
     """Refuse anything but an int or a float. A bool is neither here."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a float, got {type(value).__name__}.")
 
 

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
+from multiprocessing.pool import Pool
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TypeVar
@@ -29,9 +30,9 @@ def quiet_worker(_worker: int = 0) -> None:
 
     Otherwise a signal to the whole process group (from SLURM, systemd, a container, or Ctrl-C in a terminal) ends the
     workers before their parent can finish its step. Use it as `worker_init_fn` of data loaders and as `initializer` of
-    pools; outside a worker it does nothing. SIGTERM sent by the parent itself still ends the worker. On macOS and
-    Windows, where the sender of a signal is unknown, every SIGTERM does. `QuietLoader` also covers the seconds during
-    which a worker is still starting.
+    pools, which then end by `close` and `join`; outside a worker it does nothing. SIGTERM sent by the parent itself
+    still ends the worker. On macOS and Windows, where the sender of a signal is unknown, every SIGTERM does.
+    `QuietLoader` also covers the seconds during which a worker is still starting.
 
     Args:
         _worker: The worker's number, unused.
@@ -79,24 +80,36 @@ class QuietLoader(DataLoader[Sample_co]):
 
 
 @contextlib.contextmanager
-def started_quietly(context: BaseContext | None = None) -> Iterator[None]:
-    """Block SIGTERM and SIGINT while starting processes, which inherit the signal mask.
+def started_quietly(context: BaseContext | None = None) -> Iterator[set[BaseProcess]]:
+    """Block SIGTERM and SIGINT while starting processes, which inherit the signal mask; yields them, known at the end.
 
     In the new processes both stay blocked until `quiet_worker` handles them. Processes of a fork server that was
     started earlier do not inherit the mask.
     """
+    processes: set[BaseProcess] = set()
     if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
+        yield processes
         return
     older = multiprocessing.active_children()
     if (context or multiprocessing).get_start_method() != "fork":
         resource_tracker.ensure_running()  # started inside the block, it would unblock both signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        yield
+        yield processes
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _started.update(set(multiprocessing.active_children()) - set(older))
+        processes.update(set(multiprocessing.active_children()) - set(older))
+        _started.update(processes)
+
+
+def terminate(pool: Pool, processes: set[BaseProcess]) -> None:
+    """Terminate a pool of quiet workers, also one that is still starting and has a signal to the group pending."""
+    again = threading.Timer(0.5, _end, (processes,))
+    again.daemon = True
+    again.start()
+    pool.terminate()
+    pool.join()
+    again.cancel()
 
 
 _started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
@@ -106,8 +119,12 @@ if hasattr(os, "register_at_fork"):
 
 @atexit.register
 def _end_all() -> None:
-    """Terminate all workers, repeatedly: a SIGTERM sent while one is pending is lost, and joining would hang."""
-    for process in list(_started):
+    _end(set(_started))
+
+
+def _end(processes: set[BaseProcess]) -> None:
+    """Terminate workers, repeatedly: a SIGTERM sent while one is pending is lost, and joining would hang."""
+    for process in processes:
         for _ in range(50):
             if not process.is_alive():
                 break

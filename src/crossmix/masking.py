@@ -211,7 +211,7 @@ class CowMasks(nn.Module):
     def __init__(self, *, sigma: float | Range = (8.0, 32.0), ratio: float = 0.5) -> None:
         super().__init__()
         check_fraction("ratio", ratio)
-        pair = (sigma, sigma) if isinstance(sigma, int | float) else sigma
+        pair = (sigma, sigma) if isinstance(sigma, (int, float)) else sigma
         _check_range("sigma", pair, "0 < low <= high, in pixels", lambda low, high: 0.0 < low <= high < math.inf)
         self.sigma = (float(pair[0]), float(pair[1]))
         self.ratio = ratio
@@ -335,7 +335,7 @@ def _check_sigma(sigma: float | Tensor, noise: Tensor) -> Tensor:
         check_same_device(noise=noise, sigma=sigma)
         check_positive("sigma", sigma, "it is in pixels")
         return sigma
-    if isinstance(sigma, bool) or not isinstance(sigma, int | float):
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
         raise TypeError(f"`sigma` must be a number or a tensor, got {type(sigma).__name__}.")
     if not 0.0 < sigma < math.inf:
         raise ValueError(f"`sigma` must be positive and finite, got {sigma}; it is in pixels.")
@@ -357,7 +357,7 @@ def _check_box(area: Range, aspect: Range) -> None:
 
 def _check_range(name: str, values: Any, want: str, fits: Callable[[float, float], bool]) -> None:  # noqa: ANN401 - what a user gave
     pair = isinstance(values, Sequence) and len(values) == 2
-    if not pair or not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+    if not pair or not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         raise TypeError(f"`{name}` must be two numbers (low, high), got {values!r}.")
     if not fits(*values):
         raise ValueError(f"`{name}` must be (low, high) with {want}, got {values}.")

@@ -5,7 +5,7 @@ from multiprocessing import get_context
 from typing import TypeVar
 
 from crossmix._progress import shown
-from crossmix._workers import quiet_worker, started_quietly
+from crossmix._workers import quiet_worker, started_quietly, terminate
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -17,9 +17,11 @@ def each(
     """Apply a function to every item, in order, and show progress on stderr (see `shown`)."""
     if workers:
         context = get_context("spawn")  # processes, since decoders hold the GIL
-        with started_quietly(context):
+        with started_quietly(context) as processes:
             pool = context.Pool(min(workers, len(items)) or 1, initializer=quiet_worker)
-        with pool:
+        try:
             yield from zip(items, shown(pool.imap(work, items, chunksize=8), len(items), title, "file"), strict=True)
+        finally:
+            terminate(pool, processes)
     else:
         yield from zip(items, shown(map(work, items), len(items), title, "file"), strict=True)
