@@ -9,6 +9,8 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
+# Compiling, and what only tests do (sharded networks on a CPU, pickles of another numpy), needs a newer PyTorch.
+NEED_NEWER = "not (compile or graph or sharded or derivatives or over_ranks or objects__ or what_goes_wrong)"
 nox.options.default_venv_backend = "uv|virtualenv"
 
 
@@ -23,7 +25,8 @@ def newest(session: nox.Session) -> None:
 def lowest(session: nox.Session) -> None:
     """Run the tests of eager use with the lowest dependencies that pyproject.toml allows."""
     session.install("--resolution", "lowest-direct", "-e", ".[dev]")
-    session.run("python", "-m", "pytest", "tests/ops", "tests/models", "tests/engine", *session.posargs)
+    rooms = ("tests/ops", "tests/models", "tests/engine")
+    session.run("python", "-m", "pytest", *rooms, "-k", NEED_NEWER, *session.posargs)
 
 
 @nox.session(default=False)
