@@ -290,6 +290,7 @@ PARTLY: dict[str, tuple[Callable[[State], object], bool, str, str]] = {
     "another head": (lambda s: {**s, "layer5.conv2d_list.1.bias": torch.ones(21)}, True, "mismatched",
                      "layer5.conv2d_list.1.bias"),
     "no stage": (lambda s: without(s, "layer3"), False, "missing", "layer3.0.conv1.weight"),
+    "no statistics": (lambda s: without(s, "layer2.0.bn1.running"), False, "missing", "layer2.0.bn1.running_mean"),
     "another width": (lambda s: {**s, "layer1.0.bn1.bias": torch.ones(7)}, False, "mismatched", "layer1.0.bn1.bias"),
     "integers": (lambda s: {**s, "conv1.weight": torch.ones(16, 3, 7, 7).byte()}, False, "mismatched", "conv1.weight"),
     "a list": (lambda s: {**s, "conv1.weight": [1.0]}, False, "missing", "conv1.weight"),
