@@ -57,7 +57,7 @@ default_role = "name"
 
 # The docs build without a network, so the pages of other projects that are linked to are listed in a file.
 ELSEWHERE: dict[str, str] = json.loads((Path(__file__).parent / "elsewhere.json").read_text(encoding="utf-8"))
-nitpick_ignore_regex = [(r"py:.*", r"crossmix\..*\.(Samples|Resident|FolderDataset)")]  # private protocols
+nitpick_ignore_regex = [(r"py:.*", r"crossmix\..*\.(Samples|FolderDataset)")]  # private protocols
 
 
 PUBLIC = (
@@ -103,8 +103,11 @@ def name_role(_role: str, rawtext: str, text: str, *_: object) -> tuple[list[nod
     """What stands between single backticks: a link where it is a public name, otherwise code."""
     literal = nodes.literal(rawtext, text, classes=["code"])
     name = text.removesuffix("()")
-    path = NAMES.get(name, name)
-    if path not in NAMES.values() or (text.islower() and "_" not in text):  # `mix` may be an argument
+    owner, _, member = name.rpartition(".")
+    is_method = owner[:1].isupper() and owner in NAMES
+    path = f"{NAMES[owner]}.{member}" if is_method else NAMES.get(name, name)
+    is_argument = text.islower() and "_" not in text  # such as `mix`, perhaps
+    if not is_method and (path not in NAMES.values() or is_argument):
         return [literal], []
     link = pending_xref("", literal, refdomain="py", reftype="obj", reftarget=path, refexplicit=True, refwarn=False)
     return [link], []

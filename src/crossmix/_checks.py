@@ -74,6 +74,8 @@ def check_labels(name: str, labels: Tensor) -> None:
         raise TypeError(f"`{name}` must be uint8, int16, int32 or int64, got {labels.dtype}; {hint}.")
     if labels.ndim != 3:
         hint = "squeeze the channel dimension" if labels.ndim == 4 else "add the batch dimension with `[None]`"
+        if labels.ndim == 4 and labels.shape[1] > 1:
+            hint = "they hold ids, not colours or a map per class"
         raise wrong_shape(name, "(N, H, W)", labels, hint)
 
 
@@ -137,6 +139,8 @@ def check_same_shape(name: str, shape: Sequence[int], other_name: str, other_sha
         both = f"`{name}` {tuple(shape)} and `{other_name}` {tuple(other_shape)}"
         last = other_shape[-1] == 3 != shape[-1] and shape[0] == other_shape[0]
         hint = "move channels that are last with `.permute(0, 3, 1, 2)`" if last else "crop or resize them to one size"
+        if tuple(shape[1:]) == tuple(other_shape[1:]):
+            hint = "load equally many, in loaders with `drop_last=True`"
         raise ValueError(f"{both} must agree in batch size, height and width; {hint}.")
 
 
@@ -279,5 +283,5 @@ def check_range(
         normalised = "" if mean is None else f" before they are normalised by mean={mean} and std={std}"
         raise ValueError(
             f"`{name}` must lie in [0, 1]{normalised}, got values from {least:.4g} to {greatest:.4g}; divide bytes by "
-            "255 and normalise inside the network, or give `StrongAugment` the `mean` and `std` of your loader."
+            "255 and normalise inside the network, or pass the `mean` and `std` that your loader uses."
         )

@@ -254,8 +254,8 @@ class _Mix(KeepsFloat32):
         """Draw all randomness of `forward` as one tensor, independently of images and labels; see `MaskSource.sample`.
 
         Returns:
-            A tensor of n rows for `forward(scores=...)`: (n, C + 1) uniform numbers, or the result of `masks.sample`,
-            which may need the `size` (H, W) of the images.
+            (n, C + 1) uniform numbers for `forward(scores=...)`, or the result of `masks.sample`, which has n rows and
+            may need the `size` (H, W) of the images.
         """
         if self.masks is None:
             return uniform((n, self.num_classes + 1), generator=generator, device=device)

@@ -116,7 +116,7 @@ class DrawnAugment(Protocol):
     def sample(
         self, n: int, /, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> AugmentDraw | Tensor:
-        """Draw all randomness for n images as one tensor with a row per image."""
+        """Draw all randomness for n images as a tensor, or a tuple of tensors, with a row per image."""
 
     def __call__(self, images: Tensor, /, *, draw: Any) -> Tensor:  # noqa: ANN401 - what its `sample` returns
         """Augment images as drawn, each by its own row."""
@@ -141,9 +141,9 @@ class SelfTrainingDraw(NamedTuple):
     def rows(self, rows: slice) -> "SelfTrainingDraw":
         """Select the draw of some images, e.g. one rank's share of a global batch."""
 
-        def of_rows(part: Any) -> Any:  # noqa: ANN401 - a tensor, a draw of tensors, or None
-            if isinstance(part, AugmentDraw):
-                return AugmentDraw(*map(of_rows, part))
+        def of_rows(part: Any) -> Any:  # noqa: ANN401 - a tensor, a tuple of tensors, named or not, or None
+            if isinstance(part, tuple):
+                return getattr(type(part), "_make", tuple)(map(of_rows, part))
             return None if part is None else part[rows]
 
         return SelfTrainingDraw(*map(of_rows, self))
@@ -263,9 +263,11 @@ class SelfTraining(nn.Module):
     teacher: Any
     mix: Any
     augment: Any
+    consistency_augment: Any
     criterion: Any
     align: Any
     _mix_call: "_MixCall | None"
+    _drawn: Mapping[str, bool] = {}  # whether an augmentation is a `DrawnAugment`
 
     def __init__(
         self,
@@ -343,9 +345,11 @@ class SelfTraining(nn.Module):
         self._mix_keyword()
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - whatever a module may hold
-        """Set an attribute. The signature of a mix is inspected here, because torch.compile cannot trace that."""
+        """Set an attribute. The signatures of parts are inspected here, because torch.compile cannot trace that."""
         if name == "mix":
             self._mix_call = None if value is None else _how_to_call(value)
+        if name in {"augment", "consistency_augment"}:
+            self._drawn = {**self._drawn, name: _is_drawn(value)}
         super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> "SelfTraining":
@@ -383,7 +387,7 @@ class SelfTraining(nn.Module):
             else:
                 columns = self.num_classes + 1  # type: ignore[operator]  # known, or the mix would get no scores
                 scores = uniform((n, columns), generator=generator, device=device)
-        if _is_drawn(self.augment):
+        if self._drawn["augment"]:
             augment = self.augment.sample(n, generator=generator, device=device)
         if isinstance(self.consistency, MaskedImages):
             if size is None:
@@ -391,7 +395,7 @@ class SelfTraining(nn.Module):
                     "`size` must be given, since the blocks of `consistency` depend on it; pass (height, width)."
                 )
             consistency = self.consistency.sample(n, size, generator=generator, device=device)
-        if self.consistency is not None and _is_drawn(self.consistency_augment):
+        if self.consistency is not None and self._drawn["consistency_augment"]:
             consistency_augment = self.consistency_augment.sample(n, generator=generator, device=device)
         return SelfTrainingDraw(scores, augment, consistency, consistency_augment)
 
@@ -598,7 +602,7 @@ class SelfTraining(nn.Module):
         if _is_ours(part) or isinstance(part, MaskedImages):
             changed = part(images, **{"draw" if _is_ours(part) else "scores": draw})
             return changed
-        changed = part(images, draw=draw) if _is_drawn(part) else part(images)
+        changed = part(images, draw=draw) if self._drawn.get(name) else part(images)
         check_images(f"{name}(images)", changed)
         if changed.shape != images.shape:
             raise ValueError(
@@ -619,9 +623,9 @@ class SelfTraining(nn.Module):
         hidden = self.consistency is not None
         needed = {
             "scores": ("a `mix`", self._mix_keyword() == "scores"),
-            "augment": ("a `StrongAugment` or the like", _is_drawn(self.augment)),
+            "augment": ("a `StrongAugment` or the like", self._drawn["augment"]),
             "consistency": ("a `MaskedImages`", isinstance(self.consistency, MaskedImages)),
-            "consistency_augment": ("a `StrongAugment` or the like", hidden and _is_drawn(self.consistency_augment)),
+            "consistency_augment": ("a `StrongAugment` or the like", hidden and self._drawn["consistency_augment"]),
         }
         for name, (part, is_there) in needed.items():
             if is_there and getattr(draw, name) is None:
@@ -727,9 +731,12 @@ def _is_ours(augment: object) -> TypeGuard[StrongAugment]:
     return isinstance(getattr(augment, "_orig_mod", augment), StrongAugment)
 
 
-def _is_drawn(augment: object) -> TypeGuard[DrawnAugment]:
-    """Whether an augmentation is replayed by a draw of its own."""
-    return callable(getattr(augment, "sample", None))
+def _is_drawn(augment: Any) -> bool:  # noqa: ANN401 - any callable, or None
+    """Whether an augmentation is a `DrawnAugment`: it has `sample`, and can be called with `draw`."""
+    augment = getattr(augment, "_orig_mod", augment)  # a compiled module hides its signature
+    if not callable(getattr(augment, "sample", None)):
+        return False
+    return _takes(inspect.signature(augment.forward if isinstance(augment, nn.Module) else augment), 1, "draw")
 
 
 def _takes(signature: inspect.Signature, count: int, keyword: str) -> bool:

@@ -309,10 +309,10 @@ class MeanTeacher(nn.Module):
             >>> teacher.num_updates
             1
         """
+        if not isinstance(optimizer, torch.optim.Optimizer):  # a scheduler has an `optimizer` too
+            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}; unwrap it.")
         inner = getattr(optimizer, "optimizer", None)  # of accelerate and Lightning, whose wrappers take no hooks
         optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}; unwrap it.")
 
         def after_step(stepped: torch.optim.Optimizer, *_: object) -> None:
             skipped = getattr(stepped, "found_inf", None)  # set by a GradScaler during a fused step

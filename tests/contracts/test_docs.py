@@ -60,7 +60,8 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def shell_lines() -> list[str]:
-    return [line for page in PAGES for body in blocks(page, "bash") for line in body.splitlines() if line]
+    bodies = [body.replace("\\\n", "") for page in PAGES for body in blocks(page, "bash")]
+    return [line for body in bodies for line in body.splitlines() if line]
 
 
 # In one process for all, since the imports take seconds.

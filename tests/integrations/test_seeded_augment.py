@@ -143,7 +143,7 @@ def test_augment__that_moves_the_shape_or_the_range_is_still_refused() -> None:
 
 
 def test_own_augmentation__with_a_draw_of_its_own() -> None:
-    """`DrawnAugment`: whatever has `sample` is given what it sampled."""
+    """`DrawnAugment`: whatever has `sample` and takes a `draw` is given what it sampled."""
 
     class Darker(nn.Module):
         def sample(self, n: int, *, generator: torch.Generator | None = None, device: object = None) -> Tensor:  # noqa: ARG002
@@ -159,6 +159,25 @@ def test_own_augmentation__with_a_draw_of_its_own() -> None:
     plain = SelfTraining(network, training.teacher, mix=training.mix)
     want = plain(source, labels, target, draw=draw).mixed.images * draw.augment[:, None, None, None]
     torch.testing.assert_close(got.images, want)
+    pair = draw._replace(augment=(draw.augment, draw.augment))
+    assert [len(part) for part in pair.rows(slice(2)).augment] == [2, 2]
+
+
+def test_own_augmentation__with_another_sample_is_any_callable() -> None:
+    class Plain(nn.Module):
+        def sample(self) -> float:
+            raise AssertionError
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images / 2
+
+    network, (source, labels, target) = small_network(C), data()
+    training = SelfTraining(network, MeanTeacher(network), mix=CrossDomainMix(C), augment=Plain())
+    draw = training.sample(3)
+    assert draw.augment is None
+    got = training(source, labels, target, draw=draw).mixed.images
+    training.augment = None
+    torch.testing.assert_close(got, training(source, labels, target, draw=draw).mixed.images / 2)
 
 
 @pytest.mark.filterwarnings("ignore")

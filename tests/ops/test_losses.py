@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
-from crossmix import ConfidenceWeightedCE
+from crossmix import ConfidenceWeightedCE, losses
 from crossmix import functional as F
 from oracles import confidence_weights_by_loop, cross_entropy_by_loop, seeded, softmax
 
@@ -449,3 +449,17 @@ def test_pseudo_label__is_the_softmax_maximum() -> None:
     assert F.pseudo_label(torch.zeros(0, 5, 2, 2)).labels.shape == (0, 2, 2)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.pseudo_label(logits.bfloat16()).confidence.dtype == torch.float32
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_sync__the_mean_over_two_ranks_is_that_of_the_whole_batch(
+    normalizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, _, labels, weights, _ = batch()
+    valid = labels != 255
+    divisors = {"all": labels.numel(), "valid": int(valid.sum()), "weights": float(weights[valid].sum())}
+    monkeypatch.setattr(losses, "all_reduce_sum", lambda own: torch.full_like(own, divisors[normalizer]))
+    monkeypatch.setattr(losses, "world_size", lambda: 2)
+    options = {"normalizer": normalizer, "sync": True}
+    parts = [criterion(*(value[i : i + 1] for value in (logits, labels, weights)), **options) for i in (0, 1)]
+    torch.testing.assert_close(sum(parts) / 2, criterion(logits, labels, weights, normalizer=normalizer))

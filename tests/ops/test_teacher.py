@@ -747,8 +747,9 @@ def test_follow__updates_after_each_step_until_it_is_removed() -> None:
     handle.remove()
     optimizer.step()
     assert teacher.num_updates == 3
-    with pytest.raises(TypeError, match=r"`optimizer` must be a torch\.optim\.Optimizer, got SimpleNamespace"):
-        teacher.follow(SimpleNamespace(), network)
+    for other in (SimpleNamespace(), torch.optim.lr_scheduler.StepLR(optimizer, 1)):
+        with pytest.raises(TypeError, match=rf"must be a torch\.optim\.Optimizer, got {type(other).__name__}; unwrap"):
+            teacher.follow(other, network)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -66,7 +66,8 @@ class MeanIoU(Metric):
             ValueError: If shapes or devices disagree, or a prediction at a labelled pixel is not a class id.
         """
         check_tensor("predictions", predictions)
-        matrix = ConfusionMatrix(self.num_classes, ignore_index=self.ignore_index).to(self.counts.device)
+        with self.counts.device:  # to move zeros there would wait for a GPU
+            matrix = ConfusionMatrix(self.num_classes, ignore_index=self.ignore_index)
         matrix.update(predictions.argmax(1) if predictions.is_floating_point() else predictions, labels)
         self.counts += matrix.counts
         self.invalid += matrix.invalid
