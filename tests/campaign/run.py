@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[2]
 sys.path[:1] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "examples")]  # in place of this folder
 
 import numpy as np
-import torch
 
 import crossmix
 from benchmarks.speed.common import RESULTS, commit, machine, today
@@ -44,7 +43,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.here:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        print(json.dumps(importlib.import_module(f"campaign.{args.here}").run(args.profile)))  # noqa: T201
+        print(json.dumps(importlib.import_module(f"campaign.{args.here}").run(args.profile)))
         return 0
     out, bad = args.out or RESULTS / f"reliability-{args.profile}.json", False
     now = commit()
@@ -53,7 +52,7 @@ def main() -> int:
         if result is None or result["commit"] != now or now.endswith("+"):
             result = {"date": today(), "commit": now, **measured(name, args.profile)}
             keep(out, args.profile, name, result)
-        print(said(name, result), flush=True)  # noqa: T201
+        print(said(name, result), flush=True)
         bad |= bool(result["wrong"])
     return int(bad)
 
