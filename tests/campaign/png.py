@@ -34,6 +34,8 @@ REASONS = {
     "CRC error|cut off or damaged": "has a wrong checksum, or no end",
     "interlaced": "is interlaced",
     "more than the limit": "is too large",
+    "while decompressing": "has a damaged compression behind the last pixel",
+    "PNG does not know|unknown values|Unknown": "has a header that PNG does not know",
 }
 """Why crossmix refuses files that Pillow reads."""
 

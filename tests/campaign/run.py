@@ -46,7 +46,7 @@ def main() -> int:
         print(json.dumps(importlib.import_module(f"campaign.{args.here}").run(args.profile)))
         return 0
     out, bad = args.out or RESULTS / f"reliability-{args.profile}.json", False
-    now = commit()
+    now = commit() or "+"
     for name in args.groups:
         result = finished(out, args.profile).get(name)
         if result is None or result["commit"] != now or now.endswith("+"):
