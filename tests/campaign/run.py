@@ -29,7 +29,7 @@ from crossmix._files import write_whole
 
 PROFILES = ("ci", "nightly")
 GROUPS = ("fuzz", "checkpoints", "faults", "png", "labels", "corruptions", "properties", "kills")
-SECONDS = {"ci": 300, "nightly": 3600}
+SECONDS = {"ci": 600, "nightly": 3600}
 MEMORY = 8 << 30
 
 

@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,19 @@ import pytest
 from campaign import checkpoints, faults, labels, png
 from crossmix.datasets import _labels, _png
 from crossmix.engine import checkpoints as engine
+
+
+@pytest.mark.slow
+def test_run__keeps_a_result_of_each_group(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(Path(checkpoints.__file__).with_name("run.py")), "--profile", "ci"]
+    for groups in (["checkpoints"], ["corruptions"]):
+        done = subprocess.run([*command, "--groups", *groups, "--out", str(out)], capture_output=True, check=True)
+        assert done.stdout.startswith(f"{groups[0]}: ".encode())
+    document = json.loads(out.read_text())
+    assert list(document["groups"]) == ["checkpoints", "corruptions"]
+    assert document["groups"]["checkpoints"]["figures"]["bit flips"] == 50
+    assert str(Path.home()) not in out.read_text()
 
 
 @pytest.mark.parametrize("group", ["checkpoints", "faults", "png", "labels"])
