@@ -1,4 +1,4 @@
-"""The trainer, killed at random moments and resumed: it ends as if it had never stopped, to the bit."""
+"""The trainer, killed at random moments or in the next save, and resumed: its end is that of one that never stopped."""
 
 import contextlib
 import os
@@ -50,10 +50,12 @@ def trained(begun: Callable[[], object], options: list[str]) -> None:
     os._exit(code)
 
 
-def train(options: list[str], kill_after: float | None = None) -> int:
-    """Train, or begin to: the exit code."""
+def train(options: list[str], kill_after: float | None = None, saving_in: Path | None = None) -> int:
+    """Train, or begin to: the exit code. With a folder, the kill waits for the next save in it."""
     process = fork(trained, options)
     process.join(kill_after)
+    while saving_in and process.is_alive() and not any(saving_in.glob("*.tmp.*")):
+        time.sleep(0.0005)
     if process.is_alive():
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
@@ -82,14 +84,15 @@ def run(profile: str) -> dict[str, Any]:
                 workers = rng.choice((0, 0, 1, 2))
                 resume = ["--resume"] if steps_saved(out) else []
                 limit = rng.uniform(0, 1.2 * seconds) if kills < KILLS[profile] else None
-                code = train([*options, "--workers", str(workers), "--out", str(out), *resume], limit)
+                folder = out / "checkpoints" if limit and rng.random() < 0.5 else None
+                code = train([*options, "--workers", str(workers), "--out", str(out), *resume], limit, folder)
                 if code == 0:
                     break
                 if code != -signal.SIGKILL:
                     wrong["exit"] = f"exit code {code} after {kills} kills, at steps {steps_saved(out)}"
                     break
                 kills += 1
-                saves += any(out.rglob("*.tmp.*"))
+                saves += any((out / "checkpoints").glob("*.tmp.*"))
                 resumed_with_workers += workers > 0
             else:
                 wrong["end"] = f"no end after {MOST} kills, at steps {steps_saved(out)}"
