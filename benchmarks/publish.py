@@ -1,4 +1,4 @@
-"""Generate the tables and figures of README.md, docs/performance.md and docs/results.md from the result files.
+"""Generate the tables and figures of README.md and of the pages of results in docs/ from the result files.
 
     python -m benchmarks.publish            print them
     python -m benchmarks.publish --write    write the pages and the figures
@@ -307,13 +307,30 @@ def performance() -> str:
     return "\n".join([*lines, *scaling(read("scaling--cpu")), *gpu()])
 
 
+def reliability() -> str:
+    document = read("reliability-nightly")
+    machine, groups = document["machine"], document["groups"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("crossmix", "torch", "python"))
+    rows = []
+    for name, group in groups.items():
+        figures = ", ".join(f"{what}: {count}" for what, count in group["figures"].items())
+        wrong = "; ".join(group["wrong"]).replace("|", "\\|")
+        rows.append([name, figures, wrong or "nothing", f"{group['seconds']} s", group["date"]])
+    lines = table(["group", "tried", "wrong", "time", "date"], rows, left=(0, 1, 2))
+    return "\n".join([f"The nightly profile, {versions}, on {machine['processor']}:", "", *lines])
+
+
 def figures() -> str:
     if is_there(PRETRAINED):
         return "\n".join([*pretrained_evidence(), *demo(), *shift(), *mixing()])
     return "\n".join([*demo(), *shift(), *evidence(), *mixing()])
 
 
-PAGES = {ROOT / "README.md": figures, ROOT / "docs" / "performance.md": performance}
+PAGES = {
+    ROOT / "README.md": figures,
+    ROOT / "docs" / "performance.md": performance,
+    ROOT / "docs" / "reliability.md": reliability,
+}
 
 
 def pictures() -> dict[Path, str]:

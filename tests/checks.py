@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,11 @@ def waiting_is_an_error(*, on: bool = True) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def examples(usual: int) -> int:
+    """How many examples of a property are tried: more in the campaign."""
+    return int(os.environ.get("CROSSMIX_EXAMPLES", usual))
 
 
 Inputs = Mapping[str, Tensor]

@@ -197,7 +197,7 @@ def flipped(data: bytes, place: int | None = None, bits: int = 1) -> bytes:
     return data[:place] + bytes([data[place] ^ bits]) + data[place + 1 :]
 
 
-def png_file(path: Path, size: tuple[int, int], bits: int, color: int, lines: bytes) -> Path:
+def png_file(path: Path, size: tuple[int, int], bits: int, color: int, lines: bytes, *, palette: bool = False) -> Path:
     """A PNG, written from the specification; each line begins with its filter."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -205,7 +205,8 @@ def png_file(path: Path, size: tuple[int, int], bits: int, color: int, lines: by
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", size[1], size[0], bits, color, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    colours = chunk(b"PLTE", bytes(3 << bits)) if palette else b""
+    body = chunk(b"IHDR", header) + colours + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
     return path
 

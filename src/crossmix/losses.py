@@ -404,7 +404,7 @@ def _check_full_logits(logits: Tensor, labels: Tensor, weights: Tensor | None, c
 
 def _check_small_logits(logits: Tensor, labels: Tensor, weights: Tensor | None, class_weights: Tensor | None) -> None:
     _check_loss_inputs(logits, labels, weights, class_weights)
-    if 0 in logits.shape[2:] and labels.numel() > 0:
+    if 0 in logits.shape[2:] and 0 not in labels.shape[1:]:
         size = tuple(labels.shape[-2:])
         raise ValueError(f"`logits` must have pixels to be upsampled to {size}, got {tuple(logits.shape)}.")
 

@@ -123,7 +123,8 @@ def sample_classes(
         (N, C + 1) bool on the device of `labels`; the last column stands for ignored pixels. No host sync.
 
     Raises:
-        TypeError: If `labels` is not an accepted integer tensor, or `class_weights` is not floating.
+        TypeError: If `labels` is not an accepted integer tensor, `scores` are complex, or `class_weights` is not
+            floating.
         ValueError: If a shape, a device, the ratio or the rounding is wrong, or a weight on the CPU is not positive.
 
     Example:
@@ -508,6 +509,8 @@ def _scores(labels: Tensor, num_classes: int, scores: Tensor | None, generator: 
     if scores is None:
         return uniform(shape, generator=generator, device=labels.device)
     check_tensor("scores", scores)
+    if scores.is_complex():
+        raise TypeError(f"`scores` must be real, got {scores.dtype}; draw uniform numbers.")
     if tuple(scores.shape) != shape:
         hint = "draw one number per image and class, plus one for ignored pixels"
         raise wrong_shape("scores", f"(N, num_classes + 1) = {shape}", scores, hint)

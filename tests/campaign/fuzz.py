@@ -6,6 +6,7 @@ or content, by a value out of range, or by something that is no argument at all.
 
 import math
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from crossmix.metrics import ConfusionMatrix
 from crossmix.optim import parameter_groups, poly_lr
 from crossmix.visualize import colorize, gallery
 
+TRIES = {"short": 20, "ci": 60, "nightly": 10_000}
 Arguments = dict[str, Any]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -331,3 +333,23 @@ def fuzz(name: str, tries: int) -> dict[str, Any]:
         if outcome not in {"accepted", "TypeError", "ValueError"}:
             wrong.setdefault(outcome, f"seed {seed}: {what}"[:400])
     return {"calls": tries, "outcomes": dict(outcomes), "wrong": wrong}
+
+
+def run(profile: str) -> dict[str, Any]:
+    """All names."""
+    outcomes: Counter[str] = Counter()
+    wrong: dict[str, str] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about odd inputs
+        for name in CALLS:
+            found = fuzz(name, TRIES[profile])
+            outcomes.update(found["outcomes"])
+            wrong |= {f"{name}: {outcome}": first for outcome, first in found["wrong"].items()}
+    named = {outcome: outcomes.pop(outcome) for outcome in ("accepted", "TypeError", "ValueError")}
+    return {
+        "names": len(CALLS),
+        "calls of each": TRIES[profile],
+        **named,
+        "other errors": outcomes.total(),
+        "wrong": wrong,
+    }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import camvid_day_to_dusk
 import pictures
+from checks import examples
 from crossmix.datasets import Sample, SegmentationFolder, write_png
 from crossmix.evaluation import evaluate, resize_labels
 from crossmix.visualize import colorize
@@ -33,14 +34,14 @@ sides = st.integers(1, 400)
 
 
 @given(sides, sides, st.sampled_from(["rows", "columns"]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_resize_labels__is_pillows(old: int, new: int, axis: str) -> None:
     before, after = ((old, 1), (new, 1)) if axis == "rows" else ((1, old), (1, new))
     assert torch.equal(resize_labels(places(before), after), by_pillow(places(before), after))
 
 
 @given(st.integers(1, 14), st.integers(1, 14), st.integers(1, 30), st.integers(1, 30))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_evaluate__scores_the_pixels_that_pillow_takes(height: int, width: int, rows: int, columns: int) -> None:
     """Every pixel is a class of its own, so the matrix says which were scored, and how often."""
     labels = places((height, width))

@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,28 @@ def test_low_bit_files__every_filter(tmp_path: Path, kind: int) -> None:
     path = png_file(tmp_path / "f.png", (7, 10), 4, 0, filtered)
     want = np.asarray(Image.open(path)) // 17  # Pillow spreads 4 bits over 0..255
     assert np.array_equal(read_png(path)[0].numpy(), want)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [(8, 3, "3 bits"), (9, 2, "colour type 2"), (10, 1, "header"), (11, 1, "header"), (12, 1, "interlaced"),
+     (12, 2, "header")],
+)  # fmt: skip
+def test_low_bit_files__headers_that_png_does_not_know(tmp_path: Path, place: int, value: int, message: str) -> None:
+    data = png_file(tmp_path / "a.png", (2, 8), 4, 0, bytes(10)).read_bytes()
+    header = data[16 : 16 + place] + bytes([value]) + data[17 + place : 29]
+    checksum = struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "a.png").write_bytes(data[:16] + header + checksum + data[33:])
+    refusal(lambda: read_png(tmp_path / "a.png"), message)
+
+
+def test_low_bit_files__pixels_that_do_not_match_the_checksum_of_zlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = zlib.compress
+    monkeypatch.setattr(zlib, "compress", lambda lines: flipped(real(lines), -1))
+    png_file(tmp_path / "a.png", (2, 8), 4, 0, bytes(10))
+    refusal(lambda: read_png(tmp_path / "a.png"), r"a\.png: cannot be decoded \(.*incorrect data check")
 
 
 def test_write_png__round_trip(tmp_path: Path) -> None:

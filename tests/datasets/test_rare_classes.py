@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from checks import refusal
+from checks import examples, refusal
 from crossmix.datasets import RareClassSampler, Sample, class_counts
 from crossmix.engine import KeyedCrops, keyed_generator, resident
 from crossmix.engine.sampling import _with_enough
@@ -46,7 +46,7 @@ COUNTS = [
     st.sampled_from([0.01, 0.1, 1.0, 7.0]),
     st.integers(1, 4000),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_probabilities__equal_the_loop(counts: list[list[int]], temperature: float, min_pixels: int) -> None:
     make = partial(RareClassSampler, torch.tensor(counts), temperature=temperature, min_pixels=min_pixels)
     if max(map(max, counts)) < min_pixels:

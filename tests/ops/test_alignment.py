@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from checks import assert_equal_states
+from checks import assert_equal_states, examples
 from crossmix import DistributionAlignment
 from crossmix import functional as F
 from oracles import seeded
@@ -23,7 +23,7 @@ def simplex(*shape: int, seed: int, dim: int = 1) -> Tensor:
 
 
 @given(st.integers(0, 3), st.integers(1, 6), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_align_distribution__equals_the_formula(n: int, num_classes: int, seed: int) -> None:
     probs = simplex(n, num_classes, 2, 3, seed=seed)
     prior, running = (simplex(num_classes, seed=seed + k, dim=0) for k in (1, 2))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from checks import channels_last, check_op, strided, transposed
+from checks import channels_last, check_op, examples, strided, transposed
 from crossmix import StrongAugment
 from crossmix.augment import AugmentDraw
 from oracles import augment_one_by_one, chi_square, seeded
@@ -81,7 +81,7 @@ def test_jitter__extreme_factors(flavor: str) -> None:
     st.sampled_from(DTYPES),
     st.sampled_from(LAYOUTS),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_forward__stays_in_range_and_leaves_undrawn_images_alone(
     seed: int, shape: tuple[int, int, int], flavor: str, same: bool, dtype: torch.dtype, layout: object
 ) -> None:

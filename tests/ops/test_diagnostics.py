@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from checks import examples
 from crossmix import functional as F
 from crossmix.diagnostics import PseudoLabelMonitor, PseudoLabelQuality
 from oracles import seeded
@@ -136,7 +137,7 @@ def batch(seed: int, size: tuple[int, int, int], c: int, *, truth: bool = True, 
     st.sampled_from([255, 0, -1]),
 )
 @example([(0, True, True), (1, False, True)], (3, 4, 5), 4, 0.5, 255)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_compute__equals_the_loop(
     calls: list[tuple[int, bool, bool]], size: tuple[int, int, int], c: int, threshold: float, ignore_index: int
 ) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
+from checks import examples
 from crossmix import ConfidenceWeightedCE, losses
 from crossmix import functional as F
 from oracles import confidence_weights_by_loop, cross_entropy_by_loop, seeded, softmax
@@ -80,7 +81,7 @@ def derived(loss: Loss, logits: Tensor, labels: Tensor, weights: Tensor | None =
 
 
 @given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_weighted_cross_entropy__equals_the_loop(n: int, height: int, width: int, num_classes: int, seed: int) -> None:
     g = seeded(seed)
     logits = torch.randn(n, num_classes, height, width, generator=g, dtype=torch.float64) * 5
@@ -422,7 +423,7 @@ def test_confidence_weight__counts_at_the_threshold(threshold: float, dtype: tor
 
 
 @given(st.integers(0, 3), st.integers(1, 5), st.integers(1, 5), st.floats(0, 1), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_confidence_weight__equals_the_loop(n: int, height: int, width: int, threshold: float, seed: int) -> None:
     confidence = torch.rand(n, height, width, generator=seeded(seed), dtype=torch.float64)
     for scope in SCOPES:

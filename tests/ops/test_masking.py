@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from checks import Watch, check_module, check_op
+from checks import Watch, check_module, check_op, examples
 from crossmix import BoxMasks, CowMasks, MaskedImages
 from crossmix import functional as F
 from oracles import chi_square, seeded
@@ -35,7 +35,7 @@ def box_by_loop(
 
 
 @given(st.integers(0, 4), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_box_mask__equals_the_loop(n: int, height: int, width: int, seed: int) -> None:
     g = seeded(seed)
     low, high = sorted(torch.rand(2, generator=g).tolist())
@@ -123,7 +123,7 @@ def test_cow_mask__of_constant_noise_is_all_or_nothing_and_of_no_numbers_has_a_s
 
 
 @given(st.integers(0, 3), st.integers(1, 20), st.integers(1, 20), st.integers(1, 25), st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_block_mask_and_masked_images__equal_the_loop(
     n: int, height: int, width: int, block: int, ratio: float
 ) -> None:

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checks import waiting_is_an_error
+from checks import examples, waiting_is_an_error
 from crossmix.metrics import ConfusionMatrix
 from oracles import seeded
 
 
 @given(st.integers(0, 3), st.integers(0, 4), st.integers(1, 6), st.integers(0, 2**31), st.sampled_from([255, 0, -1]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_confusion_matrix__equals_the_loop(n: int, height: int, c: int, seed: int, ignore_index: int) -> None:
     g = seeded(seed)
     matrix = ConfusionMatrix(c, ignore_index=ignore_index)

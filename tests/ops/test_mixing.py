@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checks import Watch, assert_same, check_module
+from checks import Watch, assert_same, check_module, examples
 from crossmix import BoxMasks, ClassMix, CowMasks, CrossDomainMix, _class_codes
 from crossmix import functional as F
 from oracles import chi_square, classes_by_loop, mask_by_loop, seeded
@@ -42,7 +42,7 @@ def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("part")
 @given(label_maps(), st.floats(0, 1), st.booleans(), st.integers(0, 2**31))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_sample_classes_and_class_mask__equal_the_loops(
     maps: tuple[torch.Tensor, int, int], ratio: float, ignored: bool, seed: int
 ) -> None:
@@ -266,7 +266,7 @@ def test_masks__take_the_place_of_classes(masks: Any) -> None:
 
 
 @given(st.integers(0, 4), st.integers(0, 5), st.integers(0, 5), st.integers(0, 2**31), st.sampled_from([3, 40]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_cross_domain_mix__pixel_label_and_weight_come_from_one_side(
     n: int, height: int, width: int, seed: int, num_classes: int
 ) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from checks import Watch
+from checks import Watch, examples
 from crossmix.datasets import StreetScenes
 from crossmix.diagnostics import UnsupervisedQuality, UnsupervisedScores
 from crossmix.diagnostics.unsupervised import _spread
@@ -55,7 +55,7 @@ def scores_by_loop(batches: list[Tensor], temperature: float) -> UnsupervisedQua
     st.sampled_from([torch.float32, torch.float64, torch.float16]),
     st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_compute__equals_the_loop(
     seeds: list[int], size: tuple[int, int, int, int], temperature: float, scale: float, dtype: torch.dtype, hole: bool
 ) -> None:
@@ -74,7 +74,7 @@ def test_compute__equals_the_loop(
 
 
 @given(st.integers(1, 400), st.integers(1, 400))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_spread__different_places_in_equal_parts(total: int, count: int) -> None:
     if count > total:
         return

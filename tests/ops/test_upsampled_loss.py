@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as tf
 from torch.utils.checkpoint import checkpoint
 
-from checks import Watch
+from checks import Watch, examples
 from crossmix import ConfidenceWeightedCE, _cross_entropy
 from crossmix import functional as F
 from crossmix._cross_entropy import sum_by_blocks
@@ -71,7 +71,7 @@ sizes = st.integers(1, 12)
 
 @pytest.mark.parametrize("align_corners", [True, False])
 @given(st.integers(0, 3), st.integers(1, 4), sizes, sizes, st.integers(1, 75), st.integers(1, 20), st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_equals_upsampling_first(
     align_corners: bool, n: int, classes: int, h: int, w: int, height: int, width: int, seed: int
 ) -> None:
@@ -181,7 +181,7 @@ SPECIAL = (math.nan, math.inf, -math.inf, 1e30, -1e30)
     st.sampled_from([0.0, 0.3]),
     st.integers(0, 9999),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_only_pixels_that_count_are_visited(
     align_corners: bool,
     small: tuple[int, int],

@@ -142,14 +142,21 @@ def _decoded(path: Path, header: Header) -> Bytes | NDArray[np.uint16]:
 
 def _read_packed(path: Path, header: Header) -> Bytes:
     """Decode grey or palette files with 1, 2 or 4 bits per pixel, which kornia_rs does not support, to (H, W, 1)."""
-    if header.color_type not in {GREY, PALETTE} or header.interlace:
+    if header.bit_depth not in {1, 2, 4} or header.color_type not in {GREY, PALETTE}:
+        kind = f"{header.bit_depth} bits of colour type {header.color_type}"
+        raise DataError(f"{path}: has {kind}, which PNG does not know; download it again.")
+    if header.compression or header.filters or header.interlace not in {0, 1}:
+        raise DataError(f"{path}: has unknown values in its header; download it again.")
+    if header.interlace:
         kind = f"interlaced files of {header.bit_depth} bits"
         raise DataError(f"{path}: {kind} are not supported; save it without interlacing.")
     stride = (header.width * header.bit_depth + 7) // 8
     size = header.height * (stride + 1)
-    data = zlib.decompressobj().decompress(_image_data(path), size)
+    decoder = zlib.decompressobj()
+    data = decoder.decompress(_image_data(path), size)
     if len(data) != size:
         raise DataError(f"{path}: holds {len(data)} bytes of pixels instead of {size}; download it again.")
+    decoder.decompress(decoder.unconsumed_tail, 1)  # reads on to the checksum, and raises if it is wrong
     lines = np.frombuffer(data, np.uint8).reshape(header.height, stride + 1)
     rows = np.zeros((header.height, stride), np.uint8)
     above = np.zeros(stride, np.uint8)

@@ -186,7 +186,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         return sample
 
     def index(self, draw: int) -> int:
-        """Return the index into `samples` that a draw, numbered from 0, uses."""
+        """Return the index into `samples` that a draw, numbered from 0, uses unless that sample is skipped."""
         return next(self._in_line(operator.index(draw)))[0]
 
     def _in_line(self, draw: int) -> Iterator[tuple[int, int | None]]:
