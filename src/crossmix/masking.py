@@ -78,8 +78,8 @@ def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Ten
 
     smooth > mean + std * sqrt(2) * erfinv(1 - 2 * ratio), with the mean and std of each image, so that about a share
     `ratio` is True. The Gaussian is truncated only by the image size; the noise is mirrored at the border. The values
-    of a `sigma` tensor are not read on the host, so it may be on a GPU. A number is faster, and `CowMasks`, which draws
-    its own noise, much faster.
+    of a `sigma` tensor are not read on the host, so it may be on a GPU. A number is faster, the more so the larger it
+    is, and `CowMasks`, which draws its own noise, much faster.
 
     Args:
         noise: (N, H, W) floating, standard normal.
@@ -105,9 +105,14 @@ def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Ten
     widths = _check_sigma(sigma, noise)
     noise = at_least_float32(noise)
     height, width = noise.shape[1:]
-    widths = widths.to(noise.dtype)
+    known = None if isinstance(sigma, Tensor) else float(sigma)
     with no_autocast(noise.device):  # matrix products in half precision would move the edges of the blobs
-        smooth = _smoothing(widths, height) @ noise @ _smoothing(widths, width).mT
+        (down, then_down), (across, then_across) = (
+            _smoothing(widths.to(noise.dtype), length, known) for length in (height, width)
+        )
+        smooth = down @ noise @ across.mT
+        smooth = smooth if then_down is None else then_down @ smooth
+        smooth = smooth if then_across is None else smooth @ then_across.mT
     smooth -= smooth.mean((1, 2), keepdim=True)
     std = torch.linalg.vector_norm(smooth, dim=(1, 2), keepdim=True) / math.sqrt(height * width)
     return smooth > _quantile(std, ratio)
@@ -309,20 +314,36 @@ def _inside(length: Tensor, place: Tensor, size: int) -> Tensor:
     return (pixel >= start) & (pixel < start + length)
 
 
-def _smoothing(sigma: Tensor, size: int) -> Tensor:
-    """Matrices that smooth `size` pixels with a Gaussian of sigma (n,) or (1,) pixels, (n or 1, size, size).
+def _smoothing(sigma: Tensor, size: int, known: float | None) -> tuple[Tensor, Tensor | None]:
+    """One matrix (n or 1, ..., ...), or two to apply in turn, that smooth `size` pixels with a Gaussian.
 
     Taps beyond the border are reflected, not repeating the edge, so that each wave of a cosine transform is damped by a
-    factor.
+    factor. If sigma is known, waves that vanish in the arithmetic are left out, which saves most of the products.
+
+    Args:
+        sigma: (n,) or (1,), in pixels.
+        size: The number of pixels.
+        known: The value of sigma if it is a number, else None.
     """
     from kornia.filters import get_gaussian_kernel1d  # noqa: PLC0415 - importing kornia takes longer than crossmix
 
+    reach, count = max(size - 1, 1), size
+    cut = math.sqrt(-2 * math.log(torch.finfo(sigma.dtype).eps))  # where the Gaussian falls below eps
+    if known is not None and known * cut < reach:  # otherwise the taps are cut off before waves vanish
+        count = min(size, math.ceil(cut * reach / (math.pi * known)) + 1)
     pixel = torch.arange(size, device=sigma.device)
+    is_end = (pixel == 0) | (pixel == size - 1)
     taps: Tensor = get_gaussian_kernel1d(2 * size - 1, sigma[:, None])[:, size - 1 :]  # of one side
-    taps = torch.where(pixel == max(size - 1, 1), 2 * taps, taps)  # this tap arrives from both sides
-    direct = torch.cat([taps.flip(1), taps[:, 1:]], 1).unfold(1, size, 1).flip(1)  # by j - i
-    mirrored = torch.cat([taps, taps.flip(1)[:, 1:]], 1).unfold(1, size, 1)  # by j + i
-    return (direct + mirrored) * torch.where((pixel == 0) | (pixel == size - 1), 0.5, 1.0)
+    if 2 * count > size:  # one product is cheaper than two
+        taps = torch.where(pixel == reach, 2 * taps, taps)  # this tap arrives from both sides
+        direct = torch.cat([taps.flip(1), taps[:, 1:]], 1).unfold(1, size, 1).flip(1)  # by j - i
+        mirrored = torch.cat([taps, taps.flip(1)[:, 1:]], 1).unfold(1, size, 1)  # by j + i
+        return (direct + mirrored) * torch.where(is_end, 0.5, 1.0), None
+    waves = ((pixel[:, None] * pixel[:count] % (2 * reach)).to(sigma.dtype) * (math.pi / reach)).cos()
+    damping = 2 * taps @ waves - taps[:, :1]
+    weight = torch.where(is_end, 1, 2)
+    inverse = (waves * (weight[:, None] * weight[:count])).mT / (2 * reach)
+    return damping[:, :, None] * inverse, waves
 
 
 def _check_sigma(sigma: float | Tensor, noise: Tensor) -> Tensor:

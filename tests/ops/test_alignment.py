@@ -12,8 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from checks import assert_equal_states, examples
 from crossmix import DistributionAlignment
+=======
+from checks import assert_equal_states
+from crossmix import DistributionAlignment, alignment
+>>>>>>> w-sceptic
 from crossmix import functional as F
 from oracles import seeded
 
@@ -216,3 +221,12 @@ def test_meta_device__and_back(prior: list[float] | None) -> None:
     align.reset_parameters()
     assert torch.equal(align.running, torch.full((3,), 1 / 3))
     assert int(align.running_count) == 0
+
+
+def test_sync__the_average_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    probs = simplex(3, 4, 2, 3, seed=0)
+    monkeypatch.setattr(alignment, "all_reduce_sum", lambda own: own + probs[1:].sum((0, 2, 3)))
+    rank, whole = DistributionAlignment(4, sync=True), DistributionAlignment(4)
+    rank.update(probs[:1])
+    whole.update(probs)
+    torch.testing.assert_close(rank.running, whole.running)

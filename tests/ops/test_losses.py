@@ -464,3 +464,11 @@ def test_sync__the_mean_over_two_ranks_is_that_of_the_whole_batch(
     options = {"normalizer": normalizer, "sync": True}
     parts = [criterion(*(value[i : i + 1] for value in (logits, labels, weights)), **options) for i in (0, 1)]
     torch.testing.assert_close(sum(parts) / 2, criterion(logits, labels, weights, normalizer=normalizer))
+
+
+def test_sync__lambda_of_the_batch_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    confidence = torch.rand(3, *SIZE, generator=seeded(0))
+    others = torch.tensor([float((confidence[1:] >= 0.6).sum()), confidence[1:].numel()])
+    monkeypatch.setattr(losses, "all_reduce_sum", lambda own: own + others)
+    got = ConfidenceWeightedCE(0.6, scope="batch", sync=True).weights(confidence[:1])
+    torch.testing.assert_close(got, F.confidence_weight(confidence, 0.6, scope="batch")[:1])
