@@ -12,13 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from checks import assert_equal_states, examples
-from crossmix import DistributionAlignment
-=======
-from checks import assert_equal_states
 from crossmix import DistributionAlignment, alignment
->>>>>>> w-sceptic
 from crossmix import functional as F
 from oracles import seeded
 
