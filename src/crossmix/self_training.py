@@ -230,7 +230,8 @@ class SelfTraining(nn.Module):
         consistency: Adds a loss on partly hidden target images, with the same pseudo-labels and weights as the mixed
             loss (the teacher runs only once): a `MaskedImages`, or any callable on images, which gets no draw and must
             not move pixels. The loss is `criterion`.
-        consistency_augment: Applied to these images before hiding, as `augment` to the mixed ones.
+        consistency_augment: Applied to these images before hiding, as `augment` to the mixed ones; not used without
+            `consistency`.
         consistency_weight: Factor of that loss.
         ignore_top: Rows at the top of target images (sky) whose pseudo-labels get weight 0, given for a height of 512
             and scaled to that of the images. Like pixels with `target_weights` 0, they still count in lambda, as in

@@ -115,7 +115,12 @@ class RareClassSampler(Sampler[int]):
         return images, classes
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
-        """Set the epoch of the next iteration, from 0, and how many draws of this rank to skip, to resume in it."""
+        """Set the epoch of the next iteration, from 0, and how many draws of this rank to skip, to resume in it.
+
+        Raises:
+            TypeError: If a number is not an int.
+            ValueError: If a number is negative.
+        """
         self.epoch = check_count("epoch", epoch)
         self.start = check_count("start", start)
 

@@ -114,6 +114,9 @@ def deeplab_v2_resnet101(
         freeze_bn_affine: Whether to freeze BatchNorm's scale and shift, as published; see `DeepLabV2`.
         upsample: Whether to return logits at the size of the images.
 
+    Raises:
+        ValueError: If `num_classes` or `aspp_branches` is out of range.
+
     Example:
         >>> network = deeplab_v2_resnet101(19).eval()
         >>> sum(parameter.numel() for parameter in network.parameters())
@@ -143,6 +146,9 @@ def deeplab_v2_tiny(
         aspp_branches: As there.
         freeze_bn_affine: As there.
         upsample: As there.
+
+    Raises:
+        ValueError: If `num_classes` or `aspp_branches` is out of range.
 
     Example:
         >>> deeplab_v2_tiny(19).eval()(torch.rand(1, 3, 64, 128)).shape
