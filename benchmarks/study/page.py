@@ -6,12 +6,14 @@ remarks on a suite are copied from results/<suite>.md.
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.charts import Panel, bars, curves
 from benchmarks.speed.common import RESULTS
 from benchmarks.study import predictions
+from benchmarks.study.collected import name_of
 from benchmarks.study.expected import checks, mious
 from benchmarks.study.studies import BASE, OPTIONS, row_name
 from benchmarks.study.trials import LOOKED_AT
@@ -184,10 +186,13 @@ def ablation(suite: str) -> list[str]:
 
 
 def setting(document: Document) -> str:
-    options, machine = document["options"], document["machine"]
+    options, runs_on = document["options"], name_of(document["machine"])
     pair, runs = options["pair"], [run for entry in document["rows"].values() for run in entry["runs"]]
     height, width = pair["crop"]
-    hours = sum(run["cpu_seconds"] for run in runs) / 3600
+    hours: Counter[str] = Counter()
+    for run in runs:
+        hours[run.get("machine", runs_on)] += run["cpu_seconds"] / 3600
+    took = [f"{spent:.1f} core hours on {where}" for where, spent in hours.items()]
     network, optimizer = "`deeplab_v2_tiny` from random weights", "weight decay 0.0005"
     count = f"{len(runs)} runs"
     if pair.get("network") == "efficientnet-lite0":
@@ -198,8 +203,7 @@ def setting(document: Document) -> str:
         f"{network}, {options['steps']} steps of {pair['batch']} source and "
         f"{pair['batch']} target crops of {height} x {width}, learning rate {pair['lr']} (head ten times that), "
         f"polynomial decay 0.9, {optimizer}; the released recipe with threshold {pair['threshold']} and EMA "
-        f"decay {pair['decay']}. The {count} took {hours:.1f} core hours on {machine['processor']}, "
-        f"torch {machine['torch']}, {document['date']}.\n"
+        f"decay {pair['decay']}. The {count} took {' and '.join(took)}, {document['date']}.\n"
     )
 
 

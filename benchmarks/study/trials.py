@@ -1,8 +1,8 @@
 """Comparable training runs: a single run as a pure function of its options, and resumable sets of runs.
 
 Data and randomness are keyed by (seed, step), the initial weights by the seed, and arithmetic uses one thread, so the
-result of a run is bit-identical regardless of what else runs. Each run writes one JSON file, and from ImageNet weights
-the label maps that it ends with on a few test images; finished runs are skipped.
+result of a run on a CPU is bit-identical regardless of what else runs. Each run writes one JSON file, and from ImageNet
+weights the label maps that it ends with on a few test images; finished runs are skipped.
 """
 
 import json
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from benchmarks.speed.common import machine
 from benchmarks.study.collected import best, compact
 from benchmarks.study.network import PretrainedPyramid
 from benchmarks.study.pairs import PAIRS, Domains, Pair, class_shares, load
@@ -69,6 +70,7 @@ class Job:
     seed: int
     steps: int
     camvid: str = ""  # data folder; its location does not affect the result
+    device: str = "cpu"  # recorded with the result, which differs by rounding, and on a GPU from run to run
 
     @property
     def file(self) -> str:
@@ -91,8 +93,17 @@ class Boxes(nn.Module):
         self.area = area
         self.numbers = num_classes + 1
 
-    def sample(self, n: int, size: object, /, **where: Any) -> Tensor:  # noqa: ANN401, ARG002 - as for any masks
-        return torch.rand(n, self.numbers, **where)
+    def sample(
+        self,
+        n: int,
+        size: object,
+        /,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        del size
+        return torch.rand(n, self.numbers, generator=generator).to(device)  # by a generator of the CPU, as all draws
 
     def forward(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
         """The first three of the uniform numbers (N, C + 1) give shape and position of the box: (N, H, W) bool."""
@@ -100,7 +111,7 @@ class Boxes(nn.Module):
         tall = self.area**shape  # from full height to full width
         inside = []
         for position, length, pixels in zip((y, x), (tall, self.area / tall), size, strict=True):
-            centers = (torch.arange(pixels) + 0.5) / pixels
+            centers = (torch.arange(pixels, device=scores.device) + 0.5) / pixels
             begin = position * (1 - length)
             inside.append((centers >= begin) & (centers < begin + length))
         rows, columns = inside
@@ -116,9 +127,9 @@ def run(job: Job) -> tuple[dict[str, Any], Tensor | None]:
     domains = load(job.pair, job.camvid)
     torch.manual_seed(job.seed)  # for the initial weights; everything else is keyed
     student = network_of(pair, variant)
-    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster, as in the trainer's demo
+    student.to(memory_format=layout(job.device))  # type: ignore[call-overload]
     known = domains.source if variant.prior == "source" else domains.target
-    training = build(student, pair, variant, class_shares(known, len(pair.classes)))
+    training = build(student, pair, variant, class_shares(known, len(pair.classes))).to(job.device)
     jitter = StrongAugment(flavor="additive", same_on_batch=True)  # as in the released recipe
     optimizer = optimizer_of(student, pair)
     rare = rare_classes(domains.source, len(pair.classes)) if variant.rare_classes else None
@@ -133,9 +144,11 @@ def run(job: Job) -> tuple[dict[str, Any], Tensor | None]:
         begin = time.process_time()
         for group in optimizer.param_groups:
             group["lr"] = poly_lr(step, job.steps, group["initial_lr"])
-        target_images, target_labels = batch(target, step, pair.batch)
+        target_images, target_labels = batch(target, step, pair.batch, job.device)
         source_images, source_labels = (
-            batch(source, step, pair.batch) if variant.train_on == "source" else (target_images, target_labels)
+            batch(source, step, pair.batch, job.device)
+            if variant.train_on == "source"
+            else (target_images, target_labels)
         )
         generator = keyed_generator(job.seed, STEP, step)
         if variant.jitter_source:
@@ -150,7 +163,7 @@ def run(job: Job) -> tuple[dict[str, Any], Tensor | None]:
         if step + 1 in looked_at:
             looks.append({"step": step + 1, **means(noted), **look(training, domains, pair, variant)})
             noted.clear()
-    document = {"options": job.options(), "torch": str(torch.__version__), "cpu_seconds": seconds, "looks": looks}
+    document = {"options": job.options(), "machine": machine(job.device), "cpu_seconds": seconds, "looks": looks}
     if not pair.pretrained:
         return document, None
     document |= {"looks": compact(looks), "pictures": [sample.name for sample in pictured(domains)]}
@@ -203,14 +216,19 @@ def build(student: nn.Module, pair: Pair, variant: Variant, prior: Tensor) -> Se
     return training
 
 
-def batch(crops: KeyedCrops, step: int, size: int) -> tuple[Tensor, Tensor]:
+def batch(crops: KeyedCrops, step: int, size: int, device: str) -> tuple[Tensor, Tensor]:
     """Images in [0, 1] and labels of a step."""
     images, labels = zip(*(crops[step * size + i] for i in range(size)), strict=True)
-    return as_input(torch.stack(images)), torch.stack(labels)
+    return as_input(torch.stack(images), device), torch.stack(labels).to(device)
 
 
-def as_input(images: Tensor) -> Tensor:
-    return (images.float() / 255).contiguous(memory_format=torch.channels_last)
+def as_input(images: Tensor, device: str | torch.device) -> Tensor:
+    return (images.to(device).float() / 255).contiguous(memory_format=layout(device))
+
+
+def layout(device: str | torch.device) -> torch.memory_format:
+    """The faster memory layout: on a GPU, depthwise convolutions in single precision are slow in channels_last."""
+    return torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
 
 
 def look(training: SelfTraining, domains: Domains, pair: Pair, variant: Variant) -> dict[str, Any]:
@@ -228,11 +246,20 @@ def scores(training: SelfTraining, test: Sequence[Sample], num_classes: int) -> 
     networks = {"student": training.student}
     if training.teacher is not None:
         networks["teacher"] = training.teacher.module
+    on_gpu = next(training.parameters()).is_cuda
     found = {}
     for name, trained in networks.items():
-        iou = evaluate(trained, test, num_classes=num_classes)["native"].compute()
+        iou = evaluate(trained, in_batches(test) if on_gpu else test, num_classes=num_classes)["native"].compute()
         found[name] = {"miou": iou.mean, "per_class": [none_if_nan(value) for value in iou.per_class.tolist()]}
     return found
+
+
+def in_batches(samples: Sequence[Sample]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Images and labels, for a GPU; one at a time is as fast on a CPU."""
+    for i in range(0, len(samples), 32):
+        group = samples[i : i + 32]
+        labels = [sample.label for sample in group if sample.label is not None]
+        yield torch.stack([sample.image for sample in group]), torch.stack(labels)
 
 
 @torch.no_grad()
@@ -240,12 +267,14 @@ def watch(training: SelfTraining, samples: list[Sample], pair: Pair, variant: Va
     """On target images: scores to choose a step by, and the truth about the pseudo-labels that training would use."""
     num_classes = len(pair.classes)
     threshold = pair.threshold if variant.threshold is None else variant.threshold
-    monitor, unsupervised = PseudoLabelMonitor(num_classes, threshold=threshold), UnsupervisedScores(num_classes)
+    device = next(training.student.parameters()).device
+    monitor = PseudoLabelMonitor(num_classes, threshold=threshold).to(device)
+    unsupervised = UnsupervisedScores(num_classes).to(device)
     training.student.eval()  # keeps these images out of BatchNorm's running statistics
     for i in range(0, len(samples), pair.batch):
         group = samples[i : i + pair.batch]
-        images = as_input(torch.stack([sample.image for sample in group]))
-        truth = torch.stack([sample.label for sample in group if sample.label is not None])
+        images = as_input(torch.stack([sample.image for sample in group]), device)
+        truth = torch.stack([sample.label for sample in group if sample.label is not None]).to(device)
         logits = training.student(images)
         if pair.pretrained:
             unsupervised.update(logits)
@@ -290,8 +319,8 @@ def evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
 def label_maps(student: nn.Module, samples: list[Sample]) -> Tensor:
     """Predicted classes, (N, H, W) uint8."""
     student.eval()
-    images = torch.stack([sample.image for sample in samples])
-    return upsampled(student(as_input(images)), images).argmax(1).to(torch.uint8)
+    images = as_input(torch.stack([sample.image for sample in samples]), next(student.parameters()).device)
+    return upsampled(student(images), images).argmax(1).to(torch.uint8).cpu()
 
 
 def note(

@@ -150,7 +150,8 @@ def fake(job: Any) -> dict[str, Any]:
     }
     looks = [{**look, "step": step} for step in (1, 2)]
     looks[0] = {**looks[0], "student": {"miou": score + 0.05, "per_class": [score, 0.0]}}
-    return {"options": job.options(), "torch": "0", "cpu_seconds": 2.0, "looks": looks}
+    machine = {"gpu": None, "processor": "a processor", "torch": "0"}
+    return {"options": job.options(), "machine": machine, "cpu_seconds": 2.0, "looks": looks}
 
 
 def test_run_all__skips_what_is_finished_and_refuses_other_options(

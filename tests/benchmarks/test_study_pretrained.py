@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import publish
+from benchmarks.speed.common import machine
 from benchmarks.study import __main__ as command
 from benchmarks.study import network, page, pairs, predictions, trials
 from benchmarks.study.collected import BY_CLASS, CURVES, UNSUPERVISED, compact, rounded
@@ -264,7 +265,8 @@ def made_up(classes: int, looks: int) -> list[dict[str, Any]]:
 
 def test_compact__keeps_what_tables_and_figures_show_in_a_small_file() -> None:
     looks = made_up(11, 20)
-    document = {"options": Job("streets-camvid", "mic", PRETRAINED["mic"], 0, 2400).options(), "cpu_seconds": 1.0}
+    job = Job("streets-camvid", "mic", PRETRAINED["mic"], 0, 2400)
+    document = {"options": job.options(), "machine": machine("cpu"), "cpu_seconds": 1.0}
     small, whole = {**document, "looks": compact(looks)}, {**document, "looks": rounded(looks, 5)}
     assert len(json.dumps(small, separators=(",", ":"))) < 15_000
     ours, others = collected_row([small]), collected_row([whole])
