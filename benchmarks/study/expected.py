@@ -45,8 +45,8 @@ def checks(rows: Rows, classes: list[str], pair: str) -> list[Check]:
 
 
 def above(rows: Rows, high: str, low: str, *, paper: str = "not run", margin: float = 0, every: bool = False) -> Check:
-    """Check that a row is above another by a margin in points, in the mean or in every seed."""
-    differences = [100 * (a - b) for a, b in zip(mious(rows, high), mious(rows, low), strict=True)]
+    """Check that a row is above another by a margin in points, in the mean or in every seed that both have."""
+    differences = [100 * difference for difference in seed_by_seed(rows, high, low)]
     mean, least, count = statistics.mean(differences), min(differences), len(differences)
     seeds = sum(difference >= margin and difference > 0 for difference in differences)
     by = f" by at least {margin:g} points" if margin else ""
@@ -63,7 +63,7 @@ def above(rows: Rows, high: str, low: str, *, paper: str = "not run", margin: fl
 def not_below(rows: Rows, name: str, base: str) -> Check:
     """Check that a row's mean is not below another's by more than the row's standard deviation over seeds."""
     found = [100 * miou for miou in mious(rows, name)]
-    difference = statistics.mean(found) - 100 * statistics.mean(mious(rows, base))
+    difference = 100 * statistics.mean(seed_by_seed(rows, name, base))
     spread = statistics.stdev(found) if len(found) > 1 else 0.0
     measured = f" in the mean, spread {spread:.2f}" if len(found) > 1 else ", 1 seed, spread unknown"
     return Check(
@@ -104,6 +104,13 @@ def rescued(rows: Rows, *names: str, classes: list[str]) -> Check:
 
 def mious(rows: Rows, name: str) -> list[float]:
     return [run["last"]["student"]["miou"] for run in rows[name]["runs"]]
+
+
+def seed_by_seed(rows: Rows, high: str, low: str) -> list[float]:
+    """The differences of two rows in mIoU, for the seeds that both have."""
+    base = {run["seed"]: miou for run, miou in zip(rows[low]["runs"], mious(rows, low), strict=True)}
+    pairs = zip(rows[high]["runs"], mious(rows, high), strict=True)
+    return [miou - base[run["seed"]] for run, miou in pairs if run["seed"] in base]
 
 
 def class_means(rows: Rows, name: str) -> list[float]:

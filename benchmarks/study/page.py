@@ -194,16 +194,19 @@ def setting(document: Document) -> str:
         hours[run.get("machine", runs_on)] += run["cpu_seconds"] / 3600
     took = [f"{spent:.1f} core hours on {where}" for where, spent in hours.items()]
     network, optimizer = "`deeplab_v2_tiny` from random weights", "weight decay 0.0005"
+    unfinished = ""
     count = f"{len(runs)} runs"
     if pair.get("network") == "efficientnet-lite0":
         network = "EfficientNet-Lite0 with ImageNet weights and a feature pyramid of 64 channels"
         optimizer = "AdamW with weight decay 0.01"
         count += f" with {seeds_of(document['rows'])} each"
+        if len({len(entry["runs"]) for entry in document["rows"].values()}) > 1:
+            unfinished = " Rows with fewer seeds are unfinished; differences are between the seeds that both rows have."
     return (
         f"{network}, {options['steps']} steps of {pair['batch']} source and "
         f"{pair['batch']} target crops of {height} x {width}, learning rate {pair['lr']} (head ten times that), "
         f"polynomial decay 0.9, {optimizer}; the released recipe with threshold {pair['threshold']} and EMA "
-        f"decay {pair['decay']}. The {count} took {' and '.join(took)}, {document['date']}.\n"
+        f"decay {pair['decay']}. The {count} took {' and '.join(took)}, {document['date']}.{unfinished}\n"
     )
 
 
@@ -237,8 +240,9 @@ def by_day(rows: Document) -> list[str]:
 
 
 def seeds_of(rows: Document) -> str:
-    count = min(len(entry["runs"]) for entry in rows.values())
-    return f"{count} seed{'s' * (count > 1)}"
+    counts = [len(entry["runs"]) for entry in rows.values()]
+    least = f"{min(counts)} to " if min(counts) < max(counts) else ""
+    return f"{least}{max(counts)} seed{'s' * (max(counts) > 1)}"
 
 
 def checks_table(document: Document) -> list[str]:

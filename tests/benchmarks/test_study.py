@@ -183,7 +183,8 @@ def test_sensitivity__rows_have_files_of_their_own_and_the_base_is_there_once() 
 
 def test_checks__tell_hits_from_misses() -> None:
     def row(*mious: float, classes: list[float]) -> dict[str, Any]:
-        return {"runs": [{"last": {"student": {"miou": miou, "per_class": classes}}} for miou in mious]}
+        lasts = [{"student": {"miou": miou, "per_class": classes}} for miou in mious]
+        return {"runs": [{"seed": i, "last": last} for i, last in enumerate(lasts)]}
 
     rows = {
         "source": row(0.20, 0.22, classes=[0.3, 0.1]),

@@ -346,10 +346,13 @@ def test_command__says_what_is_missing(
 # ----------------------------------------------------------------------------------------------------------- the page
 
 
-def test_checks__hold_dacs_to_the_margins_fixed_before_the_runs() -> None:
-    def row(*mious: float) -> dict[str, Any]:
-        return {"runs": [{"last": {"student": {"miou": miou / 100, "per_class": [miou / 100]}}} for miou in mious]}
+def row(*mious: float, first: int = 0) -> dict[str, Any]:
+    """A row of a result file, with scores in percent of consecutive seeds."""
+    lasts = [{"student": {"miou": miou / 100, "per_class": [miou / 100]}} for miou in mious]
+    return {"runs": [{"seed": first + i, "last": last} for i, last in enumerate(lasts)]}
 
+
+def test_checks__hold_dacs_to_the_margins_fixed_before_the_runs() -> None:
     rows = {
         "source + jitter": row(20, 20, 20),
         "dacs": row(24, 27, 19),  # more than 3 points above in the mean, and below in one seed
@@ -364,6 +367,33 @@ def test_checks__hold_dacs_to_the_margins_fixed_before_the_runs() -> None:
         "dacs + rare classes not below dacs by more than its spread": True,
     }
     assert "dacs above source + jitter in the mean" in {check.claim for check in checks(rows, ["road"], "day-dusk")}
+
+
+def test_checks__compare_the_seeds_that_both_rows_have() -> None:
+    rows = {"source + jitter": row(20, 21), "dacs": row(25, 90, first=1), "dacs + rare classes": row(23, first=1)}
+    found = {check.claim: check.found for check in checks(rows, ["road"], "streets-camvid")}
+    assert found["dacs above source + jitter in every seed"] == "+4.00 points, 1 seed"
+    assert found["dacs + rare classes not below dacs by more than its spread"].startswith("-2.00 points, 1 seed")
+
+
+def test_command__shows_what_is_finished(
+    small: Domains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def finish(job: Job) -> tuple[dict[str, Any], None]:
+        look = {"step": 1, "student": {"miou": 0.5, "per_class": [0.5]}, "source_loss": 1.0, "mixed_loss": 1.0}
+        return {"options": job.options(), "machine": machine("cpu"), "cpu_seconds": 1.0, "looks": [look]}, None
+
+    monkeypatch.setattr(trials, "run", finish)
+    monkeypatch.setattr(command, "weights_file", lambda: None)
+    monkeypatch.setattr(command, "load", lambda *_: small)
+    arguments = ["study", "ablation", "--pair", "streets-camvid", "--camvid", "-", "--finished", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="no run is finished yet"):
+        command.main()
+    trials.run_all([Job("streets-camvid", "dacs", PRETRAINED["dacs"], 2, 2400)], tmp_path, 1)
+    command.main()
+    assert "dacs                         50.00" in capsys.readouterr().out
+    assert {path.stem for path in tmp_path.glob("*.json")} == {"dacs--seed-2"}
 
 
 @has_weights
