@@ -27,7 +27,7 @@ from crossmix.engine import RunLog
 from crossmix.recipes import METHODS
 from options import config_files
 from pictures import CLASS_COLORS
-from scores import CHOSEN, TITLES, deciding_miou, density, paper_tables, plain, shortfall, spread
+from scores import CHOSEN, TITLES, deciding_miou, information, paper_tables, plain, shortfall, spread
 
 try:
     import matplotlib as mpl
@@ -62,9 +62,7 @@ PICTURES = {
 }
 PREDICTED = "Predictions on validation images"
 SHORT = "label-free step below the best"
-LABEL_FREE = (
-    "The label-free step is the one whose predictions have the highest neighbourhood density; no label chose it."
-)
+LABEL_FREE = "The label-free step is the one whose predictions have the highest information; no label chose it."
 MIXED_SOURCE = ("source", "target, not used", "what the student saw", "its label")
 PAPER = "The paper's rows are means of three runs after the last step, on labels of 512 x 1024."
 
@@ -326,7 +324,7 @@ def charts(run: Run) -> Charts:
     """Collect the curves of log and evaluations, over steps."""
     found: Charts = {"mIoU in percent": evaluated(run, lambda entry, who: 100 * number(run.miou(entry, who)))}
     if any("unsupervised" in entry for entry in run.metrics["evaluations"]):
-        found["neighbourhood density"] = evaluated(run, lambda entry, who: number(density(entry, who)))
+        found["information"] = evaluated(run, lambda entry, who: number(information(entry, who)))
     steps = [record["step"] for record in run.log]
     for title, lines in CHARTS.items():
         found[title] = {

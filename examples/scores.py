@@ -11,7 +11,7 @@ from crossmix.datasets.classes import CLASS_NAMES, CLASSES_13, CLASSES_16
 from crossmix.metrics import ConfusionMatrix
 
 __all__ = [
-    "CHOSEN", "TITLES", "deciding_miou", "density", "finite", "markdown", "paper_row", "paper_tables", "percent",
+    "CHOSEN", "TITLES", "deciding_miou", "finite", "information", "markdown", "paper_row", "paper_tables", "percent",
     "plain", "rows_by_class", "shortfall", "spread", "summary",
 ]  # fmt: skip
 
@@ -46,9 +46,9 @@ def deciding_miou(entry: Mapping[str, Any], *, evaluation: str, synthia: bool, w
     return value
 
 
-def density(entry: Mapping[str, Any], who: str = "student") -> float | None:
-    """Read the soft neighbourhood density, by which a step is chosen without labels."""
-    value: float | None = entry.get("unsupervised", {}).get(who, {}).get("neighborhood_density")
+def information(entry: Mapping[str, Any], who: str = "student") -> float | None:
+    """Read the information of the predictions, by which a step is chosen without labels."""
+    value: float | None = entry.get("unsupervised", {}).get(who, {}).get("information")
     return value
 
 

@@ -19,7 +19,7 @@ from domains import SOURCE, TARGET, Data, Identity, crop_size, differences, draw
 from options import FREE, Config
 from pictures import mixed_rows, predicted_rows, write_pictures
 from processes import Ranks, reason
-from scores import CHOSEN, TITLES, deciding_miou, density, markdown, paper_row, rows_by_class, shortfall, spread
+from scores import CHOSEN, TITLES, deciding_miou, information, markdown, paper_row, rows_by_class, shortfall, spread
 from signals import Stopped
 
 __all__ = [
@@ -323,7 +323,7 @@ def keep_scores(run: Run, entry: dict[str, Any]) -> list[str]:
             run.metrics[title] = entry
 
     keep_if_better("best", lambda one: miou(one, run.config))
-    keep_if_better("best_unsupervised", density)
+    keep_if_better("best_unsupervised", information)
     return [title for title in CHOSEN if run.metrics[title] is entry]
 
 

@@ -75,8 +75,8 @@ def test_run_page__has_the_numbers_of_the_metrics_and_the_log(real: Path) -> Non
              "lambda": "lambda", "backbone": "lr", "it/s": "it_per_s", "waiting": "data_wait"}  # fmt: skip
     both = [(who, entry) for who in ("student", "teacher") for entry in metrics["evaluations"]]
     want = [f"{who}, {entry['step']}: {100 * entry[who]['32x64']['miou']:.4g}" for who, entry in both]
-    densities = [entry["unsupervised"][who]["neighborhood_density"] for who, entry in both]
-    want += [f"{who}, {entry['step']}: {value:.4g}" for (who, entry), value in zip(both, densities, strict=True)]
+    gains = [entry["unsupervised"][who]["information"] for who, entry in both]
+    want += [f"{who}, {entry['step']}: {value:.4g}" for (who, entry), value in zip(both, gains, strict=True)]
     want += [f"{name}, {record['step']}: {record[key]:.4g}" for name, key in names.items() for record in log]
     assert page.of("title") == [page.of("h1")[0], *want]
     for name, key in names.items():
@@ -113,13 +113,13 @@ def test_curves__what_is_no_number_is_a_gap(changed: Run) -> None:
     marks = [text for text in page.of("title") if text.startswith("loss, ")]
     assert marks == ["loss, 1: 1", "loss, 2: 2", f"loss, {3 + len(gaps)}: 1.5"]
     assert "loss 1.5" in page.of("li")
-    density = content(run / "metrics.json")["evaluations"][0]["unsupervised"]["student"]["neighborhood_density"]
+    information = content(run / "metrics.json")["evaluations"][0]["unsupervised"]["student"]["information"]
     student = [text for text in page.of("title") if text.startswith("student")]
-    assert len(student) == 2  # of the density alone: both evaluations have no mIoU
-    assert student[0] == f"student, 2: {density:.4g}"
+    assert len(student) == 2  # of the information alone: both evaluations have no mIoU
+    assert student[0] == f"student, 2: {information:.4g}"
     assert "student " in page.of("li")
     charts = page.values("svg", "aria-label")
-    assert charts == ["mIoU in percent", "neighbourhood density", "loss"]  # no chart of what was never logged
+    assert charts == ["mIoU in percent", "information", "loss"]  # no chart of what was never logged
 
 
 @pytest.mark.parametrize("value", [3.0, 0.0, -2.0, 5e-324, 9e299, math.nan])
@@ -209,7 +209,7 @@ def test_pages__say_how_far_the_label_free_choice_falls_short(changed: Run, tmp_
     (runs[0] / "metrics.json").write_text(json.dumps(old))
     page = Page(report.run_page(runs[0]))
     assert len(page.rows) == 1 + 4
-    assert page.of("figcaption")[:2] == ["mIoU in percent", "loss"]  # no neighbourhood density
+    assert page.of("figcaption")[:2] == ["mIoU in percent", "loss"]  # no information
     assert "dacs, last step: student" in Page(report.comparison_page({"dacs": runs}, tmp_path / "page")).rows
 
 

@@ -255,8 +255,8 @@ def test_unsupervised__scores_are_the_librarys_and_choose_a_step(run: Run, folde
     out = run("--eval-every", "1", "--lr", "0.01")
     metrics = metrics_of(out)
     entries = metrics["evaluations"]
-    densities = [entry["unsupervised"]["student"]["neighborhood_density"] for entry in entries]
-    chosen = entries[densities.index(max(densities))]
+    gains = [entry["unsupervised"]["student"]["information"] for entry in entries]
+    chosen = entries[gains.index(max(gains))]
     assert metrics["best_unsupervised"] == chosen
     validation = Cityscapes(folders[3], "val", size=(32, 64))
     network = deeplab_v2_tiny(aspp_branches=2, upsample=False)
@@ -268,15 +268,15 @@ def test_unsupervised__scores_are_the_librarys_and_choose_a_step(run: Run, folde
                 direct.update(network.eval()(sample.image[None].float() / 255))
         assert entries[-1]["unsupervised"][who] == pytest.approx(direct.compute()._asdict(), rel=1e-5)
         assert all(math.isfinite(value) for entry in entries for value in entry["unsupervised"][who].values())
-    best, by_density = (metrics[name]["student"]["32x64"]["miou"] for name in ("best", "best_unsupervised"))
+    best, by_information = (metrics[name]["student"]["32x64"]["miou"] for name in ("best", "best_unsupervised"))
     table = (out / "report" / "table.md").read_text()
-    assert f"| mIoU, label-free step | {100 * by_density:.2f} |" in table
-    assert f"| points below the best step | {100 * (best - by_density):.2f} |" in table
+    assert f"| mIoU, label-free step | {100 * by_information:.2f} |" in table
+    assert f"| points below the best step | {100 * (best - by_information):.2f} |" in table
     page = Page(out / "report" / "index.html")
-    assert page.rows[f"label-free step, {chosen['step']}: student"][0] == f"{100 * by_density:.2f}"
+    assert page.rows[f"label-free step, {chosen['step']}: student"][0] == f"{100 * by_information:.2f}"
     figures = dict(zip(page.of("dt"), page.of("dd"), strict=False))
-    assert figures["student, label-free step below the best"] == f"{100 * (best - by_density):.2f} points"
-    assert f"student, 4: {densities[-1]:.4g}" in page.of("title")
+    assert figures["student, label-free step below the best"] == f"{100 * (best - by_information):.2f} points"
+    assert f"student, 4: {gains[-1]:.4g}" in page.of("title")
 
 
 NAMES = ("best", "best_unsupervised")
@@ -286,15 +286,15 @@ NAMES = ("best", "best_unsupervised")
 def test_unsupervised__the_chosen_steps_checkpoint_is_kept_until_a_better_one_comes(
     trainer: ModuleType, run: Run, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """By scores that are made up: by labels step 4 is the best of 6, by density step 2, then step 5."""
+    """By scores that are made up: by labels step 4 is the best of 6, by information step 2, then step 5."""
     import evaluate
 
     scores = {2: (0.1, 3.0), 3: (0.2, 1.0), 4: (0.3, 2.0), 5: (0.2, 4.0), 6: (0.1, 3.5)}
 
     def made_up(run: Any, _network: Any) -> Any:
-        miou, density = scores.get(run.done, (0.0, 0.0))
+        miou, information = scores.get(run.done, (0.0, 0.0))
         by_size = {size: {"miou": miou, "per_class": {}} for size in ("32x64", "64x128")}
-        return by_size, {"neighborhood_density": density}
+        return by_size, {"information": information}
 
     def steps(out: Path) -> list[int]:
         states = [torch.load(out / "checkpoints" / f"{name}.pt", weights_only=True) for name in NAMES]
@@ -327,9 +327,9 @@ def test_unsupervised__the_first_of_equal_ones_and_none_without_numbers(trainer:
     run: Any = SimpleNamespace(config=trainer.Config(evaluation="native"), metrics=metrics)
     given: list[tuple[float | None, float | None]] = [(None, None), (0.1, None), (0.3, 2.0), (0.2, 2.0), (0.3, 2.5)]
     better = []
-    for step, (miou, density) in enumerate(given):
+    for step, (miou, information) in enumerate(given):
         scores = {"native": {"miou": miou}}
-        entry = {"step": step, "student": scores, "unsupervised": {"student": {"neighborhood_density": density}}}
+        entry = {"step": step, "student": scores, "unsupervised": {"student": {"information": information}}}
         better.append(keep_scores(run, entry))
     assert better == [[*NAMES], ["best"], [*NAMES], [], ["best_unsupervised"]]
     assert [metrics[name]["step"] for name in ("last", *NAMES)] == [4, 2, 4]

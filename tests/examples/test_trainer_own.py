@@ -220,9 +220,9 @@ def test_own_data__without_labels_trains_and_says_that_it_scores_nothing(
     assert "not one pixel" not in printed.err
     metrics = metrics_of(out)
     assert metrics["last"]["student"]["native"]["miou"] is None
-    densities = [entry["unsupervised"]["student"]["neighborhood_density"] for entry in metrics["evaluations"]]
-    assert all(math.isfinite(value) for value in densities)
-    assert metrics["best_unsupervised"] == metrics["evaluations"][densities.index(max(densities))]
+    gains = [entry["unsupervised"]["student"]["information"] for entry in metrics["evaluations"]]
+    assert all(math.isfinite(value) for value in gains)
+    assert metrics["best_unsupervised"] == metrics["evaluations"][gains.index(max(gains))]
     assert "points below the best step | - |" in (out / "report" / "table.md").read_text()
     assert (out / "report" / "index.html").exists()
 
