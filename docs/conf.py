@@ -30,13 +30,15 @@ templates_path = ["_templates"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
+copybutton_selector = "div:not(.highlight-output) > div.highlight > pre"  # code, not what it prints
+
 html_theme = "pydata_sphinx_theme"
 html_title = f"crossmix {release}"
 html_static_path = ["_static"]
 html_css_files = ["crossmix.css"]
 html_theme_options = {
     "github_url": "https://github.com/crossmix/crossmix",
-    "header_links_before_dropdown": 6,
+    "header_links_before_dropdown": 7,
     "navigation_depth": 2,
     "show_nav_level": 1,
     "secondary_sidebar_items": {"**": ["page-toc"], "index": []},
