@@ -137,7 +137,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, waiting: Callable[[str], object] | None = None) -> None:
-        self.path = Path(folder) / ".lock"
+        self.path: Path = Path(folder) / ".lock"
         self._holder = self.path.with_name(".lock.holder")
         self._waiting = waiting
         self._lock: Any = None

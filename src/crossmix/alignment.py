@@ -120,7 +120,7 @@ class DistributionAlignment(KeepsFloat32):
         self.num_classes = num_classes
         self.momentum = momentum
         self.sync = sync
-        self.fixed_prior = prior is not None
+        self.fixed_prior: bool = prior is not None
         # The values of a prior are read only here, once, where a sync is acceptable.
         self._start = [1 / num_classes] * num_classes if prior is None else class_shares(prior, num_classes).tolist()
         for name in ("prior", "running"):

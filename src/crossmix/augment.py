@@ -115,11 +115,11 @@ class StrongAugment(nn.Module):
         self.hue = hue
         self.jitter_p = jitter_p
         self.blur_p = blur_p
-        self.blur_sigma = (least, greatest)
+        self.blur_sigma: tuple[float, float] = (least, greatest)
         self.flavor = flavor
         self.same_on_batch = same_on_batch
-        self.mean = None if mean is None else _numbers("mean", mean, 3, "one per channel")
-        self.std = None if std is None else _numbers("std", std, 3, "one per channel")
+        self.mean: tuple[float, ...] | None = None if mean is None else _numbers("mean", mean, 3, "one per channel")
+        self.std: tuple[float, ...] | None = None if std is None else _numbers("std", std, 3, "one per channel")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"`std` must be positive in each channel, got {self.std}.")
 

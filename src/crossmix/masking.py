@@ -218,7 +218,7 @@ class CowMasks(nn.Module):
         check_fraction("ratio", ratio)
         pair = (sigma, sigma) if isinstance(sigma, (int, float)) else sigma
         _check_range("sigma", pair, "0 < low <= high, in pixels", lambda low, high: 0.0 < low <= high < math.inf)
-        self.sigma = (float(pair[0]), float(pair[1]))
+        self.sigma: tuple[float, float] = (float(pair[0]), float(pair[1]))
         self.ratio = ratio
 
     def sample(
@@ -419,7 +419,7 @@ class MaskedImages(nn.Module):
         self.block = block
         self.ratio = ratio
         try:
-            self.fill = tuple(float(value) for value in fill)
+            self.fill: tuple[float, ...] = tuple(float(value) for value in fill)
         except (TypeError, ValueError) as error:
             raise TypeError(f"`fill` must hold a number per channel, got {fill!r}; repeat a single number.") from error
         if not self.fill or not all(map(math.isfinite, self.fill)):

@@ -268,6 +268,8 @@ class SelfTraining(nn.Module):
     criterion: Any
     align: Any
     _mix_call: "_MixCall | None"
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
     _drawn: Mapping[str, bool] = {}  # whether an augmentation is a `DrawnAugment`
 
     def __init__(
@@ -313,10 +315,10 @@ class SelfTraining(nn.Module):
             check_num_classes(num_classes)
         parts = {"mix": mix, "align": align, "criterion": criterion, "source_criterion": source_criterion}
         classes = {name: getattr(part, "num_classes", None) for name, part in parts.items()}
-        self.num_classes = _agreed("num_classes", {"SelfTraining": num_classes, **classes})
+        self.num_classes: int | None = _agreed("num_classes", {"SelfTraining": num_classes, **classes})
         ids = {name: getattr(part, "ignore_index", None) for name, part in parts.items() if not _translated(name, part)}
         ignore_index = _agreed("ignore_index", ids)
-        self.ignore_index = 255 if ignore_index is None else ignore_index
+        self.ignore_index: int = 255 if ignore_index is None else ignore_index
         self.student = student
         self.teacher = teacher
         self.mix = mix

@@ -202,12 +202,12 @@ class MeanTeacher(nn.Module):
         self.warmup = warmup
         self.buffers_mode = buffers
         self.mode = mode
-        self.num_updates = start
+        self.num_updates: int = start
         theirs = _state(student)
         lazy = [name for name, value in theirs.parameters.items() if nn.parameter.is_lazy(value)]
         if lazy:
             raise ValueError(f"`student` has an uninitialised parameter {lazy[0]!r}; run a batch through it first.")
-        self.module = _copied(unwrapped(student)) if network is None else _second(network, theirs)
+        self.module: nn.Module = _copied(unwrapped(student)) if network is None else _second(network, theirs)
         self.module.requires_grad_(requires_grad=False).zero_grad(set_to_none=True)
         self.module.eval()
         self._cumulative = self._count_cumulative()

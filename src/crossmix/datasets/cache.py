@@ -85,7 +85,7 @@ class CachedSamples(Dataset[Sample]):
         if getattr(samples, "transform", None) is not None:
             raise ValueError("`samples` must have no `transform`, which the cache would freeze; apply it afterwards.")
         workers = check_count("workers", workers)
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
         cache = _Cache(samples, self.folder)
         if cache.missing():
             cache.build(workers, progress=progress)

@@ -60,7 +60,7 @@ class Cityscapes(FolderDataset):
         labels: bool = True,
     ) -> None:
         size = check_size(size)
-        self.root = Path(root)
+        self.root: Path = Path(root)
         self.split = split
         kind = labels_of(split)
         of_images = of_split(self.root, split, IMAGES, f"_{IMAGES}") if images else None

@@ -75,15 +75,18 @@ class RareClassSampler(Sampler[int]):
         pixels = _checked(counts)
         check_temperature(temperature)
         self.temperature = temperature
-        self.min_pixels = check_count("min_pixels", min_pixels, least=1)
-        self.num_images = len(pixels)
-        self.num_samples = self.num_images if num_samples is None else check_count("num_samples", num_samples, least=1)
-        self.seed = check_count("seed", seed)
-        self.world_size = check_count("world_size", world_size, least=1)
-        self.rank = check_count("rank", rank)
+        self.min_pixels: int = check_count("min_pixels", min_pixels, least=1)
+        self.num_images: int = len(pixels)
+        self.num_samples: int = (
+            self.num_images if num_samples is None else check_count("num_samples", num_samples, least=1)
+        )
+        self.seed: int = check_count("seed", seed)
+        self.world_size: int = check_count("world_size", world_size, least=1)
+        self.rank: int = check_count("rank", rank)
         if self.rank >= self.world_size:
             raise ValueError(f"`rank` must lie in 0..{self.world_size - 1}, got {rank}; ranks count from 0.")
-        self.epoch = self.start = 0
+        self.epoch: int = 0
+        self.start: int = 0
 
         enough = pixels >= self.min_pixels
         _, self._images = enough.T.nonzero(as_tuple=True)  # class by class
@@ -91,7 +94,7 @@ class RareClassSampler(Sampler[int]):
         if not len(self._images):
             most = f"got {min_pixels}, but the most is {int(pixels.max())}"
             raise ValueError(f"`min_pixels` must be reached by some class in some image, {most}; scale it.")
-        self.probabilities = _probabilities(pixels.sum(0), self._many > 0, temperature)
+        self.probabilities: Tensor = _probabilities(pixels.sum(0), self._many > 0, temperature)
 
     def pick(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Turn uniform numbers, (..., 2) in [0, 1), for class and image, into images and their classes, (...) int64.

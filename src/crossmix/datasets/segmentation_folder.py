@@ -109,8 +109,8 @@ class SegmentationFolder(FolderDataset):
             raise DataError(f"{images}: has no label maps for `{given}`: {why}; pass `labels`, or leave out `{given}`.")
         files = paired(f"images {images}, labels {labels}:", of_images, of_labels, LAYOUT, names=names)
         super().__init__(files, label_format, size, resampling, any_kind=True)
-        self.labelled = of_labels is not None
-        self.num_classes = label_format.num_classes
+        self.labelled: bool = of_labels is not None
+        self.num_classes: int | None = label_format.num_classes
         self.ignore_index = ignore_index
         self.transform = transform
 

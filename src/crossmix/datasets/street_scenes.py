@@ -113,10 +113,10 @@ class StreetScenes(Dataset[Sample]):
         check_choice("style", style, ("flat", "rich"))
         if style == "rich" and domain == "target":
             raise ValueError("`style` 'rich' is a look of the source, got `domain` 'target'.")
-        self.length = check_count("length", length, least=1)
+        self.length: int = check_count("length", length, least=1)
         self.domain = domain
-        self.size = check_size(size, least=16) or (64, 128)
-        self.seed = check_count("seed", seed)
+        self.size: tuple[int, int] = check_size(size, least=16) or (64, 128)
+        self.seed: int = check_count("seed", seed)
         self.style = style
 
     def __len__(self) -> int:

@@ -58,7 +58,7 @@ class Synthia(FolderDataset):
         labels: bool = True,
     ) -> None:
         size = check_size(size)
-        self.root = Path(root)
+        self.root: Path = Path(root)
         folders = ((self.root / "RGB", images), (labels_in(self.root), labels))
         of_images, of_labels = (find(folder) if is_read else None for folder, is_read in folders)
         files = paired(f"{self.root}:", of_images, of_labels, LAYOUT, names=names, root=(self.root, "SYNTHIA"))

@@ -56,7 +56,7 @@ class CheckpointStore:
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2) -> None:
         if keep < 2:
             raise ValueError(f"`keep` must be at least 2, so that a damaged checkpoint has a predecessor, got {keep}.")
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
         self.keep = keep
 
     @property

@@ -75,10 +75,11 @@ class FiniteGuard:
     ) -> None:
         if skip < 0:
             raise ValueError(f"`skip` must not be negative, got {skip}; 0 makes every bad step an error.")
-        self.modules = list(modules)
-        self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        self.modules: list[nn.Module] = list(modules)
+        several = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        self.optimizers: list[torch.optim.Optimizer] = several
         self.skip = skip
-        self.skipped = 0
+        self.skipped: int = 0
         self._good: Tensor | None = None
         self._heard_good = True
         self._before: _HostState | None = None

@@ -28,7 +28,7 @@ class RunLog:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record, JSON-serialisable and with a key `step`.

@@ -114,7 +114,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError("`samples` must not be empty; check the folder that they are read from.")
         keyed_generator(seed, stream)  # reject negative values here rather than in a worker
         self.samples = samples
-        self.size = check_size("size", size)
+        self.size: tuple[int, int] = check_size("size", size)
         self.seed = seed
         self.stream = stream
         if skip < 0:

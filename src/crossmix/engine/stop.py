@@ -31,7 +31,7 @@ class StopRequest:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
-        self.requested = False
+        self.requested: bool = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:

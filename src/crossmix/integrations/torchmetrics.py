@@ -38,9 +38,9 @@ class MeanIoU(Metric):
         {'all': tensor(0.5000), 'second': tensor(0.5000)}
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
+    is_differentiable: bool = False
+    higher_is_better: bool = True
+    full_state_update: bool = False
     counts: Tensor
     invalid: Tensor
 
@@ -49,7 +49,7 @@ class MeanIoU(Metric):
         matrix = ConfusionMatrix(num_classes, ignore_index=ignore_index)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.classes = None if classes is None else tuple(classes)
+        self.classes: tuple[int, ...] | None = None if classes is None else tuple(classes)
         matrix.compute(self.classes)  # checks them
         self.add_state("counts", matrix.counts, dist_reduce_fx="sum")
         self.add_state("invalid", matrix.invalid, dist_reduce_fx="sum")

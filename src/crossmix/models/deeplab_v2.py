@@ -59,17 +59,21 @@ class DeepLabV2(nn.Module):
         check_num_classes(num_classes)
         self.num_classes = num_classes
         self.upsample = upsample
-        self.conv1 = nn.Conv2d(3, width, 7, stem_stride, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+        self.conv1: nn.Conv2d = nn.Conv2d(3, width, 7, stem_stride, 3, bias=False)
+        self.bn1: nn.BatchNorm2d = nn.BatchNorm2d(width)
+        self.relu: nn.ReLU = nn.ReLU(inplace=True)
+        self.maxpool: nn.MaxPool2d = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
         channels = width
         stages = []
         for i, (count, stride, dilation) in enumerate(zip(blocks, (1, 2, 1, 1), (1, 1, 2, 4), strict=True)):
             stages.append(_stage(channels, width * 2**i, count, stride, dilation))
             channels = _Bottleneck.expansion * width * 2**i
+        self.layer1: nn.Sequential
+        self.layer2: nn.Sequential
+        self.layer3: nn.Sequential
+        self.layer4: nn.Sequential
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.layer5 = _Pyramid(channels, num_classes, dilations, aspp_branches)
+        self.layer5: nn.Module = _Pyramid(channels, num_classes, dilations, aspp_branches)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.01)
@@ -208,7 +212,7 @@ class _Pyramid(nn.Module):
             most = len(dilations)
             raise ValueError(f"`aspp_branches` must lie in 1..{most}, got {branches}; the published ones are 2 and 4.")
         self.branches = branches
-        self.conv2d_list = nn.ModuleList(
+        self.conv2d_list: nn.ModuleList = nn.ModuleList(
             nn.Conv2d(inputs, num_classes, 3, 1, dilation, dilation, bias=True) for dilation in dilations
         )
 
