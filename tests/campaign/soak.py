@@ -1,4 +1,4 @@
-"""The trainer for hours, stopped and resumed on the way: memory, files, threads and speed stay level, no step is lost."""
+"""The trainer for hours, stopped and resumed: memory, files, threads and speed stay level, and no step is lost."""
 
 import contextlib
 import os
@@ -57,7 +57,7 @@ def run(profile: str) -> dict[str, Any]:
     return {
         "minutes": minutes, "restarts": len(parts) - 1, "steps": steps,
         **{f"rise of {name}": f"{value:+.2%}" for name, value in rises.items()},
-        "MB after the first and the last restart": " and ".join(f"{median(p['memory']):.0f}" for p in (parts[0], parts[-1])),
+        "MB at first and at last": " and ".join(f"{median(part['memory']):.0f}" for part in (parts[0], parts[-1])),
         "steps per s at first and at last": f"{median(speeds[:tenth]):.1f} and {median(speeds[-tenth:]):.1f}",
         "wrong": wrong,
     }  # fmt: skip
@@ -93,7 +93,7 @@ def look(process: int, step: int, seen: Series) -> None:
     for name, value in {
         "memory": resident(process),
         "memory with workers": resident(process) + of_workers,
-        "open files": len(os.listdir(f"/proc/{process}/fd")),
+        "open files": sum(1 for _ in Path(f"/proc/{process}/fd").iterdir()),
         "threads": int(fields[17]),
         "CPU": (int(fields[11]) + int(fields[12])) / TICKS,
         "step": step,
