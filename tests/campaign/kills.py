@@ -36,14 +36,16 @@ def flags(root: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def trained(begun: Callable[[], object], options: list[str]) -> None:
+def trained(begun: Callable[[], object], options: list[str], printed: Path = Path(os.devnull)) -> None:
     """In a process, and a process group, of its own."""
     import dacs_gta5
     import report
+    from signals import end_early
 
     os.setsid()
-    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
-        os.dup2(nothing.fileno(), 2)
+    end_early()
+    with printed.open("a", buffering=1) as file, contextlib.redirect_stdout(file):
+        os.dup2(file.fileno(), 2)
         with mock.patch.object(report, "drawn", return_value=""):  # charts take most of so short a run
             begun()
             code = dacs_gta5.main(options)

@@ -28,7 +28,19 @@ from benchmarks.speed.common import RESULTS, commit, machine, today
 from crossmix._files import write_whole
 
 PROFILES = ("ci", "nightly")
-GROUPS = ("fuzz", "checkpoints", "faults", "png", "labels", "corruptions", "properties", "kills", "soak", "security")
+GROUPS = (
+    "fuzz",
+    "checkpoints",
+    "faults",
+    "png",
+    "labels",
+    "corruptions",
+    "properties",
+    "kills",
+    "trouble",
+    "soak",
+    "security",
+)
 SECONDS = {"ci": 600, "nightly": 3600}
 LONGER = {"soak": 3 * 3600}
 """Than that: seconds of a group by night."""
