@@ -33,7 +33,7 @@ from crossmix.models import deeplab_v2_tiny, load_weights
 from oracles import picture, save
 from runs import FORKED, fork
 
-EVERY = {"short": 60, "ci": 5, "nightly": 1}
+EVERY = {"short": 100, "ci": 5, "nightly": 1}
 """Of the attacks, which one in so many is tried."""
 SECONDS = 20
 """What a reader may take."""

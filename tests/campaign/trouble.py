@@ -24,7 +24,7 @@ import torch
 from campaign.kills import flags, trained
 from runs import FORKED, assert_same, changed, final, fork, log_of, metrics_of, steps_saved
 
-TRIES = {"ci": 1, "nightly": 4}
+TRIES = {"short": 1, "ci": 1, "nightly": 4}
 """How often each case is tried, at random moments."""
 STEPS = 8
 PATIENCE = 60
