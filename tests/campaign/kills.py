@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def trained(begun: Callable[[], object], options: list[str], printed: Path = Pat
 
     os.setsid()
     end_early()
+    warnings.resetwarnings()  # under pytest they are errors
     with printed.open("a", buffering=1) as file, contextlib.redirect_stdout(file):
         os.dup2(file.fileno(), 2)
         with mock.patch.object(report, "drawn", return_value=""):  # charts take most of so short a run
