@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -46,11 +47,11 @@ def trained(begun: Callable[[], object], options: list[str], printed: Path = Pat
     os.setsid()
     end_early()
     warnings.resetwarnings()  # under pytest they are errors
-    with printed.open("a", buffering=1) as file, contextlib.redirect_stdout(file):
-        os.dup2(file.fileno(), 2)
-        with mock.patch.object(report, "drawn", return_value=""):  # charts take most of so short a run
-            begun()
-            code = dacs_gta5.main(options)
+    sys.stdout = sys.stderr = file = printed.open("a", buffering=1)
+    os.dup2(file.fileno(), 2)
+    with mock.patch.object(report, "drawn", return_value=""):  # charts take most of so short a run
+        begun()
+        code = dacs_gta5.main(options)
     os._exit(code)
 
 
