@@ -59,6 +59,21 @@ def meters(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def audit(session: nox.Session) -> None:
+    """Look for known vulnerabilities in the newest and in the lowest dependencies that pyproject.toml allows.
+
+    Of torch and Pillow only in the newest: SECURITY.md says what older versions of torch lack, and of Pillow crossmix
+    uses nothing but the reader of PNG.
+    """
+    session.install("pip-audit", "uv")
+    resolve = "uv pip compile --quiet --upgrade --python-version 3.11 --extra weights --extra pictures --extra train"
+    for name, options in {"highest": "", "lowest-direct": "--no-emit-package torch --no-emit-package pillow"}.items():
+        found = str(Path(session.create_tmp()) / f"{name}.txt")
+        session.run(*f"{resolve} --resolution {name} {options}".split(), "--output-file", found, "pyproject.toml")
+        session.run("pip-audit", "--strict", "--disable-pip", "--no-deps", "--requirement", found)
+
+
+@nox.session(default=False)
 def types(session: nox.Session) -> None:
     """Measure how much of the public API is typed, as installed by a user."""
     session.install(".", "basedpyright")

@@ -19,7 +19,7 @@ of threads. On SIGTERM or Ctrl-C the trainer finishes the step, saves and exits 
 DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 """
 
-from signals import Stopped, end_early, end_undisturbed, ended_by_signals
+from signals import Stopped, end_early, end_undisturbed, ended_by_signals, hear
 
 if __name__ == "__main__":
     end_early()  # the imports take seconds
@@ -84,13 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         stack.enter_context(ended_by_signals())
         ranks, out = Ranks(), request.out
         try:
-            ranks = start_ranks(request.config.device, stack)
-            out = ranks.once(lambda: begin(request, ranks, stack))
-            if request.demo:
-                request = request._replace(
-                    config=ranks.once(lambda: domains.with_rendered_data(request.config, out / "data"))
-                )
-            run_all(request, out, ranks)
+            try:
+                ranks = start_ranks(request.config.device, stack)
+                out = ranks.once(lambda: begin(request, ranks, stack))
+                if request.demo:
+                    request = request._replace(
+                        config=ranks.once(lambda: domains.with_rendered_data(request.config, out / "data"))
+                    )
+                run_all(request, out, ranks)
+                end_undisturbed()  # all is done, and a signal while processes part must not make it a failure
+            except RuntimeError:
+                if "RANK" in os.environ:  # a collective fails if a launcher's signal has ended another process first
+                    hear()
+                raise
         except Stopped as stopped:
             end_undisturbed()
             begun = out is not None and any(has_begun(folder) for _, folder in trainings(request, out))
@@ -98,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if ranks.first:
                 print(f"stopped{stopped}; {how}")
         except ERRORS as error:
+            end_undisturbed()
             raise SystemExit(f"error: {reason(error)}") from error
     return 0
 

@@ -34,6 +34,7 @@ from scores import TITLES, markdown, paper_row, rows_by_class, summary
 ERRORS = (DataError, WeightsError, NetworkError, OSError, ImportError, argparse.ArgumentTypeError)
 image_size = argument(size, "HxW in pixels, such as 512x1024, or native", native=True)
 number = argument(int, type=int, low=0)
+LARGEST = {"num_classes": 255, "aspp_branches": 4}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +102,7 @@ def load_network(
     function that only the file names is not called, since the file's author would then choose what code runs.
     """
     config = saved_config(weights)
-    name, classes = network or config.get("network", "resnet101"), saved_classes(config)
+    name, classes = network or option(weights, "network", "resnet101"), saved_classes(weights)
     if not is_ours(name) and network is None:
         hint = f"; if you trust it, add --network {name}" if is_name(str(name)) else ""
         raise WeightsError(
@@ -109,7 +110,7 @@ def load_network(
         )
     if aspp_branches and not is_ours(name):
         raise NetworkError(f"--aspp-branches has no effect without --network {' or '.join(NETWORKS)}, got {name}.")
-    branches = aspp_branches or config.get("aspp_branches", 2)
+    branches = aspp_branches or option(weights, "aspp_branches", 2)
     model = new_network(name, classes, aspp_branches=branches, upsample=True)
     try:
         report = load_weights(model, weights, entry=None if entry == "student" else entry, strict=False)
@@ -131,13 +132,25 @@ def saved_config(weights: str) -> Mapping[str, Any]:
 
 def trained_size(weights: str) -> tuple[int, int] | None:
     """Read the size to which a run resized its target images."""
-    found: tuple[int, int] | None = image_size(saved_config(weights).get("target_size", "512x1024"))
+    found: tuple[int, int] | None = image_size(option(weights, "target_size", "512x1024"))
     return found
 
 
-def saved_classes(config: Mapping[str, Any]) -> int:
+def saved_classes(weights: str) -> int:
     """Read the number of classes of a run."""
-    return int(config.get("num_classes", len(CLASS_NAMES)))
+    found: int = option(weights, "num_classes", len(CLASS_NAMES))
+    return found
+
+
+def option(weights: str, name: str, default: str | int) -> Any:  # noqa: ANN401 - of the default's type
+    """Read an option of the trainer from its checkpoint, which may be anybody's."""
+    value: Any = saved_config(weights).get(name, default)
+    if type(value) is not type(default) or (isinstance(value, int) and not 1 <= value <= LARGEST[name]):
+        expected = "text" if isinstance(default, str) else f"a whole number from 1 to {LARGEST[name]}"
+        raise WeightsError(
+            f"{weights}: its option {name!r} must be {expected}, got {str(value)[:80]!r}; use another file."
+        )
+    return value
 
 
 def usable_device(text: str) -> str:
@@ -149,7 +162,7 @@ def usable_device(text: str) -> str:
 def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any]:
     """Score one network of a file; return its scores by label size."""
     model = load_network(args.weights, entry, network=args.network, aspp_branches=args.aspp_branches)
-    if (classes := saved_classes(saved_config(args.weights))) != len(CLASS_NAMES):
+    if (classes := saved_classes(args.weights)) != len(CLASS_NAMES):
         raise WeightsError(f"{args.weights}: has {classes} classes, but Cityscapes {len(CLASS_NAMES)}.")
     shape = args.size if "size" in args else trained_size(args.weights)
     matrices = evaluate(

@@ -5,12 +5,13 @@ The trainer imports this module first, since its other imports take seconds; not
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["Stopped", "end_early", "end_undisturbed", "ended_by_signals"]
+__all__ = ["Stopped", "end_early", "end_undisturbed", "ended_by_signals", "hear"]
 
 BOTH = (signal.SIGTERM, signal.SIGINT)
 
@@ -50,6 +51,11 @@ def end_undisturbed() -> None:
     with suppress(ValueError):  # outside the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, _insist)
+
+
+def hear(seconds: float = 1.0) -> None:
+    """Wait for a signal that other processes of the run have heard before this one, which raises `Stopped`."""
+    time.sleep(seconds)
 
 
 def _leave(_number: int, _frame: FrameType | None) -> NoReturn:

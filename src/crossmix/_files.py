@@ -60,17 +60,22 @@ def damaged_part(path: str | os.PathLike[str]) -> str | None:
 
     The directory at the end of the file has no checksum. If it marks a part as a folder, torch reads no data for that
     part and returns a tensor of uninitialised memory. Torch itself writes no attributes; other programs, which identify
-    themselves in the file, write permissions. A damaged directory raises `zipfile.BadZipFile`, and so do parts that
-    would unpack to far more than the file: tensors do not compress, bombs do.
+    themselves in the file, write permissions. A damaged directory raises `zipfile.BadZipFile`, and so does a bomb.
     """
+    refuse_bomb(path)
     with zipfile.ZipFile(path) as archive:
-        whole, packed = sum(part.file_size for part in archive.infolist()), Path(path).stat().st_size
-        if whole > 2 * packed:
-            raise zipfile.BadZipFile(f"its parts claim {amount(whole)}, the file has {amount(packed)}")
         for part in archive.infolist():
             if part.external_attr & (FOLDER if part.create_system else ~0) and not part.is_dir():
                 return part.filename
         return archive.testzip()
+
+
+def refuse_bomb(path: str | os.PathLike[str]) -> None:
+    """Raise `zipfile.BadZipFile` if a zip file would unpack to far more than it: tensors do not compress, bombs do."""
+    with zipfile.ZipFile(path) as archive:
+        whole, packed = sum(part.file_size for part in archive.infolist()), Path(path).stat().st_size
+    if whole > 2 * packed:
+        raise zipfile.BadZipFile(f"its parts claim {amount(whole)}, the file has {amount(packed)}")
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,8 +5,10 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,17 +38,20 @@ def flags(root: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def trained(begun: Callable[[], object], options: list[str]) -> None:
+def trained(begun: Callable[[], object], options: list[str], printed: Path = Path(os.devnull)) -> None:
     """In a process, and a process group, of its own."""
     import dacs_gta5
     import report
+    from signals import end_early
 
     os.setsid()
-    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
-        os.dup2(nothing.fileno(), 2)
-        with mock.patch.object(report, "drawn", return_value=""):  # charts take most of so short a run
-            begun()
-            code = dacs_gta5.main(options)
+    end_early()
+    warnings.resetwarnings()  # under pytest they are errors
+    sys.stdout = sys.stderr = file = printed.open("a", buffering=1)
+    os.dup2(file.fileno(), 2)
+    with mock.patch.object(report, "drawn", return_value=""):  # charts take most of so short a run
+        begun()
+        code = dacs_gta5.main(options)
     os._exit(code)
 
 

@@ -28,8 +28,22 @@ from benchmarks.speed.common import RESULTS, commit, machine, today
 from crossmix._files import write_whole
 
 PROFILES = ("ci", "nightly")
-GROUPS = ("fuzz", "checkpoints", "faults", "png", "labels", "corruptions", "properties", "kills")
+GROUPS = (
+    "fuzz",
+    "checkpoints",
+    "faults",
+    "png",
+    "labels",
+    "corruptions",
+    "properties",
+    "kills",
+    "trouble",
+    "soak",
+    "security",
+)
 SECONDS = {"ci": 600, "nightly": 3600}
+LONGER = {"soak": 3 * 3600}
+"""Than that: seconds of a group by night."""
 MEMORY = 8 << 30
 
 
@@ -67,11 +81,12 @@ def finished(out: Path, profile: str) -> dict[str, Any]:
 def measured(name: str, profile: str) -> dict[str, Any]:
     """A group's figures; a crash or an end by its limits is a finding too."""
     command = [sys.executable, __file__, "--profile", profile, "--here", name]
-    begun = time.monotonic()
+    begun, limit = time.monotonic(), LONGER.get(name, 0) if profile == "nightly" else 0
+    limit = limit or SECONDS[profile]
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=SECONDS[profile], check=False)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
-        return {"seconds": SECONDS[profile], "figures": {}, "wrong": {"end": "it took longer than its limit"}}
+        return {"seconds": limit, "figures": {}, "wrong": {"end": "it took longer than its limit"}}
     seconds = round(time.monotonic() - begun)
     if done.returncode:
         return {"seconds": seconds, "figures": {}, "wrong": {"end": f"exit code {done.returncode}"}}

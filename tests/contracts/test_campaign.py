@@ -2,15 +2,21 @@
 
 import importlib
 import json
+import math
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from campaign import checkpoints, faults, labels, png
-from crossmix.datasets import _labels, _png
+from campaign import checkpoints, faults, labels, png, security, soak, trouble
+from crossmix.datasets import GTA5, SegmentationFolder, _labels, _png
+from crossmix.engine import FolderLock
 from crossmix.engine import checkpoints as engine
 
 
@@ -27,7 +33,7 @@ def test_run__keeps_a_result_of_each_group(tmp_path: Path) -> None:
     assert str(Path.home()) not in out.read_text()
 
 
-@pytest.mark.parametrize("group", ["checkpoints", "faults", "png", "labels"])
+@pytest.mark.parametrize("group", ["checkpoints", "faults", "png", "labels", "security"])
 def test_groups__find_nothing(group: str) -> None:
     figures = importlib.import_module(f"campaign.{group}").run("short")
     assert figures.pop("wrong") == {}
@@ -58,3 +64,74 @@ def test_labels__notices_an_id_that_is_let_through(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(labels, "FORMS", ("grey",))
     monkeypatch.setattr(_labels, "KNOWN_SYNTHIA_IDS", frozenset(range(256)))
     assert labels.run("short")["wrong"]
+
+
+def test_security__notices_checkpoints_that_run_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_read", lambda path: torch.load(path, weights_only=False))
+    attacks = [one for one in security.pickles() if one.name == "os.mkdir, zip, a checkpoint"]
+    monkeypatch.setattr(security, "PAYLOADS", {"os.mkdir": security.PAYLOADS["os.mkdir"]})
+    monkeypatch.setattr(security, "KINDS", {"pickle": lambda: iter(attacks)})
+    assert security.run("short")["wrong"] == {"pickle: code was run": "os.mkdir, zip, a checkpoint"}
+
+
+def test_security__notices_what_hangs_swallows_or_leads_outside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(security, "SECONDS", 1)
+
+    def outcome(reader: Callable[[Path], object]) -> str:
+        return security.outcome_of(security.Attack("", lambda folder: security.put(b"x", "x", folder), reader), 32)
+
+    assert outcome(lambda path: time.sleep(10)) == "no end within 1 seconds"
+    assert outcome(lambda path: len(bytes([1]) * 10**8)).startswith("it took ")
+    assert outcome(lambda path: os._exit(3)) == "it ended with 3"
+    assert outcome(lambda path: int("a")).startswith("ValueError: ")
+    assert outcome(GTA5) == "refused"
+    (tmp_path / "root" / "images").mkdir(parents=True)
+    (tmp_path / "outside.png").write_bytes(security.png(4, 4))
+    (tmp_path / "root" / "images" / "1.png").symlink_to(tmp_path / "outside.png")
+    with pytest.raises(RuntimeError, match="outside of the folder"):
+        security.inside(lambda root, path: SegmentationFolder(root / "images"), tmp_path / "list.txt")
+
+
+def test_soak__notices_what_rises_and_steps_that_are_lost(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(0, 1, 200)
+    level = list(300 + noise)
+    assert abs(soak.rise(level)) < soak.LEVEL["memory"]
+    assert soak.rise(list(level + np.linspace(0, 10, 200))) > soak.LEVEL["memory"]
+    assert soak.rise([7.0] * 50) == 0
+    assert soak.rise(([7.0] * 9 + [9.0]) * 10) == 0  # while it evaluates
+    assert soak.rise([]) == soak.rise([1.0, 2.0]) == math.inf
+    log, steps = tmp_path / "log.jsonl", list(range(1, soak.EVALUATED + 3))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / f"step-{steps[-1]:07d}.pt").touch()
+    for found, evaluated, wrong in (
+        (steps, 1, set()),
+        (steps[:-1], 1, {"log"}),
+        ([1, *steps], 2, {"log", "evaluations"}),
+    ):
+        log.write_text("".join(f'{{"step": {step}, "loss": 1}}\n' for step in found))
+        evaluations = [{"step": soak.EVALUATED}] * evaluated
+        (tmp_path / "metrics.json").write_text(json.dumps({"evaluations": evaluations}))
+        assert soak.lost(tmp_path).keys() == wrong
+        assert soak.newest(log) == found[-1]
+
+
+@pytest.mark.slow
+def test_soak__watches_the_trainer_over_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "RESTARTS", 1)
+    monkeypatch.setenv("CROSSMIX_SOAK_MINUTES", "0.5")
+    figures = soak.run("ci")
+    assert not {"exit", "log", "evaluations"} & figures["wrong"].keys()
+    assert figures["steps"] > 1
+    assert figures["restarts"] == 1
+
+
+@pytest.mark.slow
+def test_trouble__finds_nothing_and_notices_a_lock_that_locks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("killed trainer, with workers", "two runs in one folder")
+    monkeypatch.setattr(trouble, "CASES", {name: trouble.CASES[name] for name in few})
+    assert trouble.run("short")["wrong"] == {}
+    monkeypatch.setattr(trouble, "CASES", {few[1]: trouble.CASES[few[1]]})
+    monkeypatch.setattr(FolderLock, "_acquire", lambda *_: None)
+    assert trouble.run("short")["wrong"].keys() == {few[1]}

@@ -153,7 +153,15 @@ def test_class_counts__damaged_lines_are_not_taken(gta5: Path, tmp_path: Path, m
     assert read == []
     entry = json.loads(lines[2])
     forged = json.dumps({**entry, "counts": {**entry["counts"], "0": 1}}).encode() + b"\n"
-    for line in (forged, b"\xff\n", b"7\n", b"{}\n", b"\n", lines[2].replace(b"mtime", b"Mtime")):
+    for line in (
+        forged,
+        b"\xff\n",
+        b"7\n",
+        b"{}\n",
+        b"[" * 100_000 + b"\n",
+        b"\n",
+        lines[2].replace(b"mtime", b"Mtime"),
+    ):
         read.clear()
         cache.write_bytes(b"".join([*lines[:2], line, lines[3]]))
         got = class_counts(data, cache=cache)

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -256,6 +257,18 @@ def test_images__damaged_exif_turns_nothing(tmp_path: Path, kind: str) -> None:
     for exif in (b"", b"II*\0", b"MM\0*" + b"\xff" * 8, b"II*\0" + struct.pack("<IH", 8, 9)):
         Image.fromarray(picture()).save(tmp_path / f"a.{kind}", exif=b"Exif\0\0" + exif)
         assert SegmentationFolder(tmp_path)[0].image.shape == (3, 12, 20)
+
+
+def test_images__exif_that_claims_gigabytes_takes_no_memory(tmp_path: Path) -> None:
+    chunk = b"eXIfII*\0"
+    whole = encoded(picture(), "png")
+    path = put(tmp_path / "a.png", whole[:33] + struct.pack(">I", 2**31 - 1) + chunk + whole[33:])
+    tracemalloc.start()
+    try:
+        assert images.read_header(path)[:2] == (20, 12)
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
 
 
 def bomb(data: bytes) -> bytes:

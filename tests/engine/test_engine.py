@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from attacks import Calls, bomb, written
 from checks import refusal
 from crossmix.datasets import Sample
 from crossmix.engine import CheckpointError, CheckpointStore, KeyedCrops, RunLog, keyed_generator, resident
@@ -262,6 +263,32 @@ def test_checkpoints__copied_elsewhere_they_are_verified(tmp_path: Path) -> None
         refusal(copies.load_best, r"best\.pt: its sha256 file is missing, and it is cut off", CheckpointError)
 
 
+FOREIGN: dict[str, tuple[Callable[[Path], bytes], str]] = {
+    "code": (
+        lambda trace: written({"step": Calls(os.system, f"touch {trace}")}),
+        "it holds code or objects other than",
+    ),
+    "a bomb": (lambda _: bomb(torch.zeros(10**6)), r"BadZipFile: its parts claim 4\.00 MB, the file has"),
+    "no zip": (lambda _: written({"step": 1}, legacy=True), "BadZipFile: File is not a zip file"),
+    "claims": (lambda _: written({"student": Calls(bytearray, 1 << 60)}), "MemoryError"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_checkpoints__with_the_hash_of_whoever_wrote_them_are_not_trusted(tmp_path: Path, kind: str) -> None:
+    make, reason = FOREIGN[kind]
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(1, state(1), best=True)
+    for path in (store.save(2, state(2)), store.best):
+        path.write_bytes(make(tmp_path / "trace"))
+        other_hash(path, hashlib.sha256(path.read_bytes()).hexdigest().encode())
+    with pytest.warns(UserWarning, match=rf"step-0000002\.pt: .*{reason}.*; loading step-0000001\.pt instead") as told:
+        assert step_of(store.load_newest()) == 1
+    assert "trust" not in str(told[0].message)  # torch's advice
+    refusal(store.load_best, rf"best\.pt: .*{reason}.*; the next best", CheckpointError)
+    assert not (tmp_path / "trace").exists()
+
+
 @pytest.mark.slow
 def test_checkpoints__no_flipped_bit_of_a_lone_copy_is_loaded(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
@@ -360,13 +387,13 @@ def test_run_log__torn_and_damaged_lines_are_left_out_and_later_ones_cut(tmp_pat
         file.write(b'{"step": 6, "lo')  # a crash in the middle of a line
     assert log.read() == written
     log.cut(3)
-    for line in (b'{"step": 2, \xff', b"\x00\x00", b"[1]", b"7", b"{}", b""):
+    for line in (b'{"step": 2, \xff', b"\x00\x00", b"[1]", b"7", b"{}", b"[" * 100_000, b""):
         with log.path.open("ab") as file:
             file.write(line + b"\n")
     log.write({"step": 4, "loss": 0.0})
-    with pytest.warns(UserWarning, match=r"log\.jsonl: line [4-8] is damaged") as told:
+    with pytest.warns(UserWarning, match=r"log\.jsonl: line [4-9] is damaged") as told:
         log.cut(5)
-    assert len(told) == 5
+    assert len(told) == 6
     assert log.read() == [*written[:3], {"step": 4, "loss": 0.0}]
 
 

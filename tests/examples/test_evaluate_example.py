@@ -11,6 +11,7 @@ import torch
 
 import evaluate
 import scores
+from checks import refusal
 from crossmix import MeanTeacher, evaluation
 from crossmix.datasets import Cityscapes, StreetScenes
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES_13, CLASSES_16
@@ -107,6 +108,28 @@ def test_load_network__from_inside_the_checkpoint_unless_flags_say_else(tmp_path
     torch.save({"student": source.state_dict(), "config": {"network": "my:net"}}, tmp_path / "y.pt")
     with pytest.raises(WeightsError, match=r"y\.pt: was trained on the network 'my:net', which this script does not"):
         evaluate.load_network(str(tmp_path / "y.pt"), "student")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("network", ["tiny"], "text"),
+        ("num_classes", None, "a whole number from 1 to 255"),
+        ("num_classes", 10**9, "a whole number from 1 to 255"),
+        ("aspp_branches", "4", "a whole number from 1 to 4"),
+        ("target_size", 512, "text"),
+    ],
+)
+def test_load_network__options_of_others_in_a_checkpoint_are_refused(
+    tmp_path: Path, name: str, value: object, expected: str
+) -> None:
+    path, source = tmp_path / "x.pt", deeplab_v2_tiny(19)
+    torch.save({"student": source.state_dict(), "config": {"network": "tiny", name: value}}, path)
+    refusal(
+        lambda: (evaluate.load_network(str(path), "student"), evaluate.trained_size(str(path))),
+        rf"x\.pt: its option '{name}' must be {expected}, got ",
+        WeightsError,
+    )
 
 
 @pytest.mark.slow

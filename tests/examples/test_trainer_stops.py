@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -161,6 +162,33 @@ def test_worker__killed_at_any_moment_costs_no_step(
 def test_signal__is_not_taken_for_a_failure_of_what_it_ends() -> None:
     with pytest.raises(Stopped), ended_by_signals(), contextlib.suppress(Exception):
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_signal__that_another_rank_hears_first_is_waited_for(
+    trainer: ModuleType, folders: list[str], tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(trainer, "start_ranks", lambda *_: trainer.Ranks())
+    later = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+
+    def collective(*_: object) -> None:
+        later.start()
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(trainer, "run_all", collective)
+    assert trainer.main([*folders, "--out", str(tmp_path / "run")]) == 0
+    later.join()
+    assert "stopped; nothing was trained yet" in capsys.readouterr().out
+
+
+def test_signal__after_all_is_done_does_not_fail_a_run(
+    trainer: ModuleType, folders: list[str], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(trainer, "run_all", lambda *_: None)
+    monkeypatch.setattr(FolderLock, "__exit__", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert trainer.main([*folders, "--out", str(tmp_path / "run")]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # Has a signal come while a package is being imported, then runs the trainer.

@@ -5,12 +5,10 @@ import collections
 import copy
 import dataclasses
 import errno
-import io
 import json
 import logging
 import os
 import pathlib
-import pickle
 import re
 import sys
 import types
@@ -29,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
+from attacks import Calls, bomb, packed, shared, written
 from checks import WRAPS, compiled, refusal
 from crossmix import ClassMix, MeanTeacher, SelfTraining
 from crossmix.models import (
@@ -584,32 +583,6 @@ HEADERS = {
 }
 
 
-class Calls:
-    """Calls a function when unpickled."""
-
-    def __init__(self, *call: object) -> None:
-        self.call = call
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return self.call[0], self.call[1:]
-
-
-def written(state: object, *, legacy: bool = False) -> bytes:
-    file = io.BytesIO()
-    torch.save(state, file, _use_new_zipfile_serialization=not legacy)
-    return file.getvalue()
-
-
-def bomb(tensor: Tensor) -> bytes:
-    """A file of weights whose parts are compressed to nearly nothing."""
-    file = io.BytesIO()
-    whole = zipfile.ZipFile(io.BytesIO(written({"w": tensor})))
-    with whole, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
-        for part in whole.infolist():
-            packed.writestr(part.filename, whole.read(part))
-    return file.getvalue()
-
-
 DAMAGED = "it is truncated, damaged or not a file of weights"
 BAD: dict[str, tuple[Callable[[State], bytes], str]] = {
     "empty": (lambda _: b"", "got an empty file"),
@@ -623,6 +596,8 @@ BAD: dict[str, tuple[Callable[[State], bytes], str]] = {
     "corrupted": (lambda s: flipped(written(s)), "does not match its checksum"),
     "a list": (lambda s: written(list(s.values())), "expected a dict of tensors, got list"),
     "a bomb": (lambda _: bomb(torch.zeros(10**6)), "its parts claim 4.00 MB, the file has "),
+    "many paths": (lambda s: written({"student": shared(8, 30, s)}), "expected tensors, got more than 1000000 entries"),
+    "many paths to code": (lambda s: written({**shared(8, 30, s), "x": Calls(os.getpid)}), "posix.getpid"),
     "a tensor": (lambda _: written(torch.ones(3)), "expected a dict of tensors, got Tensor"),
     "a whole model": (lambda _: written(nn.Linear(1, 1)), "it holds code or objects other than tensors"),
     "an empty dict": (lambda _: written({}), "expected tensors, got an empty dict"),
@@ -729,7 +704,7 @@ def test_bad_files__code_is_not_run(kind: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     state = {**snapshot(tiny(1)), "conv1.weight": Calls(os.system, f"touch {trace}")}
     path = tmp_path / "x.pth"
-    path.write_bytes(pickle.dumps(state, protocol=2) if kind == "pickle" else written(state, legacy=kind == "legacy"))
+    path.write_bytes(packed(state, kind))
     for strict in (True, False):
         refused(tiny(2), path, r"x\.pth: it .*", strict=strict)
     assert not trace.exists()

@@ -61,7 +61,7 @@ def read_classes(path: str | Path) -> Classes:
         custom_format(classes.mapping, "raise", len(classes.names))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path.") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: is not a file of classes ({str(error).rstrip('.')}); expected {FORMS}.") from error
     return classes
 

@@ -16,6 +16,9 @@ from crossmix.datasets.sample import DataError
 MAX_PIXELS = 100_000_000
 """Larger images are refused before decoding, since a small file can decompress to gigabytes."""
 
+LONGEST_EXIF = 1 << 16
+"""Bytes, as in a JPEG. A header can claim gigabytes."""
+
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
@@ -120,7 +123,7 @@ def read_exif(path: Path) -> bytes:
         while len(start := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", start)
             if kind == b"eXIf":
-                return file.read(length)
+                return file.read(min(length, LONGEST_EXIF))
             file.seek(length + 4, 1)  # skip body and checksum
     return b""
 

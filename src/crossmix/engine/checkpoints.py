@@ -4,17 +4,14 @@ import hashlib
 import os
 import pickle
 import re
-import struct
 import warnings
-import zipfile
-import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from crossmix._files import damaged_part, whole_file, write_whole
+from crossmix._files import damaged_part, refuse_bomb, whole_file, write_whole
 
 __all__ = ["CheckpointError", "CheckpointStore"]
 
@@ -33,7 +30,7 @@ class CheckpointStore:
     A checkpoint is a file `step-<number>.pt`, with its SHA-256 in `step-<number>.pt.sha256`; the best one is `best.pt`.
     `torch.load(path, weights_only=True)` reads it. A checkpoint is valid if it matches its SHA-256 or, if the hash file
     is missing (after copying, say), if its parts match the checksums that torch stores in the file. Invalid checkpoints
-    are never loaded.
+    are never loaded, and neither is what holds code, or unpacks to far more than the file.
 
     Only one process at a time may save into a folder (see `FolderLock`).
 
@@ -107,12 +104,12 @@ class CheckpointStore:
         """
         problems: list[str] = []
         for path in reversed(self._steps()):
-            problem = _problem(path)
-            if problem is None:
+            found = _loaded(path)
+            if not isinstance(found, str):
                 for text in problems:
                     warnings.warn(f"{text}; loading {path.name} instead", stacklevel=2)
-                return _read(path)
-            problems.append(f"{path}: {problem}")
+                return found
+            problems.append(f"{path}: {found}")
         if problems:
             raise CheckpointError(f"No checkpoint can be read, and none is replaced: {'; '.join(problems)}.")
         return None
@@ -125,11 +122,11 @@ class CheckpointStore:
         """
         if not self.best.exists():
             return None
-        problem = _problem(self.best)
-        if problem is not None:
+        found = _loaded(self.best)
+        if isinstance(found, str):
             hint = "the next best checkpoint replaces it, until then use the newest"
-            raise CheckpointError(f"{self.best}: {problem}; {hint}.")
-        return _read(self.best)
+            raise CheckpointError(f"{self.best}: {found}; {hint}.")
+        return found
 
     def _steps(self) -> list[Path]:
         found = [path for path in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", path.name)]
@@ -183,7 +180,22 @@ def _write(path: Path, state: Mapping[str, Any]) -> None:
     write_whole(digest, f"{new}\n".encode())
 
 
+def _loaded(path: Path) -> dict[str, Any] | str:
+    """The contents of a checkpoint, or why it is invalid: a hash that matches says nothing about who wrote both."""
+    problem = _problem(path)
+    if problem is not None:
+        return problem
+    try:
+        return _read(path)
+    except pickle.UnpicklingError:  # whose text advises to trust the file
+        return "it holds code or objects other than tensors, numbers, texts and containers, which were not run"
+    except Exception as error:  # noqa: BLE001 - torch raises many types
+        reason = re.split(r"\.\s|[;\n]", str(error))[0]
+        return f"it is not a checkpoint ({type(error).__name__}: {reason})"
+
+
 def _read(path: Path) -> dict[str, Any]:
+    refuse_bomb(path)
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
@@ -207,7 +219,7 @@ def _damage(path: Path) -> str | None:
         part = damaged_part(path)
         if part is None:
             _read(path)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, struct.error, zlib.error):
+    except Exception:  # noqa: BLE001 - zipfile and torch raise many types
         return "its sha256 file is missing, and it is cut off or damaged"
     return None if part is None else f"its sha256 file is missing, and its part {part} does not match its checksum"
 

@@ -58,7 +58,7 @@ class RunLog:
                 record = json.loads(line or "{}")
                 if line:
                     records.append({**record, "step": record["step"]})
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 warnings.warn(f"{self.path}: line {number} is damaged and was skipped.", stacklevel=2)
         return records
 

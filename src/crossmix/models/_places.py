@@ -1,12 +1,12 @@
 """Find the part of a file that contains a network's weights, by names, allowing for prefixes and nesting."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from crossmix.models.weight_files import WeightsError
+from crossmix.models.weight_files import WeightsError, mappings
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "Scale"}
 """Components of names that wrappers add (`Scale` is the multi-scale wrapper of the ImageNet file). They may also be
@@ -90,7 +90,7 @@ def _places(contents: Mapping[str, Any], own: Iterable[str]) -> list[Place]:
         parts = tuple(name.split("."))
         alike.setdefault(core(parts), []).append(parts)
     found = []
-    for keys, state in _mappings(contents):
+    for keys, state in mappings(contents):
         matches: dict[tuple[str, ...], dict[str, list[str]]] = {}
         for name in tensors(state):
             parts = tuple(name.split("."))
@@ -99,16 +99,6 @@ def _places(contents: Mapping[str, Any], own: Iterable[str]) -> list[Place]:
                     matches.setdefault(parts[:i], {}).setdefault(".".join(same), []).append(name)
         found += [Place(keys + prefix, len(keys), 0, state, names) for prefix, names in matches.items()]
     return found
-
-
-def _mappings(
-    contents: Mapping[Any, Any], keys: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """A mapping and the mappings nested in it, with their keys."""
-    yield keys, contents
-    for key, value in contents.items():
-        if isinstance(key, str) and isinstance(value, Mapping) and len(keys) < 8:
-            yield from _mappings(value, (*keys, *key.split(".")))
 
 
 def core(parts: Sequence[str]) -> tuple[str, ...]:
@@ -161,12 +151,12 @@ def _without_match(
     contents: Mapping[str, Any], everywhere: Sequence[Place], own: Mapping[str, Tensor], entry: str | None, path: Path
 ) -> Place:
     """The requested entry although nothing in it matches, for the report; or an error that names a matching part."""
-    mappings = list(_mappings(contents))
-    inside = [(keys, tuple(str(name).split(".")), state) for keys, state in mappings for name in state]
+    nested = list(mappings(contents))
+    inside = [(keys, tuple(str(name).split(".")), state) for keys, state in nested for name in state]
     ends = (
         Place((keys + parts)[:end], min(end, len(keys)), end, state, {})
         for name in ENTRIES.get(entry, (entry or "",))
-        for keys, parts, state in [*((keys, (), state) for keys, state in mappings), *inside]
+        for keys, parts, state in [*((keys, (), state) for keys, state in nested), *inside]
         if (end := _entry_end(keys + parts, name))
     )
     there = next(ends, None)

@@ -7,8 +7,9 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Self
@@ -19,7 +20,10 @@ import torch
 
 from crossmix._files import damaged_part
 
-__all__ = ["SOURCES", "WeightSource", "WeightsError", "read_weights", "safetensors_of"]
+__all__ = ["SOURCES", "WeightSource", "WeightsError", "mappings", "read_weights", "safetensors_of"]
+
+MOST = 1_000_000
+"""Entries of the nested mappings of a file. A mapping that is there many times makes many out of few bytes."""
 
 
 class WeightsError(ValueError):
@@ -124,7 +128,26 @@ def _read(path: Path, checksum: str) -> Mapping[str, Any]:
         raise WeightsError(f"{path}: {_reason(path, error)}") from error
     if not isinstance(contents, Mapping):
         raise WeightsError(f"{path}: expected a dict of tensors, got {type(contents).__name__}; save a state_dict.")
+    if sum(1 for _ in _entries(contents)) > MOST:
+        raise WeightsError(
+            f"{path}: expected tensors, got more than {MOST} entries of dicts in dicts; use another file."
+        )
     return contents
+
+
+def mappings(
+    contents: Mapping[Any, Any], keys: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """A mapping and the mappings nested in it, with their keys."""
+    yield keys, contents
+    for key, value in contents.items():
+        if isinstance(key, str) and isinstance(value, Mapping) and len(keys) < 8:
+            yield from mappings(value, (*keys, *key.split(".")))
+
+
+def _entries(contents: Mapping[Any, Any]) -> Iterator[object]:
+    """The values of a mapping and of the mappings nested in it, up to one too many."""
+    return islice((value for _, nested in mappings(contents) for value in nested.values()), MOST + 1)
 
 
 def _unpickled(path: Path, *, verify: bool = False) -> object:
@@ -222,7 +245,8 @@ def _objects(path: Path, refusal: Exception) -> str:
 
 def _holds_tensors(value: object) -> bool:
     """Whether nested mappings contain a tensor."""
-    return isinstance(value, torch.Tensor) or (isinstance(value, Mapping) and any(map(_holds_tensors, value.values())))
+    inside = _entries(value) if isinstance(value, Mapping) else [value]
+    return any(isinstance(one, torch.Tensor) for one in inside)
 
 
 def _dtype_class(code: object, *_: object) -> str:
