@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from campaign import checkpoints, faults, labels, png
+from campaign import checkpoints, faults, labels, mutants, png
+from campaign.mutations import mutations
 from crossmix.datasets import _labels, _png
 from crossmix.engine import checkpoints as engine
 
@@ -58,3 +60,51 @@ def test_labels__notices_an_id_that_is_let_through(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(labels, "FORMS", ("grey",))
     monkeypatch.setattr(_labels, "KNOWN_SYNTHIA_IDS", frozenset(range(256)))
     assert labels.run("short")["wrong"]
+
+
+def test_mutations__change_code_but_no_words_or_types() -> None:
+    source = b"""
+import warnings
+
+SHARE: float = 0.5
+
+@cached
+def part(x: int = 1, *, mode: str = "all") -> int | None:
+    \"\"\"Of 2.\"\"\"
+    if x < 2 and not mode == "all":
+        raise ValueError(f"{x} < 2", 3)
+    warnings.warn("4", stacklevel=2)
+    x += 5
+    return max(x, -6, key=abs)
+"""
+    changed = {(source[one.start : one.end].decode(), one.new) for one in mutations(source)}
+    assert changed == {
+        ("0.5", "(1.0)"),
+        ("cached", "(lambda plain: plain)"),
+        ("1", "(2)"),
+        ('"all"', "'allX'"),
+        ("x < 2", "(x <= 2)"),
+        ("2", "(3)"),
+        ('x < 2 and not mode == "all"', "(x < 2 or not mode == 'all')"),
+        ('x < 2 and not mode == "all"', "(not (x < 2 and (not mode == 'all')))"),
+        ('not mode == "all"', "(mode == 'all')"),
+        ('mode == "all"', "(mode != 'all')"),
+        ('mode == "all"', "(mode == 'allX')"),
+        ('raise ValueError(f"{x} < 2", 3)', "pass"),
+        ('warnings.warn("4", stacklevel=2)', "pass"),
+        ("x += 5", "pass"),
+        ("x += 5", "x -= 5"),
+        ("5", "(6)"),
+        ("return max(x, -6, key=abs)", "return None"),
+        ("max(x, -6, key=abs)", "(max(-6, x, key=abs))"),
+        ("max(x, -6, key=abs)", "(max(x, -6))"),
+        ("-6", "(6)"),
+        ("6", "(7)"),
+    }
+    assert {one.lines for one in mutations(source) if one.new == "(2)"} == {range(8, 14)}
+
+
+@pytest.mark.parametrize("killed", [0, 27, 30])
+def test_wilson__ends_where_the_share_is_1_96_deviations_away(killed: int) -> None:
+    for end in mutants.wilson(killed, 30):
+        assert abs(killed / 30 - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 30), abs=1e-3)
