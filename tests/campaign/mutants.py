@@ -10,6 +10,7 @@ tries survivors again with new tests. Reasons for survivors are written into the
 
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import math
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ Lines = dict[str, dict[int, set[str]]]
 PRELOADED = ("hypothesis", "kornia", "torch._dynamo", "matplotlib.pyplot")  # once for all forked processes
 PRELOAD_WARNING = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
 DRAWINGS = ("_street_layout.py", "_street_rich.py", "_street_sprites.py")  # another picture would do as well
-QUICK, SECONDS = 40, 60  # how many tests are tried first, and what the others of a mutant may take
+OWN, QUICK, SECONDS = 2, 40, 60  # quick tests of two files come first; the others of a mutant may take a minute
 MEMORY = 8 << 30
 
 
@@ -58,6 +60,7 @@ def main() -> None:
     everything = all_mutants(copy, lines)
     random.Random(0).shuffle(everything)  # noqa: S311 - a sample
     mutants = {said(copy, *mutant): mutant for mutant in everything[: args.number]}
+    gc.freeze()  # a forked process would touch all of this, and so copy it
     for name, (path, mutation) in mutants.items():
         there = [lines[path][line] for line in mutation.lines if line in lines[path]]
         tests = set().union(*there) or set().union(*lines[path].values())  # those of the file, for other processes
@@ -124,14 +127,15 @@ def outcome(copy: Path, name: str, mutation: Mutation, seconds: dict[str, float]
     """Whether a test fails, does not end, or cannot even be collected; or whether the mutant survives."""
     path, tests = copy / name, list(seconds)
     source = path.read_bytes()
-    late, spent = [], 0.0
-    for test in tests[QUICK:]:
-        spent += seconds[test]
-        late += [test] * (spent < SECONDS)
+    own = {file for file, _ in Counter(test.partition("::")[0] for test in tests).most_common(OWN)}
+    quick = [test for test in tests if test.partition("::")[0] in own][:QUICK]
+    late = sorted(set(tests) - set(quick), key=seconds.__getitem__)
+    while sum(seconds[test] for test in late) > SECONDS:
+        late.pop()
     try:
         compile(mutation.applied(source), path, "exec")
         path.write_bytes(mutation.applied(source))
-        for part in filter(None, (tests[:QUICK], late)):
+        for part in filter(None, (quick, late)):
             limit = 30 + 5 * sum(seconds[test] for test in part)
             code, seen = tested(copy, ["-x", *part], limit)
             if code:
