@@ -39,7 +39,7 @@ Lines = dict[str, dict[int, set[str]]]
 PRELOADED = ("hypothesis", "kornia", "torch._dynamo", "matplotlib.pyplot")  # once for all forked processes
 PRELOAD_WARNING = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
 DRAWINGS = ("_street_layout.py", "_street_rich.py", "_street_sprites.py")  # another picture would do as well
-OWN, QUICK, SECONDS = 2, 40, 60  # quick tests of two files come first; the others of a mutant may take a minute
+OWN, QUICK, SECONDS = 2, 40, 20  # quick tests of two files come first; the others of a mutant may take so long
 MEMORY = 8 << 30
 
 
@@ -128,15 +128,15 @@ def outcome(copy: Path, name: str, mutation: Mutation, seconds: dict[str, float]
     path, tests = copy / name, list(seconds)
     source = path.read_bytes()
     own = {file for file, _ in Counter(test.partition("::")[0] for test in tests).most_common(OWN)}
-    quick = [test for test in tests if test.partition("::")[0] in own][:QUICK]
-    late = sorted(set(tests) - set(quick), key=seconds.__getitem__)
+    quick = [test for test in tests if test.partition("::")[0] in own and seconds[test] < 1][:QUICK]
+    late = [test for test in tests if test not in quick]
     while sum(seconds[test] for test in late) > SECONDS:
         late.pop()
     try:
         compile(mutation.applied(source), path, "exec")
         path.write_bytes(mutation.applied(source))
         for part in filter(None, (quick, late)):
-            limit = 30 + 5 * sum(seconds[test] for test in part)
+            limit = 30 + 3 * sum(seconds[test] for test in part)
             code, seen = tested(copy, ["-x", *part], limit)
             if code:
                 return f"killed by {seen['failed']}" if code == 1 else f"killed with exit code {code}"

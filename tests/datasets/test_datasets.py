@@ -330,6 +330,19 @@ def test_synthia__other_files_are_refused(tmp_path: Path, labels: np.ndarray, me
     assert "0000001.png" in refusal(lambda: Synthia(tmp_path)[1], message)
 
 
+def test_synthia__transparency_is_refused(tmp_path: Path) -> None:
+    path = synthia(tmp_path, "16-bit RGB") / "GT" / "LABELS" / "0000000.png"
+    save(path, np.full((12, 20, 4), 3, np.uint8))
+    refusal(lambda: Synthia(tmp_path)[0], r"0000000\.png: expected 1 or 3 channels, got 4")
+
+
+def test_gta5__the_id_255_is_ignored_where_others_are_no_train_ids(tmp_path: Path) -> None:
+    label = np.full((12, 20), 26, np.uint8)  # cars
+    label[:2] = 255
+    save(gta5(tmp_path) / "labels" / "00002.png", label)
+    assert GTA5(tmp_path)[2].label.tolist() == [[255] * 20] * 2 + [[13] * 20] * 10
+
+
 @pytest.mark.parametrize("reader", [GTA5, Synthia])
 def test_readers__a_list_of_names_and_either_half_alone(tmp_path: Path, reader: type) -> None:
     root = gta5(tmp_path) if reader is GTA5 else synthia(tmp_path, "16-bit RGB")

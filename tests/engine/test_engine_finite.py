@@ -82,9 +82,10 @@ class Late(FiniteGuard):
     def _is_known(self, _: Tensor) -> bool:
         return False
 
-    def _on_host(self, _: Iterable[Tensor]) -> list[Tensor]:
+    def _moving(self) -> list[Tensor]:
         states = [state.values() for one in self.optimizers for state in one.state.values()]
-        return [value for values in states for value in values if isinstance(value, Tensor) and value.ndim == 0]
+        counts = {id(value) for values in states for value in values if isinstance(value, Tensor) and not value.ndim}
+        return [tensor for tensor in super()._moving() if id(tensor) not in counts]
 
 
 class Plain(nn.Module):
@@ -345,6 +346,17 @@ def test_guard__refuses() -> None:
     refusal(Parts("SGD").guard.restore, "needs a `check` before it", RuntimeError)
     wrong = r"must be a torch\.optim\.Optimizer, or several, got Linear"
     refusal(lambda: FiniteGuard([], [nn.Linear(1, 1)]), wrong, TypeError)  # type: ignore[list-item]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_guard__of_a_group_undoes_a_bad_step_alone() -> None:
+    parts = Parts(MOMENTUM)
+    parts.step(0)
+    before = parts.state()
+    parts.step(1, bad="loss")
+    assert same(parts.state(), before)
+    parts.step(2)
+    assert not same(parts.state(), before)
 
 
 @pytest.mark.gpu

@@ -999,6 +999,7 @@ def test_recipes__refuse_what_would_have_no_effect(name: str) -> None:
         ({"lamda": 1}, r"unknown option 'lamda'; the options are weigh, .*rounding, .*augment, .*std\.$"),
         ({"target_weights": torch.ones(2)}, "given with each batch, when the result is called"),
         ({"augment": 0.5}, "`augment` must be callable, got float"),
+        ({"same_on_batch": 1}, "`same_on_batch` must be True or False, got 1"),
     ],
 )
 def test_recipes__refuse_what_they_do_not_know(options: dict[str, object], message: str) -> None:
