@@ -2,27 +2,28 @@
 
     python tests/campaign/mutants.py --folder FOLDER --number 400 --save
 
-In FOLDER it makes a copy of the checkout, runs the fast tests once to learn which of them execute which line, and then,
-mutant by mutant, those that execute the changed line, quick ones first, until one fails. The sample is random with a
-fixed seed. What has been tried is kept in FOLDER: the same command goes on, a larger number adds mutants, and `--again`
-tries survivors again with new tests. Reasons for survivors are written into the result file by hand, and kept.
+In FOLDER it makes a copy of the checkout and runs the fast tests once, to learn which of them execute which line. Then
+it imports the package and its tests, and for each mutant forks a process that changes the functions in place and runs
+the tests of the changed line, the shortest first, until one fails. Survivors, and changes outside of functions, are
+written into the copy and tried again by a new pytest. The sample is random with a fixed seed. What was tried is kept
+in FOLDER: the same command goes on, a larger number adds mutants, and `--again` tries survivors with new tests. The
+reasons of survivors are written into the result file by hand, and kept.
 """
 
 import argparse
 import contextlib
 import gc
-import importlib
 import json
 import math
 import os
 import random
-import resource
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+import types
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,25 @@ sys.path[:1] = [str(ROOT / "tests"), str(ROOT)]  # in place of this folder
 
 import coverage
 import pytest
+from _pytest.runner import runtestprotocol
 
 from benchmarks.speed.common import RESULTS, commit, machine, today
 from campaign.mutations import Mutation, mutations
 
 Lines = dict[str, dict[int, set[str]]]
-PRELOADED = ("hypothesis", "kornia", "torch._dynamo", "matplotlib.pyplot")  # once for all forked processes
-PRELOAD_WARNING = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
+Mutant = tuple[str, Mutation]
 DRAWINGS = ("_street_layout.py", "_street_rich.py", "_street_sprites.py")  # another picture would do as well
-OWN, QUICK, SECONDS = 2, 40, 20  # quick tests of two files come first; the others of a mutant may take so long
-MEMORY = 8 << 30
+FOLDERS = (
+    "src",
+    "tests/ops",
+    "tests/engine",
+    "tests/models",
+    "tests/datasets",
+    "tests/integrations",
+    "tests/contracts",
+)
+SIGNATURES = "tests/contracts/test_api_surface.py"  # executes no line of what it compares
+SECONDS = 8, 60  # how long the tests of a mutant may take together, without it and with it
 
 
 def main() -> None:
@@ -51,28 +61,21 @@ def main() -> None:
     parser.add_argument("--again", nargs="+", default=[], metavar="TEST", help="try survivors again with these tests")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/mutation.json")
     args = parser.parse_args()
-    for name in PRELOADED:
-        importlib.import_module(name)
-    copy, tried = args.folder / "copy", args.folder / "tried.json"
+    copy, tried = args.folder.resolve() / "copy", args.folder.resolve() / "tried.json"
     fill(copy)
-    lines, seconds = learned(copy, args.folder)
-    outcomes = json.loads(tried.read_text(encoding="utf-8")) if tried.exists() else {}
+    os.chdir(copy)
+    sys.path[:2] = [str(copy / "tests"), str(copy)]
+    sys.path.insert(0, str(copy / "src"))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(copy / "src"), str(copy)])
+    lines, seconds = learned(copy)
     everything = all_mutants(copy, lines)
     random.Random(0).shuffle(everything)  # noqa: S311 - a sample
-    mutants = {said(copy, *mutant): mutant for mutant in everything[: args.number]}
-    gc.freeze()  # a forked process would touch all of this, and so copy it
-    for name, (path, mutation) in mutants.items():
-        there = [lines[path][line] for line in mutation.lines if line in lines[path]]
-        tests = set().union(*there) or set().union(*lines[path].values())  # those of the file, for other processes
-        if args.again and outcomes.get(name) == "survived":
-            tests = args.again
-        elif name in outcomes:
-            continue
-        times = {test: seconds.get(test, 1.0) for test in sorted(tests, key=lambda test: seconds.get(test, 1.0))}
-        outcomes[name] = outcome(copy, path, mutation, times)
-        print(outcomes[name], len(tests), name, flush=True)
-        tried.write_text(json.dumps(outcomes, indent=1), encoding="utf-8")
-    report({name: outcomes[name] for name in mutants}, len(everything), save=args.save)
+    trials = Trials(copy, {said(copy, *one): one for one in everything[: args.number]}, lines, seconds, tried)
+    pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-p", "no:cov", "--tb=no", *FOLDERS], plugins=[trials])
+    for name, mutant in trials.mutants.items():
+        if trials.outcomes[name] == "survived":
+            trials.keep(name, anew(copy, mutant, [SIGNATURES, *args.again, *trials.tests(mutant)]))
+    report({name: trials.outcomes[name] for name in trials.mutants}, len(everything), save=args.save)
 
 
 def fill(copy: Path) -> None:
@@ -83,28 +86,34 @@ def fill(copy: Path) -> None:
         shutil.copyfile(ROOT / name, copy / name)
 
 
-def learned(copy: Path, folder: Path) -> tuple[Lines, dict[str, float]]:
+def learned(copy: Path) -> tuple[Lines, dict[str, float]]:
     """By file and line, the tests that execute it, and the seconds of each test: measured once."""
-    data, times = folder / "coverage", folder / "seconds.json"
-    os.environ["COVERAGE_FILE"] = str(data)
+    data, times = copy.with_name("coverage"), copy.with_name("seconds.json")
     if not times.exists():
-        code, seen = tested(copy, ["--cov", "--cov-context=test", "--cov-report=", "--cov-fail-under=0"], 7200)
-        if code:
-            sys.exit("the tests have to pass on the copy first")
-        times.write_text(json.dumps(seen["seconds"]), encoding="utf-8")
+        flags = ["--cov", "--cov-context=test", "--cov-report=", "--cov-fail-under=0", "--durations=0", "-vv"]
+        command = [sys.executable, "-m", "pytest", *flags]
+        done = subprocess.run(
+            command, env={**os.environ, "COVERAGE_FILE": str(data)}, stdout=subprocess.PIPE, text=True, check=False
+        )
+        if done.returncode:
+            sys.exit(f"the tests have to pass on the copy first:\n{done.stdout[-2000:]}")
+        seconds: dict[str, float] = {}
+        for spent, test in re.findall(r"^([\d.]+)s (?:setup|call|teardown) +(\S.*)$", done.stdout, re.MULTILINE):
+            seconds[test] = seconds.get(test, 0.0) + float(spent)
+        times.write_text(json.dumps(seconds), encoding="utf-8")
     measured = coverage.Coverage(data_file=data, config_file=copy / "pyproject.toml")
     measured.load()
     lines: Lines = {}
     for path in sorted(measured.get_data().measured_files()):
         _, statements, excluded, _, _ = measured.analysis2(path)
-        tests = {line: set() for line in statements}
+        tests: dict[int, set[str]] = {line: set() for line in statements}
         for line, contexts in measured.get_data().contexts_by_lineno(path).items():
             tests[line] = {context.rpartition("|")[0] for context in contexts if context}
         lines[str(Path(path).relative_to(copy))] = {line: tests[line] for line in tests.keys() - set(excluded)}
     return lines, json.loads(times.read_text(encoding="utf-8"))
 
 
-def all_mutants(copy: Path, lines: Lines) -> list[tuple[str, Mutation]]:
+def all_mutants(copy: Path, lines: Lines) -> list[Mutant]:
     """By file and place; none where coverage is not asked for."""
     return [
         (path, mutation)
@@ -123,84 +132,128 @@ def said(copy: Path, path: str, mutation: Mutation) -> str:
     return f"{path}:{line}:{column}: {' '.join(old.split())} -> {mutation.new}"
 
 
-def outcome(copy: Path, name: str, mutation: Mutation, seconds: dict[str, float]) -> str:
-    """Whether a test fails, does not end, or cannot even be collected; or whether the mutant survives."""
-    path, tests = copy / name, list(seconds)
-    source = path.read_bytes()
-    own = {file for file, _ in Counter(test.partition("::")[0] for test in tests).most_common(OWN)}
-    quick = [test for test in tests if test.partition("::")[0] in own and seconds[test] < 1][:QUICK]
-    late = [test for test in tests if test not in quick]
-    while sum(seconds[test] for test in late) > SECONDS:
-        late.pop()
+class Trials:
+    """Pytest's loop, of mutants in place of tests."""
+
+    def __init__(
+        self, copy: Path, mutants: dict[str, Mutant], lines: Lines, seconds: dict[str, float], kept: Path
+    ) -> None:
+        self.copy, self.mutants, self.lines, self.seconds, self.kept = copy, mutants, lines, seconds, kept
+        self.outcomes: dict[str, str] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+
+    def keep(self, name: str, outcome: str) -> None:
+        """Also for the next run."""
+        self.outcomes[name] = outcome
+        self.kept.write_text(json.dumps(self.outcomes, indent=1), encoding="utf-8")
+        print(outcome, name, flush=True)
+
+    def tests(self, mutant: Mutant) -> list[str]:
+        """Those of the changed line, else of the file; the shortest first, as many as the time allows."""
+        path, mutation = mutant
+        found = set().union(*(self.lines[path].get(line, ()) for line in mutation.lines))
+        ordered = sorted(found or set().union(*self.lines[path].values()), key=lambda test: self.seconds.get(test, 1))
+        while sum(self.seconds.get(test, 1) for test in ordered) > SECONDS[0]:
+            ordered.pop()
+        return ordered
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Try those that were not tried before."""
+        items = {item.nodeid: item for item in session.items}
+        functions = [one for one in gc.get_objects() if type(one) is types.FunctionType]
+        gc.freeze()  # forked processes would touch all objects, and so copy them
+        for name, mutant in self.mutants.items():
+            if name not in self.outcomes:
+                known = [items[test] for test in self.tests(mutant) if test in items]
+                self.keep(name, trial(self.copy, mutant, known, functions))
+        return True
+
+
+def trial(copy: Path, mutant: Mutant, items: list[pytest.Item], functions: list[types.FunctionType]) -> str:
+    """Whether one of the tests fails, or does not end, in a forked process with the change; if not, it survives."""
+    source = mutant[1].applied((copy / mutant[0]).read_bytes())
     try:
-        compile(mutation.applied(source), path, "exec")
-        path.write_bytes(mutation.applied(source))
-        for part in filter(None, (quick, late)):
-            limit = 30 + 3 * sum(seconds[test] for test in part)
-            code, seen = tested(copy, ["-x", *part], limit)
-            if code:
-                return f"killed by {seen['failed']}" if code == 1 else f"killed with exit code {code}"
-        return "survived"
+        compile(source, mutant[0], "exec")
     except SyntaxError:
         return "no code"
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        said = b"killed by an exception"
+        with contextlib.suppress(BaseException):
+            os.setsid()
+            for handle in (0, 1, 2):
+                os.dup2(os.open(os.devnull, os.O_RDWR), handle)
+            change(".".join(Path(mutant[0]).with_suffix("").parts[1:]), source, functions)
+            said = first_failure(items)
+        os.write(write, said[:500])
+        os._exit(0)
+    os.close(write)
+    ended, begun = (0, 0), time.monotonic()
+    while not ended[0] and time.monotonic() - begun < SECONDS[1]:
+        time.sleep(0.01)
+        ended = os.waitpid(pid, os.WNOHANG)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # with what tests have started
+    if not ended[0]:
+        os.waitpid(pid, 0)
+    with os.fdopen(read, "rb") as pipe:
+        return pipe.read().decode() if ended[0] else "killed by the time limit"
+
+
+def first_failure(items: list[pytest.Item]) -> bytes:
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        if any(one.failed for one in runtestprotocol(item, log=False, nextitem=following)):
+            return f"killed by {item.nodeid}".encode()
+    return b"survived"
+
+
+def change(name: str, source: bytes, functions: list[types.FunctionType]) -> None:
+    """Give the functions of an imported module the code and the defaults that they have in another source."""
+    module = sys.modules[name.removesuffix(".__init__")]
+    other = types.ModuleType(module.__name__)
+    other.__dict__.update(__file__=module.__file__, __package__=module.__package__, __spec__=module.__spec__)
+    exec(compile(source, str(module.__file__), "exec"), vars(other))  # noqa: S102 - its own code
+    new = {place(one): one for one in gc.get_objects() if type(one) is types.FunctionType and of(one, other)}
+    for one in functions:
+        if of(one, module) and (changed := new.get(place(one))):
+            one.__code__, one.__defaults__ = changed.__code__, changed.__defaults__
+            one.__kwdefaults__ = changed.__kwdefaults__  # type: ignore[assignment]
+
+
+def of(function: types.FunctionType, module: types.ModuleType) -> bool:
+    return function.__globals__ is vars(module)
+
+
+def place(function: types.FunctionType) -> tuple[str, int, int]:
+    return function.__qualname__, function.__code__.co_firstlineno, len(function.__code__.co_freevars)
+
+
+def anew(copy: Path, mutant: Mutant, tests: list[str]) -> str:
+    """Whether tests notice the change in the file."""
+    path = copy / mutant[0]
+    source = path.read_bytes()
+    path.write_bytes(mutant[1].applied(source))
+    try:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--tb=no",
+            *dict.fromkeys(tests),
+        ]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=10 * SECONDS[1], check=False)
+    except subprocess.TimeoutExpired:
+        return "killed by the time limit"
     finally:
         path.write_bytes(source)
         for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
             compiled.unlink()
-
-
-def tested(copy: Path, arguments: list[str], limit: float) -> tuple[int, dict[str, Any]]:
-    """Pytest's exit code, -9 after the limit, and what was seen, in a process forked from this one."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            code = child(copy, arguments)
-        finally:
-            os._exit(code)
-    seen, ended, begun = copy.parent / "last.json", (0, 0), time.monotonic()
-    while not ended[0] and time.monotonic() - begun < limit:
-        time.sleep(0.02)
-        ended = os.waitpid(pid, os.WNOHANG)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)  # what tests have started, too
-    if not ended[0]:
-        ended = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(ended[1]), json.loads(seen.read_text(encoding="utf-8")) if seen.exists() else {}
-
-
-def child(copy: Path, arguments: list[str]) -> int:
-    """Run tests in the copy as `python -m pytest` does."""
-    os.setsid()
-    os.chdir(copy)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    output = os.open(copy.parent / "last.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    roots = [str(copy / "src"), str(copy)]
-    sys.path[:2] = roots
-    os.environ["PYTHONPATH"] = os.pathsep.join(roots)
-    watch = Watch()
-    code = int(
-        pytest.main(["-q", "-p", "no:cacheprovider", "--tb=line", "-W", PRELOAD_WARNING, *arguments], plugins=[watch])
-    )
-    (copy.parent / "last.json").write_text(json.dumps(vars(watch)), encoding="utf-8")
-    return code
-
-
-class Watch:
-    """The seconds of each test with its fixtures, and the last one that failed."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.failed = ""
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Of its set-up, call or end."""
-        if report.failed:
-            self.failed = report.nodeid
-        else:
-            self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+    failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", done.stdout, re.MULTILINE)
+    return f"killed by {failed[1] if failed else f'exit code {done.returncode}'}" if done.returncode else "survives"
 
 
 def report(outcomes: dict[str, str], all_there_are: int, *, save: bool) -> None:
@@ -209,10 +262,10 @@ def report(outcomes: dict[str, str], all_there_are: int, *, save: bool) -> None:
     killed = sum(outcome.startswith("killed") for outcome in counted)
     file = RESULTS / "mutation.json"
     reasons = json.loads(file.read_text(encoding="utf-8"))["survivors"] if file.exists() else {}
-    document = {
+    document: dict[str, Any] = {
         "date": today(), "commit": commit(), "machine": machine("cpu"),
         "all": all_there_are, "mutants": len(counted), "killed": killed, "interval": wilson(killed, len(counted)),
-        "survivors": {name: reasons.get(name, "") for name, outcome in outcomes.items() if outcome == "survived"},
+        "survivors": {name: reasons.get(name, "") for name, outcome in outcomes.items() if outcome == "survives"},
     }  # fmt: skip
     print(json.dumps(document, indent=1))
     if save:

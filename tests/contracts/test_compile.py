@@ -365,6 +365,7 @@ def test_forms_for_the_compiler__are_what_they_replace(dtype: torch.dtype, monke
     values = inputs()
     images, labels = values["images"], values["labels"].to(dtype)
     mask = F.class_mask(labels, F.sample_classes(labels, C, generator=seeded(1)))
+    mixer, classes = ClassMix(C), F.sample_classes(labels, C, generator=seeded(1))
     augment = StrongAugment(jitter_p=0, blur_p=1)
     draw = augment.sample(len(images), generator=seeded(2))
 
@@ -377,6 +378,7 @@ def test_forms_for_the_compiler__are_what_they_replace(dtype: torch.dtype, monke
             F.mix(images[:, None], flipped[:, None], mask),
             F.mix(labels, labels.flip(0), mask),
             augment(images, draw=draw),
+            *mixer(images, labels, classes=classes),
         ]
 
     want = results()

@@ -25,6 +25,7 @@ from crossmix.datasets import (
     Synthia,
     class_counts,
     read_classes,
+    statistics,
 )
 from crossmix.engine import KeyedCrops
 from oracles import picture, save, seeded
@@ -182,6 +183,20 @@ def test_folders__one_for_both_is_refused(tmp_path: Path) -> None:
 
 def test_patterns__a_folder_that_is_not_there_has_no_files(tmp_path: Path) -> None:
     refusal(lambda: SegmentationFolder(tmp_path / "none" / "*.png"), "none.*no images|none.*no image")
+
+
+def test_class_counts__by_as_many_workers_as_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = SegmentationFolder(pairs(tmp_path) / "images", tmp_path / "labels")
+    each, asked = statistics.each, []
+
+    def counted(*arguments: Any, workers: int) -> Iterator[Any]:
+        asked.append(workers)
+        return each(*arguments, workers=0)
+
+    monkeypatch.setattr(statistics, "each", counted)
+    class_counts(data, workers=3)
+    class_counts(data)
+    assert asked == [3, 0]
 
 
 def test_class_counts__a_label_map_lost_since_it_was_listed(tmp_path: Path) -> None:

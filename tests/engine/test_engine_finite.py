@@ -348,6 +348,22 @@ def test_guard__refuses() -> None:
     refusal(lambda: FiniteGuard([], [nn.Linear(1, 1)]), wrong, TypeError)  # type: ignore[list-item]
 
 
+@EITHER
+def test_guard__counts_good_steps_where_no_module_has_extra_state(guard: type[FiniteGuard]) -> None:
+    layer = nn.Linear(2, 1)
+    optimizer = o.Adam(layer.parameters(), 0.1)
+    watch = guard([layer], optimizer, skip=9)
+    for step, factor in enumerate([1.0, math.nan, math.nan, 1.0]):
+        optimizer.zero_grad()
+        loss = layer(torch.ones(1, 2)).sum() * factor
+        loss.backward()
+        watch.check(loss, step)
+        optimizer.step()
+        watch.restore()
+    watch.settle()
+    assert [int(state["step"]) for state in optimizer.state.values()] == [2, 2]
+
+
 @pytest.mark.usefixtures("process_group")
 def test_guard__of_a_group_undoes_a_bad_step_alone() -> None:
     parts = Parts(MOMENTUM)

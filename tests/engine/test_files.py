@@ -215,6 +215,12 @@ def test_lock__a_holder_without_a_name(tmp_path: Path) -> None:
             pass
 
 
+def test_lock__makes_its_folder(tmp_path: Path) -> None:
+    with FolderLock(tmp_path / "a" / "b") as lock:
+        assert lock.path.parent == tmp_path / "a" / "b"
+        assert lock.path.parent.is_dir()
+
+
 def test_sync_folder__other_errors_are_errors_and_other_systems_need_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,9 +217,10 @@ class Stubborn:
         self.killed = True
 
 
-def test_end__asks_again_and_kills_at_last() -> None:
+def test_end__asks_again_and_kills_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
     soon, never = Stubborn(dies_at=3), Stubborn()
-    _workers._end({soon, never})  # type: ignore[arg-type]
+    monkeypatch.setattr(_workers, "_started", {soon, never})
+    _workers._end_all()
     assert (soon.asked, soon.killed) == (3, False)
     assert (never.asked, never.killed) == (50, True)
 
@@ -228,7 +229,7 @@ class Exited(BaseException):
     pass
 
 
-@pytest.mark.skipif(not _workers.TELLS_SENDER, reason="the sender of a signal is unknown")
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="the sender of a signal is unknown")
 @pytest.mark.parametrize(
     ("told", "end"),
     [
@@ -263,6 +264,57 @@ def test_watch__ends_a_worker_with(told: list[object], end: tuple[int, bool], mo
     if end[1]:
         with pytest.raises(SystemExit):
             _workers._leave(signal.SIGTERM, None)
+
+
+def test_watch__where_no_sender_is_known_ends_a_worker_without_a_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, asked, slept = Stubborn(dies_at=2), [], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        parent.asked += 1
+
+    def leave(code: int) -> None:
+        raise Exited(code)
+
+    for where, name, value in (
+        (_workers, "_orphaned", threading.Event()), (_workers, "TELLS_SENDER", False), (os, "_exit", leave),
+        (time, "sleep", sleep), (_thread, "interrupt_main", asked.append),
+    ):  # fmt: skip
+        monkeypatch.setattr(where, name, value)
+    with pytest.raises(Exited, match="1"):
+        _workers._watch(parent)  # type: ignore[arg-type]
+    assert asked == [signal.SIGINT]
+    assert slept == [0.5, 0.5, 2]
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_quiet_worker__in_a_worker_handles_signals_and_watches(tells: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    handled, masked, watched, parent = {}, [], [], Stubborn()
+    for where, name, value in (
+        (_workers, "TELLS_SENDER", tells),
+        (_workers, "_watch", watched.append),
+        (multiprocessing, "parent_process", lambda: parent),
+        (signal, "signal", handled.__setitem__),
+        (signal, "pthread_sigmask", lambda *call: masked.append(call)),
+    ):
+        monkeypatch.setattr(where, name, value)
+    before = {*threading.enumerate()}
+    quiet_worker(0)
+    for thread in {*threading.enumerate()} - before:
+        thread.join()
+    assert set(handled.values()) == {_workers._leave}
+    assert set(handled) == ({signal.SIGINT, signal.SIGTERM} if tells else {signal.SIGINT})
+    assert masked == [(signal.SIG_BLOCK, _workers.SIGNALS)] * tells
+    assert watched == [parent]
+
+
+def test_loader__keeps_an_own_initializer(tmp_path: Path) -> None:
+    def own(number: int) -> None:
+        (tmp_path / f"started-{number}").touch()
+
+    loader = QuietLoader(range(2), num_workers=1, worker_init_fn=own, multiprocessing_context="fork")
+    assert [int(number) for number in loader] == [0, 1]
+    assert (tmp_path / "started-0").exists()
 
 
 def test_started_quietly__blocks_signals_where_they_can_be_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
