@@ -93,5 +93,9 @@ def test_optional_packages__may_be_missing(
     without = runpy.run_path(str(module.__file__))
     assert without["Image" if module is _images else "tqdm"] is None
     if module is _progress:
-        assert list(without["shown"](range(110), 110, "reading", "file")) == list(range(110))
-        assert capsys.readouterr().err.splitlines()[1] == "reading: 22 of 110"
+        for total, lines in ((100, 10), (99, 0)):
+            assert list(without["shown"](range(total), total, "reading", "file")) == list(range(total))
+            said = capsys.readouterr().err.splitlines()
+            assert said == [f"reading: {tenth * 10} of 100" for tenth in range(1, lines + 1)]
+        assert len(list(without["shown"](range(199), None, "reading", "file"))) == 199
+        assert capsys.readouterr().err == "reading: 100\n"
