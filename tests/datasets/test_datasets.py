@@ -63,7 +63,11 @@ def cityscapes(root: Path, *, zips: bool = False) -> Path:
 def test_class_table__is_the_official_one() -> None:
     assert len(CLASSES) == 19
     assert CLASS_NAMES[:2] == ("road", "sidewalk")
-    assert PALETTE[0] == (128, 64, 128)
+    assert [value for color in PALETTE for value in color] == [
+        128, 64, 128, 244, 35, 232, 70, 70, 70, 102, 102, 156, 190, 153, 153, 153, 153, 153, 250, 170, 30, 220, 220, 0,
+        107, 142, 35, 152, 251, 152, 70, 130, 180, 220, 20, 60, 255, 0, 0, 0, 0, 142, 0, 0, 70, 0, 60, 100, 0, 80, 100,
+        0, 0, 230, 119, 11, 32,
+    ]  # fmt: skip
     table = train_ids().tolist()
     assert {i: t for i, t in enumerate(table) if t != 255} == LABEL_IDS
     assert [table[i] for i in label_ids()[:19].tolist()] == list(range(19))
