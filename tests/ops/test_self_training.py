@@ -1020,3 +1020,20 @@ def test_recipes__know_every_argument_of_their_parts() -> None:
     known = set(re.findall(r"\w+", str(error.value).partition("options are")[2]))
     for part in (CrossDomainMix, MeanTeacher, StrongAugment, ConfidenceWeightedCE, DistributionAlignment, SelfTraining):
         assert set(inspect.signature(part).parameters) <= known | elsewhere, part
+
+
+class Drawn:
+    """An augmentation with a draw that is no module."""
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None, device: object = None) -> Tensor:
+        return torch.rand(n, generator=generator)
+
+    def __call__(self, images: Tensor, *, draw: Tensor | None = None) -> Tensor:
+        return images if draw is None else images * draw[:, None, None, None]
+
+
+def test_augment__with_a_draw_may_be_any_callable() -> None:
+    training = build(augment=Drawn())
+    draw = training.sample(2, size=(8, 9))
+    assert isinstance(draw.augment, Tensor)
+    assert draw.augment.shape == (2,)
