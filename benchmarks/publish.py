@@ -329,6 +329,7 @@ def mutation() -> list[str]:
     return [
         f"Of {number} mutants drawn at random from {document['all']}, the fast tests notice {killed}, which is",
         f"{100 * killed / number:.1f} %; the 95 % interval is {low} to {high} % ({document['date']}, torch {torch}).",
+        document["note"],
         "",
         *table(["what they do not notice", "why"], rows, left=(0, 1)),
     ]

@@ -7,7 +7,7 @@ it imports the package and its tests, and for each mutant forks a process that c
 the tests of the changed line, the shortest first, until one fails. Survivors, and changes outside of functions, are
 written into the copy and tried again by a new pytest. The sample is random with a fixed seed. What was tried is kept
 in FOLDER: the same command goes on, a larger number adds mutants, and `--again` tries survivors with new tests. The
-reasons of survivors are written into the result file by hand, and kept.
+note and the reasons of survivors are written into the result file by hand, and kept.
 """
 
 import argparse
@@ -261,11 +261,12 @@ def report(outcomes: dict[str, str], all_there_are: int, *, save: bool) -> None:
     counted = [outcome for outcome in outcomes.values() if outcome != "no code"]
     killed = sum(outcome.startswith("killed") for outcome in counted)
     file = RESULTS / "mutation.json"
-    reasons = json.loads(file.read_text(encoding="utf-8"))["survivors"] if file.exists() else {}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     document: dict[str, Any] = {
         "date": today(), "commit": commit(), "machine": machine("cpu"),
         "all": all_there_are, "mutants": len(counted), "killed": killed, "interval": wilson(killed, len(counted)),
-        "survivors": {name: reasons.get(name, "") for name, outcome in outcomes.items() if outcome == "survives"},
+        "note": before.get("note", ""),
+        "survivors": {name: before.get("survivors", {}).get(name, "") for name, outcome in outcomes.items() if outcome == "survives"},
     }  # fmt: skip
     print(json.dumps(document, indent=1))
     if save:

@@ -1025,8 +1025,8 @@ def test_recipes__know_every_argument_of_their_parts() -> None:
 class Drawn:
     """An augmentation with a draw that is no module."""
 
-    def sample(self, n: int, *, generator: torch.Generator | None = None, device: object = None) -> Tensor:
-        return torch.rand(n, generator=generator)
+    def sample(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | None = None) -> Tensor:
+        return torch.rand(n, generator=generator, device=device)
 
     def __call__(self, images: Tensor, *, draw: Tensor | None = None) -> Tensor:
         return images if draw is None else images * draw[:, None, None, None]
