@@ -262,11 +262,12 @@ def report(outcomes: dict[str, str], all_there_are: int, *, save: bool) -> None:
     killed = sum(outcome.startswith("killed") for outcome in counted)
     file = RESULTS / "mutation.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    reasons = before.get("survivors", {})
     document: dict[str, Any] = {
         "date": today(), "commit": commit(), "machine": machine("cpu"),
         "all": all_there_are, "mutants": len(counted), "killed": killed, "interval": wilson(killed, len(counted)),
         "note": before.get("note", ""),
-        "survivors": {name: before.get("survivors", {}).get(name, "") for name, outcome in outcomes.items() if outcome == "survives"},
+        "survivors": {name: reasons.get(name, "") for name, outcome in outcomes.items() if outcome == "survives"},
     }  # fmt: skip
     print(json.dumps(document, indent=1))
     if save:
