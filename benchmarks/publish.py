@@ -317,7 +317,22 @@ def reliability() -> str:
         wrong = "; ".join(group["wrong"]).replace("|", "\\|")
         rows.append([name, figures, wrong or "nothing", f"{group['seconds']} s", group["date"]])
     lines = table(["group", "tried", "wrong", "time", "date"], rows, left=(0, 1, 2))
-    return "\n".join([f"The nightly profile, {versions}, on {machine['processor']}:", "", *lines])
+    return "\n".join([f"The nightly profile, {versions}, on {machine['processor']}:", "", *lines, *mutation()])
+
+
+def mutation() -> list[str]:
+    """The share of mutants that tests notice, and what they do not notice."""
+    document = read("mutation")
+    low, high = (f"{100 * share:.1f}" for share in document["interval"])
+    number, killed, torch = document["mutants"], document["killed"], document["machine"]["torch"]
+    rows = [[f"`{name}`".replace("|", "\\|"), reason] for name, reason in document["survivors"].items()]
+    return [
+        f"Of {number} mutants drawn at random from {document['all']}, the fast tests notice {killed}, which is",
+        f"{100 * killed / number:.1f} %; the 95 % interval is {low} to {high} % ({document['date']}, torch {torch}).",
+        document["note"],
+        "",
+        *table(["what they do not notice", "why"], rows, left=(0, 1)),
+    ]
 
 
 def figures() -> str:

@@ -12,15 +12,16 @@ from crossmix._cross_entropy import valid_pixels
 from crossmix._tensors import arithmetic, weight_maps
 
 
-def class_factors(labels: Tensor, num_classes: int, class_weights: Tensor | None, ignore_index: int) -> Tensor:
-    """The class weight of each pixel's label, (N, H, W); summed over the classes of a soft label, 0 if ignored."""
-    if labels.is_floating_point():
-        dtype = arithmetic(labels, class_weights)
-        mass = factors(labels, num_classes, class_weights, ignore_index, dtype=dtype).sum(1)
-        return mass.where(mass.isfinite(), 0)  # otherwise the loss is NaN anyway, unless the pixel has weight 0
+def mass(labels: Tensor, num_classes: int, class_weights: Tensor | None, ignore_index: int) -> Tensor:
+    """The sum over classes of each pixel's soft label times the class weights, (N, H, W)."""
+    dtype = arithmetic(labels, class_weights)
+    total = factors(labels, num_classes, class_weights, ignore_index, dtype=dtype).sum(1)
+    return total.where(total.isfinite(), 0)  # otherwise the loss is NaN anyway, unless the pixel has weight 0
+
+
+def class_factors(labels: Tensor, num_classes: int, class_weights: Tensor, ignore_index: int) -> Tensor:
+    """The class weight of each pixel's label, (N, H, W), 0 if ignored."""
     index, valid = valid_pixels(labels, num_classes, ignore_index)
-    if class_weights is None:
-        return valid.to(torch.float32)
     return class_weights.to(arithmetic(class_weights))[index.where(valid, 0)].where(valid, 0)
 
 

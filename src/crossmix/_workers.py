@@ -113,8 +113,7 @@ def terminate(pool: Pool, processes: set[BaseProcess]) -> None:
 
 
 _started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_started.clear)
+getattr(os, "register_at_fork", dict)(after_in_child=_started.clear)  # Windows has none, and no forks
 
 
 @atexit.register

@@ -247,16 +247,12 @@ def _indexed(data: Samples, share: range, workers: int) -> Iterator[object]:
             batch_size=None,
             sampler=share,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=nn.Identity(),
             generator=torch.Generator(),  # otherwise the loader draws from the global one
         )
     else:
         for i in share:
             yield data[i]
-
-
-def _as_it_is(item: object) -> object:
-    return item
 
 
 def _batch(item: object, index: int) -> Batch:
@@ -388,8 +384,8 @@ def _unit(images: Tensor) -> Tensor:
 def _resized(images: Tensor, size: Size | None) -> Tensor:
     if size is None or tuple(images.shape[-2:]) == tuple(size):
         return images
-    if images.device.type == "cpu" or images.is_floating_point():
-        return functional.interpolate(images, size=size, mode="bilinear", antialias=True)
-    # Only the CPU resizes uint8; elsewhere resize in float and round, which gives the same values.
-    resized = functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
-    return resized.round().to(torch.uint8)
+    if images.device.type != "cpu" and not images.is_floating_point():
+        # Only the CPU resizes uint8; elsewhere resize in float and round, which gives the same values.
+        resized = functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
+        return resized.round().to(torch.uint8)
+    return functional.interpolate(images, size=size, mode="bilinear", antialias=True)

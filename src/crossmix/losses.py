@@ -26,7 +26,7 @@ from crossmix._checks import (
 from crossmix._class_weights import buffer_of, shown
 from crossmix._cross_entropy import pixel_losses, upsample_for, upsampled_sum, valid_pixels
 from crossmix._distributed import all_reduce_sum, world_size
-from crossmix._soft_labels import class_factors, dense_losses, factors
+from crossmix._soft_labels import class_factors, dense_losses, factors, mass
 from crossmix._tensors import KeepsFloat32, arithmetic, at_least_float32, weight_maps
 
 __all__ = ["ConfidenceWeightedCE", "confidence_weight", "upsampled_cross_entropy", "weighted_cross_entropy"]
@@ -342,9 +342,12 @@ def _needs_factors(labels: Tensor, how: _How) -> bool:
 
 def _by_class(labels: Tensor, weights: Tensor | None, num_classes: int, how: _How) -> Tensor | None:
     """Pixel weights times the class weights of their labels."""
-    if how.class_weights is None and not labels.is_floating_point():
+    if labels.is_floating_point():
+        each = mass(labels, num_classes, how.class_weights, how.ignore_index)
+    elif how.class_weights is None:
         return weights
-    each = class_factors(labels, num_classes, how.class_weights, how.ignore_index)
+    else:
+        each = class_factors(labels, num_classes, how.class_weights, how.ignore_index)
     return each if weights is None else each * weight_maps(weights, each)
 
 

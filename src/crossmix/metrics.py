@@ -143,7 +143,7 @@ class ConfusionMatrix(Counts):
 
 def _count(ids: Tensor, size: int) -> Tensor:
     """Count the ids 0..size - 1. On a GPU `bincount` would sync, so use `scatter_add_`."""
-    if ids.device.type == "cpu":
-        return torch.bincount(ids, minlength=size)
-    ids = ids.long()
-    return ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids))
+    if ids.device.type != "cpu":
+        ids = ids.long()
+        return ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids))
+    return torch.bincount(ids, minlength=size)

@@ -647,7 +647,8 @@ def _local_pairs(averaged: Mapping[Any, Tensor], current: Mapping[Any, Tensor]) 
         if not isinstance(old, DTensor):
             return old, new.full_tensor() if isinstance(new, DTensor) else new
         if not isinstance(new, DTensor):
-            new = DTensor.from_local(new, old.device_mesh, [Replicate()] * old.device_mesh.ndim, run_check=False)
+            everywhere = [Replicate()] * old.device_mesh.ndim
+            new = DTensor.from_local(new.detach(), old.device_mesh, everywhere, run_check=False)
         return old.to_local(), new.redistribute(old.device_mesh, old.placements).to_local()
 
     return [local(old, new) for old, new in pairs]

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from campaign import checkpoints, faults, labels, png, security, soak, trouble
+from campaign import checkpoints, faults, labels, mutants, png, security, soak, trouble
+from campaign.mutations import mutations
 from crossmix.datasets import GTA5, SegmentationFolder, _labels, _png
 from crossmix.engine import FolderLock
 from crossmix.engine import checkpoints as engine
@@ -135,3 +136,51 @@ def test_trouble__finds_nothing_and_notices_a_lock_that_locks_nothing(monkeypatc
     monkeypatch.setattr(trouble, "CASES", {few[1]: trouble.CASES[few[1]]})
     monkeypatch.setattr(FolderLock, "_acquire", lambda *_: None)
     assert trouble.run("short")["wrong"].keys() == {few[1]}
+
+
+def test_mutations__change_code_but_no_words_or_types() -> None:
+    source = b"""
+import warnings
+
+SHARE: float = 0.5
+
+@cached
+def part(x: int = 1, *, mode: str = "all") -> int | None:
+    \"\"\"Of 2.\"\"\"
+    if x < 2 and not mode == "all":
+        raise ValueError(f"{x} < 2", 3)
+    warnings.warn("4", stacklevel=2)
+    x += 5
+    return max(x, -6, key=abs)
+"""
+    changed = {(source[one.start : one.end].decode(), one.new) for one in mutations(source)}
+    assert changed == {
+        ("0.5", "(1.0)"),
+        ("cached", "(lambda plain: plain)"),
+        ("1", "(2)"),
+        ('"all"', "'allX'"),
+        ("x < 2", "(x <= 2)"),
+        ("2", "(3)"),
+        ('x < 2 and not mode == "all"', "(x < 2 or not mode == 'all')"),
+        ('x < 2 and not mode == "all"', "(not (x < 2 and (not mode == 'all')))"),
+        ('not mode == "all"', "(mode == 'all')"),
+        ('mode == "all"', "(mode != 'all')"),
+        ('mode == "all"', "(mode == 'allX')"),
+        ('raise ValueError(f"{x} < 2", 3)', "pass"),
+        ('warnings.warn("4", stacklevel=2)', "pass"),
+        ("x += 5", "pass"),
+        ("x += 5", "x -= 5"),
+        ("5", "(6)"),
+        ("return max(x, -6, key=abs)", "return None"),
+        ("max(x, -6, key=abs)", "(max(-6, x, key=abs))"),
+        ("max(x, -6, key=abs)", "(max(x, -6))"),
+        ("-6", "(6)"),
+        ("6", "(7)"),
+    }
+    assert {one.lines for one in mutations(source) if one.new == "(2)"} == {range(8, 14)}
+
+
+@pytest.mark.parametrize("killed", [0, 27, 30])
+def test_wilson__ends_where_the_share_is_1_96_deviations_away(killed: int) -> None:
+    for end in mutants.wilson(killed, 30):
+        assert abs(killed / 30 - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 30), abs=1e-3)

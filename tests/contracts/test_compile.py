@@ -357,3 +357,35 @@ def test_mixing__inductor_equals_eager(
     arguments = (images, ids, *other, weights)
     got = torch.compile(mixer, fullgraph=True)(*arguments, scores=VALUES["scores"])
     torch.testing.assert_close(tuple(got), tuple(mixer(*arguments, scores=VALUES["scores"])), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_forms_for_the_compiler__are_what_they_replace(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called without the compiler, and so exactly; in `stored` a mask of another dtype stands for its bools."""
+    values = inputs()
+    images, labels = values["images"], values["labels"].to(dtype)
+    mask = F.class_mask(labels, F.sample_classes(labels, C, generator=seeded(1)))
+    mixer, classes = ClassMix(C), F.sample_classes(labels, C, generator=seeded(1))
+    augment = StrongAugment(jitter_p=0, blur_p=1)
+    draw = augment.sample(len(images), generator=seeded(2))
+
+    def results() -> list[Tensor]:
+        flipped = images.flip(0)
+        return [
+            F.class_mask(labels, F.sample_classes(labels, C, scores=torch.rand(2, C + 1, generator=seeded(3)))),
+            F.mix(images, flipped, mask),
+            F.mix(images.mT.contiguous().mT, flipped, mask),
+            F.mix(images[:, None], flipped[:, None], mask),
+            F.mix(labels, labels.flip(0), mask),
+            augment(images, draw=draw),
+            *mixer(images, labels, classes=classes),
+        ]
+
+    want = results()
+    assert want[0].any()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for got, expected in zip(results(), want, strict=True):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected)
+    with pytest.raises(TypeError, match="must be None inside a compiled function"):
+        F.sample_classes(labels, C, generator=seeded(1))

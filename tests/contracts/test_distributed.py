@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from crossmix import _distributed
 from runs import run_ranks
 
 SCRIPT = """
@@ -216,3 +218,14 @@ def test_sharded_students_give_the_teacher_that_ddp_gives(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_two_ranks_equal_one_after_several_steps(tmp_path: Path) -> None:
     run_ranks(SCRIPT, 2, tmp_path)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_all_reduce_sum__is_a_new_tensor_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = torch.arange(3.0, requires_grad=True)
+    for size in (1, 2):  # as if there were another rank, which the group of this process does not know
+        monkeypatch.setattr(_distributed, "world_size", lambda size=size: size)
+        total = _distributed.all_reduce_sum(value)
+        assert not total.requires_grad
+        assert torch.equal(total, value)
+        assert total.data_ptr() != value.data_ptr()

@@ -281,6 +281,24 @@ def test_lock__waiting_is_reported(samples: GTA5, folder: Path, capsys: pytest.C
     assert line.endswith("; waiting for it")
 
 
+def test_lock__what_another_process_has_finished_meanwhile_is_taken(
+    samples: GTA5, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered = FolderLock.__enter__
+
+    def after_another(lock: FolderLock) -> FolderLock:
+        monkeypatch.undo()
+        build(samples, folder)
+        before.update(stamps(folder))
+        return entered(lock)
+
+    before: dict[str, tuple[int, int]] = {}
+    monkeypatch.setattr(FolderLock, "__enter__", after_another)
+    assert_equal(build(samples, folder)[0], samples[0])
+    after = stamps(folder)
+    assert {name: after[name] for name in FILES} == {name: before[name] for name in FILES}
+
+
 Usage = namedtuple("Usage", "total used free")  # noqa: PYI024 - as shutil's
 
 
@@ -423,6 +441,19 @@ def test_damage__a_file_cut_off_or_lost_after_opening(samples: GTA5, folder: Pat
     refusal(lambda: cached[0], rf"{FILES[0]}: cannot be read")
     path.unlink()
     refusal(lambda: cached[0], rf"{FILES[0]}: cannot be read")
+
+
+def test_damage__a_file_that_may_not_be_read(samples: GTA5, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(samples, folder)
+    opened = Path.open
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == FILES[0]:
+            raise PermissionError(errno.EACCES, "no permission", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    refusal(lambda: CachedSamples(samples, folder), rf"{FILES[0]}: cannot be read \(no permission\)")
 
 
 @pytest.mark.parametrize("complete", [True, False])

@@ -63,7 +63,11 @@ def cityscapes(root: Path, *, zips: bool = False) -> Path:
 def test_class_table__is_the_official_one() -> None:
     assert len(CLASSES) == 19
     assert CLASS_NAMES[:2] == ("road", "sidewalk")
-    assert PALETTE[0] == (128, 64, 128)
+    assert [value for color in PALETTE for value in color] == [
+        128, 64, 128, 244, 35, 232, 70, 70, 70, 102, 102, 156, 190, 153, 153, 153, 153, 153, 250, 170, 30, 220, 220, 0,
+        107, 142, 35, 152, 251, 152, 70, 130, 180, 220, 20, 60, 255, 0, 0, 0, 0, 142, 0, 0, 70, 0, 60, 100, 0, 80, 100,
+        0, 0, 230, 119, 11, 32,
+    ]  # fmt: skip
     table = train_ids().tolist()
     assert {i: t for i, t in enumerate(table) if t != 255} == LABEL_IDS
     assert [table[i] for i in label_ids()[:19].tolist()] == list(range(19))
@@ -328,6 +332,19 @@ def test_synthia__other_files_are_refused(tmp_path: Path, labels: np.ndarray, me
     refusal(lambda: high[0], r"0000000\.png: holds no class but 0 in 8 bits, like files saved")
     deep_png(synthia(tmp_path, "16-bit RGB") / "GT" / "LABELS" / "0000001.png", labels)
     assert "0000001.png" in refusal(lambda: Synthia(tmp_path)[1], message)
+
+
+def test_synthia__transparency_is_refused(tmp_path: Path) -> None:
+    path = synthia(tmp_path, "16-bit RGB") / "GT" / "LABELS" / "0000000.png"
+    save(path, np.full((12, 20, 4), 3, np.uint8))
+    refusal(lambda: Synthia(tmp_path)[0], r"0000000\.png: expected 1 or 3 channels, got 4")
+
+
+def test_gta5__the_id_255_is_ignored_where_others_are_no_train_ids(tmp_path: Path) -> None:
+    label = np.full((12, 20), 26, np.uint8)  # cars
+    label[:2] = 255
+    save(gta5(tmp_path) / "labels" / "00002.png", label)
+    assert GTA5(tmp_path)[2].label.tolist() == [[255] * 20] * 2 + [[13] * 20] * 10
 
 
 @pytest.mark.parametrize("reader", [GTA5, Synthia])

@@ -239,3 +239,8 @@ def test_check__real_folders(test_data: Path, command: Callable[..., str]) -> No
     out = command(1, "check", test_data / "cityscapes")
     assert "Cityscapes train, gtFine: 8 images (the whole data set has 2975), 8 label maps of label ids, 8 pairs" in out
     assert out.splitlines()[-1] == "15 problems"  # label maps of val without images
+
+
+def test_stats__a_part_without_label_maps_has_none(gta5: Path, command: Callable[..., str]) -> None:
+    shutil.rmtree(gta5 / "labels")
+    assert command(0, "stats", gta5) == ""

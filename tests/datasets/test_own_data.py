@@ -25,6 +25,7 @@ from crossmix.datasets import (
     Synthia,
     class_counts,
     read_classes,
+    statistics,
 )
 from crossmix.engine import KeyedCrops
 from oracles import picture, save, seeded
@@ -98,7 +99,7 @@ def test_num_classes__ids_at_or_beyond_it_are_refused(tmp_path: Path) -> None:
     assert data.num_classes == 5
     assert data[0].label.max() == 4
     refusal(lambda: data[1], r"labels/b\.png: holds \[5\], but 5 classes have the ids 0\.\.4, and ignored pixels 255")
-    refusal(lambda: class_counts(data), r"b\.png: holds \[5\]")
+    refusal(lambda: class_counts(data, cache=tmp_path / "counts"), r"b\.png: holds \[5\]")
     crops = KeyedCrops(data, (4, 4), seed=0, stream=0)
     refusal(lambda: [crops[i] for i in range(3)], r"b\.png: holds \[5\]")
     assert read(num_classes=6).max() == read(num_classes=5, ignore_index=5).max() == 5
@@ -178,6 +179,33 @@ def test_folders__one_for_both_is_refused(tmp_path: Path) -> None:
     pairs(tmp_path)
     for given in (tmp_path, tmp_path / "images", tmp_path / "*" / "*.png"):
         refusal(partial(SegmentationFolder, given, f"{given}/"), "is given for both images and labels")
+
+
+def test_patterns__a_folder_that_is_not_there_has_no_files(tmp_path: Path) -> None:
+    refusal(lambda: SegmentationFolder(tmp_path / "none" / "*.png"), "none.*no images|none.*no image")
+
+
+def test_class_counts__by_as_many_workers_as_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = SegmentationFolder(pairs(tmp_path) / "images", tmp_path / "labels")
+    each, asked = statistics.each, []
+
+    def counted(*arguments: Any, workers: int) -> Iterator[Any]:
+        asked.append(workers)
+        return each(*arguments, workers=0)
+
+    monkeypatch.setattr(statistics, "each", counted)
+    class_counts(data, workers=3)
+    class_counts(data)
+    assert asked == [3, 0]
+
+
+def test_class_counts__a_label_map_lost_since_it_was_listed(tmp_path: Path) -> None:
+    data = SegmentationFolder(pairs(tmp_path) / "images", tmp_path / "labels")
+    (tmp_path / "labels" / "b.png").unlink()
+    refusal(
+        lambda: class_counts(data, cache=tmp_path / "counts"),
+        r"b\.png: cannot be read \(No such file or directory\); check the folder",
+    )
 
 
 def test_patterns__endings_in_any_case_and_of_any_kind(tmp_path: Path) -> None:

@@ -204,6 +204,23 @@ def damage(path: Path, how: str) -> None:
     DAMAGES[how](path, path.read_bytes())
 
 
+def test_checkpoints__one_that_cannot_be_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, state(1))
+    newest, opened = store.save(2, state(2)), Path.open
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == newest:
+            raise PermissionError(errno.EACCES, "no permission", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.warns(
+        UserWarning, match=r"step-0000002\.pt: it cannot be read \(no permission\); loading step-0000001"
+    ):
+        assert step_of(store.load_newest()) == 1
+
+
 @pytest.mark.parametrize("how", DAMAGES)
 def test_checkpoints__a_damaged_one_is_never_loaded(tmp_path: Path, how: str) -> None:
     store = CheckpointStore(tmp_path)

@@ -82,9 +82,10 @@ class Late(FiniteGuard):
     def _is_known(self, _: Tensor) -> bool:
         return False
 
-    def _on_host(self, _: Iterable[Tensor]) -> list[Tensor]:
+    def _moving(self) -> list[Tensor]:
         states = [state.values() for one in self.optimizers for state in one.state.values()]
-        return [value for values in states for value in values if isinstance(value, Tensor) and value.ndim == 0]
+        counts = {id(value) for values in states for value in values if isinstance(value, Tensor) and not value.ndim}
+        return [tensor for tensor in super()._moving() if id(tensor) not in counts]
 
 
 class Plain(nn.Module):
@@ -345,6 +346,33 @@ def test_guard__refuses() -> None:
     refusal(Parts("SGD").guard.restore, "needs a `check` before it", RuntimeError)
     wrong = r"must be a torch\.optim\.Optimizer, or several, got Linear"
     refusal(lambda: FiniteGuard([], [nn.Linear(1, 1)]), wrong, TypeError)  # type: ignore[list-item]
+
+
+@EITHER
+def test_guard__counts_good_steps_where_no_module_has_extra_state(guard: type[FiniteGuard]) -> None:
+    layer = nn.Linear(2, 1)
+    optimizer = o.Adam(layer.parameters(), 0.1)
+    watch = guard([layer], optimizer, skip=9)
+    for step, factor in enumerate([1.0, math.nan, math.nan, 1.0]):
+        optimizer.zero_grad()
+        loss = layer(torch.ones(1, 2)).sum() * factor
+        loss.backward()
+        watch.check(loss, step)
+        optimizer.step()
+        watch.restore()
+    watch.settle()
+    assert [int(state["step"]) for state in optimizer.state.values()] == [2, 2]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_guard__of_a_group_undoes_a_bad_step_alone() -> None:
+    parts = Parts(MOMENTUM)
+    parts.step(0)
+    before = parts.state()
+    parts.step(1, bad="loss")
+    assert same(parts.state(), before)
+    parts.step(2)
+    assert not same(parts.state(), before)
 
 
 @pytest.mark.gpu

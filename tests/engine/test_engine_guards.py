@@ -2,11 +2,13 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from crossmix.engine import StopRequest
 from runs import fork, run_ranks
@@ -51,6 +53,38 @@ def test_stop__puts_the_handlers_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.agreed()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_stop__is_never_asked_for_outside_the_main_thread() -> None:
+    before, agreed = signal.getsignal(signal.SIGTERM), []
+
+    def elsewhere() -> None:
+        with StopRequest() as stop:
+            agreed.append((stop.agreed(), signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert agreed == [(False, before)]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_stop__a_group_hears_of_it() -> None:
+    stop = StopRequest(dist.group.WORLD)
+    assert stop.agreed() is False
+    stop.requested = True
+    assert stop.agreed() is True
+
+
+def test_stop__only_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with StopRequest():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert codes == []
+        os.kill(os.getpid(), signal.SIGINT)
+    assert codes == [130]
 
 
 RANKS = """

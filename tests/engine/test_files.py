@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from crossmix._files import BusyError, FolderLock, amount, whole_file, write_whole
+from crossmix._files import BusyError, FolderLock, amount, sync_folder, whole_file, write_whole
 from runs import fork
 
 
@@ -206,3 +206,30 @@ def test_lock__asks_for_the_extra(tmp_path: Path, found: str | None, monkeypatch
     said = f"is {found}: .*" if found else ""
     with pytest.raises(ImportError, match=rf"{said}pip install crossmix\[train\]"), FolderLock(tmp_path):
         pass
+
+
+def test_lock__a_holder_without_a_name(tmp_path: Path) -> None:
+    with FolderLock(tmp_path):
+        (tmp_path / ".lock.holder").unlink()
+        with pytest.raises(BusyError, match="is in use by another process; wait"), FolderLock(tmp_path):
+            pass
+
+
+def test_lock__makes_its_folder(tmp_path: Path) -> None:
+    with FolderLock(tmp_path / "a" / "b") as lock:
+        assert lock.path.parent == tmp_path / "a" / "b"
+        assert lock.path.parent.is_dir()
+
+
+def test_sync_folder__other_errors_are_errors_and_other_systems_need_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_handle: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        sync_folder(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        sync_folder(tmp_path)

@@ -1,5 +1,6 @@
 """Workers under signals, with real processes: to one and to the group, at their start and later, forked and spawned."""
 
+import _thread
 import multiprocessing
 import os
 import signal
@@ -8,12 +9,14 @@ import sys
 import textwrap
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from torch.utils.data._utils import signal_handling
 
+from crossmix import _workers
 from crossmix.engine import QuietLoader, quiet_worker
 from runs import wait_for
 
@@ -190,6 +193,143 @@ def test_quiet_worker__outside_a_worker_changes_nothing() -> None:
     before = state()
     quiet_worker(0)
     assert state() == before
+
+
+class Stubborn:
+    """A process that dies at the given SIGTERM, or only by SIGKILL."""
+
+    pid = 4321
+
+    def __init__(self, dies_at: int = 1000) -> None:
+        self.dies_at, self.asked = dies_at, 0
+        self.killed = False
+
+    def is_alive(self) -> bool:
+        return self.asked < self.dies_at and not self.killed
+
+    def terminate(self) -> None:
+        self.asked += 1
+
+    def join(self, _seconds: float) -> None:
+        pass
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_end__asks_again_and_kills_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    soon, never = Stubborn(dies_at=3), Stubborn()
+    monkeypatch.setattr(_workers, "_started", {soon, never})
+    _workers._end_all()
+    assert (soon.asked, soon.killed) == (3, False)
+    assert (never.asked, never.killed) == (50, True)
+
+
+class Exited(BaseException):
+    pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="the sender of a signal is unknown")
+@pytest.mark.parametrize(
+    ("told", "end"),
+    [
+        ([(signal.SIGTERM, 1), (signal.SIGINT, Stubborn.pid), None, (signal.SIGTERM, Stubborn.pid)], (0, False)),
+        ([None, "orphaned"], (1, True)),
+    ],
+    ids=["a signal of the parent alone", "the parent is gone"],
+)
+def test_watch__ends_a_worker_with(told: list[object], end: tuple[int, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, asked, ended = Stubborn(), [], []
+
+    def next_signal(_signals: object, _seconds: float) -> types.SimpleNamespace | None:
+        one = told.pop(0)
+        if one == "orphaned":
+            parent.killed, one = True, None
+        return one and types.SimpleNamespace(si_signo=one[0], si_pid=one[1])
+
+    def leave(code: int) -> None:
+        ended.append((code, _workers._orphaned.is_set()))
+        raise Exited
+
+    monkeypatch.setattr(_workers, "_orphaned", threading.Event())
+    monkeypatch.setattr(signal, "sigtimedwait", next_signal)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(_thread, "interrupt_main", asked.append)
+    _workers._leave(signal.SIGTERM, None)  # ignored while there is a parent
+    with pytest.raises(Exited):
+        _workers._watch(parent)  # type: ignore[arg-type]
+    assert (ended, told) == ([end], [])
+    assert asked == [signal.SIGTERM] * end[1]  # the main thread gets the chance to clean up
+    if end[1]:
+        with pytest.raises(SystemExit):
+            _workers._leave(signal.SIGTERM, None)
+
+
+def test_watch__where_no_sender_is_known_ends_a_worker_without_a_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, asked, slept = Stubborn(dies_at=2), [], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        parent.asked += 1
+
+    def leave(code: int) -> None:
+        raise Exited(code)
+
+    for where, name, value in (
+        (_workers, "_orphaned", threading.Event()), (_workers, "TELLS_SENDER", False), (os, "_exit", leave),
+        (time, "sleep", sleep), (_thread, "interrupt_main", asked.append),
+    ):  # fmt: skip
+        monkeypatch.setattr(where, name, value)
+    with pytest.raises(Exited, match="1"):
+        _workers._watch(parent)  # type: ignore[arg-type]
+    assert asked == [signal.SIGINT]
+    assert slept == [0.5, 0.5, 2]
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_quiet_worker__in_a_worker_handles_signals_and_watches(tells: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    handled, masked, watched, parent = {}, [], [], Stubborn()
+    for where, name, value in (
+        (_workers, "TELLS_SENDER", tells),
+        (_workers, "_watch", watched.append),
+        (multiprocessing, "parent_process", lambda: parent),
+        (signal, "signal", handled.__setitem__),
+        (signal, "pthread_sigmask", lambda *call: masked.append(call)),
+    ):
+        monkeypatch.setattr(where, name, value)
+    before = {*threading.enumerate()}
+    quiet_worker(0)
+    for thread in {*threading.enumerate()} - before:
+        thread.join()
+    assert set(handled.values()) == {_workers._leave}
+    assert set(handled) == ({signal.SIGINT, signal.SIGTERM} if tells else {signal.SIGINT})
+    assert masked == [(signal.SIG_BLOCK, _workers.SIGNALS)] * tells
+    assert watched == [parent]
+
+
+def test_loader__keeps_an_own_initializer(tmp_path: Path) -> None:
+    def own(number: int) -> None:
+        (tmp_path / f"started-{number}").touch()
+
+    loader = QuietLoader(range(2), num_workers=1, worker_init_fn=own, multiprocessing_context="fork")
+    assert [int(number) for number in loader] == [0, 1]
+    assert (tmp_path / "started-0").exists()
+
+
+def test_started_quietly__blocks_signals_where_they_can_be_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    trackers: list[bool] = []
+    monkeypatch.setattr(_workers.resource_tracker, "ensure_running", lambda: trackers.append(True))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    for method in ("fork", "spawn"):
+        with _workers.started_quietly(multiprocessing.get_context(method)) as processes:
+            assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before | {signal.SIGTERM, signal.SIGINT}
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+        assert processes == set()
+    assert trackers == [True]  # for spawn: a tracker that starts within the block unblocks them
+    monkeypatch.delattr(signal, "pthread_sigmask")
+    with _workers.started_quietly() as processes:
+        assert processes == set()
 
 
 EACH = """

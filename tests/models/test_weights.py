@@ -38,6 +38,7 @@ from crossmix.models import (
     deeplab_v2_tiny,
     load_weights,
     save_weights,
+    weight_files,
 )
 from crossmix.models.weight_files import SOURCES
 from oracles import flipped
@@ -816,3 +817,10 @@ def test_sources__say_what_is_known() -> None:
         assert source.url.startswith("http")
         assert source.licence
         assert source.sha256 is None or source.sha256 in source.url
+
+
+def test_advice__of_what_is_not_known_is_its_name() -> None:
+    assert weight_files._dtype_class("f8") == "numpy.dtypes.Float64DType"
+    assert weight_files._dtype_class("of another NumPy") == "numpy.dtype"
+    assert weight_files._expression("collections.OrderedDict") == "collections.OrderedDict"
+    assert weight_files._expression("of_others.Network") == "of_others.Network"

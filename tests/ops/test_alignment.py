@@ -225,3 +225,9 @@ def test_sync__the_average_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch)
     rank.update(probs[:1])
     whole.update(probs)
     torch.testing.assert_close(rank.running, whole.running)
+
+
+@pytest.mark.parametrize(("num_classes", "error"), [(0, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_alignment__refuses_other_numbers_of_classes(num_classes: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="`num_classes` must be"):
+        DistributionAlignment(num_classes)

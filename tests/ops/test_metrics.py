@@ -109,3 +109,14 @@ def test_ignored_class__has_no_score_and_no_part_in_the_mean() -> None:
         assert matrix.compute(classes).mean == 1
     with pytest.raises(TypeError, match="integer"):
         matrix.compute([0.5])
+
+
+def test_update__refuses_other_dtypes_and_devices_of_either() -> None:
+    ids = torch.zeros(1, 2, 2, dtype=torch.int64)
+    matrix = ConfusionMatrix(3)
+    with pytest.raises(TypeError, match="`predictions` must be uint8"):
+        matrix.update(ids.float(), ids)
+    with pytest.raises(TypeError, match="`labels` must be uint8"):
+        matrix.update(ids, ids.float())
+    with pytest.raises(ValueError, match="`predictions` is on meta but `labels` is on cpu"):
+        matrix.update(ids.to("meta"), ids)

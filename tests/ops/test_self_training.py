@@ -999,6 +999,7 @@ def test_recipes__refuse_what_would_have_no_effect(name: str) -> None:
         ({"lamda": 1}, r"unknown option 'lamda'; the options are weigh, .*rounding, .*augment, .*std\.$"),
         ({"target_weights": torch.ones(2)}, "given with each batch, when the result is called"),
         ({"augment": 0.5}, "`augment` must be callable, got float"),
+        ({"same_on_batch": 1}, "`same_on_batch` must be True or False, got 1"),
     ],
 )
 def test_recipes__refuse_what_they_do_not_know(options: dict[str, object], message: str) -> None:
@@ -1019,3 +1020,20 @@ def test_recipes__know_every_argument_of_their_parts() -> None:
     known = set(re.findall(r"\w+", str(error.value).partition("options are")[2]))
     for part in (CrossDomainMix, MeanTeacher, StrongAugment, ConfidenceWeightedCE, DistributionAlignment, SelfTraining):
         assert set(inspect.signature(part).parameters) <= known | elsewhere, part
+
+
+class Drawn:
+    """An augmentation with a draw that is no module."""
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | None = None) -> Tensor:
+        return torch.rand(n, generator=generator, device=device)
+
+    def __call__(self, images: Tensor, *, draw: Tensor | None = None) -> Tensor:
+        return images if draw is None else images * draw[:, None, None, None]
+
+
+def test_augment__with_a_draw_may_be_any_callable() -> None:
+    training = build(augment=Drawn())
+    draw = training.sample(2, size=(8, 9))
+    assert isinstance(draw.augment, Tensor)
+    assert draw.augment.shape == (2,)

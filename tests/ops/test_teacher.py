@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from checks import assert_equal_states
+from checks import assert_equal_states, sharded_in_place
 from crossmix import MeanTeacher
 from crossmix import functional as F
 from crossmix.models import load_weights
@@ -771,3 +771,49 @@ def test_follow__does_not_count_steps_that_a_scaler_skips(fused: bool) -> None:
         else:
             made += 1
         assert teacher.num_updates == made
+
+
+class Uncopied(nn.Linear):
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        raise RuntimeError("as torch's own of a tensor with a graph")
+
+
+def test_student__a_module_that_refuses_copies_is_named() -> None:
+    with pytest.raises(ValueError, match=r"because of its module '1\.0' \(Uncopied\) \(as torch's own"):
+        MeanTeacher(nn.Sequential(nn.ReLU(), nn.Sequential(Uncopied(1, 1))))
+
+
+def test_network__takes_over_caches() -> None:
+    def network(*, cached: bool) -> nn.Module:
+        made = student()
+        if cached:
+            made.register_buffer("grid", torch.arange(3.0), persistent=False)
+        return made
+
+    teacher = MeanTeacher(network(cached=True), network=network(cached=False))
+    assert torch.equal(teacher.module.grid, torch.arange(3.0))
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("sharded", ["student", "teacher", "both"])
+def test_update__of_a_sharded_network_is_that_of_a_plain_one(sharded: str) -> None:
+    """On one rank, where a shard is the whole; such a student can be followed, but not copied."""
+    plain, one = student(), student()
+    want, teacher = MeanTeacher(plain), MeanTeacher(one)
+    for network in (plain, one):
+        shake(network, 3)
+    if sharded != "teacher":
+        sharded_in_place(one)
+        with pytest.raises(ValueError, match="`student` must not be sharded yet"):
+            MeanTeacher(one)
+    if sharded != "student":
+        sharded_in_place(teacher.module)
+    for _ in range(2):
+        want.update(plain)
+        teacher.update(one)
+    got = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in state_of(teacher)}
+    assert_equal_states(got, dict(state_of(want)))
+
+
+def state_of(teacher: MeanTeacher) -> list[tuple[str, Tensor]]:
+    return [*teacher.module.named_parameters(), *teacher.module.named_buffers()]

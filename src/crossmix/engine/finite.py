@@ -328,16 +328,16 @@ class _Flag:
 
     def __init__(self, good: Tensor, *, known: bool) -> None:
         self.good: Tensor | bool = known
-        self.event: Any = None
+        self.on_gpu: Any = None
         if good.device.type == "cuda":
             self.good = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(good, non_blocking=True)
-            self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.event.record()
+            self.on_gpu = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.on_gpu.record()
 
     def is_good(self) -> bool:
         """The answer, once it has arrived."""
-        if self.event is not None:
-            self.event.synchronize()
+        if self.on_gpu is not None:
+            self.on_gpu.synchronize()
         return bool(self.good)
 
 
@@ -355,13 +355,13 @@ class _Report:
             self._on_device = torch.zeros(2, dtype=torch.int64, device=good.device)
         count, latest = self._on_device
         self._on_device = torch.stack([count + torch.logical_not(good), torch.where(good, latest, step)])
-        heard = self._on_device if good.device.type != "cuda" else self._landed(self._on_device)
+        heard = self._on_device if good.device.type != "cuda" else self._from_gpu(self._on_device)
         if heard is None or int(heard[0]) == self._told:
             return None
         self._told = int(heard[0])
         return self._told, int(heard[1])
 
-    def _landed(self, now: Tensor) -> Tensor | None:
+    def _from_gpu(self, now: Tensor) -> Tensor | None:
         """The previous copy if it has arrived, in which case the next one is sent."""
         heard = None
         if self._flying is not None:

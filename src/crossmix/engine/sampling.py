@@ -4,7 +4,6 @@ Draws are numbered over the whole run: draw = step * batch + slot. The result de
 on the number of workers, on prefetching or on restarts.
 """
 
-import itertools
 import logging
 import math
 import operator
@@ -158,7 +157,9 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
 
     def _read(self, draw: int) -> tuple[Labelled, int | None]:
         """The sample of a draw, or its first usable replacement, and the class to look for."""
-        for index, wanted in self._in_line(draw):
+        places = self._in_line(draw)
+        while True:
+            index, wanted = next(places)
             if index not in self.skipped:
                 try:
                     return self._fit(index, self.samples[index]), wanted
@@ -171,7 +172,6 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
                         ) from error
                     self.skipped[index] = str(error)
                     LOG.warning("skipped: %s", error)
-        raise AssertionError("there is always a next one")
 
     def _fit(self, index: int, sample: Labelled) -> Labelled:
         """Refuse an image smaller than the crop (unless padded), and one that lacks a label needed by `rare`."""
@@ -197,12 +197,13 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
             generator = keyed_generator(self.seed, self.stream, 2, draw)
             image, wanted = self.rare.pick(torch.rand(2, dtype=torch.float64, generator=generator))
             yield int(image), int(wanted)
-        for later in itertools.count(draw, len(self.samples)):  # the same position of this and later epochs
-            epoch, position = divmod(later, len(self.samples))
+        while True:
+            epoch, position = divmod(draw, len(self.samples))
             if self._order is None or self._order[0] != epoch:
                 generator = keyed_generator(self.seed, self.stream, 0, epoch)
                 self._order = (epoch, torch.randperm(len(self.samples), generator=generator))
             yield int(self._order[1][position]), None
+            draw += len(self.samples)  # the same position of the next epoch
 
 
 def resident(samples: Samples, device: torch.device | str) -> list[Sample]:
