@@ -315,7 +315,7 @@ def reliability() -> str:
     for name, group in groups.items():
         figures = ", ".join(f"{what}: {count}" for what, count in group["figures"].items())
         wrong = "; ".join(group["wrong"]).replace("|", "\\|")
-        rows.append([name, figures, wrong or "nothing", f"{group['seconds']} s", group["date"]])
+        rows.append([name, figures, wrong or "nothing", f"{group['seconds']}\N{NO-BREAK SPACE}s", group["date"]])
     lines = table(["group", "tried", "wrong", "time", "date"], rows, left=(0, 1, 2))
     return "\n".join([f"The nightly profile, {versions}, on {machine['processor']}:", "", *lines, *mutation()])
 

@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, fields, replace
+from inspect import signature
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ from training_run import (
     stopped,
 )
 
+# DDP's argument for sending buffers before each forward pass, from PyTorch 2.13 and before.
+NEW, OLD = "forward_sync_buffers", "broadcast_buffers"
+NO_BUFFERS: dict[str, Any] = {NEW if NEW in signature(DistributedDataParallel).parameters else OLD: False}
 ERRORS = (DataError, WeightsError, NetworkError, NonFiniteError, BusyError, CheckpointError, OSError, ImportError)
 
 
@@ -310,7 +314,7 @@ def build_training(student: nn.Module, config: Config, ranks: Ranks, *, fresh: b
     if ranks.world > 1:  # two of four branches get no gradient; buffers are shared after the step
         training.student = DistributedDataParallel(
             student,
-            broadcast_buffers=False,
+            **NO_BUFFERS,
             find_unused_parameters=config.aspp_branches < 4 or not is_ours(config.network),
         )
     return training.to(config.device).train()

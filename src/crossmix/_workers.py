@@ -113,7 +113,8 @@ def terminate(pool: Pool, processes: set[BaseProcess]) -> None:
 
 
 _started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
-getattr(os, "register_at_fork", dict)(after_in_child=_started.clear)  # Windows has none, and no forks
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has none, and no forks
+    os.register_at_fork(after_in_child=_started.clear)
 
 
 @atexit.register

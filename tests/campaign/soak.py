@@ -24,6 +24,8 @@ LEVEL = {"memory": 0.01, "memory with workers": 0.02, "open files": 0.0, "thread
 """How much each may rise while the trainer runs, as a share of it: the median over the times between restarts."""
 SHORT = {"ci": 20}
 """How many times as much within a minute, in which caches still fill and a step is rarely measured."""
+TO_BEGIN = 300
+"""Seconds until the first step at most."""
 PAGE, TICKS = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
 Series = dict[str, list[float]]
 
@@ -49,35 +51,40 @@ def run(profile: str) -> dict[str, Any]:
             wrong |= lost(out)
         steps = (steps_saved(out) or [0])[-1]
         speeds = [record["it_per_s"] for record in log_of(out)] if steps else [0.0]
-    rises = {name: median(rise(part[name]) for part in parts) for name in LEVEL}
+    rises = {name: median(rise(part.get(name, [])) for part in parts) for name in LEVEL}
     for name, share in LEVEL.items():
         if rises[name] > share * SHORT.get(profile, 1):
             wrong[name] = f"rises by {rises[name]:.1%} from one restart to the next"
+    memories = [part.get("memory", [0.0]) for part in parts]
     tenth = max(1, len(speeds) // 10)
     return {
         "minutes": minutes, "restarts": len(parts) - 1, "steps": steps,
         **{f"rise of {name}": f"{value:+.2%}" for name, value in rises.items()},
-        "MB at first and at last": " and ".join(f"{median(part['memory']):.0f}" for part in (parts[0], parts[-1])),
+        "MB at first and at last": " and ".join(f"{median(memory):.0f}" for memory in (memories[0], memories[-1])),
         "steps per s at first and at last": f"{median(speeds[:tenth]):.1f} and {median(speeds[-tenth:]):.1f}",
         "wrong": wrong,
     }  # fmt: skip
 
 
 def watched(options: list[str], out: Path, seconds: float) -> tuple[Series, int]:
-    """Train, look at the process again and again, and stop it by a signal; what was seen, and the exit code."""
+    """Train, look at the process again and again from its first step on, and stop it by a signal.
+
+    Returns what was seen, and the exit code.
+    """
     command = [sys.executable, str(TRAINER), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (out.parent / "printed.txt").open("w") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-    log, seen, end = out / "log.jsonl", Series(), time.monotonic() + seconds
+    log, seen, end = out / "log.jsonl", Series(), time.monotonic() + TO_BEGIN
     begun = (steps_saved(out) or [0])[-1]
     try:
         while process.poll() is None and time.monotonic() < end:
             time.sleep(max(0.3, seconds / 500))
             with contextlib.suppress(OSError):  # a process that has just ended
                 if newest(log) > begun:
+                    end = end if seen else time.monotonic() + seconds
                     look(process.pid, newest(log), seen)
         process.terminate()
         return per_step(seen), process.wait(60)
