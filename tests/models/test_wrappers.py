@@ -52,6 +52,13 @@ def test_names__are_those_of_the_bare_network(outer: str | None, inner: str | No
     assert dict(named_parts(network)) == parts
 
 
+def test_unwrapped__where_no_wrapper_of_a_kind_was_ever_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in [name for name in sys.modules if name.startswith(("torch.distributed.fsdp", "torch._dynamo.eval"))]:
+        monkeypatch.delitem(sys.modules, place)
+    bare = nn.Linear(1, 1)
+    assert unwrapped(nn.DataParallel(bare)) is bare
+
+
 def test_plain_name__keeps_what_is_no_module() -> None:
     network = nn.DataParallel(Awkward())
     assert plain_name(network, "module._extra_state") == "_extra_state"
