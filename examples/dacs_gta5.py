@@ -72,7 +72,7 @@ from training_run import (
     stopped,
 )
 
-# DDP's argument for sending buffers before each forward pass, from PyTorch 2.13 and before.
+# DDP's argument for sending buffers before each forward pass: since PyTorch 2.13, and before.
 NEW, OLD = "forward_sync_buffers", "broadcast_buffers"
 NO_BUFFERS: dict[str, Any] = {NEW if NEW in signature(DistributedDataParallel).parameters else OLD: False}
 ERRORS = (DataError, WeightsError, NetworkError, NonFiniteError, BusyError, CheckpointError, OSError, ImportError)
@@ -97,8 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     )
                 run_all(request, out, ranks)
                 end_undisturbed()  # all is done, and a signal while processes part must not make it a failure
-            except RuntimeError:
-                if "RANK" in os.environ:  # a collective fails if a launcher's signal has ended another process first
+            except RuntimeError as error:
+                # A collective fails if a launcher's signal has ended another process first.
+                if "RANK" in os.environ and not isinstance(error, ERRORS):
+                    print(f"{type(error).__name__}: {error}", file=sys.stderr)
                     hear()
                 raise
         except Stopped as stopped:

@@ -447,7 +447,7 @@ def test_selection__finds_the_steps_that_the_scores_choose() -> None:
     assert "| dacs | 40.00 | 50.00 | 30.00 | 40.00 | 50.00 |" in found
     assert "the last step is 10.00 points below the best one" in found
     assert "20.00 (lowest entropy), 10.00 (highest information), 0.00 (highest density) below it" in found
-    assert "The best of these scores, highest density, chooses better than keeping the last step." in found
+    assert "The best of these scores, highest density, gains +10.00 points over keeping the last step." in found
     assert not page.selected({"rows": {"dacs": {"runs": [{"curves": {"student": [0.3]}}]}}, "looks": [1]})
 
 

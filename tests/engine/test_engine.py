@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -287,7 +288,9 @@ FOREIGN: dict[str, tuple[Callable[[Path], bytes], str]] = {
     ),
     "a bomb": (lambda _: bomb(torch.zeros(10**6)), r"BadZipFile: its parts claim 4\.00 MB, the file has"),
     "no zip": (lambda _: written({"step": 1}, legacy=True), "BadZipFile: File is not a zip file"),
-    "claims": (lambda _: written({"student": Calls(bytearray, 1 << 60)}), "MemoryError"),
+    "a list": (lambda _: written([1, 2]), "it is not a checkpoint .a list, not a dict"),
+    "a text": (lambda _: written("all is well"), "it is not a checkpoint .a str, not a dict"),
+    "nothing": (lambda _: written(None), "it is not a checkpoint .a NoneType, not a dict"),
 }
 
 
@@ -304,6 +307,21 @@ def test_checkpoints__with_the_hash_of_whoever_wrote_them_are_not_trusted(tmp_pa
     assert "trust" not in str(told[0].message)  # torch's advice
     refusal(store.load_best, rf"best\.pt: .*{reason}.*; the next best", CheckpointError)
     assert not (tmp_path / "trace").exists()
+
+
+def test_checkpoints__a_shortage_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        store.save(step, state(step))
+    whole = (tmp_path / "step-0000002.pt").read_bytes()
+    for error, raised in (
+        (MemoryError(), CheckpointError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), CheckpointError),
+        (OSError(errno.EMFILE, "Too many open files"), OSError),
+    ):
+        monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+        refusal(store.load_newest, "memory|Too many open files", raised)
+    assert (tmp_path / "step-0000002.pt").read_bytes() == whole
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import _thread
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_loader__a_signal_to_the_group_ends_no_worker(
     output, errors = process.communicate(timeout=120)
     assert output.split()[-2:] == ["True", "True"], errors
     assert process.returncode == 0, errors
-    assert not errors
+    assert not re.sub(r".*resource_tracker.*\n +warnings\.warn.*\n", "", errors)  # of semaphores that went just before
     wait_until(lambda: not any(map(running, workers(tmp_path))))
 
 

@@ -598,6 +598,7 @@ BAD: dict[str, tuple[Callable[[State], bytes], str]] = {
     "a list": (lambda s: written(list(s.values())), "expected a dict of tensors, got list"),
     "a bomb": (lambda _: bomb(torch.zeros(10**6)), "its parts claim 4.00 MB, the file has "),
     "many paths": (lambda s: written({"student": shared(8, 30, s)}), "expected tensors, got more than 1000000 entries"),
+    "a long name": (lambda s: written({".".join("a" * 3000): s["conv1.weight"]}), "got one of 3000 components"),
     "many paths to code": (lambda s: written({**shared(8, 30, s), "x": Calls(os.getpid)}), "posix.getpid"),
     "a tensor": (lambda _: written(torch.ones(3)), "expected a dict of tensors, got Tensor"),
     "a whole model": (lambda _: written(nn.Linear(1, 1)), "it holds code or objects other than tensors"),

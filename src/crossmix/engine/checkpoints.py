@@ -186,17 +186,22 @@ def _loaded(path: Path) -> dict[str, Any] | str:
     if problem is not None:
         return problem
     try:
-        return _read(path)
+        state = _read(path)
+    except OSError:  # says nothing about the file
+        raise
     except pickle.UnpicklingError:  # whose text advises to trust the file
         return "it holds code or objects other than tensors, numbers, texts and containers, which were not run"
-    except Exception as error:  # noqa: BLE001 - torch raises many types
+    except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's RuntimeError
+            raise CheckpointError(f"{path}: it does not fit into memory; free some, or delete the file.") from error
         reason = re.split(r"\.\s|[;\n]", str(error))[0]
         return f"it is not a checkpoint ({type(error).__name__}: {reason})"
+    return state if isinstance(state, dict) else f"it is not a checkpoint (a {type(state).__name__}, not a dict)"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> object:
     refuse_bomb(path)
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state: object = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 
@@ -219,6 +224,8 @@ def _damage(path: Path) -> str | None:
         part = damaged_part(path)
         if part is None:
             _read(path)
+    except OSError:
+        raise
     except Exception:  # noqa: BLE001 - zipfile and torch raise many types
         return "its sha256 file is missing, and it is cut off or damaged"
     return None if part is None else f"its sha256 file is missing, and its part {part} does not match its checksum"

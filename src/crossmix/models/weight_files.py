@@ -23,7 +23,10 @@ from crossmix._files import damaged_part
 __all__ = ["SOURCES", "WeightSource", "WeightsError", "mappings", "read_weights", "safetensors_of"]
 
 MOST = 1_000_000
-"""Entries of the nested mappings of a file. A mapping that is there many times makes many out of few bytes."""
+"""Components of all names in a file's nested mappings. A mapping that is there many times makes many of few bytes."""
+
+LONGEST = 50
+"""Components of one name, of which every end is looked for in the network."""
 
 
 class WeightsError(ValueError):
@@ -128,11 +131,22 @@ def _read(path: Path, checksum: str) -> Mapping[str, Any]:
         raise WeightsError(f"{path}: {_reason(path, error)}") from error
     if not isinstance(contents, Mapping):
         raise WeightsError(f"{path}: expected a dict of tensors, got {type(contents).__name__}; save a state_dict.")
-    if sum(1 for _ in _entries(contents)) > MOST:
-        raise WeightsError(
-            f"{path}: expected tensors, got more than {MOST} entries of dicts in dicts; use another file."
-        )
+    _refuse_mazes(path, contents)
     return contents
+
+
+def _refuse_mazes(path: Path, contents: Mapping[Any, Any]) -> None:
+    """Raise if names are so many or so long that looking for a network in them would take hours."""
+    components = 0
+    for name in _names(contents):
+        found = str(name).count(".") + 1
+        if found > LONGEST:
+            raise WeightsError(f"{path}: expected names of tensors, got one of {found} components; use another file.")
+        components += found
+        if components > MOST:
+            raise WeightsError(
+                f"{path}: expected tensors, got more than {MOST} entries of dicts in dicts; use another file."
+            )
 
 
 def mappings(
@@ -145,9 +159,9 @@ def mappings(
             yield from mappings(value, (*keys, *key.split(".")))
 
 
-def _entries(contents: Mapping[Any, Any]) -> Iterator[object]:
-    """The values of a mapping and of the mappings nested in it, up to one too many."""
-    return islice((value for _, nested in mappings(contents) for value in nested.values()), MOST + 1)
+def _names(contents: Mapping[Any, Any]) -> Iterator[object]:
+    """The names in a mapping and, before they are taken apart, in the mappings nested in it."""
+    return (name for _, nested in mappings(contents) for name in nested)
 
 
 def _unpickled(path: Path, *, verify: bool = False) -> object:
@@ -245,8 +259,8 @@ def _objects(path: Path, refusal: Exception) -> str:
 
 def _holds_tensors(value: object) -> bool:
     """Whether nested mappings contain a tensor."""
-    inside = _entries(value) if isinstance(value, Mapping) else [value]
-    return any(isinstance(one, torch.Tensor) for one in inside)
+    nested = [one for _, one in islice(mappings(value), MOST)] if isinstance(value, Mapping) else [{"": value}]
+    return any(isinstance(one, torch.Tensor) for part in nested for one in part.values())
 
 
 def _dtype_class(code: object, *_: object) -> str:
