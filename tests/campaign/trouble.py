@@ -275,8 +275,7 @@ def immutable(folder: Path) -> Iterator[None]:
 
 
 def disk_full(trouble: Trouble) -> None:
-    disk = trouble.root / f"disk-{trouble.count}"
-    disk.mkdir()
+    disk = Path(tempfile.mkdtemp(prefix="disk-", dir=trouble.root))
     tool("mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk)
     try:
         out = disk / "run"
