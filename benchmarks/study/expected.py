@@ -41,7 +41,12 @@ def checks(rows: Rows, classes: list[str], pair: str) -> list[Check]:
         *((not_below, (name, "dacs"), {}) for name in EXTENSIONS),
         (above, ("oracle", "dacs"), {}),
     ]
-    return [check(rows, *names, **more) for check, names, more in wanted if all(name in rows for name in names)]
+    return [check(rows, *names, **more) for check, names, more in wanted if comparable(rows, names)]
+
+
+def comparable(rows: Rows, names: tuple[str, ...]) -> bool:
+    """Whether all of these rows were run, with at least one seed in common."""
+    return bool(set.intersection(*({run["seed"] for run in rows.get(name, {"runs": []})["runs"]} for name in names)))
 
 
 def above(rows: Rows, high: str, low: str, *, paper: str = "not run", margin: float = 0, every: bool = False) -> Check:
@@ -61,7 +66,7 @@ def above(rows: Rows, high: str, low: str, *, paper: str = "not run", margin: fl
 
 
 def not_below(rows: Rows, name: str, base: str) -> Check:
-    """Check that a row's mean is not below another's by more than the row's standard deviation over seeds."""
+    """Check that a row is not below another, over the seeds that both have, by more than its standard deviation."""
     found = [100 * miou for miou in mious(rows, name)]
     difference = 100 * statistics.mean(seed_by_seed(rows, name, base))
     spread = statistics.stdev(found) if len(found) > 1 else 0.0

@@ -35,6 +35,7 @@ from benchmarks.study.trials import Job
 from crossmix import CrossDomainMix, SelfTraining, recipes
 from crossmix.datasets import DataError, StreetScenes, read_image, write_png
 from crossmix.datasets.classes import CLASS_NAMES
+from crossmix.evaluation import evaluate
 from oracles import seeded
 
 ROOT = Path(__file__).parents[2]
@@ -374,6 +375,14 @@ def test_checks__compare_the_seeds_that_both_rows_have() -> None:
     found = {check.claim: check.found for check in checks(rows, ["road"], "streets-camvid")}
     assert found["dacs above source + jitter in every seed"] == "+4.00 points, 1 seed"
     assert found["dacs + rare classes not below dacs by more than its spread"].startswith("-2.00 points, 1 seed")
+    assert checks({"source + jitter": row(20), "dacs": row(25, first=1)}, ["road"], "streets-camvid") == []
+
+
+def test_scores__in_batches_are_those_of_single_images() -> None:
+    scenes = [StreetScenes(35, size=(32, 40))[i] for i in range(35)]  # more than a batch
+    net = torch.nn.Conv2d(3, 19, 1)
+    alone, batched = (evaluate(net, data)["native"].counts for data in (scenes, trials.in_batches(scenes)))
+    assert torch.equal(alone, batched)
 
 
 def test_command__shows_what_is_finished(

@@ -168,13 +168,19 @@ def signalled(trouble: Trouble, number: int, *, ranks: int = 1, to: tuple[int, .
     trouble.goes_on(out, ranks)
 
 
-def worker_killed(trouble: Trouble) -> None:
+def with_workers(trouble: Trouble) -> tuple[Path, list[BaseProcess], list[int]]:
+    """A run at some moment, its processes, and the loader's workers."""
     out = trouble.out()
     processes = trouble.start(out, workers=2)
     trouble.sometime(processes, out)
     workers = children(processes[0])
     if not workers:
         raise UndisturbedError
+    return out, processes, workers
+
+
+def worker_killed(trouble: Trouble) -> None:
+    out, processes, workers = with_workers(trouble)
     with contextlib.suppress(ProcessLookupError):
         os.kill(trouble.rng.choice(workers), signal.SIGKILL)
     ends_with_an_error(trouble, processes, out, "DataLoader worker", "--workers 0 reads in this process")
@@ -192,12 +198,7 @@ def ends_with_an_error(trouble: Trouble, processes: list[BaseProcess], out: Path
 
 def parent_killed(trouble: Trouble) -> None:
     """Its workers end too."""
-    out = trouble.out()
-    processes = trouble.start(out, workers=2)
-    trouble.sometime(processes, out)
-    workers = children(processes[0])
-    if not workers:
-        raise UndisturbedError
+    out, processes, workers = with_workers(trouble)
     os.kill(processes[0].pid or 0, signal.SIGKILL)
     processes[0].join()
     limit = time.monotonic() + PATIENCE
