@@ -52,7 +52,7 @@ from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
 from networks import AUTOCAST, NetworkError, is_ours, small_logits
 from options import Config, Request, label_sizes, read_options, size
 from plan import empty_network, has_begun, head_of, plan, problems
-from processes import Ranks, reason, start_ranks
+from processes import Ranks, leave, reason, start_ranks
 from scores import finite, percent, summary
 from training_run import (
     Record,
@@ -416,4 +416,4 @@ def watched(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -12,7 +12,6 @@ it. The means over 19, 16 and 13 classes come from the same counts.
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,10 @@ from crossmix.evaluation import evaluate
 from crossmix.models import DeepLabV2, WeightsError, load_weights
 from crossmix.models.weight_files import read_weights
 from crossmix.recipes import METHODS
+from files import write_text
 from networks import AUTOCAST, EXPECTED, NETWORKS, NetworkError, is_name, is_ours, new_network, small_logits
 from options import argument, size, unusable
+from processes import leave
 from scores import TITLES, markdown, paper_row, rows_by_class, summary
 
 ERRORS = (DataError, WeightsError, NetworkError, OSError, ImportError, argparse.ArgumentTypeError)
@@ -48,16 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         scores = {entry: score(entry, args, ranks=ranks) for entry in args.entry}
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(table(scores, args.paper), end="")  # first, lest a full disk lose it
+            if args.out:
+                document = {
+                    "weights": args.weights, "split": args.split, "torch": str(torch.__version__), "scores": scores,
+                }  # fmt: skip
+                write_text(Path(args.out), json.dumps(document, indent=2) + "\n")
     except ERRORS as error:
         raise SystemExit(f"error: {error}") from error
     finally:
         if ranks:
             dist.destroy_process_group()
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(table(scores, args.paper), end="")
-        if args.out:
-            document = {"weights": args.weights, "split": args.split, "torch": str(torch.__version__), "scores": scores}
-            Path(args.out).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -187,4 +190,4 @@ def table(scores: dict[str, dict[str, Any]], paper: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,14 +1,15 @@
 """The processes of a distributed run."""
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["Ranks", "reason", "start_ranks"]
+__all__ = ["Ranks", "leave", "reason", "start_ranks"]
 
 Result = TypeVar("Result")
 
@@ -58,6 +59,19 @@ def start_ranks(device: str, stack: ExitStack) -> Ranks:
     stack.callback(dist.destroy_process_group)
     control = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
     return Ranks(dist.get_rank(), dist.get_world_size(), control)
+
+
+def leave(status: int) -> NoReturn:
+    """End a script; under a launcher at once, without taking the interpreter down.
+
+    Threads of gloo outlive the process group. One that wants the interpreter while it goes down aborts the process, and
+    the launcher takes a finished run for a failed one; see https://github.com/pytorch/pytorch/pull/179291.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def reason(error: BaseException) -> str:

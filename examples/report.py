@@ -13,7 +13,6 @@ import base64
 import io
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from xml.etree import ElementTree as ET
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES_16
 from crossmix.engine import RunLog
 from crossmix.recipes import METHODS
+from files import write_text
 from options import config_files
 from pictures import CLASS_COLORS
 from scores import CHOSEN, TITLES, deciding_miou, information, paper_tables, plain, shortfall, spread
@@ -250,9 +250,8 @@ def write(
         colors={**dict(zip(classes, CLASS_COLORS, strict=False)), "ignored": (0, 0, 0)},
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"index.html.tmp.{os.getpid()}"
-    aside.write_text(page, encoding="utf-8", errors="replace")
-    return aside.replace(folder / "index.html")
+    write_text(folder / "index.html", page)
+    return folder / "index.html"
 
 
 def options(run: Run) -> dict[str, object]:

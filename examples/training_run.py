@@ -16,6 +16,7 @@ from crossmix.datasets import DataError, RareClassSampler, write_png
 from crossmix.engine import CheckpointStore, FiniteGuard, NonFiniteError, Progress, RunLog, StopRequest, keyed_generator
 from crossmix.visualize import gallery
 from domains import SOURCE, TARGET, Data, Identity, crop_size, differences, drawn_names, identity, loader, prepared
+from files import write_text
 from options import FREE, Config
 from pictures import mixed_rows, predicted_rows, write_pictures
 from processes import Ranks, reason
@@ -343,7 +344,7 @@ def write_report(run: Run) -> None:
     config, folder = run.config, run.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(run.folder / "metrics.json", run.metrics)  # a run killed after its last step has them in its checkpoint
-    (folder / "table.md").write_text(shown({config.method: [run.metrics]}, config), encoding="utf-8")
+    write_text(folder / "table.md", shown({config.method: [run.metrics]}, config))
     last = replace(run, config=replace(config, workers=0, resident=False), samples=run.data[:2])
     (source_images, source_labels), (target_images, _) = (
         next(crops(last, stream, config.steps - 1)) for stream in (SOURCE, TARGET)
@@ -367,7 +368,7 @@ def conclude(
     print("\n" + shown(results, config))
     if sum(map(len, folders.values())) > 1:
         comparison_page(folders, report)
-        (report / "table.md").write_text(shown(results, config), encoding="utf-8")
+        write_text(report / "table.md", shown(results, config))
     print(f"report: {report / 'index.html'}")
 
 
@@ -393,7 +394,5 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a file atomically: readers never see half of it."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+    """Write a JSON file that people can read too."""
+    write_text(path, json.dumps(value, indent=2) + "\n")

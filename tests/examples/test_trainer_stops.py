@@ -1,12 +1,14 @@
 """What stops the trainer, and how it goes on: signals, kills, broken files, bad steps, full disks, moved data."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -20,8 +22,10 @@ import domains
 from crossmix.datasets import StreetScenes
 from crossmix.engine import FolderLock
 from crossmix.models import deeplab_v2_tiny
+from files import write_text
 from runs import (
     TORCHRUN,
+    TRAINER,
     Capture,
     Patch,
     Run,
@@ -613,6 +617,29 @@ def test_skip_steps__are_counted_and_the_count_goes_on(
     assert steps_saved(out)[-1] == 4  # what was good is saved, and the remedy works
     run(*flags, "--skip-steps", "5", "--resume")
     assert metrics_of(out)["skipped_steps"] == 5
+
+
+def test_write_text__a_full_disk_is_named_and_keeps_the_old_text(small_disk: Path) -> None:
+    path = small_disk / "table.md"
+    write_text(path, "old")
+    with pytest.raises(OSError, match=r"No space left.*; check the folder and the disk space") as caught:
+        write_text(path, "new" * 1_000_000)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert path.read_text() == "old"
+    assert list(small_disk.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("launched", "ends"), [(False, ["by itself"]), (True, [])])
+def test_leave__a_launched_process_ends_before_the_interpreter_does(launched: bool, ends: list[str]) -> None:
+    """Where threads of gloo could abort it: a race that nothing can win for certain."""
+    code = "import atexit, processes; atexit.register(print, 'by itself'); print('work', end=' '); processes.leave(3)"
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"} | {"PYTHONPATH": "examples"}
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment | ({"RANK": "0"} if launched else {}),
+        capture_output=True, text=True, check=False, cwd=TRAINER.parent.parent,
+    )  # fmt: skip
+    assert (process.returncode, process.stderr) == (3, "")
+    assert process.stdout.rstrip() == " ".join(["work", *ends])
 
 
 @pytest.mark.slow
