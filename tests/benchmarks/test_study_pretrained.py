@@ -413,7 +413,7 @@ def test_pages__lead_with_the_pair_and_show_its_predictions(
         shutil.copy(RESULTS / f"{name}.json", tmp_path)
     for module in (page, command, predictions, publish):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
-    assert "ImageNet" not in page.page()
+    assert "## StreetScenes to CamVid, from ImageNet weights" not in page.page()
     rows = ("source", "dacs")
     jobs = [Job("streets-camvid", name, PRETRAINED[name], 0, 1) for name in rows]
     documents = trials.run_all(jobs, tmp_path / "runs" / "streets-camvid", workers=1)
