@@ -234,6 +234,18 @@ def test_jpeg__is_pillows(tmp_path: Path, subsampling: int, progressive: bool, s
     assert (header.height, header.width) == size
 
 
+def test_jpeg__tables_may_come_before_the_frame(tmp_path: Path) -> None:
+    data, tables = encoded(picture(16, 24), "jpeg"), b""
+    while (start := data.find(b"\xff\xc4")) >= 0:
+        end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        data, tables = data[:start] + data[end:], tables + data[start:end]
+    path = put(tmp_path / "a.jpg", data[:2] + tables + data[2:])
+    assert images.read_header(path)[:2] == (24, 16)
+    assert np.array_equal(pixels(SegmentationFolder(tmp_path)[0].image), shown(path))
+    put(path, data.replace(b"\xff\xdb", b"\xdb", 1))  # half a marker
+    refusal(lambda: images.read_header(path), "is cut off or damaged")
+
+
 @pytest.mark.parametrize("orientation", [None, 0, *range(1, 10)])
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("kind", ["jpg", "png"])

@@ -588,6 +588,7 @@ DAMAGED = "it is truncated, damaged or not a file of weights"
 BAD: dict[str, tuple[Callable[[State], bytes], str]] = {
     "empty": (lambda _: b"", "got an empty file"),
     "a page": (lambda _: b"\n<!DOCTYPE html><html>quota exceeded</html>", "got an HTML page"),
+    "a page with a brace": (lambda _: b"<script>{}</script>", "got an HTML page"),  # where safetensors have one
     "a pointer": (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "got a Git LFS pointer"),
     "text": (lambda _: b"hello world, no weights here", DAMAGED),
     "zeros": (lambda _: bytes(4096), DAMAGED),

@@ -545,6 +545,7 @@ def test_update__in_inference_mode_or_of_caches_made_there() -> None:
         network(images)
         shake(network, 1)
         teacher.update(network)
+    assert not any(tensor.is_inference() for tensor in teacher.module.buffers())
     for step in (2, 3):
         network(torch.rand(1, 3, 3, step))
         shake(network, step)
