@@ -105,7 +105,7 @@ def test_sample_classes__of_many_ids_in_memory_that_grows_with_their_number(num_
 
 
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 6.0])
-DRAWS = 20_000
+DRAWS = 100_000
 
 
 def inclusion(weights: list[float], count: int) -> dict[tuple[int, ...], float]:
