@@ -16,6 +16,7 @@ def run(profile: str) -> dict[str, Any]:
     """All tests of hypothesis, each with other examples every time; CROSSMIX_EXAMPLES is another number of them."""
     examples = int(os.environ.get("CROSSMIX_EXAMPLES", EXAMPLES[profile]))
     command = [sys.executable, "-m", "pytest", "-q", "-m", "hypothesis", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["-o", "faulthandler_timeout=0"]  # that of the tests is for fewer examples
     done = subprocess.run(
         [*command, *(str(TESTS / folder) for folder in FOLDERS)],
         env={**os.environ, "CROSSMIX_EXAMPLES": str(examples)},
