@@ -5,9 +5,10 @@
 In FOLDER it makes a copy of the checkout and runs the fast tests once, to learn which of them execute which line. Then
 it imports the package and its tests, and for each mutant forks a process that changes the functions in place and runs
 the tests of the changed line, the shortest first, until one fails. Survivors, and changes outside of functions, are
-written into the copy and tried again by a new pytest. The sample is random with a fixed seed. What was tried is kept
-in FOLDER: the same command goes on, a larger number adds mutants, and `--again` tries survivors with new tests. The
-note and the reasons of survivors are written into the result file by hand, and kept.
+written into the copy and tried again by a new pytest. The sample is random by its seed: after tests were written for
+one sample, only another one says how much the tests notice. What was tried is kept in FOLDER: the same command goes on,
+a larger number adds mutants, and `--again` tries survivors with new tests. The note and the reasons of survivors are
+written into the result file by hand, and kept.
 """
 
 import argparse
@@ -58,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for the copy, the coverage and what was tried")
     parser.add_argument("--number", type=int, default=400, help="of mutants (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (%(default)s)")
     parser.add_argument("--again", nargs="+", default=[], metavar="TEST", help="try survivors again with these tests")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/mutation.json")
     args = parser.parse_args()
@@ -69,7 +71,7 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(copy / "src"), str(copy)])
     lines, seconds = learned(copy)
     everything = all_mutants(copy, lines)
-    random.Random(0).shuffle(everything)  # noqa: S311 - a sample
+    random.Random(args.seed).shuffle(everything)  # noqa: S311 - a sample
     trials = Trials(copy, {said(copy, *one): one for one in everything[: args.number]}, lines, seconds, tried)
     pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-p", "no:cov", "--tb=no", *FOLDERS], plugins=[trials])
     for name, mutant in trials.mutants.items():
