@@ -5,6 +5,7 @@ The trainer imports this module first, since its other imports take seconds; not
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -63,7 +64,9 @@ def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
     os._exit(0)
 
 
-def _end(_number: int, _frame: FrameType | None) -> NoReturn:
+def _end(_number: int, _frame: FrameType | None) -> None:
+    if isinstance(sys.exception(), Stopped):  # which says what is saved
+        return end_undisturbed()
     raise Stopped
 
 

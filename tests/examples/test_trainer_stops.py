@@ -129,6 +129,17 @@ def test_signal__repeated_until_the_end_spoils_nothing(folders: list[str], tmp_p
     assert f"stopped after step {steps_saved(out)[-1]}, which is saved" in printed
 
 
+def test_signal__repeated_while_the_run_ends_leaves_the_first_stop() -> None:
+    def end() -> None:
+        try:
+            raise Stopped(" after step 3, which is saved")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="after step 3"), ended_by_signals():
+        end()
+
+
 @pytest.mark.parametrize("phase", ["step", "evaluation"])
 def test_worker__killed_at_any_moment_costs_no_step(
     trainer: ModuleType, whole: Run, run: Run, tmp_path: Path, monkeypatch: Patch, phase: str
