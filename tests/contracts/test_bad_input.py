@@ -139,6 +139,7 @@ CASES: Cases = {
         ValueError, r"shape \(C,\) = \(3,\) to match `probs`"),
     "prior dtype": (lambda: F.align_distribution(LOGITS, PRIOR.long(), PRIOR),
         TypeError, "divide class counts by their sum"),
+    "running device": (lambda: F.align_distribution(LOGITS, PRIOR, PRIOR.to(META)), ValueError, "`running` is on meta"),
     "eps": (lambda: F.align_distribution(LOGITS, PRIOR, PRIOR, eps=0), ValueError, "`eps` must be positive"),
     "momentum": (lambda: DistributionAlignment(3, momentum=1.5), ValueError, "`momentum` must lie in"),
     "align classes": (lambda: DistributionAlignment(4).update(LOGITS), ValueError, "must have C = 4 classes, got 3"),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -386,6 +387,8 @@ class Floats(GTA5):
 def test_arguments(written: Path, folder: Path) -> None:
     gta5, bare = GTA5(written), GTA5(written, images=False)
     refusal(lambda: build(StreetScenes(2), folder), "a reader of image files such as GTA5, got StreetScenes", TypeError)
+    bare_files = SimpleNamespace(files=gta5.files)
+    refusal(lambda: build(bare_files, folder), "a reader of image files such as GTA5, got SimpleNamespace", TypeError)
     refusal(lambda: build(gta5, folder, workers=-1), "`workers` must not be negative, got -1", ValueError)
     refusal(lambda: build(bare, folder), "`samples` must have images", ValueError)
     assert not folder.exists()

@@ -65,6 +65,14 @@ def test_check__lists_every_bad_file(gta5: Path, command: Callable[..., str]) ->
     assert lines[-1] == "8 problems"
 
 
+def test_check__reads_no_hidden_folder(gta5: Path, command: Callable[..., str]) -> None:
+    for name in ("more", ".hidden"):
+        shutil.copytree(gta5 / "labels", gta5 / name)
+    out = command(1, "check", gta5)
+    assert "more (read by no reader): 0 images" in out
+    assert ".hidden" not in out
+
+
 def test_check__synthia_saved_from_high_bytes(tmp_path: Path, command: Callable[..., str]) -> None:
     for i in range(2):
         save(tmp_path / "RGB" / f"{i}.png", np.arange(96, dtype=np.uint8).reshape(4, 8, 3))

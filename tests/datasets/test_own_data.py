@@ -142,6 +142,7 @@ def test_num_classes__that_of_the_mapping(tmp_path: Path) -> None:
     for num_classes, ignore_index, beyond in ((2, 255, 2), (3, 100, 255)):
         with pytest.raises(ValueError, match=rf"has the train id {beyond}, but {num_classes} classes have the ids 0"):
             SegmentationFolder(tmp_path, None, mapping, num_classes=num_classes, ignore_index=ignore_index)
+    assert SegmentationFolder(tmp_path, None, dict.fromkeys(mapping, 255)).num_classes is None  # nothing but ignored
     ignoring = SegmentationFolder(tmp_path, None, {1: 0}, unlisted="ignore", ignore_index=9)
     assert ignoring[0].label.unique().tolist() == [0, 9]
 

@@ -570,6 +570,9 @@ def test_update__takes_over_caches_that_do_not_match() -> None:
             assert torch.equal(getattr(teacher.module, name), getattr(network, name))
             assert getattr(teacher.module, name) is not getattr(network, name)
         torch.testing.assert_close(teacher(images), network(images))
+    network.grid.fill_(5.0)  # of the teacher's shape: averaged like any other buffer
+    teacher.update(network)
+    assert teacher.module.grid.eq(3.0).all()
     network.late = None
     del network.further
     teacher.update(network)
