@@ -75,7 +75,7 @@ def main() -> None:
     trials = Trials(copy, {said(copy, *one): one for one in everything[: args.number]}, lines, seconds, tried)
     pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-p", "no:cov", "--tb=no", *FOLDERS], plugins=[trials])
     for name, mutant in trials.mutants.items():
-        if trials.outcomes[name] == "survived":
+        if trials.outcomes[name] == "survived" or (args.again and trials.outcomes[name] == "survives"):
             trials.keep(name, anew(copy, mutant, [SIGNATURES, *args.again, *trials.tests(mutant)]))
     report({name: trials.outcomes[name] for name in trials.mutants}, len(everything), save=args.save)
 
