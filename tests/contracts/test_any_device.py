@@ -94,7 +94,11 @@ def test_draws_are_float32_whatever_the_default_is() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         torch.set_default_dtype(dtype)
         try:
-            draws = recipes.self_training(nn.Conv2d(3, C, 1), C).sample(2), StrongAugment().sample(2)
+            training, augment = recipes.self_training(nn.Conv2d(3, C, 1), C), StrongAugment()
+            draws = [
+                module.sample(2, generator=generator)
+                for module in (training, augment) for generator in (None, torch.Generator())
+            ]  # fmt: skip
         finally:
             torch.set_default_dtype(torch.float32)
         assert {v.dtype for v in pytree.tree_leaves(draws) if v is not None} == {torch.float32, torch.int64, torch.bool}

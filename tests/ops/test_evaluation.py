@@ -373,6 +373,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("other keys", {"data": [{"x": IMAGE, "y": LABEL}]}, TypeError, "got a dict with keys 'x', 'y'; convert"),
     ("a tensor", {"data": [IMAGE]}, TypeError, "`data` must hold items with `image` and `label`.* got Tensor"),
     ("numpy", {"data": [(IMAGE.numpy(), LABEL)]}, TypeError, "`image` must be a torch.Tensor, got ndarray"),
+    ("a worker's numpy", {"data": [(IMAGE.numpy(), LABEL)], "workers": 1}, TypeError, "must be a torch.Tensor, got"),
     ("numpy label", {"data": [(IMAGE, LABEL.numpy())]}, TypeError, "`label` must be a torch.Tensor, got ndarray"),
     ("image rank", {"data": [(IMAGE[0], LABEL)]}, ValueError, r"must be \(C, H, W\).* got \(4, 4\)"),
     ("image dtype", {"data": [(IMAGE.long(), LABEL)]}, ValueError, "uint8 or floating, got .* torch.int64"),
