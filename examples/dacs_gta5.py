@@ -416,4 +416,4 @@ def watched(
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         scores = {entry: score(entry, args, ranks=ranks) for entry in args.entry}
         if int(os.environ.get("RANK", "0")) == 0:
-            print(table(scores, args.paper), end="")  # first, lest a full disk lose it
+            print(table(scores, args.paper), end="", flush=True)  # first, lest a full disk lose it
             if args.out:
                 document = {
                     "weights": args.weights, "split": args.split, "torch": str(torch.__version__), "scores": scores,
@@ -190,4 +190,4 @@ def table(scores: dict[str, dict[str, Any]], paper: str) -> str:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main)

@@ -61,14 +61,21 @@ def start_ranks(device: str, stack: ExitStack) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), control)
 
 
-def leave(status: int) -> NoReturn:
-    """End a script; under a launcher at once, without taking the interpreter down.
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Run a script and end its process; under a launcher without taking the interpreter down.
 
     Threads of gloo outlive the process group. One that wants the interpreter while it goes down aborts the process, and
-    the launcher takes a finished run for a failed one; see https://github.com/pytorch/pytorch/pull/179291.
+    the launcher takes a finished run for a failed one; https://github.com/pytorch/pytorch/pull/179291 has a related
+    case.
     """
     if "RANK" not in os.environ:
-        sys.exit(status)
+        sys.exit(main())
+    try:
+        status = main()
+    except SystemExit as error:  # with a message or a status
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

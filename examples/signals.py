@@ -64,10 +64,15 @@ def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
     os._exit(0)
 
 
-def _end(_number: int, _frame: FrameType | None) -> None:
-    if isinstance(sys.exception(), Stopped):  # which says what is saved
-        return end_undisturbed()
-    raise Stopped
+def _end(number: int, frame: FrameType | None) -> None:
+    handled = sys.exception()
+    while handled and not isinstance(handled, Stopped):
+        handled = handled.__context__
+    if not handled:
+        raise Stopped
+    end_undisturbed()  # the run ends already, by a `Stopped` that says what is saved
+    if number == signal.SIGINT:
+        _insist(number, frame)
 
 
 def _insist(_number: int, _frame: FrameType | None) -> None:

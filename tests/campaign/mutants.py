@@ -77,7 +77,7 @@ def main() -> None:
     for name, mutant in trials.mutants.items():
         if trials.outcomes[name] == "survived" or (args.again and trials.outcomes[name] == "survives"):
             trials.keep(name, anew(copy, mutant, [SIGNATURES, *args.again, *trials.tests(mutant)]))
-    report({name: trials.outcomes[name] for name in trials.mutants}, len(everything), save=args.save)
+    report({name: trials.outcomes[name] for name in trials.mutants}, len(everything), args.seed, save=args.save)
 
 
 def fill(copy: Path) -> None:
@@ -97,8 +97,7 @@ def learned(copy: Path) -> tuple[Lines, dict[str, float]]:
         done = subprocess.run(
             command, env={**os.environ, "COVERAGE_FILE": str(data)}, stdout=subprocess.PIPE, text=True, check=False
         )
-        again = [sys.executable, "-m", "pytest", "-q", "--last-failed"]  # chance may have made one fail
-        if done.returncode and subprocess.run(again, stdout=subprocess.DEVNULL, check=False).returncode:
+        if done.returncode:
             sys.exit(f"the tests have to pass on the copy first:\n{done.stdout[-2000:]}")
         seconds: dict[str, float] = {}
         for spent, test in re.findall(r"^([\d.]+)s (?:setup|call|teardown) +(\S.*)$", done.stdout, re.MULTILINE):
@@ -259,17 +258,19 @@ def anew(copy: Path, mutant: Mutant, tests: list[str]) -> str:
     return f"killed by {failed[1] if failed else f'exit code {done.returncode}'}" if done.returncode else "survives"
 
 
-def report(outcomes: dict[str, str], all_there_are: int, *, save: bool) -> None:
-    """The share of mutants that were killed, with its 95 % interval (Wilson), and those that survived."""
+def report(outcomes: dict[str, str], all_there_are: int, seed: int, *, save: bool) -> None:
+    """The share of mutants that were killed, at first with its 95 % interval (Wilson) and by now, and the survivors."""
     counted = [outcome for outcome in outcomes.values() if outcome != "no code"]
     killed = sum(outcome.startswith("killed") for outcome in counted)
     file = RESULTS / "mutation.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    reasons = before.get("survivors", {})
+    same = (before.get("seed"), before.get("mutants")) == (seed, len(counted))
+    reasons, at_first = before.get("survivors", {}), before["killed_at_first"] if same else killed
     document: dict[str, Any] = {
-        "date": today(), "commit": commit(), "machine": machine("cpu"),
-        "all": all_there_are, "mutants": len(counted), "killed": killed, "interval": wilson(killed, len(counted)),
-        "note": before.get("note", ""),
+        "date": today(), "commit": commit(), "machine": machine("cpu"), "seed": seed,
+        "all": all_there_are, "mutants": len(counted), "killed_at_first": at_first,
+        "interval_at_first": wilson(at_first, len(counted)), "killed": killed,
+        "note": before.get("note", "") if same else "",
         "survivors": {name: reasons.get(name, "") for name, outcome in outcomes.items() if outcome == "survives"},
     }  # fmt: skip
     print(json.dumps(document, indent=1))

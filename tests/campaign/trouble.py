@@ -287,7 +287,7 @@ def disk_full(trouble: Trouble) -> None:
             while True:
                 file.write(bytes(4096))
         try:
-            ends_with_an_error(trouble, processes, out, "No space left on device", " space")
+            ends_with_an_error(trouble, processes, out, "No space left on device", "free some space")
         finally:
             (disk / "others").unlink()
         trouble.goes_on(out)

@@ -132,6 +132,15 @@ def test_load_network__options_of_others_in_a_checkpoint_are_refused(
     )
 
 
+def test_evaluate__a_full_disk_costs_no_scores(folder: Path, tmp_path: Path, small_disk: Path, capsys: Capture) -> None:
+    path = save_weights(deeplab_v2_tiny(19, aspp_branches=2), tmp_path / "x.pth")
+    arguments = ["--weights", str(path), "--cityscapes", str(folder), "--network", "tiny", "--image-size", "32x64"]
+    (small_disk / "others").write_bytes(bytes(2**20))
+    with pytest.raises(SystemExit, match=r"No space left.*free some space.*scores\.json"):
+        evaluate.main([*arguments, "--workers", "0", "--out", str(small_disk / "scores.json")])
+    assert "| student 32x64 |" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_evaluate__under_torchrun(folder: Path, tmp_path: Path) -> None:
     path = save_weights(deeplab_v2_tiny(19, aspp_branches=2), tmp_path / "x.pth")

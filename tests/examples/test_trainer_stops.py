@@ -134,7 +134,11 @@ def test_signal__repeated_while_the_run_ends_leaves_the_first_stop() -> None:
         try:
             raise Stopped(" after step 3, which is saved")
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                try:
+                    raise OSError
+                except OSError:  # while something else is handled
+                    os.kill(os.getpid(), number)
 
     with pytest.raises(Stopped, match="after step 3"), ended_by_signals():
         end()
@@ -633,23 +637,40 @@ def test_skip_steps__are_counted_and_the_count_goes_on(
 def test_write_text__a_full_disk_is_named_and_keeps_the_old_text(small_disk: Path) -> None:
     path = small_disk / "table.md"
     write_text(path, "old")
-    with pytest.raises(OSError, match=r"No space left.*; check the folder and the disk space") as caught:
+    with pytest.raises(OSError, match=r"3\.00 MB are needed.*free some space") as caught:
         write_text(path, "new" * 1_000_000)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
     assert path.read_text() == "old"
     assert list(small_disk.iterdir()) == [path]
 
 
+def test_write_text__through_links_and_into_what_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "table.md")
+    for text in ("new", "newer"):
+        write_text(tmp_path / "link", text)
+        assert (tmp_path / "table.md").read_text() == text
+    assert (tmp_path / "link").is_symlink()
+    write_text(Path(os.devnull), "gone")
+    assert not Path(os.devnull).is_file()
+
+
 @pytest.mark.parametrize(("launched", "ends"), [(False, ["by itself"]), (True, [])])
-def test_leave__a_launched_process_ends_before_the_interpreter_does(launched: bool, ends: list[str]) -> None:
+@pytest.mark.parametrize(("end", "status", "says"), [
+    ("lambda: 3", 3, ""), ("lambda: sys.exit('error: no')", 1, "error: no\n"), ("lambda: sys.exit(2)", 2, ""),
+    ("sys.exit", 0, ""),
+])  # fmt: skip
+def test_leave__a_launched_process_ends_before_the_interpreter_does(
+    launched: bool, ends: list[str], end: str, status: int, says: str
+) -> None:
     """Where threads of gloo could abort it: a race that nothing can win for certain."""
-    code = "import atexit, processes; atexit.register(print, 'by itself'); print('work', end=' '); processes.leave(3)"
+    code = "import atexit, sys, processes; atexit.register(print, 'by itself'); print('work', end=' '); "
+    code += f"processes.leave({end})"
     environment = {name: value for name, value in os.environ.items() if name != "RANK"} | {"PYTHONPATH": "examples"}
     process = subprocess.run(
         [sys.executable, "-c", code], env=environment | ({"RANK": "0"} if launched else {}),
         capture_output=True, text=True, check=False, cwd=TRAINER.parent.parent,
     )  # fmt: skip
-    assert (process.returncode, process.stderr) == (3, "")
+    assert (process.returncode, process.stderr) == (status, says)
     assert process.stdout.rstrip() == " ".join(["work", *ends])
 
 

@@ -88,7 +88,7 @@ def write_png(path: str | Path, pixels: Tensor) -> None:
     try:
         io.write_image_png_u8(str(path), pixels.permute(1, 2, 0).contiguous().cpu().numpy(), mode)
     except Exception as error:  # kornia_rs raises bare Exception
-        raise OSError(f"{path}: cannot be written ({error}); check the folder and the disk space.") from error
+        raise OSError(f"{path}: cannot be written ({error}); free some space, or make its folder writable.") from error
 
 
 def read_start(path: Path) -> bytes:
