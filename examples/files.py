@@ -1,8 +1,8 @@
 """Text files of a run, replaced whole."""
 
+import os
+from contextlib import suppress
 from pathlib import Path
-
-from crossmix._files import write_whole
 
 __all__ = ["write_text"]
 
@@ -14,5 +14,16 @@ def write_text(path: Path, text: str) -> None:
     """
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8", errors="replace")
-    else:
-        write_whole(path.resolve(), text.encode("utf-8", "replace"))
+        return
+    path = path.resolve()
+    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8", errors="replace")
+        aside.replace(path)
+    except BaseException as error:
+        with suppress(OSError):  # the folder may be gone
+            aside.unlink()
+        if isinstance(error, OSError):
+            advice = f"{error.strerror}; free some space, or make its folder writable"
+            raise OSError(error.errno, advice, str(path)) from error
+        raise
