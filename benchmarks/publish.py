@@ -323,7 +323,7 @@ def reliability() -> str:
         wrong = "; ".join(group["wrong"]).replace("|", "\\|")
         rows.append([name, figures, wrong or "nothing", f"{group['seconds']}\N{NO-BREAK SPACE}s", group["date"]])
     lines = table(["group", "tried", "wrong", "time", "date"], rows, left=(0, 1, 2))
-    head = f"The nightly profile, shortened where a figure says so, {versions}, on {machine['processor']}:"
+    head = f"The nightly profile, {versions}, on {machine['processor']}:"
     return "\n".join([head, "", *lines, *mutation()])
 
 
