@@ -144,6 +144,17 @@ def test_signal__repeated_while_the_run_ends_leaves_the_first_stop() -> None:
         end()
 
 
+def test_signal__while_an_error_is_handled_stops() -> None:
+    def handle() -> None:
+        try:
+            raise OSError
+        except OSError:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped), ended_by_signals():
+        handle()
+
+
 @pytest.mark.parametrize("phase", ["step", "evaluation"])
 def test_worker__killed_at_any_moment_costs_no_step(
     trainer: ModuleType, whole: Run, run: Run, tmp_path: Path, monkeypatch: Patch, phase: str
