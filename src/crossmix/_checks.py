@@ -6,6 +6,7 @@ Every error says what was expected, what was given, and what to do.
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,10 +202,11 @@ def check_temperature(value: float) -> None:
 
 def check_size(name: str, size: object, *, least: int = 1) -> tuple[int, int]:
     """Refuse anything but (height, width), integers of any type of at least `least`; return them as ints."""
-    sides = size if isinstance(size, Sequence) and len(size) == 2 else [None]
-    if any(isinstance(side, bool) or not hasattr(side, "__index__") for side in sides):
+    sides: Sequence[Any] = size if isinstance(size, Sequence) and len(size) == 2 else [None]
+    # The compiler traces a size that changes as an int without `__index__`.
+    if not all(type(side) is int or (hasattr(side, "__index__") and not isinstance(side, bool)) for side in sides):
         raise TypeError(f"`{name}` must be (height, width), ints in pixels, got {size!r}; pass both sides.")
-    height, width = map(operator.index, sides)
+    height, width = (side if type(side) is int else operator.index(side) for side in sides)
     if min(height, width) < least:
         want = "positive" if least == 1 else f"at least {least} pixels"
         raise ValueError(f"`{name}` must be {want}, got {(height, width)}; pass (height, width) in pixels.")

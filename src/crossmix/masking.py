@@ -19,6 +19,7 @@ from crossmix._checks import (
     check_pixels,
     check_positive,
     check_same_device,
+    check_size,
     wrong_shape,
 )
 from crossmix._tensors import Device, at_least_float32, no_autocast, uniform
@@ -60,7 +61,7 @@ def box_mask(
                  [0, 0, 0, 0, 0, 0],
                  [0, 0, 0, 0, 0, 0]]], dtype=torch.int32)
     """
-    height, width = _check_size(size)
+    height, width = check_size("size", size)
     check_floating("scores", scores, DRAW)
     if scores.ndim != 2 or scores.shape[1] != 4:
         raise wrong_shape("scores", "(N, 4)", scores, "draw four numbers per image")
@@ -139,7 +140,7 @@ def block_mask(scores: Tensor, size: Sequence[int], block: int, *, ratio: float 
         tensor([[[ True,  True, False],
                  [ True,  True, False]]])
     """
-    height, width = _check_size(size)
+    height, width = check_size("size", size)
     check_pixels("block", block)
     check_fraction("ratio", ratio)
     check_floating("scores", scores, DRAW)
@@ -236,7 +237,7 @@ class CowMasks(nn.Module):
         """
         if size is None:
             raise ValueError("`size` must be given, since the draw of `CowMasks` depends on it: height and width.")
-        rows, columns = (self._waves(length) for length in _check_size(size))
+        rows, columns = (self._waves(length) for length in check_size("size", size))
         return uniform((n, 1 + rows * columns), generator=generator, device=device)
 
     def forward(self, scores: Tensor, size: Sequence[int]) -> Tensor:
@@ -246,7 +247,7 @@ class CowMasks(nn.Module):
             TypeError: If `scores` is not floating, or `size` is not two ints.
             ValueError: If a shape is wrong.
         """
-        height, width = _check_size(size)
+        height, width = check_size("size", size)
         rows, columns = self._waves(height), self._waves(width)
         check_floating("scores", scores, DRAW)
         if scores.ndim != 2 or scores.shape[1] != 1 + rows * columns:
@@ -363,14 +364,6 @@ def _check_sigma(sigma: float | Tensor, noise: Tensor) -> Tensor:
     return noise.new_full((1,), sigma)
 
 
-def _check_size(size: object) -> tuple[int, int]:
-    if not isinstance(size, Sequence) or len(size) != 2 or not all(type(side) is int for side in size):
-        raise TypeError(f"`size` must be two ints, height and width, got {size!r}.")
-    if min(size) < 1:
-        raise ValueError(f"`size` must be positive, got {tuple(size)}.")
-    return size[0], size[1]
-
-
 def _check_box(area: Range, aspect: Range) -> None:
     _check_range("area", area, "0 <= low <= high <= 1", lambda low, high: 0.0 <= low <= high <= 1.0)
     _check_range("aspect", aspect, "0 < low <= high", lambda low, high: 0.0 < low <= high < math.inf)
@@ -437,7 +430,7 @@ class MaskedImages(nn.Module):
             TypeError: If `size` is not two ints.
             ValueError: If a block does not fit into such images.
         """
-        height, width = _check_size(size)
+        height, width = check_size("size", size)
         block = self._side(height, width)
         return uniform((n, -(-height // block), -(-width // block)), generator=generator, device=device)
 

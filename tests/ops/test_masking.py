@@ -252,6 +252,13 @@ def test_modules__draw_rows_of_uniform_numbers(name: str) -> None:
     check_module(copy.deepcopy(module), lambda module: call(module, scores), shown)
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_modules__take_sizes_in_ints_of_any_type(name: str) -> None:
+    module = MODULES[name][0]
+    scores = module.sample(5, [np.int64(SIZE[0]), np.uint16(SIZE[1])], generator=seeded(0))
+    assert torch.equal(scores, module.sample(5, SIZE, generator=seeded(0)))
+
+
 @pytest.mark.parametrize(
     ("size", "block"),
     [((1024, 1024), 64), ((512, 513), 64), ((512, 512), 32), ((64, 128), 32), ((40, 24), 24), ((1, 1), 1)],
