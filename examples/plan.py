@@ -160,6 +160,12 @@ def _of_folders(request: Request, folders: list[Path]) -> Iterator[str]:
                 f"--resume: {out} is not the folder of a run, it holds no config.json; check --out, or leave out "
                 "--resume to start there."
             )
+        elif folders and (others := config_files(out)) and not {path.parent for path in others} & set(folders):
+            held = ", ".join(str(path.parent) for path in others)
+            yield (
+                f"--resume: this command has no run in {out}, which holds {held}; repeat the command that began these, "
+                "with its --runs, --seed or --demo, or give another --out."
+            )
         return
     for folder in filter(has_begun, folders):
         yield f"{folder} holds a run already; resume it with --resume, or give another --out."

@@ -596,6 +596,24 @@ def test_resume__of_nothing_is_refused(
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["chapter.tex", "thesis"]
 
 
+def test_resume__of_a_part_of_several_runs_is_refused(
+    trainer: ModuleType, folders: list[str], run: Run, died: Run, tmp_path: Path
+) -> None:
+    several = run("--runs", "2", out="several")
+    before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
+    begun = died()
+    for out, more, held in (
+        (several, (), f"{several}/seed-0, {several}/seed-1"),
+        (several, ("--runs", "2", "--seed", "5"), f"{several}/seed-0, {several}/seed-1"),
+        (begun, ("--runs", "2"), begun),
+    ):
+        with pytest.raises(SystemExit, match=f"--resume: this command has no run in {out}, which holds {held}; repeat"):
+            trainer.main([*folders, *more, "--resume", "--out", str(out)])
+    assert {path.relative_to(tmp_path) for path in several.rglob("*")} <= before
+    trainer.main([*folders, "--runs", "3", "--resume", "--out", str(several)])  # one more than before
+    assert steps_saved(several / "seed-2") == steps_saved(several / "seed-0")
+
+
 def test_two_jobs_in_one_second__have_two_folders(trainer: ModuleType, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     made = [trainer.new_folder("dacs") for _ in range(50)]  # some of them in one second
