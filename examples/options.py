@@ -107,7 +107,7 @@ def part(name: str, text: str, **kind: Any) -> Any:  # noqa: ANN401
 GROUPS = {  # titles in --help, by the first option of each group
     "method": "what to train",
     "gta5": "data",
-    "steps": "optimization",
+    "steps": "optimisation",
     "weigh": "algorithm, set by the recipe",
     "device": "hardware: results change only by rounding",
     "skip_files": "faults, evaluation, checkpoints and logging",

@@ -257,7 +257,7 @@ def checks_table(document: Document) -> list[str]:
     missed = [check.claim for check in found if not check.holds]
     verdict = f"{len(found) - len(missed)} of {len(found)} expectations hold."
     if any(len(entry["runs"]) == 1 for entry in document["rows"].values()):
-        verdict += " Rows with one seed count in full."
+        verdict += " An expectation about a row with one seed is judged by that seed alone."
     if missed:
         verdict += f" Missed: {'; '.join(missed)}."
     rows = [[c.claim, c.paper, c.found, "holds" if c.holds else "**missed**"] for c in found]

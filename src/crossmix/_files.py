@@ -196,7 +196,7 @@ class FolderLock:
 
 def _filelock() -> Any:  # noqa: ANN401 - a module
     """Import filelock lazily: it is an optional dependency."""
-    advice = "locking a folder needs filelock 3.30 or newer; install it with `pip install crossmix[train]`."
+    advice = "locking a folder needs filelock 3.30 or newer; install it with `pip install -U filelock`."
     try:
         import filelock  # noqa: PLC0415
     except ModuleNotFoundError as error:

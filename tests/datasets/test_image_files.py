@@ -362,7 +362,7 @@ def test_images__of_any_kind_are_rgb_and_turned_and_none_of_official_readers(
 def test_images__odd_ones_without_pillow_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "Image", None)
     ODD["palette"]().save(tmp_path / "a.png")
-    refusal(lambda: SegmentationFolder(tmp_path)[0], r"a\.png: .*with `pip install crossmix\[pictures\]`")
+    refusal(lambda: SegmentationFolder(tmp_path)[0], r"a\.png: .*with `pip install pillow`")
     path = put(tmp_path / "b.jpg", encoded(picture(), "jpeg"))  # these need none
     assert read_image(path).shape == (3, 12, 20)
 

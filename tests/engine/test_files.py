@@ -200,11 +200,11 @@ def test_lock__other_errors_are_not_in_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("found", [None, "3.16.0"])
-def test_lock__asks_for_the_extra(tmp_path: Path, found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock__asks_for_the_package(tmp_path: Path, found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     module = None if found is None else types.SimpleNamespace(__version__=found)
     monkeypatch.setitem(sys.modules, "filelock", module)
     said = f"is {found}: .*" if found else ""
-    with pytest.raises(ImportError, match=rf"{said}pip install crossmix\[train\]"), FolderLock(tmp_path):
+    with pytest.raises(ImportError, match=rf"{said}pip install -U filelock"), FolderLock(tmp_path):
         pass
 
 

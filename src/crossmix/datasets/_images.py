@@ -154,7 +154,7 @@ def _by_pillow(path: Path) -> Tensor:
     if Image is None:
         raise DataError(
             f"{path}: is a PNG with a palette, with grey and transparency, or with few bits, which needs Pillow; "
-            "install it with `pip install crossmix[pictures]`, or save the file as RGB."
+            "install it with `pip install pillow`, or save the file as RGB."
         )
     try:
         with Image.open(path, formats=("PNG",)) as picture:

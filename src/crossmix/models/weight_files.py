@@ -189,7 +189,7 @@ def safetensors_of(path: Path) -> ModuleType:
         import safetensors.torch  # noqa: PLC0415
     except ImportError as error:
         why = f"is a safetensors file, but the package safetensors cannot be imported ({error})"
-        raise ImportError(f"{path}: {why}; install it with `pip install crossmix[weights]`.") from error
+        raise ImportError(f"{path}: {why}; install it with `pip install safetensors`.") from error
     return safetensors.torch
 
 
