@@ -261,8 +261,12 @@ def test_folders__missing_empty_or_unpaired(tmp_path: Path) -> None:
     root = gta5(tmp_path / "g")
     (root / "labels" / "00001.png").unlink()
     refusal(lambda: GTA5(root), "g: has 3 images and 2 label maps that do not pair up, 00001 has no label map")
-    for path in (root / "images").iterdir():
-        path.unlink()
+    (root / "images" / "00001.png").unlink()
+    (root / "images" / "00002.png").rename(tmp_path / "00002.png")
+    refusal(lambda: GTA5(root), "g: has 1 images and 2 label maps that do not pair up, 00002 has no image")
+    (tmp_path / "some.txt").write_text("00000\n")  # of a part that is there
+    assert [sample.name for sample in GTA5(root, names=tmp_path / "some.txt")] == ["00000"]
+    (root / "images" / "00000.png").unlink()
     refusal(lambda: GTA5(root), "has 2 label maps but no images")
     city = cityscapes(tmp_path / "c")
     refusal(lambda: GTA5(city), r"c: has no images \(it looks like Cityscapes\); expected <root>/images")

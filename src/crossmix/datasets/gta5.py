@@ -28,8 +28,9 @@ class GTA5(FolderDataset):
         labels: Whether to read label maps. Without, `label` is None, and the files may be missing.
 
     Raises:
-        DataError: If a folder is missing or empty, an image has no label map, or `names` lists missing files; on
-            access, if a file is damaged or has other ids, or a pair differs in size and `size` is None.
+        DataError: If a folder is missing or empty, an image has no label map, a label map has no image and there is no
+            list of `names`, or that lists missing files; on access, if a file is damaged or has other ids, or a pair
+            differs in size and `size` is None.
         TypeError: If `size` is not a pair of ints.
         ValueError: If `size` is not positive, or neither images nor labels are read.
 
@@ -56,5 +57,6 @@ class GTA5(FolderDataset):
         self.root: Path = Path(root)
         folders = ((self.root / "images", images), (self.root / "labels", labels))
         of_images, of_labels = (find(folder) if is_read else None for folder, is_read in folders)
-        files = paired(f"{self.root}:", of_images, of_labels, LAYOUT, names=names, root=(self.root, "GTA5"))
+        expected = (self.root, "GTA5")
+        files = paired(f"{self.root}:", of_images, of_labels, LAYOUT, names=names, strict=names is None, root=expected)
         super().__init__(files, LABEL_IDS, size, "bicubic")

@@ -32,8 +32,9 @@ class Synthia(FolderDataset):
         labels: Whether to read label maps. Without, `label` is None, and the files may be missing.
 
     Raises:
-        DataError: If a folder is missing or empty, an image has no label map, or `names` lists missing files; on
-            access, if a file is damaged, was saved from the high bytes, or contains ids that are not SYNTHIA's.
+        DataError: If a folder is missing or empty, an image has no label map, a label map has no image and there is no
+            list of `names`, or that lists missing files; on access, if a file is damaged, was saved from the high
+            bytes, or contains ids that are not SYNTHIA's.
         TypeError: If `size` is not a pair of ints.
         ValueError: If `size` is not positive, or neither images nor labels are read.
 
@@ -61,7 +62,8 @@ class Synthia(FolderDataset):
         self.root: Path = Path(root)
         folders = ((self.root / "RGB", images), (labels_in(self.root), labels))
         of_images, of_labels = (find(folder) if is_read else None for folder, is_read in folders)
-        files = paired(f"{self.root}:", of_images, of_labels, LAYOUT, names=names, root=(self.root, "SYNTHIA"))
+        expected = (self.root, "SYNTHIA")
+        files = paired(f"{self.root}:", of_images, of_labels, LAYOUT, names=names, strict=names is None, root=expected)
         super().__init__(files, SYNTHIA_IDS, size, "bicubic")
 
 
