@@ -76,6 +76,8 @@ def _centres(old: int, new: int) -> Tensor:
 
 def uniform(shape: Sequence[int], *, generator: torch.Generator | None, device: Device = None) -> Tensor:
     """Uniform float32 numbers in [0, 1), drawn on the generator's device and moved to `device` if given."""
+    if not torch.compiler.is_compiling() and min(shape) < 0:
+        raise ValueError(f"`n` must be at least 0, got {min(shape)}; pass the number of images of a batch.")
     if generator is None:
         return torch.rand(shape, dtype=torch.float32, device=device)
     if torch.compiler.is_compiling():  # without fullgraph=True this is a graph break, and the draw is made eagerly

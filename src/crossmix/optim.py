@@ -233,7 +233,7 @@ def poly_lr(
         The learning rate.
 
     Raises:
-        ValueError: If `step` does not lie in 0..steps, or `power`, `warmup` or `warmup_ratio` is out of range.
+        ValueError: If `step` does not lie in 0..steps, or `lr`, `power`, `warmup` or `warmup_ratio` is out of range.
 
     Example:
         >>> poly_lr(0, 100, 2.5e-4), poly_lr(100, 100, 2.5e-4)
@@ -243,6 +243,8 @@ def poly_lr(
     """
     if not 0 <= step <= steps or steps < 1:
         raise ValueError(f"`step` must lie in 0..steps = {steps}, got {step}; count finished steps from 0.")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"`lr` must be finite and at least 0, got {lr}; start from 2.5e-4.")
     if not 0 <= power < math.inf:
         raise ValueError(f"`power` must be finite and at least 0, got {power}; 0 means no decay.")
     if warmup < 0:
