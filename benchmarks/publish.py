@@ -93,7 +93,7 @@ def pretrained_evidence() -> list[str]:
     lines = [
         f"mIoU in percent on photographs of streets, {page.seeds_of(rows)} each: a small network with ImageNet",
         "weights, trained on rendered scenes (`source`), with their colours jittered, or with unlabelled photographs",
-        "by day as well (`dacs`). `oracle` is trained on the labels of the latter, and is no upper bound at dusk",
+        "by day as well (`dacs`, `mic`). `oracle` is trained on their labels, and is no upper bound at dusk",
         "(`python -m benchmarks.study ablation --pair streets-camvid --camvid CamVid --finished --save`):",
         "",
         *table(
