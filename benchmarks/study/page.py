@@ -142,9 +142,10 @@ def figures() -> dict[str, str]:
         if document is not None:
             name = document["options"]["pair"]["name"]
             found[f"{name}-miou.svg"] = miou_figure(document)
-            found[f"{name}-course.svg"] = course_figure(document)
-            found[f"{name}-recall.svg"] = class_figure(document, "recall")
-            found[f"{name}-share.svg"] = class_figure(document, "share")
+            if watched(document["rows"]):
+                found[f"{name}-course.svg"] = course_figure(document)
+                found[f"{name}-recall.svg"] = class_figure(document, "recall")
+                found[f"{name}-share.svg"] = class_figure(document, "share")
             if name == predictions.PAIR and predictions.are_there():
                 found[predictions.FIGURE] = predictions.figure()
     document = read(SENSITIVITY)

@@ -453,6 +453,10 @@ def test_pages__lead_with_the_pair_and_show_its_predictions(
     figures = page.figures()
     assert predictions.FIGURE in figures
     assert all(f"](results/{name})" in text for name in figures)
+    source = command.summary("ablation-streets-camvid", documents[:1], {"source": collected["source"]})
+    command.write("ablation-streets-camvid", source)  # as long as no row with a teacher is finished
+    assert set(page.figures()) == {"streets-camvid-miou.svg", predictions.FIGURE}
+    assert page.page().count("](results/") == 2
 
 
 def test_selection__finds_the_steps_that_the_scores_choose() -> None:
