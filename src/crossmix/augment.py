@@ -128,6 +128,9 @@ class StrongAugment(nn.Module):
 
         `generator` draws on its own device; None is the global one. `device` is that of the result, by default the
         generator's, or torch's default one.
+
+        Raises:
+            ValueError: If `n` is negative.
         """
         numbers = uniform((11, n), generator=generator, device=device)
         decisions = numbers[:2, :1].expand(2, n) if self.same_on_batch else numbers[:2]

@@ -177,7 +177,11 @@ class BoxMasks(nn.Module):
     def sample(
         self, n: int, size: Sequence[int] | None = None, *, generator: Generator | None = None, device: Device = None
     ) -> Tensor:
-        """Draw the shapes and positions of n boxes, (n, 4) uniform numbers, for any size; see `MaskSource.sample`."""
+        """Draw the shapes and positions of n boxes, (n, 4) uniform numbers, for any size; see `MaskSource.sample`.
+
+        Raises:
+            ValueError: If `n` is negative.
+        """
         del size  # the draw does not depend on it
         return uniform((n, 4), generator=generator, device=device)
 
@@ -233,7 +237,7 @@ class CowMasks(nn.Module):
 
         Raises:
             TypeError: If `size` is not two ints.
-            ValueError: If `size` is not given, or not positive.
+            ValueError: If `size` is not given, or not positive, or `n` is negative.
         """
         if size is None:
             raise ValueError("`size` must be given, since the draw of `CowMasks` depends on it: height and width.")
@@ -428,7 +432,7 @@ class MaskedImages(nn.Module):
 
         Raises:
             TypeError: If `size` is not two ints.
-            ValueError: If a block does not fit into such images.
+            ValueError: If a block does not fit into such images, or `n` is negative.
         """
         height, width = check_size("size", size)
         block = self._side(height, width)
