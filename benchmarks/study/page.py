@@ -15,7 +15,8 @@ from benchmarks.speed.common import RESULTS
 from benchmarks.study import predictions
 from benchmarks.study.collected import name_of
 from benchmarks.study.expected import checks, mious
-from benchmarks.study.studies import BASE, OPTIONS, row_name
+from benchmarks.study.studies import BASE, OPTIONS, row_name, rows_of
+from benchmarks.study.studies import seeds_of as planned_seeds
 from benchmarks.study.trials import LOOKED_AT
 from benchmarks.tables import cell, each, mean_and_sd, table
 
@@ -34,8 +35,9 @@ INTRODUCTION = """\
 # Results
 
 The paper's findings on {pairs} freely available pairs of domains, with every seed. All scores are IoU in percent on
-held-out target images; ± is the standard deviation over seeds. This page and its figures are generated from the files
-in `benchmarks/results/`:
+images that no method is trained on; ± is the sample standard deviation over seeds. The best step is chosen by the
+labels of these images, so no method could know it. This page and its figures are generated from the files in
+`benchmarks/results/`:
 
 ```bash
 {commands}python -m benchmarks.study ablation --pair streetscenes --workers 2 --save
@@ -46,20 +48,21 @@ python -m benchmarks.study causes --pair camvid --camvid CamVid --workers 2 --sa
 python -m benchmarks.publish --write
 ```
 
-A run is a pure function of its options and its seed, bit for bit on one CPU; on a GPU it differs by rounding. The pairs
-from ImageNet weights have their runs in `benchmarks/results/runs`, each with the machine that it ran on: `--finished`
-collects them, and without it the missing ones are run. For each seed, all methods use the
-same network with the same initial weights, the same number of steps and the same batches. The colour jitter and blur of
-DACS are applied to the pseudo-labelled images of every method that has them, to the source images in `source + jitter`,
-and nowhere else. `alignment` knows the true class shares of the target, and `oracle` trains on its labels: both are
-bounds, not methods.
+A run is a pure function of its options and its seed, bit for bit on one CPU; on a GPU, other rounding leads a seed to
+another score. The pairs from ImageNet weights have their runs in `benchmarks/results/runs`, each with the machine that
+it ran on: `--finished` collects them, and without it the missing ones are run. For each seed, all methods use the same
+network with the same initial weights, the same number of steps and the same batches, except where a row samples rare
+classes or is trained on the target. The colour jitter and blur of DACS are applied to the pseudo-labelled images of
+every method that has them, to the source images in `source + jitter`, and nowhere else. `alignment` knows the true
+class shares of the target, and `oracle` is trained on its labels: no method could, as the target is unlabelled.
+`dacs + boxes` pastes boxes of half of the image, as CutMix does; those of `BoxMasks` are smaller by default.
 """
 
 COMMAND = "python -m benchmarks.study ablation --pair {pair} --camvid CamVid --finished --save\n"
 
 PREDICTED = """\
 Label maps of the student at the last step of seed 0, on images spread evenly over the two test drives, and scenes that
-it was trained on. The photographs must not be distributed; with the data,
+it was trained on. The photographs and their labels must not be distributed; with the data,
 `python -m benchmarks.publish --photographs CamVid --out FILE` draws the figure with them.
 """
 
@@ -99,7 +102,8 @@ PAIR_TEXT = {
         "From rendered scenes to photographs: 1000 source scenes of StreetScenes in the style `rich`, with its 19 "
         "classes mapped to the 11 of CamVid, and two drives by day as the target (0006R0 and the last two thirds of "
         "0016E5, 305 images). Scored on drive 0001TP at dusk (124 images), and by day on the first third of 0016E5 "
-        "(101 images). CamVid in the SegNet version, resized to 160 x 213."
+        "(101 images), which is the target domain; dusk is a third one, seen by no row. CamVid in the SegNet version, "
+        "resized to 160 x 213."
     ),
     "ablation-streets-camvid-360x480": (
         "The same scenes and photographs in the size of the SegNet version of CamVid, 360 x 480, with more steps."
@@ -196,24 +200,30 @@ def setting(document: Document) -> str:
     options, runs_on = document["options"], name_of(document["machine"])
     pair, runs = options["pair"], [run for entry in document["rows"].values() for run in entry["runs"]]
     height, width = pair["crop"]
-    hours: Counter[str] = Counter()
-    for run in runs:
-        hours[run.get("machine", runs_on)] += run["cpu_seconds"] / 3600
-    took = [f"{spent:.1f} CPU hours {'beside' if 'NVIDIA' in on else 'on'} {on}" for on, spent in hours.items()]
+    machines = Counter(run.get("machine", runs_on) for run in runs)
+    took = []
+    for on, ran in machines.items():
+        hours = sum(run["cpu_seconds"] for run in runs if run.get("machine", runs_on) == on) / 3600
+        of = f" for {ran} of them" if len(machines) > 1 else ""
+        took.append(f"{hours:.1f} CPU hours {'beside' if 'NVIDIA' in on else 'on'} {on}{of}")
     network, optimizer = "`deeplab_v2_tiny` from random weights", "weight decay 0.0005"
-    unfinished = ""
+    unfinished = own = ""
     count = f"{len(runs)} runs"
     if pair.get("network") == "efficientnet-lite0":
         network = "EfficientNet-Lite0 with ImageNet weights and a feature pyramid of 64 channels"
         optimizer = "AdamW with weight decay 0.01"
         count += f" with {seeds_of(document['rows'])} each"
-        if len({len(entry["runs"]) for entry in document["rows"].values()}) > 1:
-            unfinished = " Rows with fewer seeds are unfinished; differences are between the seeds that both rows have."
+        own = " (`mic` has its own)" if "mic" in document["rows"] else ""
+        planned = len(rows_of("ablation", pair["name"])) * planned_seeds("ablation", pair["name"])
+        if len(runs) < planned:
+            unfinished = (
+                f" Unfinished: {planned} runs are planned. Differences are between the seeds that both rows have."
+            )
     return (
         f"{network}, {options['steps']} steps of {pair['batch']} source and "
         f"{pair['batch']} target crops of {height} x {width}, learning rate {pair['lr']} (head ten times that), "
         f"polynomial decay 0.9, {optimizer}; the released recipe with threshold {pair['threshold']} and EMA "
-        f"decay {pair['decay']}. The {count} took {' and '.join(took)}, {document['date']}.{unfinished}\n"
+        f"decay {pair['decay']}{own}. The {count} took {' and '.join(took)}, {document['date']}.{unfinished}\n"
     )
 
 
@@ -253,16 +263,32 @@ def seeds_of(rows: Document) -> str:
 
 
 def checks_table(document: Document) -> list[str]:
-    """All expectations with their figures, preceded by a list of the missed ones."""
-    found = checks(document["rows"], document["options"]["pair"]["classes"], document["options"]["pair"]["name"])
-    missed = [check.claim for check in found if not check.holds]
-    verdict = f"{len(found) - len(missed)} of {len(found)} expectations hold."
+    """All expectations with their figures, preceded by a list of the missed ones; on each set of test images."""
+    pair, lines = document["options"]["pair"], []
+    sets = {"found": checks(document["rows"], pair["classes"], pair["name"])}
+    if (day := with_scores_by_day(document["rows"])) is not None:
+        sets = {"at dusk": sets["found"], "by day": checks(day, pair["classes"], pair["name"])}
+    for where, found in sets.items():
+        missed = [check.claim for check in found if not check.holds]
+        verdict = f"{len(found) - len(missed)} of {len(found)} expectations hold{f' {where}' * (len(sets) > 1)}."
+        lines += [verdict + f" Missed: {'; '.join(missed)}." * bool(missed), ""]
     if any(len(entry["runs"]) == 1 for entry in document["rows"].values()):
-        verdict += " An expectation about a row with one seed is judged by that seed alone."
-    if missed:
-        verdict += f" Missed: {'; '.join(missed)}."
-    rows = [[c.claim, c.paper, c.found, "holds" if c.holds else "**missed**"] for c in found]
-    return [verdict, "", *table(["expected", "paper, GTA5 to Cityscapes", "found", "result"], rows, left=range(4))]
+        lines += ["An expectation about a row with one seed is judged by that seed alone.", ""]
+    columns = [column for where in sets for column in (where, "result")]
+    rows = [
+        [checked[0].claim, checked[0].paper]
+        + [cell for c in checked for cell in (c.found, "holds" if c.holds else "**missed**")]
+        for checked in zip(*sets.values(), strict=True)
+    ]
+    head = ["expected", "paper, GTA5 to Cityscapes", *columns]
+    return [*lines, *table(head, rows, left=range(len(head)))]
+
+
+def with_scores_by_day(rows: Document) -> Document | None:
+    """The same rows with the scores at the last step on the second set in place of the first, if there is one."""
+    if any("by_day" not in run for entry in rows.values() for run in entry["runs"]):
+        return None
+    return {name: {"runs": [run | {"last": run["by_day"]} for run in entry["runs"]]} for name, entry in rows.items()}
 
 
 def tried(whole: Document) -> list[str]:
@@ -304,42 +330,55 @@ def remarks(suite: str) -> list[str]:
 
 def selected(document: Document) -> list[str]:
     """The scores at the steps that label-free scores choose, and how far they fall short of the best."""
-    rows = {name: entry["runs"] for name, entry in document["rows"].items()}
+    rows = {name: entry["runs"] for name, entry in document["rows"].items() if name != "oracle"}
     every = [run for runs in rows.values() for run in runs]
     if any("entropy" not in run["curves"] for run in every):
         return []
-    columns: dict[str, Callable[[Document], float]] = {
-        "last step": lambda run: run["last"]["student"]["miou"],
-        "best step": lambda run: run["best"]["student"]["miou"],
-        "lowest entropy": lambda run: chosen(run, "entropy", -1),
-        "highest information": lambda run: chosen(run, "information", 1),
-        "highest density": lambda run: chosen(run, "neighborhood_density", 1),
-    }
-    best_of = columns["best step"]
-    short = {
-        name: 100 * statistics.mean(best_of(run) - column(run) for run in every) for name, column in columns.items()
-    }
-    scores = list(columns)[2:]
-    best = min(scores, key=lambda name: short[name])
-    gain = short["last step"] - short[best]
-    said = (
-        f"In the mean over all runs, the last step is {short['last step']:.2f} points below the best one, and the "
-        f"chosen steps are {', '.join(f'{short[name]:.2f} ({name})' for name in scores)} below it. The best of these "
-        f"scores, {best}, gains {gain:+.2f} points over keeping the last step.\n"
-    )
-    words = SELECTED.format(count=LOOKED_AT, looks=len(document["looks"]))
+    twice = all("by_day" in run["curves"] for run in every)
     lines = [
-        [name, *(mean_and_sd([column(run) for run in runs]) for column in columns.values())]
+        [name, *(mean_and_sd(list(column)) for column in zip(*(kept(run, "student") for run in runs), strict=True))]
         for name, runs in rows.items()
     ]
-    return ["### Choosing a step without labels\n", words, *table(["method", *columns], lines), said]
+    return [
+        "### Choosing a step without labels\n",
+        SELECTED.format(count=LOOKED_AT, looks=len(document["looks"])) + "The table is at dusk.\n" * twice,
+        *table(["method", *KEPT], lines),
+        shortfall(every, "student", ", at dusk" if twice else ""),
+        *([shortfall(every, "by_day", ", by day")] if twice else []),
+    ]
 
 
-def chosen(run: Document, score: str, sign: int) -> float:
-    """The student's mIoU at the step with the highest score, or with the lowest if the sign is negative."""
-    mious, values = run["curves"]["student"], run["curves"][score]
-    steps = [i for i, value in enumerate(values) if value is not None]
-    return float(mious[max(steps, key=lambda i: sign * values[i])])
+KEPT = ("last step", "best step", "lowest entropy", "highest information", "highest density")
+
+
+def kept(run: Document, curve: str) -> list[float]:
+    """The scores of a run on one set of images at the steps that `KEPT` names."""
+    mious, curves = run["curves"][curve], run["curves"]
+
+    def chosen(score: str, sign: int) -> float:
+        steps = [i for i, value in enumerate(curves[score]) if value is not None]
+        return float(mious[max(steps, key=lambda i: sign * curves[score][i])])
+
+    by_score = (chosen("entropy", -1), chosen("information", 1), chosen("neighborhood_density", 1))
+    return [mious[-1], max(mious), *by_score]
+
+
+def shortfall(runs: Sequence[Document], curve: str, where: str) -> str:
+    """How far the kept steps are below the best ones, in words."""
+    differences = []
+    for run in runs:
+        scores = kept(run, curve)
+        differences.append([100 * (max(run["curves"][curve]) - score) for score in scores])
+    short = dict(zip(KEPT, map(statistics.mean, zip(*differences, strict=True)), strict=True))
+    scores = KEPT[2:]
+    best = min(scores, key=lambda name: short[name])
+    count = f"these {len(runs)} runs" if len(runs) > 1 else "one run"
+    return (
+        f"In the mean over {count}{where}, the last step is {short['last step']:.2f} points below the "
+        f"best one, and the chosen steps are {', '.join(f'{short[name]:.2f} ({name})' for name in scores)} below it. "
+        f"The best of these scores, {best}, gains {short['last step'] - short[best]:+.2f} points over keeping the last "
+        "step; that it is the best was known only afterwards.\n"
+    )
 
 
 def from_scratch() -> list[str]:

@@ -1,10 +1,11 @@
 """The figure of predictions: rendered scenes that a network was trained on, and its label maps of photographs.
 
-The photographs themselves must not be distributed. `python -m benchmarks.publish --photographs CamVid --out FILE` draws
-the figure with them.
+The photographs and their labels must not be distributed. `python -m benchmarks.publish --photographs CamVid --out FILE`
+draws the figure with both.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -29,14 +30,13 @@ COLORS = {CAMVID_NAMES[name]: PALETTE[CLASS_NAMES.index(name)] for name in rever
 def write_references(domains: Domains, out: Path) -> None:
     """Write what the figure shows beside the runs' label maps, which is the same for all runs."""
     out.mkdir(parents=True, exist_ok=True)
-    photographs = pictured(domains)
-    scenes = evenly(domains.source, len(photographs))
+    scenes = evenly(domains.source, len(pictured(domains)))
     small = functional.interpolate(
         torch.stack([scene.image for scene in scenes]), scale_factor=0.5, mode="bilinear", antialias=True
     )
     write_stack(out / "scenes.png", small)
-    for name, samples in (("scene-labels", scenes), ("truth", photographs)):
-        write_stack(out / f"{name}.png", torch.stack([sample.label for sample in samples if sample.label is not None]))
+    labels = torch.stack([scene.label for scene in scenes if scene.label is not None])
+    write_stack(out / "scene-labels.png", labels)
 
 
 def shown() -> dict[str, Path]:
@@ -51,22 +51,26 @@ def are_there() -> bool:
 
 
 def figure(camvid: str = "") -> str:
-    """The figure of seed 0 as SVG; with photographs if their folder is given."""
+    """The figure of seed 0 as SVG; with photographs and true labels if their folder is given."""
     runs = shown()
     folder = runs["dacs"].parent
     document = json.loads(runs["dacs"].with_suffix(".json").read_text(encoding="utf-8"))
     names, classes = document["pictures"], document["options"]["pair"]["classes"]
 
-    def maps(path: Path) -> list[Picture]:
+    def maps(labels: Iterable[Tensor]) -> list[Picture]:
         colors = [COLORS[name] for name in classes]
-        return [Picture(colorize(labels[0], colors=colors), exact=True) for labels in stack(path, len(names))]
+        return [Picture(colorize(label, colors=colors), exact=True) for label in labels]
 
+    def stored(path: Path) -> list[Picture]:
+        return maps(stack(path, len(names))[:, 0])
+
+    photographs = pictured(load(PAIR, camvid)) if camvid else []
     columns = {
         "rendered scene": [Picture(image) for image in stack(folder / "scenes.png", len(names))],
-        "its labels": maps(folder / "scene-labels.png"),
-        "photograph": [Picture(sample.image) for sample in pictured(load(PAIR, camvid))] if camvid else [],
-        **{f"{name}, prediction": maps(path) for name, path in runs.items()},
-        "true labels": maps(folder / "truth.png"),
+        "its labels": stored(folder / "scene-labels.png"),
+        "photograph": [Picture(sample.image) for sample in photographs],
+        **{f"{name}, prediction": stored(path) for name, path in runs.items()},
+        "true labels": maps(sample.label for sample in photographs if sample.label is not None),
     }
     rows = [f"{name}\n{'at dusk' if i < PICTURED else 'by day'}" for i, name in enumerate(names)]
     legend = {name: COLORS[name] for name in classes} | {"unlabelled": (0, 0, 0)}

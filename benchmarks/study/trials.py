@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from benchmarks.speed.common import machine
+from benchmarks.speed.common import commit, machine
 from benchmarks.study.collected import best, compact
 from benchmarks.study.network import PretrainedPyramid
 from benchmarks.study.pairs import PAIRS, Domains, Pair, class_shares, load
@@ -124,6 +124,7 @@ class Boxes(nn.Module):
 def run(job: Job) -> tuple[dict[str, Any], Tensor | None]:
     """The run's document, and the label maps of `pictured` images from ImageNet weights, (N, H, W) uint8."""
     pair, variant = PAIRS[job.pair], job.variant
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 as on a CPU; on by default
     domains = load(job.pair, job.camvid)
     torch.manual_seed(job.seed)  # for the initial weights; everything else is keyed
     student = network_of(pair, variant)
@@ -163,7 +164,8 @@ def run(job: Job) -> tuple[dict[str, Any], Tensor | None]:
         if step + 1 in looked_at:
             looks.append({"step": step + 1, **means(noted), **look(training, domains, pair, variant)})
             noted.clear()
-    document = {"options": job.options(), "machine": machine(job.device), "cpu_seconds": seconds, "looks": looks}
+    ran = {"commit": commit(), "machine": machine(job.device), "cpu_seconds": seconds}
+    document = {"options": job.options(), **ran, "looks": looks}
     if not pair.pretrained:
         return document, None
     document |= {"looks": compact(looks), "pictures": [sample.name for sample in pictured(domains)]}

@@ -308,7 +308,7 @@ def test_command__runs_the_main_rows_of_a_seed_first(monkeypatch: pytest.MonkeyP
     assert begun[:5] == [(0, name) for name in ("source", "source + jitter", "dacs", "oracle", "pseudo-label")]
     assert {seed for seed, _ in begun[:12]} == {0}
     assert folders_used == [tmp_path / "runs" / "streets-camvid", Path("runs/ablation/streets-camvid")]  # trials apart
-    assert {path.name for path in folders_used[0].iterdir()} == {"scenes.png", "scene-labels.png", "truth.png"}
+    assert {path.name for path in folders_used[0].iterdir()} == {"scenes.png", "scene-labels.png"}
 
 
 def test_rare_classes__need_a_share_of_the_image_as_in_daformer() -> None:
@@ -321,9 +321,16 @@ def test_rare_classes__need_a_share_of_the_image_as_in_daformer() -> None:
 @has_weights
 @pytest.mark.slow
 def test_command__resumes_with_two_workers_on_photographs(test_data: Path, tmp_path: Path) -> None:
+    photographs, out = tmp_path / "camvid", tmp_path / "out"
+    for kind in pairs.CAMVID:  # a few of each part
+        for what in ("images", "labels"):
+            (photographs / kind / what).mkdir(parents=True)
+            for path in sorted((test_data / "camvid" / kind / what).iterdir())[:4]:
+                (photographs / kind / what / path.name).symlink_to(path)
+
     def output(*rows: str) -> str:
-        arguments = ["ablation", "--pair", "streets-camvid", "--camvid", str(test_data / "camvid"), "--rows", *rows]
-        short = ["--steps", "1", "--seeds", "1", "--workers", "2", "--out", str(tmp_path)]
+        arguments = ["ablation", "--pair", "day-dusk", "--camvid", str(photographs), "--rows", *rows]
+        short = ["--steps", "1", "--seeds", "1", "--workers", "2", "--out", str(out)]
         return subprocess.run(
             [sys.executable, "-m", "benchmarks.study", *arguments, *short],
             cwd=ROOT,
@@ -335,7 +342,7 @@ def test_command__resumes_with_two_workers_on_photographs(test_data: Path, tmp_p
     output("oracle")
     assert "1 of 3 runs are finished" in output("oracle", "source", "source + jitter")
     runs = {f"{row}--seed-0{end}" for row in ("source", "source-jitter", "oracle") for end in (".json", ".png")}
-    assert {path.name for path in tmp_path.glob("[!.]*")} == runs | {"scenes.png", "scene-labels.png", "truth.png"}
+    assert {path.name for path in out.glob("[!.]*")} == runs
 
 
 @pytest.mark.parametrize(
@@ -420,7 +427,7 @@ def test_command__shows_what_is_finished(
 def test_pages__lead_with_the_pair_and_show_its_predictions(
     small: Domains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in ("demo", "shift", "mixing--cpu"):
+    for name in ("demo", "shift", "mixing--cpu", "ablation-streetscenes"):
         shutil.copy(RESULTS / f"{name}.json", tmp_path)
     for module in (page, command, predictions, publish):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
@@ -455,8 +462,8 @@ def test_pages__lead_with_the_pair_and_show_its_predictions(
     assert all(f"](results/{name})" in text for name in figures)
     source = command.summary("ablation-streets-camvid", documents[:1], {"source": collected["source"]})
     command.write("ablation-streets-camvid", source)  # as long as no row with a teacher is finished
-    assert set(page.figures()) == {"streets-camvid-miou.svg", predictions.FIGURE}
-    assert page.page().count("](results/") == 2
+    assert {name for name in page.figures() if "camvid" in name} == {"streets-camvid-miou.svg", predictions.FIGURE}
+    assert page.page().count("](results/streets-camvid") == 2
 
 
 def test_selection__finds_the_steps_that_the_scores_choose() -> None:
@@ -466,16 +473,41 @@ def test_selection__finds_the_steps_that_the_scores_choose() -> None:
         "information": [None, 0.1, 0.3],
         "neighborhood_density": [0.1, 0.3, 0.2],
     }
-    run = {"last": {"student": {"miou": 0.4}}, "best": {"student": {"miou": 0.5}}, "curves": curves}
-    found = "\n".join(page.selected({"rows": {"dacs": {"runs": [run]}}, "looks": [1, 2, 3]}))
+    every = {"dacs": {"runs": [{"curves": curves}]}, "oracle": {"runs": [{"curves": {"student": [0.9]}}]}}
+    found = "\n".join(page.selected({"rows": every, "looks": [1, 2, 3]}))
     assert "| dacs | 40.00 | 50.00 | 30.00 | 40.00 | 50.00 |" in found
-    assert "the last step is 10.00 points below the best one" in found
+    assert "oracle" not in found  # it has labels
+    assert "In the mean over one run, the last step is 10.00 points below the best one" in found
     assert "20.00 (lowest entropy), 10.00 (highest information), 0.00 (highest density) below it" in found
-    assert "The best of these scores, highest density, gains +10.00 points over keeping the last step." in found
+    assert "The best of these scores, highest density, gains +10.00 points over keeping the last step;" in found
     assert not page.selected({"rows": {"dacs": {"runs": [{"curves": {"student": [0.3]}}]}}, "looks": [1]})
+    twice = {"dacs": {"runs": [{"curves": curves | {"by_day": [0.5, 0.1, 0.2]}}]}}
+    found = "\n".join(page.selected({"rows": twice, "looks": [1, 2, 3]}))
+    assert "at dusk, the last step is 10.00 points below" in found
+    assert "by day, the last step is 30.00 points below" in found
+    assert "0.00 (lowest entropy), 30.00 (highest information), 40.00 (highest density) below it" in found
 
 
-def test_figure__shows_scenes_predictions_and_truth_and_photographs_if_asked(
+def test_expectations__are_judged_on_each_set_of_test_images() -> None:
+    def scored(dusk: float, day: float) -> dict[str, Any]:
+        seed = row(dusk)["runs"][0]
+        return {"runs": [seed | {"by_day": row(day)["runs"][0]["last"]}]}
+
+    rows = {"source + jitter": scored(20, 20), "dacs": scored(22, 24)}
+    options = {"pair": {"name": "streets-camvid", "classes": ["road"]}}
+    dusk, _, day, _, one, _, *table = page.checks_table({"rows": rows, "options": options})
+    missed = "dacs above source + jitter by at least 3 points in the mean"
+    assert dusk == f"1 of 2 expectations hold at dusk. Missed: {missed}."
+    assert day == "2 of 2 expectations hold by day."
+    assert "judged by that seed alone" in one
+    assert table[2] == f"| {missed} | not run | +2.00 points, 1 seed | **missed** | +4.00 points, 1 seed | holds |"
+    del rows["dacs"]["runs"][0]["by_day"]
+    alone = page.checks_table({"rows": rows, "options": options})
+    assert alone[0] == f"1 of 2 expectations hold. Missed: {missed}."
+    assert f"| {missed} | not run | +2.00 points, 1 seed | **missed** |" in alone
+
+
+def test_figure__shows_scenes_and_predictions_and_photographs_with_their_labels_if_asked(
     small: Domains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(predictions, "RESULTS", tmp_path)
@@ -489,16 +521,16 @@ def test_figure__shows_scenes_predictions_and_truth_and_photographs_if_asked(
         trials.write_stack(path, torch.arange(4, dtype=torch.uint8).view(4, 1, 1).expand(4, 64, 85))
         path.with_suffix(".json").write_text(json.dumps(content), encoding="utf-8")
     assert predictions.are_there()
-    scenes, truth = (predictions.stack(folder / f"{name}.png", 4) for name in ("scenes", "truth"))
-    assert scenes.shape == (4, 3, 32, 42)
-    for map_, sample in zip(truth, trials.pictured(small), strict=True):
-        assert torch.equal(map_[0], sample.label)
+    assert predictions.stack(folder / "scenes.png", 4).shape == (4, 3, 32, 42)
+    labels = predictions.stack(folder / "scene-labels.png", 4)[:, 0]
+    assert all(map(torch.equal, labels, [s.label for s in trials.evenly(small.source, 4)]))
     plain, local = predictions.figure(), predictions.figure("CamVid")
-    for svg, columns in ((plain, 5), (local, 6)):
+    for svg, columns in ((plain, 4), (local, 6)):
         ET.fromstring(svg)  # noqa: S314 - our own
         assert svg.count("<image ") == 4 * columns
         assert all(f">{name}<" in svg for name in ("dacs, prediction", "bicyclist", "unlabelled", names[0]))
-    assert (">photograph<" in plain, ">photograph<" in local) == (False, True)
+    for theirs in (">photograph<", ">true labels<"):
+        assert (theirs in plain, theirs in local) == (False, True)
     out = tmp_path / "local.svg"
     monkeypatch.setattr(sys, "argv", ["publish", "--photographs", "CamVid", "--out", str(out)])
     publish.main()
