@@ -370,12 +370,11 @@ def shortfall(runs: Sequence[Document], curve: str, where: str) -> str:
         scores = kept(run, curve)
         differences.append([100 * (max(run["curves"][curve]) - score) for score in scores])
     short = dict(zip(KEPT, map(statistics.mean, zip(*differences, strict=True)), strict=True))
-    scores = KEPT[2:]
-    best = min(scores, key=lambda name: short[name])
+    best = min(KEPT[2:], key=lambda name: short[name])
     count = f"these {len(runs)} runs" if len(runs) > 1 else "one run"
     return (
         f"In the mean over {count}{where}, the last step is {short['last step']:.2f} points below the "
-        f"best one, and the chosen steps are {', '.join(f'{short[name]:.2f} ({name})' for name in scores)} below it. "
+        f"best one, and the chosen steps are {', '.join(f'{short[name]:.2f} ({name})' for name in KEPT[2:])} below it. "
         f"The best of these scores, {best}, gains {short['last step'] - short[best]:+.2f} points over keeping the last "
         "step; that it is the best was known only afterwards.\n"
     )

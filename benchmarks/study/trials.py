@@ -2,12 +2,14 @@
 
 Data and randomness are keyed by (seed, step), the initial weights by the seed, and arithmetic uses one thread, so the
 result of a run on a CPU is bit-identical regardless of what else runs. Each run writes one JSON file, and from ImageNet
-weights the label maps that it ends with on a few test images; finished runs are skipped.
+weights the label maps that it ends with on a few test images; finished runs are skipped, and an interrupted one goes on
+from the last time that it was scored.
 """
 
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,7 +31,7 @@ from crossmix import ClassMix, CrossDomainMix, Mixed, SelfTraining, SelfTraining
 from crossmix import functional as F
 from crossmix.datasets import RareClassSampler, Sample, class_counts, write_png
 from crossmix.diagnostics import PseudoLabelMonitor, UnsupervisedScores
-from crossmix.engine import FolderLock, KeyedCrops, keyed_generator
+from crossmix.engine import CheckpointStore, FolderLock, KeyedCrops, keyed_generator
 from crossmix.evaluation import evaluate
 from crossmix.models import deeplab_v2_tiny
 from crossmix.optim import parameter_groups, poly_lr
@@ -81,6 +83,11 @@ class Job:
         fixed = asdict(PAIRS[self.pair])
         return {"pair": fixed, "variant": asdict(self.variant), "seed": self.seed, "steps": self.steps, "looks": LOOKS}
 
+    def as_json(self) -> dict[str, Any]:
+        """The options as they are read back from a file."""
+        read: dict[str, Any] = json.loads(json.dumps(self.options()))
+        return read
+
 
 class Boxes(nn.Module):
     """Masks of CutMix: a box that covers a share `area` of each image, with a random position and aspect ratio.
@@ -121,8 +128,11 @@ class Boxes(nn.Module):
 # ---------------------------------------------------------------------------------------------------------- one run
 
 
-def run(job: Job) -> tuple[dict[str, Any], Tensor | None]:
-    """The run's document, and the label maps of `pictured` images from ImageNet weights, (N, H, W) uint8."""
+def run(job: Job, begun: CheckpointStore | None = None) -> tuple[dict[str, Any], Tensor | None]:
+    """The run's document, and the label maps of `pictured` images from ImageNet weights, (N, H, W) uint8.
+
+    With `begun`, the run goes on from the checkpoint there, and saves one each time that it is scored.
+    """
     pair, variant = PAIRS[job.pair], job.variant
     torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 as on a CPU; on by default
     domains = load(job.pair, job.camvid)
@@ -137,11 +147,10 @@ def run(job: Job) -> tuple[dict[str, Any], Tensor | None]:
     source = KeyedCrops(domains.source, pair.crop, seed=job.seed, stream=SOURCE, rare=rare)
     target = KeyedCrops(domains.target, pair.crop, seed=job.seed, stream=TARGET)
     looked_at = {math.ceil(job.steps * (i + 1) / LOOKS) for i in range(LOOKS)}
-    looks: list[dict[str, Any]] = []
+    looks, seconds = ([], 0.0) if begun is None else resumed(begun, job, training, optimizer)
     noted: list[dict[str, float]] = []
-    seconds = 0.0
     training.train()
-    for step in range(job.steps):
+    for step in range(looks[-1]["step"] if looks else 0, job.steps):
         begin = time.process_time()
         for group in optimizer.param_groups:
             group["lr"] = poly_lr(step, job.steps, group["initial_lr"])
@@ -164,12 +173,27 @@ def run(job: Job) -> tuple[dict[str, Any], Tensor | None]:
         if step + 1 in looked_at:
             looks.append({"step": step + 1, **means(noted), **look(training, domains, pair, variant)})
             noted.clear()
+            if begun is not None:
+                states = {"training": training.state_dict(), "optimizer": optimizer.state_dict()}
+                begun.save(step + 1, {"options": job.as_json(), "looks": looks, "seconds": seconds, **states})
     ran = {"commit": commit(), "machine": machine(job.device), "cpu_seconds": seconds}
-    document = {"options": job.options(), **ran, "looks": looks}
+    document: dict[str, Any] = {"options": job.options(), **ran, "looks": looks}
     if not pair.pretrained:
         return document, None
     document |= {"looks": compact(looks), "pictures": [sample.name for sample in pictured(domains)]}
     return document, label_maps(student, pictured(domains))
+
+
+def resumed(
+    begun: CheckpointStore, job: Job, training: SelfTraining, optimizer: torch.optim.Optimizer
+) -> tuple[list[dict[str, Any]], float]:
+    """Load the newest checkpoint of this run; return its looks and CPU seconds, none if it is new."""
+    found = begun.load_newest()
+    if found is None or found["options"] != job.as_json():
+        return [], 0.0
+    training.load_state_dict(found["training"])
+    optimizer.load_state_dict(found["optimizer"])
+    return found["looks"], found["seconds"]
 
 
 def network_of(pair: Pair, variant: Variant) -> nn.Module:
@@ -382,7 +406,7 @@ def is_finished(job: Job, out: Path) -> bool:
         found = json.loads((out / job.file).read_text(encoding="utf-8"))["options"]
     except FileNotFoundError:
         return False
-    if found != json.loads(json.dumps(job.options())):
+    if found != job.as_json():
         raise SystemExit(f"{out / job.file}: is a run with other options; pass another --out, or delete it.")
     return True
 
@@ -409,13 +433,15 @@ def one_thread() -> None:
 
 def run_to_file(job: Job, out: Path) -> Job:
     """Run the job and write its files atomically, the JSON file last: it says that the run is finished."""
-    document, maps = run(job)
     path = out / job.file
+    begun = CheckpointStore(out / "begun" / path.stem)
+    document, maps = run(job, begun)
     if maps is not None:
         write_stack(path.with_suffix(".png"), maps)
     aside = path.with_suffix(".json.tmp")
     aside.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
     aside.replace(path)
+    shutil.rmtree(begun.folder, ignore_errors=True)
     return job
 
 

@@ -158,7 +158,7 @@ def test_run_all__skips_what_is_finished_and_refuses_other_options(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[int] = []
-    monkeypatch.setattr(trials, "run", lambda job: started.append(job.seed) or (fake(job), None))
+    monkeypatch.setattr(trials, "run", lambda job, _: started.append(job.seed) or (fake(job), None))
     jobs = [Job("streetscenes", "source + jitter", Variant("source"), seed, 5) for seed in range(3)]
     trials.run_all(jobs[:2], tmp_path, workers=1)
     documents = trials.run_all(jobs, tmp_path, workers=1)

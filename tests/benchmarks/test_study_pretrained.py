@@ -35,6 +35,7 @@ from benchmarks.study.trials import Job
 from crossmix import CrossDomainMix, SelfTraining, recipes
 from crossmix.datasets import DataError, StreetScenes, read_image, write_png
 from crossmix.datasets.classes import CLASS_NAMES
+from crossmix.engine import CheckpointStore
 from crossmix.evaluation import evaluate
 from oracles import seeded
 
@@ -396,6 +397,36 @@ def test_checks__compare_the_seeds_that_both_rows_have() -> None:
     assert checks({"source + jitter": row(20), "dacs": row(25, first=1)}, ["road"], "streets-camvid") == []
 
 
+@has_weights
+@pytest.mark.usefixtures("small")
+def test_run__interrupted_goes_on_from_where_it_was_scored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(trials, "LOOKS", 3)
+    job = Job("streets-camvid", "mic", PRETRAINED["mic"], seed=0, steps=6)
+    whole, maps = trials.run(job)
+    scored = trials.look
+
+    def interrupted(*given: Any) -> dict[str, Any]:
+        if len(list((tmp_path / "begun").rglob("*.pt"))) == 2:
+            raise KeyboardInterrupt
+        return scored(*given)
+
+    monkeypatch.setattr(trials, "look", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trials.run_to_file(job, tmp_path)
+    monkeypatch.setattr(trials, "look", scored)
+    steps: list[int] = []
+    monkeypatch.setattr(trials, "batch", lambda *given, real=trials.batch: steps.append(given[1]) or real(*given))
+    trials.run(replace(job, steps=2), CheckpointStore(tmp_path / "begun" / "mic--seed-0"))
+    assert set(steps) == {0, 1}  # of a run with other options there is nothing to go on from
+    steps.clear()
+    trials.run_to_file(job, tmp_path)
+    assert set(steps) == {4, 5}
+    document = json.loads((tmp_path / job.file).read_text(encoding="utf-8"))
+    assert document["looks"] == json.loads(json.dumps(whole["looks"]))
+    assert torch.equal(predictions.stack(tmp_path / job.file.replace(".json", ".png"), 4)[:, 0], maps)
+    assert not list((tmp_path / "begun").iterdir())
+
+
 def test_scores__in_batches_are_those_of_single_images() -> None:
     scenes = [StreetScenes(35, size=(32, 40))[i] for i in range(35)]  # more than a batch
     net = torch.nn.Conv2d(3, 19, 1)
@@ -406,7 +437,7 @@ def test_scores__in_batches_are_those_of_single_images() -> None:
 def test_command__shows_what_is_finished(
     small: Domains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def finish(job: Job) -> tuple[dict[str, Any], None]:
+    def finish(job: Job, _: object) -> tuple[dict[str, Any], None]:
         look = {"step": 1, "student": {"miou": 0.5, "per_class": [0.5]}, "source_loss": 1.0, "mixed_loss": 1.0}
         return {"options": job.options(), "machine": machine("cpu"), "cpu_seconds": 1.0, "looks": [look]}, None
 
