@@ -102,8 +102,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["start", "later"])
+@pytest.mark.parametrize(("moment", "number"), [("start", signal.SIGTERM), ("later", signal.SIGINT)])
 def test_loader__a_signal_to_the_group_ends_no_worker(
     start: Callable[..., subprocess.Popen[str]], method: str, number: signal.Signals, moment: str, tmp_path: Path
 ) -> None:
