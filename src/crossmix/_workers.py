@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TypeVar
 
+import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -66,6 +67,10 @@ class QuietLoader(DataLoader[Sample_co]):
 
     def __iter__(self) -> _BaseDataLoaderIter:
         """Start the workers, with SIGTERM and SIGINT blocked meanwhile."""
+        with torch.device("cpu"):  # where the generator draws their seeds, whatever the default device
+            return self._started()
+
+    def _started(self) -> _BaseDataLoaderIter:
         if self.num_workers == 0:
             return super().__iter__()
         if self.worker_init_fn is None:

@@ -89,3 +89,14 @@ def _attribute(module: nn.Module, attributes: dict[type[nn.Module], str]) -> str
     if not isinstance(module, tuple(attributes)):
         return None
     return next(attribute for kind, attribute in attributes.items() if isinstance(module, kind))
+
+
+def averaged(model: nn.Module) -> nn.Module | None:
+    """The network inside an averaged model, recognised by `update_parameters` and `module`; None for others.
+
+    These are the names of `torch.optim.swa_utils.AveragedModel`, whose counters are not weights.
+    """
+    model = unwrapped(model)
+    network = getattr(model, "module", None)
+    is_average = callable(getattr(model, "update_parameters", None)) and isinstance(network, nn.Module)
+    return network if is_average else None

@@ -14,6 +14,7 @@ from torch import Tensor
 from crossmix._checks import (
     check_floating,
     check_fraction,
+    check_int,
     check_labels,
     check_logits,
     check_num_classes,
@@ -83,6 +84,7 @@ class DistributionAlignment(KeepsFloat32):
         momentum: Share of an average that an update keeps, in [0, 1]. It warms up as min(1 - 1 / (t + 1), momentum),
             t counting earlier updates, so the first update copies.
         sync: Whether updates average over all ranks; only a vector of length C is reduced, never the maps.
+        ignore_index: The label id of ignored pixels. If it is below C, the prior gives this class no share.
 
     State:
         `prior`, `running`: (C,) float32 buffers, each summing to 1, changed by `update_prior` and `update`.
@@ -113,16 +115,23 @@ class DistributionAlignment(KeepsFloat32):
         prior: Tensor | Sequence[float] | None = None,
         momentum: float = 0.999,
         sync: bool = False,
+        ignore_index: int = 255,
     ) -> None:
         super().__init__()
         check_num_classes(num_classes)
         check_fraction("momentum", momentum)
+        check_int("ignore_index", ignore_index)
         self.num_classes = num_classes
         self.momentum = momentum
         self.sync = sync
+        self.ignore_index = ignore_index
         self.fixed_prior: bool = prior is not None
         # The values of a prior are read only here, once, where a sync is acceptable.
-        self._start = [1 / num_classes] * num_classes if prior is None else class_shares(prior, num_classes).tolist()
+        if prior is None:
+            counted = [float(c != ignore_index) for c in range(num_classes)]
+            self._start = [one / max(sum(counted), 1.0) for one in counted]
+        else:
+            self._start = class_shares(prior, num_classes, ignore_index).tolist()
         for name in ("prior", "running"):
             self.register_buffer(name, torch.empty(num_classes, dtype=torch.float32))
             self.register_buffer(f"{name}_count", torch.empty((), dtype=torch.int64))
@@ -157,7 +166,7 @@ class DistributionAlignment(KeepsFloat32):
 
     @torch.no_grad()
     def update_prior(self, labels: Tensor) -> None:
-        """Update the prior with the class frequencies of source labels (N, H, W); other ids do not count.
+        """Update the prior with the class frequencies of source labels (N, H, W); ignored pixels do not count.
 
         Raises:
             TypeError: If `labels` is not an accepted integer tensor.
@@ -168,7 +177,8 @@ class DistributionAlignment(KeepsFloat32):
         check_labels("labels", labels)
         check_same_device(prior=self.prior, labels=labels)
         index = labels.flatten().long()
-        index = index.masked_fill((index < 0) | (index >= self.num_classes), self.num_classes)
+        ignored = (index < 0) | (index >= self.num_classes) | (index == self.ignore_index)
+        index = index.masked_fill(ignored, self.num_classes)
         counts = index.new_zeros(self.num_classes + 1).scatter_add(0, index, torch.ones_like(index))
         self._average(self.prior, self.prior_count, counts[:-1].float())
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 
-from crossmix._checks import check_labels, check_module, check_size, check_tensor, logits_in
+from crossmix._checks import check_labels, check_module, check_size, check_tensor, logits_in, wrong_shape
 from crossmix._distributed import rank, world_size
 from crossmix._progress import shown
 from crossmix._tensors import nearest, upsample
 from crossmix._workers import QuietLoader
+from crossmix._wrappers import averaged
 from crossmix.metrics import ConfusionMatrix
 
 __all__ = ["evaluate", "resize_labels"]
@@ -72,7 +73,8 @@ def evaluate(
     `forward=network.forward_features`, the 1/8 logits of DeepLab-v2 are upsampled straight to each size.
 
     Args:
-        network: The network. It runs in eval mode; the mode of every submodule is restored afterwards.
+        network: The network, or a `MeanTeacher` or other averaged model, whose `module` is then scored. It runs in eval
+            mode; the mode of every submodule is restored afterwards.
         data: A map-style data set or any iterable, of single images or of batches, as from a `DataLoader`. Items have
             `image`, `label` and optionally `name` attributes, or are (image, label, ...) sequences, or dicts with
             "image", "images" or "pixel_values" and "label", "labels", "mask" or "masks".
@@ -119,6 +121,7 @@ def evaluate(
     tiles = _tiles(window, stride)
     image_size = None if image_size is None else check_size("image_size", image_size)
     _refuse_unlabelled(data)
+    network = averaged(network) or network  # a teacher's forward has modes of its own
     like = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), torch.empty(0))
     device = like.device if device is None else device
     matrices = {name: ConfusionMatrix(num_classes, ignore_index=ignore_index).to(device) for name in sizes}
@@ -167,7 +170,7 @@ def resize_labels(labels: Tensor, size: Size) -> Tensor:
         (..., height, width).
 
     Raises:
-        TypeError: If `labels` is not a tensor.
+        TypeError: If `labels` is not a tensor, or `size` not two ints.
         ValueError: If `labels` has no pixels or fewer than two dimensions, or a size is not positive.
 
     Example:
@@ -175,10 +178,9 @@ def resize_labels(labels: Tensor, size: Size) -> Tensor:
         tensor([[1, 3, 5]])
     """
     check_tensor("labels", labels)
-    if labels.ndim < 2 or 0 in labels.shape[-2:] or min(size) < 1:
-        raise ValueError(
-            f"`labels` must have shape (..., H, W) and `size` be positive, got {tuple(labels.shape)} and {tuple(size)}."
-        )
+    size = check_size("size", size)
+    if labels.ndim < 2 or 0 in labels.shape[-2:]:
+        raise wrong_shape("labels", "(..., H, W)", labels, "pass maps with at least one pixel")
     return nearest(labels, size)
 
 
@@ -297,9 +299,9 @@ def _check_ids(batch: Batch, num_classes: int, ignore_index: int) -> None:
     if batch.labels.device.type != "cpu" or not batch.labels.numel():
         return
     ignored = batch.labels.long() == ignore_index  # uint8 compares modulo 256: 156 would equal -100
-    low, high = batch.labels.masked_fill(ignored, 0).aminmax()
+    low, high = map(int, batch.labels.masked_fill(ignored, 0).aminmax())
     if low < 0 or high >= num_classes:
-        ids = f"0..{num_classes - 1} or be {ignore_index}, got {int(low if low < 0 else high)}"
+        ids = f"0..{num_classes - 1} or be {ignore_index}, got {low if low < 0 else high}"
         hint = "map them, or pass another `num_classes` or `ignore_index`"
         raise ValueError(f"{batch.name}: label ids must lie in {ids}; {hint}.")
 
@@ -359,10 +361,10 @@ def _tiles(window: Size | int | None, stride: Size | int | None) -> Tiles | None
         if stride is not None:
             raise ValueError(f"`stride` belongs to a `window`, got {stride} without one; pass both.")
         return None
-    height, width = check_size("window", (window, window) if isinstance(window, int) else window)
+    height, width = check_size("window", (window, window) if hasattr(window, "__index__") else window)
     if stride is None:
         stride = (max(1, 2 * height // 3), max(1, 2 * width // 3))
-    down, across = check_size("stride", (stride, stride) if isinstance(stride, int) else stride)
+    down, across = check_size("stride", (stride, stride) if hasattr(stride, "__index__") else stride)
     if down > height or across > width:
         hint = "pixels between windows would get no prediction"
         raise ValueError(f"`stride` must not exceed `window`, got {stride} and {window}; {hint}.")

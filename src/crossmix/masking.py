@@ -103,8 +103,8 @@ def cow_mask(noise: Tensor, *, sigma: float | Tensor, ratio: float = 0.5) -> Ten
     if noise.ndim != 3 or 0 in noise.shape[1:]:
         raise wrong_shape("noise", "(N, H, W)", noise, "draw one number per pixel")
     check_fraction("ratio", ratio)
-    widths = _check_sigma(sigma, noise)
     noise = at_least_float32(noise)
+    widths = _check_sigma(sigma, noise)
     height, width = noise.shape[1:]
     known = None if isinstance(sigma, Tensor) else float(sigma)
     with no_autocast(noise.device):  # matrix products in half precision would move the edges of the blobs
@@ -304,7 +304,7 @@ def _cosines(length: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """
     frequency = torch.arange(count, device=like.device, dtype=like.dtype) * (math.pi / length)
     pixel = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
-    scale = torch.where(frequency > 0, math.sqrt(2 / length), math.sqrt(1 / length))
+    scale = torch.where(frequency > 0, like.new_full((), math.sqrt(2 / length)), math.sqrt(1 / length))
     return (pixel[:, None] * frequency).cos() * scale, frequency
 
 
@@ -343,7 +343,7 @@ def _smoothing(sigma: Tensor, size: int, known: float | None) -> tuple[Tensor, T
         taps = torch.where(pixel == reach, 2 * taps, taps)  # this tap arrives from both sides
         direct = torch.cat([taps.flip(1), taps[:, 1:]], 1).unfold(1, size, 1).flip(1)  # by j - i
         mirrored = torch.cat([taps, taps.flip(1)[:, 1:]], 1).unfold(1, size, 1)  # by j + i
-        return (direct + mirrored) * torch.where(is_end, 0.5, 1.0), None
+        return (direct + mirrored) * torch.where(is_end, sigma.new_full((), 0.5), 1.0), None
     waves = ((pixel[:, None] * pixel[:count] % (2 * reach)).to(sigma.dtype) * (math.pi / reach)).cos()
     damping = 2 * taps @ waves - taps[:, :1]
     weight = torch.where(is_end, 1, 2)

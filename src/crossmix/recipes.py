@@ -233,7 +233,9 @@ def self_training(
     if method != "source" and "teacher" not in given:
         teacher = MeanTeacher(student, decay=choice.decay, mode=choice.mode, **options["teacher"])
     if method == "alignment":
-        align = DistributionAlignment(num_classes, prior=prior, sync=sync, **options["align"])
+        align = DistributionAlignment(
+            num_classes, prior=prior, sync=sync, ignore_index=ignore_index, **options["align"]
+        )
     criterion = ConfidenceWeightedCE(
         choice.threshold, scope=choice.scope, ignore_index=ignore_index, sync=sync, **options["criterion"]
     )

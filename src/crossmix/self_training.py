@@ -6,8 +6,10 @@ Masked image consistency: Hoyer et al., CVPR 2023, https://arxiv.org/abs/2212.01
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -339,12 +341,7 @@ class SelfTraining(nn.Module):
         self.consistency_weight = consistency_weight
         self.ignore_top = ignore_top
         self.ignore_bottom = ignore_bottom
-        normalised = StrongAugment(mean=mean, std=std)  # checks both
-        self.mean, self.std = normalised.mean, normalised.std
-        for name, part in (("augment", augment), ("consistency_augment", consistency_augment)):
-            if mean is not None and _is_ours(part) and (part.mean, part.std) != (self.mean, self.std):
-                ours, got = f"mean={self.mean} and std={self.std}", f"{part.mean} and {part.std}"
-                raise ValueError(f"`{name}` must have the {ours} of SelfTraining, got {got}; use the same for both.")
+        self.mean, self.std = _same_normalisation(mean, std, augment=augment, consistency_augment=consistency_augment)
         self._mix_keyword()
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - whatever a module may hold
@@ -392,7 +389,7 @@ class SelfTraining(nn.Module):
                 scores = uniform((n, columns), generator=generator, device=device)
         if self._drawn["augment"]:
             augment = self.augment.sample(n, generator=generator, device=device)
-        if isinstance(self.consistency, MaskedImages):
+        if _is_a(self.consistency, MaskedImages):
             if size is None:
                 raise ValueError(
                     "`size` must be given, since the blocks of `consistency` depend on it; pass (height, width)."
@@ -602,9 +599,10 @@ class SelfTraining(nn.Module):
         if part is None:
             return images
         changed: Tensor
-        if _is_ours(part) or isinstance(part, MaskedImages):
-            changed = part(images, **{"draw" if _is_ours(part) else "scores": draw})
-            return changed
+        for kind, keyword in ((StrongAugment, "draw"), (MaskedImages, "scores")):
+            if _is_a(part, kind):
+                changed = part(images, **{keyword: draw})
+                return changed
         changed = part(images, draw=draw) if self._drawn.get(name) else part(images)
         check_images(f"{name}(images)", changed)
         if changed.shape != images.shape:
@@ -627,7 +625,7 @@ class SelfTraining(nn.Module):
         needed = {
             "scores": ("a `mix`", self._mix_keyword() == "scores"),
             "augment": ("a `StrongAugment` or the like", self._drawn["augment"]),
-            "consistency": ("a `MaskedImages`", isinstance(self.consistency, MaskedImages)),
+            "consistency": ("a `MaskedImages`", _is_a(self.consistency, MaskedImages)),
             "consistency_augment": ("a `StrongAugment` or the like", hidden and self._drawn["consistency_augment"]),
         }
         for name, (part, is_there) in needed.items():
@@ -702,10 +700,11 @@ class SelfTraining(nn.Module):
 
     def _normalised(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
         """Mean and std of the images' normalisation, or None."""
-        augments = [part for part in (self.augment, self.consistency_augment) if _is_ours(part)]
+        augments = [part for part in (self.augment, self.consistency_augment) if _is_a(part, StrongAugment)]
         return (augments[0].mean, augments[0].std) if augments else (self.mean, self.std)
 
 
+Part = TypeVar("Part", bound=nn.Module)
 _KEYWORDS = ("scores", "generator", "")
 
 
@@ -729,9 +728,31 @@ def _how_to_call(mix: Any) -> _MixCall:  # noqa: ANN401 - any callable
     )
 
 
-def _is_ours(augment: object) -> TypeGuard[StrongAugment]:
-    """Whether an augmentation is a `StrongAugment`, compiled or not, which takes a draw."""
-    return isinstance(getattr(augment, "_orig_mod", augment), StrongAugment)
+def _is_a(part: object, kind: type[Part]) -> TypeGuard[Part]:
+    """Whether a part is one of our modules, compiled or not."""
+    return isinstance(getattr(part, "_orig_mod", part), kind)
+
+
+def _same_normalisation(
+    mean: Sequence[float] | None, std: Sequence[float] | None, **parts: object
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Refuse augmentations of ours for images normalised otherwise than `mean` and `std`, or than each other."""
+    own = StrongAugment(mean=mean, std=std)  # checks both
+    owners = {"SelfTraining": own} if mean is not None else {}
+    owners |= {f"`{name}`": part for name, part in parts.items() if _is_a(part, StrongAugment)}
+    for name, part in owners.items():
+        first, known = next(iter(owners.items()))
+        if not (_alike(part.mean, known.mean) and _alike(part.std, known.std)):
+            want, got = f"mean={known.mean} and std={known.std}", f"{part.mean} and {part.std}"
+            raise ValueError(f"{name} must have the {want} of {first}, got {got}; use the same for both.")
+    return own.mean, own.std
+
+
+def _alike(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
+    """Whether two means, or two standard deviations, are equal up to float32."""
+    if a is None or b is None:
+        return a is b
+    return len(a) == len(b) and all(map(partial(math.isclose, rel_tol=1e-6), a, b))
 
 
 def _is_drawn(augment: Any) -> bool:  # noqa: ANN401 - any callable, or None

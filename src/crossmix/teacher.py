@@ -222,7 +222,7 @@ class MeanTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **named: Any) -> Any:  # noqa: ANN401 - what the network takes and returns
-        """Run the teacher in its mode, without gradient and without changing any state.
+        """Run the teacher in its mode, without gradient and without changing any state. One thread at a time.
 
         The one exception is `torch.optim.swa_utils.update_bn(loader, teacher)`, which refreshes the running statistics
         of `.module`. It is recognised by a teacher in training mode with BatchNorm layers whose `momentum` was set to
@@ -499,7 +499,7 @@ def _copied(student: nn.Module) -> nn.Module:
             inner = unwrapped(part)
             if inner is not part:
                 memo[id(part)] = copy.deepcopy(inner, memo)
-        return copy.deepcopy(student, memo)
+        return _unexpanded(copy.deepcopy(student, memo))
     except Exception as error:
         where = _uncopyable(student)
         raise ValueError(
@@ -532,11 +532,11 @@ def _second(network: nn.Module, student: _State) -> nn.Module:
     """Copy the student's weights and buffers into a second network given by the user."""
     network = unwrapped(network)
     mine = _state(network)
-    shared = {id(value) for _, value in student.every_name()} & {id(value) for _, value in mine.every_name()}
+    shared = _places(student) & _places(mine)
     if shared:
         raise ValueError(f"`network` must be a second network, but shares {len(shared)} tensors with `student`.")
     _matched(mine, student)  # raise before anything is changed
-    network._apply(_wide)  # type: ignore[no-untyped-call]
+    _unexpanded(network)._apply(_wide)  # type: ignore[no-untyped-call]
     mine = _state(network)
     parameters, buffers, caches = _matched(mine, student)
     with torch.no_grad():
@@ -544,6 +544,21 @@ def _second(network: nn.Module, student: _State) -> nn.Module:
         for name in caches:
             _take_over(name, mine, student)
     return network
+
+
+def _unexpanded(network: nn.Module) -> nn.Module:
+    """Give every element of a buffer its own memory; an expanded buffer could not be updated."""
+    for part in network.modules():
+        for key, value in part._buffers.items():
+            if value is not None and value.layout == torch.strided and 0 in value.stride():
+                part._buffers[key] = value.clone(memory_format=torch.contiguous_format)
+    return network
+
+
+def _places(state: _State) -> set[int]:
+    """Where the tensors of a network are in memory; empty ones and those on the meta device are nowhere, at 0."""
+    values = dict(enumerate(value for _, value in state.every_name() if not value.is_meta))
+    return {value.untyped_storage().data_ptr() for value, _ in _local_pairs(values, values)} - {0}
 
 
 def _difference(old: Tensor, new: Tensor) -> _Difference | None:

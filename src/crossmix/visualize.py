@@ -22,6 +22,7 @@ def colorize(labels: Tensor, *, colors: Sequence[tuple[int, int, int]] = PALETTE
         (3, H, W) uint8.
 
     Raises:
+        TypeError: If `labels` is not an integer tensor.
         ValueError: If the shape is wrong.
 
     Example:
@@ -32,9 +33,11 @@ def colorize(labels: Tensor, *, colors: Sequence[tuple[int, int, int]] = PALETTE
     """
     check_tensor("labels", labels)
     check_values("labels", labels)
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"`labels` must be integers, got {labels.dtype}; convert with `.long()`.")
     if labels.ndim != 2:
         raise ValueError(f"`labels` must have shape (H, W), got {tuple(labels.shape)}; pass one map at a time.")
-    table = torch.tensor([*colors, (0, 0, 0)], dtype=torch.uint8)
+    table = torch.tensor([*colors, (0, 0, 0)], dtype=torch.uint8, device="cpu")
     index = labels.cpu().long()
     index = torch.where((index >= 0) & (index < len(colors)), index, len(colors))
     return table[index].permute(2, 0, 1).contiguous()
@@ -51,7 +54,7 @@ def gallery(rows: Sequence[Sequence[Tensor]], *, gap: int = 4) -> Tensor:
         (3, H', W') uint8.
 
     Raises:
-        TypeError: If a picture is not a tensor, or `gap` is not an int.
+        TypeError: If a picture is not a uint8 or floating tensor, or `gap` is not an int.
         ValueError: If there are no pictures, a shape is wrong, the sizes differ, or the rows differ in length.
 
     Example:
@@ -63,6 +66,8 @@ def gallery(rows: Sequence[Sequence[Tensor]], *, gap: int = 4) -> Tensor:
         for picture in row:
             check_tensor("rows", picture)
             check_values("rows", picture)
+            if picture.dtype != torch.uint8 and not picture.is_floating_point():
+                raise TypeError(f"`rows` must be uint8 or floating in [0, 1], got {picture.dtype}; convert to uint8.")
             if picture.ndim != 3 or len(picture) != 3:
                 raise wrong_shape("rows", "(3, H, W) each", picture, "pass RGB pictures without a batch dimension")
     shapes = {tuple(picture.shape) for row in rows for picture in row}
@@ -72,7 +77,8 @@ def gallery(rows: Sequence[Sequence[Tensor]], *, gap: int = 4) -> Tensor:
         raise ValueError(f"`rows` must have equal lengths and pictures of one size, got {got}; crop or resize them.")
     _, height, width = next(iter(shapes))
     columns = next(iter(lengths))
-    canvas = torch.full((3, gap + len(rows) * (height + gap), gap + columns * (width + gap)), 255, dtype=torch.uint8)
+    size = (3, gap + len(rows) * (height + gap), gap + columns * (width + gap))
+    canvas = torch.full(size, 255, dtype=torch.uint8, device="cpu")
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             top, left = gap + i * (height + gap), gap + j * (width + gap)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +24,14 @@ from crossmix import (
 )
 from crossmix import functional as F
 from crossmix._cross_entropy import sum_by_blocks
+from crossmix._workers import QuietLoader
+from crossmix.datasets import RareClassSampler, SegmentationFolder, write_png
+from crossmix.datasets.classes import train_ids
 from crossmix.diagnostics import PseudoLabelMonitor, UnsupervisedScores
+from crossmix.engine import KeyedCrops
 from crossmix.evaluation import evaluate
 from crossmix.metrics import ConfusionMatrix
+from crossmix.visualize import colorize, gallery
 from oracles import seeded
 
 C = 5
@@ -102,6 +108,35 @@ def test_draws_are_float32_whatever_the_default_is() -> None:
         finally:
             torch.set_default_dtype(torch.float32)
         assert {v.dtype for v in pytree.tree_leaves(draws) if v is not None} == {torch.float32, torch.int64, torch.bool}
+
+
+@pytest.mark.parametrize("size", [(8, 9), (64, 72)])  # smoothed by one product, and by two
+def test_blobs_do_not_depend_on_the_default_dtype(size: tuple[int, int]) -> None:
+    noise = torch.randn(2, *size, generator=seeded(0))
+    for sigma in (3.0, torch.tensor([2.0, 3.0])):
+        want = F.cow_mask(noise, sigma=sigma)
+        torch.set_default_dtype(torch.float64)
+        try:
+            got = F.cow_mask(noise, sigma=sigma)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(got, want)
+
+
+def test_data_is_read_on_the_cpu_whatever_the_default_device_is(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", torch.zeros(3, 8, 9, dtype=torch.uint8))
+    counts = torch.tensor([[3, 5], [7, 0]])
+    with torch.device("meta"):
+        unlabelled = SegmentationFolder(tmp_path)
+        crops = KeyedCrops(unlabelled, (4, 4), seed=0, stream=0)
+        assert {part.device.type for part in (*unlabelled[0][:2], *crops[0], train_ids())} == {"cpu"}
+        sampler = RareClassSampler(counts, min_pixels=1)
+        KeyedCrops([unlabelled[0]] * 2, (4, 4), seed=0, stream=0, rare=sampler)[0]
+        assert len(list(sampler)) == 2
+        assert gallery([[colorize(torch.zeros(2, 2, dtype=torch.uint8, device="cpu"))]]).device.type == "cpu"
+        for workers in (0, 1):
+            loader = QuietLoader(range(2), num_workers=workers, generator=torch.Generator(), collate_fn=list)
+            assert list(loader) == [[0], [1]]
 
 
 @pytest.mark.parametrize("name", CALLS)

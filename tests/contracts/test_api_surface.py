@@ -94,7 +94,7 @@ SIGNATURES = {
     "crossmix.ConfidenceWeightedCE":
         "threshold=0.968 * scope='image' ignore_index=255 normalizer='all' label_smoothing=0.0 class_weights=None "
         "sync=False",
-    "crossmix.DistributionAlignment": "num_classes * prior=None momentum=0.999 sync=False",
+    "crossmix.DistributionAlignment": "num_classes * prior=None momentum=0.999 sync=False ignore_index=255",
     "crossmix.SelfTraining":
         "student teacher * mix num_classes=None augment=None criterion=None source_criterion=None align=None "
         "weigh='target' upsample=False align_corners=True logits=None consistency=None consistency_augment=None "

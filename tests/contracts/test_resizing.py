@@ -79,8 +79,13 @@ def test_pictures_readers_and_examples__take_the_pixels_that_pillow_takes(
 
 
 def test_resize_labels__refuses() -> None:
-    for labels, size in ((torch.zeros(4), (2, 2)), (torch.zeros(4, 4), (0, 2)), (torch.zeros(0, 4), (2, 2))):
-        with pytest.raises(ValueError, match=r"must have shape \(..., H, W\) and `size` be positive"):
-            resize_labels(labels, size)
+    for labels in (torch.zeros(4), torch.zeros(0, 4)):
+        with pytest.raises(ValueError, match=r"`labels` must have shape \(..., H, W\)"):
+            resize_labels(labels, (2, 2))
+    with pytest.raises(ValueError, match="`size` must be positive"):
+        resize_labels(torch.zeros(4, 4), (0, 2))
+    for size in ((2,), 2):
+        with pytest.raises(TypeError, match=r"`size` must be \(height, width\)"):
+            resize_labels(torch.zeros(4, 4), size)
     with pytest.raises(TypeError, match="`labels` must be a torch"):
         resize_labels(np.zeros((2, 2)), (1, 1))

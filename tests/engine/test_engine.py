@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from attacks import Calls, bomb, written
 from checks import refusal
-from crossmix.datasets import Sample
+from crossmix.datasets import DataError, Sample
 from crossmix.engine import CheckpointError, CheckpointStore, KeyedCrops, RunLog, keyed_generator, resident
 from oracles import flipped
 from runs import fork
@@ -55,6 +55,13 @@ def test_keyed_generator__same_key_same_numbers_other_key_others() -> None:
 def test_keyed_crops__each_pass_takes_every_sample_once(n: int, seed: int, epoch: int) -> None:
     crops = KeyedCrops(items(n), (2, 3), seed=seed, stream=1)
     assert sorted(crops.index(epoch * n + k) for k in range(n)) == list(range(n))
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_keyed_crops__refuse_a_label_map_of_another_size(pad: bool) -> None:
+    wrong = items(1)[0]._replace(label=torch.zeros(5, 9, dtype=torch.uint8))
+    with pytest.raises(DataError, match="item0: its label map is 5 x 9 but its image 6 x 9"):
+        KeyedCrops([wrong], (2, 3), seed=0, stream=0, pad=pad)[0]
 
 
 def test_keyed_crops__image_and_label_are_cut_together() -> None:
@@ -430,6 +437,19 @@ def test_run_log__torn_and_damaged_lines_are_left_out_and_later_ones_cut(tmp_pat
         log.cut(5)
     assert len(told) == 6
     assert log.read() == [*written[:3], {"step": 4, "loss": 0.0}]
+
+
+def test_run_log__a_record_after_a_torn_line_is_kept(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "log.jsonl")
+    log.write({"step": 1})
+    with log.path.open("ab") as file:
+        file.write(b'{"step": 2, "lo')
+    log.write({"step": 3})
+    log.write({"step": None})
+    with pytest.warns(UserWarning, match=r"line [24] is damaged") as told:
+        log.cut(3)
+    assert len(told) == 2
+    assert log.read() == [{"step": 1}, {"step": 3}]
 
 
 def test_run_log__a_full_disk_names_the_file(small_disk: Path) -> None:

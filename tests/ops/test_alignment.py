@@ -231,3 +231,12 @@ def test_sync__the_average_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch)
 def test_alignment__refuses_other_numbers_of_classes(num_classes: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="`num_classes` must be"):
         DistributionAlignment(num_classes)
+
+
+def test_prior__gives_an_ignored_class_no_share() -> None:
+    labels = torch.tensor([0, 0, 0, 1, 2, 2]).view(1, 2, 3)
+    align = DistributionAlignment(4, ignore_index=0)
+    torch.testing.assert_close(align.prior, torch.tensor([0.0, 1 / 3, 1 / 3, 1 / 3]))
+    align.update_prior(labels)
+    torch.testing.assert_close(align.prior, torch.tensor([0.0, 1 / 3, 2 / 3, 0.0]))
+    assert DistributionAlignment(3, prior=[6, 1, 3], ignore_index=0).prior.tolist() == [0, 0.25, 0.75]

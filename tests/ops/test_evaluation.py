@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from crossmix import MeanTeacher
 from crossmix._tensors import nearest
 from crossmix.datasets import Sample, SegmentationFolder, write_png
 from crossmix.datasets.classes import PALETTE
@@ -426,3 +428,34 @@ def test_colorize_and_gallery() -> None:
             gallery(wrong)
     with pytest.raises(ValueError, match=r"shape \(H, W\)"):
         colorize(colors)
+    with pytest.raises(TypeError, match=r"must be integers, got torch.float32"):
+        colorize(torch.zeros(2, 2))
+    with pytest.raises(TypeError, match=r"must be uint8 or floating in \[0, 1\], got torch.int64"):
+        gallery([[colors.long()]])
+
+
+def test_evaluate__takes_ids_of_uint8_with_more_classes_than_it_holds() -> None:
+    for num_classes in (256, 300, 512):
+        network = nn.Conv2d(3, num_classes, 1)
+        label = torch.full_like(LABEL, 17, dtype=torch.uint8)
+        assert evaluate(network, [(IMAGE, label)], num_classes=num_classes)["native"].counts.sum() == label.numel()
+
+
+def test_evaluate__runs_the_network_of_a_teacher_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5, momentum=0.5), nn.Conv2d(5, 5, 1))
+    student(torch.rand(2, 3, 8, 8))
+    teacher = MeanTeacher(student)
+    data = samples([(32, 48)])
+    got, want = (evaluate(network, data, num_classes=5)["native"].counts for network in (teacher, student))
+    assert torch.equal(got, want)
+    assert not torch.equal(ConfusionMatrix(5).counts, got)
+
+
+def test_evaluate__window_and_stride_may_be_ints_of_numpy() -> None:
+    network = deeplab_v2_tiny(5)
+    given = [
+        evaluate(network, samples([(32, 48)]), num_classes=5, window=kind(16), stride=kind(8))["native"].counts
+        for kind in (int, np.int64)
+    ]
+    assert torch.equal(*given)

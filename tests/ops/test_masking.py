@@ -20,6 +20,11 @@ from oracles import chi_square, seeded
 SIGMAS = torch.tensor([0.3, 1.0, 2.5, 6.0, 15.0, 40.0], dtype=torch.float64)
 
 
+def test_cow_mask__of_bfloat16_is_that_of_the_same_numbers_in_float32() -> None:
+    noise = torch.randn(1, 64, 64, generator=seeded(0)).bfloat16()
+    assert torch.equal(F.cow_mask(noise, sigma=10.1), F.cow_mask(noise.float(), sigma=10.1))
+
+
 def box_by_loop(
     scores: list[float], height: int, width: int, area: tuple[float, float], aspect: tuple[float, float]
 ) -> Tensor:

@@ -668,6 +668,29 @@ def test_augment__ours_is_drawn_and_replayed_compiled_too(normalised: bool) -> N
         compiled(source, labels, target, draw=draw._replace(augment=None))
 
 
+def test_consistency__compiled_is_drawn_and_replayed_too() -> None:
+    plain, compiled = (
+        build("dacs", consistency=hide) for hide in (MaskedImages(2), torch.compile(MaskedImages(2), backend="eager"))
+    )
+    draw = compiled.sample(N, (H, W), generator=seeded(2))
+    assert torch.equal(draw.consistency, plain.sample(N, (H, W), generator=seeded(2)).consistency)
+    want, *again = (training(*batch(0), draw=draw).consistency_loss for training in (plain, compiled, compiled))
+    for loss in again:
+        torch.testing.assert_close(loss, want, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"`draw.consistency` must be given"):
+        compiled(*batch(0), draw=draw._replace(consistency=None))
+
+
+def test_augment__all_of_ours_have_one_normalisation() -> None:
+    plain, ours = StrongAugment(), StrongAugment(mean=MEAN, std=STD)
+    for augment, other in ((plain, ours), (ours, plain)):
+        with pytest.raises(ValueError, match=r"`consistency_augment` must have the mean=.* of `augment`, got"):
+            build("dacs", augment=augment, consistency=MaskedImages(2), consistency_augment=other)
+    with pytest.raises(ValueError, match=r"`augment` must have the mean=.* of SelfTraining, got None"):
+        assemble(augment=plain, mean=MEAN, std=STD)
+    assemble(augment=ours, mean=torch.tensor(MEAN), std=torch.tensor(STD))  # equal in float32
+
+
 @pytest.mark.parametrize("method", ["pseudo-label", "classmix", "dacs"])
 def test_images__keep_their_layout_and_dtype(method: str) -> None:
     source, labels, target = batch(0, torch.float32)

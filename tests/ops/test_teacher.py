@@ -821,3 +821,31 @@ def test_update__of_a_sharded_network_is_that_of_a_plain_one(sharded: str) -> No
 
 def state_of(teacher: MeanTeacher) -> list[tuple[str, Tensor]]:
     return [*teacher.module.named_parameters(), *teacher.module.named_buffers()]
+
+
+def test_network__with_the_students_memory_is_refused() -> None:
+    theirs = student()
+    with torch.device("meta"):
+        network = student()
+    network.load_state_dict(theirs.state_dict(), assign=True)  # other tensors in the same memory
+    with pytest.raises(ValueError, match="shares 9 tensors"):
+        MeanTeacher(theirs, network=network)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_update__takes_an_expanded_buffer(given: bool) -> None:
+    def network(scale: Tensor) -> nn.Module:
+        made = nn.Linear(2, 2)
+        made.register_buffer("scale", scale)
+        return made
+
+    averages = []
+    for start in (lambda: torch.zeros(1).expand(3), lambda: torch.zeros(3)):
+        theirs = network(start())
+        teacher = MeanTeacher(theirs, network=network(start()) if given else None, decay=0.5, warmup=False)
+        for k in (1.0, 2.0):
+            theirs.scale = torch.arange(3) * k
+            teacher.update(theirs)
+        averages.append(teacher.module.scale)
+    assert torch.equal(*averages)
+    assert averages[0].unique().numel() == 3

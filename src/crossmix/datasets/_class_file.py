@@ -54,7 +54,7 @@ def read_classes(path: str | Path) -> Classes:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repetition)
         classes = _parsed(content)
         if not 1 <= len(classes.names) <= IGNORED:
             raise ValueError(f"there must be 1 to {IGNORED} classes, got {len(classes.names)}")
@@ -64,6 +64,15 @@ def read_classes(path: str | Path) -> Classes:
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: is not a file of classes ({str(error).rstrip('.')}); expected {FORMS}.") from error
     return classes
+
+
+def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; Python would silently keep the last value of a repeated key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
 
 
 def _parsed(content: object) -> Classes:

@@ -65,7 +65,7 @@ class FolderDataset(Dataset[Sample]):
         pairs that differ.
         """
         image_path, label_path, name = self.files[check_index(index, len(self.files))]
-        image = torch.empty(3, 0, 0, dtype=torch.uint8)
+        image = torch.empty(3, 0, 0, dtype=torch.uint8, device="cpu")
         if image_path is not None:
             image = read_image(image_path, any_kind=self._any_kind)
             image = image if self.size is None else _resize_image(image, self.size, self._resampling)

@@ -77,7 +77,7 @@ def train_ids(ids: Literal["cityscapes", "synthia"] = "cityscapes") -> Tensor:
         ids: `"cityscapes"`, whose ids GTA5 shares, or `"synthia"`.
 
     Returns:
-        (256,) uint8, to be indexed with a label map.
+        (256,) uint8 on the CPU, to be indexed with a label map.
 
     Example:
         >>> train_ids()[torch.tensor([7, 8, 34])]
@@ -86,7 +86,7 @@ def train_ids(ids: Literal["cityscapes", "synthia"] = "cityscapes") -> Tensor:
         tensor([  0,   1, 255], dtype=torch.uint8)
     """
     check_choice("ids", ids, ("cityscapes", "synthia"))
-    table = torch.full((256,), IGNORED, dtype=torch.uint8)
+    table = torch.full((256,), IGNORED, dtype=torch.uint8, device="cpu")
     for train_id, row in enumerate(CLASSES):
         if ids == "cityscapes":
             table[row.label_id] = train_id

@@ -134,7 +134,7 @@ class RareClassSampler(Sampler[int]):
         epoch = self.epoch  # fixed for this iteration
         for draw in self._draws():
             generator = keyed_generator(self.seed, epoch, draw)
-            yield int(self.pick(torch.rand(2, dtype=torch.float64, generator=generator))[0])
+            yield int(self.pick(torch.rand(2, dtype=torch.float64, generator=generator, device="cpu"))[0])
 
     def _draws(self) -> range:
         """The remaining draws of this rank."""

@@ -118,7 +118,7 @@ class SegmentationFolder(FolderDataset):
         """Read a sample, fill in the label if there is none, and transform it."""
         sample = super().__getitem__(index)
         if sample.label is None:
-            sample = sample._replace(label=torch.full(sample.image.shape[1:], self.ignore_index, dtype=torch.uint8))
+            sample = sample._replace(label=torch.full_like(sample.image[0], self.ignore_index))
         return sample if self.transform is None else self.transform(sample)
 
 

@@ -91,7 +91,7 @@ def _of_samples(dataset: Dataset[Sample], workers: int) -> Tensor:
     if workers:
         unseeded = torch.Generator()  # otherwise the loader draws from the global one
         rows = iter(QuietLoader(counted, batch_size=None, num_workers=workers, generator=unseeded))
-    table = torch.zeros(len(counted), 256, dtype=torch.int64)
+    table = torch.zeros(len(counted), 256, dtype=torch.int64, device="cpu")
     for row, counts in zip(table, rows, strict=True):
         row[:] = counts
     return table
@@ -133,7 +133,7 @@ def count_files(paths: list[Path], labelled: LabelFormat, cache: Path | None, *,
         counted[path] = counts
         if cache is not None:
             _append(cache, _line(ids, path, counts))
-    table = torch.zeros(len(paths), 256, dtype=torch.int64)
+    table = torch.zeros(len(paths), 256, dtype=torch.int64, device="cpu")
     for row, path in zip(table, paths, strict=True):
         for value, count in counted[path].items():
             row[value] = count

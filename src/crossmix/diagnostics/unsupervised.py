@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from crossmix._checks import check_int, check_logits, check_num_classes, check_same_device, check_temperature
 from crossmix._distributed import Counts
-from crossmix._tensors import at_least_float32
+from crossmix._tensors import at_least_float32, no_autocast
 
 __all__ = ["UnsupervisedQuality", "UnsupervisedScores"]
 
@@ -144,7 +144,7 @@ def _density(probs: Tensor, temperature: float) -> Tensor:
     """From probabilities (n, C): the sum of the entropies of the similarities, in units, and the number of pixels."""
     known = ~probs.isnan().any(1)
     directions = functional.normalize(probs.where(known[:, None], 0), dim=1)
-    with torch.autocast(probs.device.type, enabled=False):
+    with no_autocast(probs.device):
         similarity = directions @ directions.T / temperature  # (n, n)
     similarity = similarity.where(known, -torch.inf).fill_diagonal_(-torch.inf)
     counted = known & (known.sum() > 1)  # a single pixel has nothing to be compared with

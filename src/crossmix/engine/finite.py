@@ -330,9 +330,9 @@ class _Flag:
         self.good: Tensor | bool = known
         self.on_gpu: Any = None
         if good.device.type == "cuda":
-            self.good = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(good, non_blocking=True)
+            self.good = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(good, non_blocking=True)
             self.on_gpu = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.on_gpu.record()
+            self.on_gpu.record(torch.cuda.current_stream(good.device))  # may not be the current device
 
     def is_good(self) -> bool:
         """The answer, once it has arrived."""
@@ -369,8 +369,8 @@ class _Report:
             if not event.query():
                 return None
             heard = copy
-        copy = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(now, non_blocking=True)
+        copy = torch.empty(2, dtype=torch.int64, device="cpu", pin_memory=True).copy_(now, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(now.device))
         self._flying = (copy, event)
         return heard

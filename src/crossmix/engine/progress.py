@@ -93,9 +93,9 @@ class Progress:
 
 
 def _peak_memory() -> float:
-    """Peak memory in MB: allocated GPU memory if a GPU is in use, otherwise resident memory of this process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e6
+    """Peak memory in MB: allocated memory of the fullest GPU in use, otherwise resident memory of this process."""
+    if peak := max((torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())), default=0):
+        return peak / 1e6
     if importlib.util.find_spec("resource") is None:  # Windows
         return 0.0
     import resource  # noqa: PLC0415 - not on every system

@@ -1,6 +1,7 @@
 """Append-only JSON Lines log of a training run, truncated to the checkpoint's step on resume."""
 
 import json
+import operator
 import os
 import warnings
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ class RunLog:
         line = (json.dumps(record) + "\n").encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab", buffering=0) as file:
+            with self.path.open("ab+", buffering=0) as file:
                 _append(file, line)
         except OSError as error:
             raise explained(error, self.path, lambda: len(line)) from error
@@ -57,7 +58,7 @@ class RunLog:
             try:
                 record = json.loads(line or "{}")
                 if line:
-                    records.append({**record, "step": record["step"]})
+                    records.append({**record, "step": operator.index(record["step"])})
             except (ValueError, KeyError, TypeError, RecursionError):
                 warnings.warn(f"{self.path}: line {number} is damaged and was skipped.", stacklevel=2)
         return records
@@ -74,8 +75,11 @@ class RunLog:
 
 
 def _append(file: FileIO, line: bytes) -> None:
-    """Append a line; truncate the file again if only part of it could be written."""
+    """Append a line, after a line that a crash cut off too; if only part is written, truncate the file again."""
     size, done = file.tell(), 0
+    if size:
+        file.seek(size - 1)
+        line = b"\n" * (file.read(1) != b"\n") + line
     try:
         while done < len(line):
             done += file.write(line[done:])

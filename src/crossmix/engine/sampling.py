@@ -144,8 +144,8 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
     def _box(self, sample: Labelled, generator: torch.Generator) -> Box:
         """Draw the position of a crop."""
         (height, width), (crop_height, crop_width) = sample.image.shape[-2:], self.size
-        top = int(torch.randint(max(0, height - crop_height) + 1, (), generator=generator))
-        left = int(torch.randint(max(0, width - crop_width) + 1, (), generator=generator))
+        top = int(torch.randint(max(0, height - crop_height) + 1, (), generator=generator, device="cpu"))
+        left = int(torch.randint(max(0, width - crop_width) + 1, (), generator=generator, device="cpu"))
         return slice(top, top + crop_height), slice(left, left + crop_width)
 
     def _padded(self, pixels: Tensor, value: int) -> Tensor:
@@ -174,12 +174,15 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
                     LOG.warning("skipped: %s", error)
 
     def _fit(self, index: int, sample: Labelled) -> Labelled:
-        """Refuse an image smaller than the crop (unless padded), and one that lacks a label needed by `rare`."""
+        """Refuse an image smaller than the crop (unless padded), a label map of another size, or a missing one."""
         (height, width), (crop_height, crop_width) = sample.image.shape[-2:], self.size
         files = getattr(self.samples, "files", None)  # readers know the path
         name = sample.name if files is None else files[index].image
         if self.rare is not None and sample.label is None:
             raise DataError(f"{name}: has no label to look for rare classes in; read the data set with its labels.")
+        if sample.label is not None and sample.label.shape != (height, width):
+            other = "is {} x {}".format(*sample.label.shape)
+            raise DataError(f"{name}: its label map {other} but its image {height} x {width}; resize both to one size.")
         if not self.pad and (height < crop_height or width < crop_width):
             smaller = f"the image is {height} x {width}, smaller than the crop of {crop_height} x {crop_width}"
             raise DataError(f"{name}: {smaller}; use a smaller crop, pad, or resize the images when reading them.")
@@ -195,13 +198,13 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
             raise IndexError(f"draws are numbered from 0, got {draw}")
         if self.rare is not None:
             generator = keyed_generator(self.seed, self.stream, 2, draw)
-            image, wanted = self.rare.pick(torch.rand(2, dtype=torch.float64, generator=generator))
+            image, wanted = self.rare.pick(torch.rand(2, dtype=torch.float64, generator=generator, device="cpu"))
             yield int(image), int(wanted)
         while True:
             epoch, position = divmod(draw, len(self.samples))
             if self._order is None or self._order[0] != epoch:
                 generator = keyed_generator(self.seed, self.stream, 0, epoch)
-                self._order = (epoch, torch.randperm(len(self.samples), generator=generator))
+                self._order = (epoch, torch.randperm(len(self.samples), generator=generator, device="cpu"))
             yield int(self._order[1][position]), None
             draw += len(self.samples)  # the same position of the next epoch
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from crossmix._files import whole_file, write_whole
-from crossmix._wrappers import named_parts, plain_name, unwrapped
+from crossmix._wrappers import averaged, named_parts, plain_name
 from crossmix.models._places import WRAPPERS, Place, core, few, find, fits, is_extra, part_of, tensors
 from crossmix.models.deeplab_v2 import MEAN_BGR, DeepLabV2
 from crossmix.models.weight_files import WeightsError, read_weights, safetensors_of
@@ -236,20 +236,9 @@ def _log(path: Path, place: Place, report: LoadReport, *, careful: bool) -> None
 def _named(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """A model's tensors by their names without wrappers, each with its name in the state_dict."""
     named = {plain_name(model, name): (name, tensor) for name, tensor in tensors(model.state_dict()).items()}
-    if _averaged(model) is None:
+    if averaged(model) is None:
         return named
     return {name.removeprefix("module."): found for name, found in named.items() if name.startswith("module.")}
-
-
-def _averaged(model: nn.Module) -> nn.Module | None:
-    """The network inside an averaged model, recognised by `update_parameters` and `module`; None for others.
-
-    These are the names of `torch.optim.swa_utils.AveragedModel`, whose counters are not weights.
-    """
-    model = unwrapped(model)
-    network = getattr(model, "module", None)
-    is_average = callable(getattr(model, "update_parameters", None)) and isinstance(network, nn.Module)
-    return network if is_average else None
 
 
 def _with_shared(
@@ -289,7 +278,7 @@ def _torchvisions(model: nn.Module, values: Mapping[str, Tensor], unexpected: It
     """Prefixes of the DeepLabs in a model for which a file has torchvision's classifier instead of the head."""
     if not any(core(name.split("."))[-2:] == ("fc", "weight") for name in unexpected):
         return []
-    parts = named_parts(_averaged(model) or model)
+    parts = named_parts(averaged(model) or model)
     starts = [f"{name}." if name else "" for name, part in parts if isinstance(part, DeepLabV2)]
     headless = [start for start in starts if not any(name.startswith(f"{start}layer5.") for name in values)]
     return [start for start in headless if {f"{start}conv1.weight", f"{start}bn1.running_mean"} <= values.keys()]
