@@ -194,8 +194,7 @@ def train(config: Config, folder: Path, out: Path, ranks: Ranks, *, resume: bool
             evaluate_if_due(run, record)
         if run.stop.agreed():
             raise stopped(run)
-    if ranks.first:
-        finish(run)
+    finish(run)
     return run.metrics
 
 

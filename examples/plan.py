@@ -119,7 +119,7 @@ def problems(request: Request, folders: list[Path], world: int = 1) -> list[str]
     if not request.demo:
         looks.append(lambda: _of_data(request, world, fresh=fresh))
     if not is_ours(config.network):
-        looks.append(lambda: _try_network(request))
+        looks.append(lambda: _try_network(request, world))
     found: list[str] = []
     for look in looks:
         try:
@@ -199,12 +199,15 @@ def _visible(out: Path) -> Iterator[Path]:
     )
 
 
-def _try_network(request: Request) -> None:
-    """Try your own network on crops and on images as they will be evaluated."""
+def _try_network(request: Request, world: int) -> None:
+    """Try your own network on crops and on images as they will be evaluated.
+
+    With several processes only the first tries: layers that synchronise in training would wait for the others.
+    """
     config = request.config
     network, classes = empty_network(config), len(domains.class_names(config))
     parameter_groups(network, config.lr, head=head_of(config))
-    tried(network, config.network, classes, domains.crop_size(config), config.device, train=True)
+    tried(network, config.network, classes, domains.crop_size(config), config.device, train=world == 1)
     whole = size(config.target_size)
     if whole is None and not request.demo:
         _, height, width = domains.open_data(config).validation[0].image.shape

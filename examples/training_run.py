@@ -329,15 +329,33 @@ def keep_scores(run: Run, entry: dict[str, Any]) -> list[str]:
 
 
 def finish(run: Run) -> None:
-    """Write the report, and say which steps were undone and which files were left out."""
-    write_report(run)
+    """Write the report, and say which steps were undone and which files were left out; called by all processes."""
+    mixed = last_mixed(run)
+    if not run.ranks.first:
+        return
+    write_report(run, mixed)
     if steps := run.metrics["skipped_steps"]:
         print(f"{steps} of {run.done} steps were undone: the loss or a gradient was not finite", flush=True)
     if files := run.metrics["skipped_files"]:
         print(f"{len(files)} files were left out: {', '.join(files)}", flush=True)
 
 
-def write_report(run: Run) -> None:
+def last_mixed(run: Run) -> list[list[Tensor]]:
+    """Show this process's mixed images of the last step.
+
+    All processes take part: on several GPUs the teacher's BatchNorm computes statistics of the whole batch, and waits
+    for those that are missing.
+    """
+    config = run.config
+    last = replace(run, config=replace(config, workers=0, resident=False), samples=run.data[:2])
+    (source_images, source_labels), (target_images, _) = (
+        next(crops(last, stream, config.steps - 1)) for stream in (SOURCE, TARGET)
+    )
+    draw = drawn_rows(run, (config.steps - 1) * config.accumulate)
+    return mixed_rows(run.training, run.student, (source_images, source_labels, target_images), draw)
+
+
+def write_report(run: Run, mixed: list[list[Tensor]]) -> None:
     """Write the report: its page, table and pictures, the last step's mixed images among them."""
     from report import run_page  # noqa: PLC0415 - needs an extra, which `problems` checked for
 
@@ -345,12 +363,6 @@ def write_report(run: Run) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(run.folder / "metrics.json", run.metrics)  # a run killed after its last step has them in its checkpoint
     write_text(folder / "table.md", shown({config.method: [run.metrics]}, config))
-    last = replace(run, config=replace(config, workers=0, resident=False), samples=run.data[:2])
-    (source_images, source_labels), (target_images, _) = (
-        next(crops(last, stream, config.steps - 1)) for stream in (SOURCE, TARGET)
-    )
-    draw = drawn_rows(run, (config.steps - 1) * config.accumulate)
-    mixed = mixed_rows(run.training, run.student, (source_images, source_labels, target_images), draw)
     validation = run.data.validation
     samples = (validation[i] for i in range(min(config.batch, len(validation))))
     predicted = predicted_rows(run.student, samples, crop_size(config), config.device)

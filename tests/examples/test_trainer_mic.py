@@ -302,7 +302,7 @@ def test_unsupervised__the_chosen_steps_checkpoint_is_kept_until_a_better_one_co
         return [state["step"] for state in states]
 
     monkeypatch.setattr(trainer, "scores", made_up)
-    monkeypatch.setattr("training_run.write_report", lambda _: None)
+    monkeypatch.setattr("training_run.write_report", lambda *_: None)
     monkeypatch.setattr(trainer, "conclude", lambda *_: None)
     flags = ["--steps", "6", "--eval-every", "1", "--save-every", "1"]
     with monkeypatch.context() as bad:

@@ -309,6 +309,34 @@ def test_torchrun__two_processes_share_the_batch_and_resume(folders: list[str], 
     assert len(log_of(tmp_path / "whole")) == 6  # one process writes
 
 
+TOGETHER = """
+import torch.distributed as dist
+from torch import nn
+
+class Together(nn.BatchNorm2d):
+    def forward(self, images):
+        if self.training and dist.is_initialized():  # as SyncBatchNorm, which needs GPUs
+            dist.barrier()
+        return super().forward(images)
+
+def network(n):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), Together(8), nn.ReLU(), nn.Conv2d(8, n, 1))
+"""
+
+
+@pytest.mark.slow
+def test_torchrun__norms_that_wait_for_all_processes_never_wait_in_vain(
+    folders: list[str], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    (tmp_path / "together.py").write_text(TOGETHER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    flags = [flag for flag in folders if flag != "--random-init"]
+    flags = changed(flags, network="together:network", steps="1")
+    printed = printed_by(start(*flags, "--batch", "1", "--out", str(tmp_path / "run"), launcher=TORCHRUN))
+    assert "| mIoU |" in printed
+    assert (tmp_path / "run" / "report" / "gallery.png").exists()
+
+
 @pytest.mark.slow
 def test_torchrun__signals_stop_all_ranks_at_one_step_and_a_death_ends_the_job(
     folders: list[str], tmp_path: Path
