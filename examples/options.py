@@ -525,6 +525,10 @@ def _of_training(config: Config) -> Checks:
     yield config.nesterov and config.momentum == 0, "--nesterov needs --momentum above 0"
     for name in ("nesterov", "repeated"):
         yield getattr(config, name) and config.optimizer != "sgd", f"--{name} needs --optimizer sgd"
+    alone = config.method in {"classmix", "alignment"} and config.batch == 1
+    pasted = f"--method {config.method} pastes each image onto the next one of its process's batch, so a single one"
+    remedy = "give --batch 2, on half as many processes or with half the --accumulate for the same total"
+    yield alone, f"{pasted} onto itself; --batch must be at least 2, got 1: {remedy}"
     warmup, steps = config.warmup, config.steps
     yield warmup >= steps, f"--warmup must be less than --steps, got {warmup} of {steps}"
     top, bottom = config.ignore_top, config.ignore_bottom

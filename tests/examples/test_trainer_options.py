@@ -171,6 +171,8 @@ REFUSED = [  # flags beside good ones, and the beginning of the message
     (["--evaluation", "1x1"], "--evaluation must be one of the scored sizes, 32x64 or 64x128, got '1x1'"),
     (["--ignore-top", "400", "--ignore-bottom", "112"], "--ignore-top 400 and --ignore-bottom 112 must leave some"),
     (["--warmup", "4"], "--warmup must be less than --steps, got 4 of 4"),
+    (["--method", "classmix", "--batch", "1"], "--method classmix pastes .* itself; --batch must be at least 2, got 1"),
+    (["--method", "alignment", "--batch", "1", "--accumulate", "2"], "--method alignment pastes each image"),
     (["--consistency", "--consistency-block", "33"], "--consistency-block must fit into --crop 32x32, got 33"),
     (["--head", "layer5"], "--head is for --network MODULE:FUNCTION"),
     (["--runs", "x"], "--runs must be a whole number from 1 to 10000, got 'x'"),
@@ -211,7 +213,8 @@ def test_flags__may_lie_on_bounds_and_have_an_effect(folders: list[str]) -> None
     for flags in (
         "--no-decay norm,bias", "--no-decay=", "--consistency-block none", "--threshold 0", "--threshold 1",
         "--decay 0", "--decay 1", "--decay 1e-3", "--optimizer adamw --no-nesterov",
-        "--method alignment --prior source", "--rare-classes --rare-pixels 1 --rare-temperature 9",
+        "--method alignment --prior source", "--method pseudo-label --batch 1",
+        "--rare-classes --rare-pixels 1 --rare-temperature 9",
         "--network m:f --head h --head-factor 2",
         "--recipe mic --consistency-block 8 --consistency-ratio 0 --consistency-weight 2", "--crop 32x000032",
     ):  # fmt: skip
