@@ -52,7 +52,7 @@ from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
 from networks import AUTOCAST, NetworkError, is_ours, small_logits
 from options import Config, Request, label_sizes, read_options, size
 from plan import empty_network, has_begun, head_of, plan, problems
-from processes import Ranks, leave, reason, start_ranks
+from processes import Ranks, expected_ranks, leave, reason, start_ranks
 from scores import finite, percent, summary
 from training_run import (
     Record,
@@ -81,8 +81,11 @@ ERRORS = (DataError, WeightsError, NetworkError, NonFiniteError, BusyError, Chec
 def main(argv: Sequence[str] | None = None) -> int:
     request = read_options(argv, __doc__ or "")
     if request.dry_run:
-        print(json.dumps({"options": asdict(request.config), "plan": plan(request)}, indent=2), flush=True)
-        refuse(problems(request, [folder for _, folder in trainings(request, request.out)] if request.out else []))
+        if (ranks := expected_ranks()).first:
+            planned = plan(request, ranks.world)
+            print(json.dumps({"options": asdict(request.config), "plan": planned}, indent=2), flush=True)
+            folders = [folder for _, folder in trainings(request, request.out)] if request.out else []
+            refuse(problems(request, folders, ranks.world))
         return 0
     with ExitStack() as stack:
         stack.enter_context(ended_by_signals())
@@ -158,14 +161,20 @@ def run_all(request: Request, out: Path, ranks: Ranks) -> None:
     folders: dict[str, list[Path]] = {}
     for config, folder in trainings(request, out):
         if ranks.first:
-            print(
-                f"{config.method}, seed {config.seed}: {config.steps} steps on {config.device}, into {folder}",
-                flush=True,
-            )
+            print(f"{config.method}, seed {config.seed}: {steps(config, ranks)}, into {folder}", flush=True)
         results.setdefault(config.method, []).append(train(config, folder, out, ranks, resume=request.resume))
         folders.setdefault(config.method, []).append(folder)
     if ranks.first:
         conclude(results, folders, request.config, out / "report")
+
+
+def steps(config: Config, ranks: Ranks) -> str:
+    """Describe the steps of a training, with the batch where `--batch` is only a part of it."""
+    text, whole = f"{config.steps} steps on {config.device}", domains.whole_batch(config, ranks.world)
+    if whole == config.batch:
+        return text
+    made_of = f"{ranks.world} processes x --batch {config.batch} x --accumulate {config.accumulate}"
+    return f"{text} of {whole} source and {whole} target images ({made_of})"
 
 
 # ---------------------------------------------------------------------------------------------------- the algorithm

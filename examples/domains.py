@@ -33,7 +33,7 @@ from options import Config, size
 __all__ = [
     "COUNTS", "SOURCE", "TARGET", "Batch", "Data", "Identity", "Unlabelled", "class_names", "counts_file", "crop_size",
     "differences", "drawn_names", "identity", "loader", "open_data", "prepared", "rare_class_sampler", "target_labels",
-    "to_count", "too_small", "with_rendered_data",
+    "to_count", "too_small", "whole_batch", "with_rendered_data",
 ]  # fmt: skip
 
 SOURCE, TARGET = 0, 1  # random streams, keyed next to the seed
@@ -289,11 +289,16 @@ def loader(
     )
 
 
+def whole_batch(config: Config, world: int) -> int:
+    """Count the source images of a step over all processes; there are as many target images."""
+    return config.batch * config.accumulate * world
+
+
 def drawn_names(
     config: Config, data: Data, step: int, world: int, *, rare: RareClassSampler | None = None
 ) -> list[str]:
     """Name the samples that a step trains on, over all processes."""
-    whole = config.batch * config.accumulate * world
+    whole = whole_batch(config, world)
     names = []
     for stream, samples in ((SOURCE, data.source), (TARGET, data.target)):
         sampler = rare if stream == SOURCE else None

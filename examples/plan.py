@@ -21,8 +21,8 @@ from options import Config, Request, config_files, size
 __all__ = ["empty_network", "has_begun", "head_of", "plan", "problems"]
 
 
-def plan(request: Request) -> dict[str, Any]:
-    """Compute the number of images and evaluations, and the disk space and memory needed."""
+def plan(request: Request, world: int = 1) -> dict[str, Any]:
+    """Compute the number of images and evaluations, and the disk space and memory that each process needs."""
     config = request.config
 
     def found(look: Callable[[], Any]) -> Any:  # noqa: ANN401 - part of the plan
@@ -38,6 +38,7 @@ def plan(request: Request) -> dict[str, Any]:
     return {
         "images": "rendered by the demo" if request.demo else found(images),
         **({"rare_classes": found(lambda: rare_classes(request))} if config.rare_classes else {}),
+        "source_images_per_step": domains.whole_batch(config, world),
         "evaluations": -(-config.steps // config.eval_every),
         **(takes if isinstance(takes, dict) else {"network": takes}),
     }

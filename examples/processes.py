@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-__all__ = ["Ranks", "leave", "reason", "start_ranks"]
+__all__ = ["Ranks", "expected_ranks", "leave", "reason", "start_ranks"]
 
 Result = TypeVar("Result")
 
@@ -43,6 +43,11 @@ class Ranks(NamedTuple):
             raise SystemExit(1)  # the first process gives the reason
         result: Result = said[0]
         return result
+
+
+def expected_ranks() -> Ranks:
+    """Tell which process of how many this is, without joining the others."""
+    return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def start_ranks(device: str, stack: ExitStack) -> Ranks:

@@ -15,7 +15,19 @@ from crossmix import SelfTraining, SelfTrainingOutput
 from crossmix.datasets import DataError, RareClassSampler, write_png
 from crossmix.engine import CheckpointStore, FiniteGuard, NonFiniteError, Progress, RunLog, StopRequest, keyed_generator
 from crossmix.visualize import gallery
-from domains import SOURCE, TARGET, Data, Identity, crop_size, differences, drawn_names, identity, loader, prepared
+from domains import (
+    SOURCE,
+    TARGET,
+    Data,
+    Identity,
+    crop_size,
+    differences,
+    drawn_names,
+    identity,
+    loader,
+    prepared,
+    whole_batch,
+)
 from files import write_text
 from options import FREE, Config
 from pictures import mixed_rows, predicted_rows, write_pictures
@@ -108,7 +120,7 @@ def state(run: Run) -> dict[str, Any]:
         "metrics": run.metrics,
         "config": {**asdict(run.config), "num_classes": len(run.classes)},
         "data": run.identity,
-        "whole_batch": whole_batch(run),
+        "whole_batch": whole_batch(run.config, run.ranks.world),
         "versions": versions(),
     }
 
@@ -215,8 +227,8 @@ def refuse_another_run(run: Run, saved: dict[str, Any]) -> None:
     old, new = {**asdict(Config()), **saved["config"]}, asdict(run.config)
     changed = [f"{name} {old[name]!r} is now {new[name]!r}" for name in sorted(new.keys() - FREE)
                if new[name] != old[name]]  # fmt: skip
-    if whole_batch(run) != saved["whole_batch"]:
-        changed.append(f"the batch of all processes {saved['whole_batch']} is now {whole_batch(run)}")
+    if (whole := whole_batch(run.config, run.ranks.world)) != saved["whole_batch"]:
+        changed.append(f"the batch of all processes {saved['whole_batch']} is now {whole}")
     if changed:
         raise SystemExit(
             f"error: cannot resume with other options: {', '.join(changed)}; give the old ones, or another --out."
@@ -231,11 +243,6 @@ def refuse_another_run(run: Run, saved: dict[str, Any]) -> None:
             f"error: {undone} steps were undone so far, for a loss or gradient that was not finite; --skip-steps "
             f"{undone} allows that many."
         )
-
-
-def whole_batch(run: Run) -> int:
-    """Count the source images of one step."""
-    return run.config.batch * run.config.accumulate * run.ranks.world
 
 
 def count_skipped(run: Run) -> None:

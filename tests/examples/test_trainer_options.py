@@ -358,6 +358,7 @@ def test_dry_run__says_what_is_there_and_what_it_takes(
     found = plan(*folders)
     assert found["images"] == {"source": 6, "target": 5, "validation": 3}
     assert found["evaluations"] == 2
+    assert found["source_images_per_step"] == 2
     assert "rare_classes" not in found
     found = plan(*BASE)
     assert "a: has no images (there is no such folder)" in found["images"]
@@ -378,6 +379,23 @@ def test_dry_run__says_what_is_there_and_what_it_takes(
     file.write_text("something else")
     assert "is not a file of counts" in plan(*flags)["rare_classes"]
     assert plan("--demo", "--rare-classes")["rare_classes"]["images_to_count"].startswith("all that the demo renders")
+
+
+def test_batch__of_a_step_is_said_where_it_is_more_than_that_of_a_process(
+    trainer: ModuleType, folders: list[str], run: Run, monkeypatch: Patch, capsys: Capture
+) -> None:
+    run("--steps", "1", "--batch", "1", "--accumulate", "2")
+    said = "1 steps on cpu of 2 source and 2 target images (1 processes x --batch 1 x --accumulate 2), into"
+    assert f"dacs, seed 0: {said}" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert trainer.main([*folders, "--dry-run"]) == 0
+        printed = capsys.readouterr().out
+        assert printed == "" if rank == "1" else json.loads(printed)["plan"]["source_images_per_step"] == 4
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match="the target has 5 images, fewer than the 6 of a batch"):
+        trainer.main([*folders, "--batch", "3", "--dry-run"])
 
 
 def test_dry_run__finds_what_a_run_would(trainer: ModuleType, own_data: list[str], died: Run, tmp_path: Path) -> None:
