@@ -5,7 +5,7 @@
     python examples/dacs_gta5.py --synthia DIR --cityscapes DIR ...            its Table 2
     python examples/dacs_gta5.py --source DIR --target DIR --classes FILE ...  your own images
     python examples/dacs_gta5.py ... --recipe mic                              today's training, see docs/recipes.md
-    torchrun --nproc_per_node 4 examples/dacs_gta5.py ...                      several GPUs
+    torchrun --nproc_per_node 2 examples/dacs_gta5.py ... --batch 1            two GPUs, and the paper's batch in total
     python examples/dacs_gta5.py ... --out runs/dacs --resume                  resume a run
 
 The demo renders two small domains (`crossmix.datasets.StreetScenes`), writes them to disk in the folder layouts of GTA5
