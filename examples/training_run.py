@@ -403,7 +403,9 @@ def shown(results: dict[str, list[dict[str, Any]]], config: Config) -> str:
         rows.append([f"{TITLES[means[0]]}, {words}", *map(spread, values), *("-" for _ in compared)])
     lost = [[shortfall(run, lambda entry: miou(entry, config)) for run in runs] for runs in results.values()]
     rows.append(["points below the best step", *map(spread, lost), *("-" for _ in compared)])
-    return markdown(rows)
+    labels = "their own size" if config.evaluation == "native" else config.evaluation
+    paper = " The paper's numbers are on labels of 512x1024." if compared else ""
+    return f"{markdown(rows)}\nIoU in percent, on labels of {labels}.{paper}\n"
 
 
 def versions() -> dict[str, str]:

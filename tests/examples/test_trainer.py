@@ -18,7 +18,7 @@ from crossmix.models import deeplab_v2_tiny, save_weights
 from crossmix.optim import RepeatedSGD
 from oracles import deep_png, save
 from pages import Page
-from runs import Capture, Run, assert_finite, assert_same, final, forget, log_of, metrics_of
+from runs import Capture, Run, assert_finite, assert_same, final, forget, log_of, metrics_of, resolved
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
 ONCE = ("--save-every", "4", "--eval-every", "4")
@@ -173,6 +173,27 @@ def test_runs__are_compared_and_metrics_of_a_killed_one_mended(run: Run, capsys:
     (out / "seed-0" / "metrics.json").unlink()  # as if it had died between its last checkpoint and this file
     run("--runs", "2", *ONCE, "--resume")
     assert metrics_of(out / "seed-0") == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        (
+            ("--recipe", "paper"),
+            "on labels of 1024x2048. The paper's numbers are on labels of 512x1024.",
+        ),
+        (("--network", "tiny", "--evaluation", "512x1024"), "on labels of 512x1024."),
+        (("--network", "tiny", "--target-size", "native"), "on labels of their own size."),
+    ],
+)
+def test_table__says_what_labels_it_is_scored_on(trainer: ModuleType, flags: tuple[str, ...], note: str) -> None:
+    from training_run import shown
+
+    config = trainer.Config(**resolved("--gta5", "a", "--cityscapes", "b", "--random-init", *flags))
+    score = {"miou": 0.5, "per_class": {"road": 0.5}}
+    entry = {"student": {config.evaluation: score}}
+    run = {"last": entry, "best": entry, "best_unsupervised": None}
+    assert shown({"dacs": [run]}, config).splitlines()[-1] == f"IoU in percent, {note}"
 
 
 def test_nothing_to_score__is_said(trainer: ModuleType, own_data: list[str], tmp_path: Path, capsys: Capture) -> None:
