@@ -230,6 +230,9 @@ def _recipe(recipe: recipes.Recipe, **others: Any) -> dict[str, Any]:  # noqa: A
     return {**named, "consistency": bool(recipe.consistency), **others}
 
 
+ADAMW: dict[str, Any] = {"lr": 6e-5, "warmup": 1500, "power": 1.0, "weight_decay": 0.01, "no_decay": "norm"}
+"""What goes with AdamW, in place of what goes with SGD; DAFormer's."""
+
 RECIPES: dict[str, dict[str, Any]] = {
     "released": {},  # the defaults
     "paper": _recipe(
@@ -241,11 +244,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         rare_classes=True,
         steps=40_000,
         optimizer="adamw",
-        lr=6e-5,
-        warmup=1500,
-        power=1.0,
-        weight_decay=0.01,
-        no_decay="norm",
+        **ADAMW,
         repeated=False,
         evaluation="1024x2048",
     ),
@@ -454,7 +453,9 @@ def _resolved(chosen: dict[str, Any], *, demo: bool) -> Config:
     if chosen.get("source"):
         options |= {"source_size": "native", "target_size": "native"}
     if optimizer == "adamw":
-        options |= {"repeated": False, "nesterov": False}
+        options |= {**ADAMW, "repeated": False, "nesterov": False}
+    elif options.get("optimizer") == "adamw":
+        options = {name: value for name, value in options.items() if name not in ADAMW}
     if not is_ours(chosen.get("network", "resnet101")):
         options |= {"repeated": False}
     if demo:

@@ -320,6 +320,28 @@ def test_defaults__fit_the_run_unless_given() -> None:
             assert resolved(*BASE, "--recipe", recipe, "--target-size", target)["evaluation"] == want
 
 
+def test_optimizer__brings_its_own_rates(tmp_path: Path) -> None:
+    names = ("lr", "warmup", "power", "weight_decay", "no_decay", "nesterov", "repeated", "head_factor")
+    adamw = (6e-5, 1500, 1.0, 0.01, "norm", False, False, 10.0)
+    sgd = (2.5e-4, 0, 0.9, 5e-4, "", False, False, 10.0)
+
+    def rates(*flags: str) -> tuple[Any, ...]:
+        return tuple(resolved(*flags)[name] for name in names)
+
+    for recipe in ("released", "paper", "mic"):
+        assert rates(*BASE, "--recipe", recipe, *ADAMW) == adamw
+        assert rates(*BASE, "--recipe", recipe, *ADAMW, "--lr", "1", "--no-decay=") == (
+            1.0,
+            *adamw[1:4],
+            "",
+            *adamw[5:],
+        )
+    assert rates(*BASE, *MIC, "--optimizer", "sgd") == sgd
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"lr": 0.5}))  # which says nothing of its optimizer
+    assert rates(*BASE, "--config", str(file), *ADAMW) == (0.5, *adamw[1:])
+
+
 def test_demo__settings_of_both_optimizers() -> None:
     names = ("optimizer", "warmup", "rare_classes", "consistency", "rare_pixels", "decay", "ignore_bottom", "steps")
     sgd, mic = ([resolved("--demo", *flags)[name] for name in names] for flags in ((), MIC))
