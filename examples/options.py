@@ -223,6 +223,9 @@ ALTERNATIVES = {
 }
 """Options from a file that a flag replaces."""
 
+SIZES = {"source_size", "target_size", "evaluation"}
+"""Options from a file that belong to its data: sizes of images, and of the labels scored."""
+
 
 def _recipe(recipe: recipes.Recipe, **others: Any) -> dict[str, Any]:  # noqa: ANN401
     """Collect the options that a recipe sets, here and in the library."""
@@ -305,10 +308,8 @@ def read_options(argv: Sequence[str] | None, description: str) -> Request:
         raise SystemExit("error: --resume needs --out DIR, the folder of the run to resume.")
     if args.out == "":
         raise SystemExit("error: --out must name a folder, got ''.")
-    chosen = {} if args.config is None else _from_file(Path(args.config))
-    for name, others in ALTERNATIVES.items():
-        for other in others if given.get(name) else ():
-            chosen.pop(other, None)
+    chosen = {} if args.config is None else _without_replaced(_from_file(Path(args.config)), given)
+    _refuse_another_recipe(f"--config {args.config}", chosen, given, demo=args.demo)
     chosen |= given
     if args.resume and not chosen.keys() & {"weights", "random_init"}:  # then the run's own
         for path in config_files(Path(args.out))[:1]:
@@ -436,6 +437,38 @@ def _from_file(path: Path) -> dict[str, Any]:
     for name in found.keys() - OPTIONS.keys():
         raise SystemExit(f"error: {path}: unknown option {name!r}{_meant(name, tuple(OPTIONS))}")
     return {name: checked(name, value, f"{path}: {name!r}") for name, value in found.items()}
+
+
+def _without_replaced(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the options from a file that flags replace, and those that follow from them."""
+    gone: set[str] = set()
+    for name, others in ALTERNATIVES.items():
+        if given.get(name):
+            gone |= set(others)
+            replaced = {other for other in others if chosen.get(other)}
+            if replaced & {"gta5", "synthia", "source"}:  # whose sizes would not fit
+                gone |= {"source_size"} if {name, *replaced}.isdisjoint({"source"}) else SIZES
+    if "optimizer" in chosen and given.get("optimizer", chosen["optimizer"]) != chosen["optimizer"]:
+        gone |= {*ADAMW, "momentum", "nesterov", "repeated"}
+    return {name: value for name, value in chosen.items() if name not in gone}
+
+
+def _refuse_another_recipe(file: str, chosen: dict[str, Any], given: dict[str, Any], *, demo: bool) -> None:
+    """Exit if a file made with one recipe has options that differ from those of another one, given as a flag."""
+    if "recipe" not in given or chosen.get("recipe", given["recipe"]) == given["recipe"]:
+        return
+    kept = {name for options in RECIPES.values() for name in options} & chosen.keys() - given.keys()
+    want = _resolved({name: value for name, value in (chosen | given).items() if name not in kept}, demo=demo)
+    differ = [
+        f"{name} {chosen[name]!r} instead of {getattr(want, name)!r}"
+        for name in sorted(kept)
+        if chosen[name] != getattr(want, name)
+    ]
+    if differ:
+        raise SystemExit(
+            f"error: --recipe {given['recipe']} does not go with {file}, which is of --recipe {chosen['recipe']} and "
+            f"has {', '.join(differ)}; leave out one of them, --recipe or --config."
+        )
 
 
 def _meant(value: object, names: Sequence[Any]) -> str:

@@ -151,6 +151,39 @@ def test_file__a_flag_takes_the_place_of_its_alternative(
     assert (options["weights"], options["random_init"]) == ("", True)
 
 
+def test_file__of_another_recipe_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(resolved(*BASE)))
+    with pytest.raises(SystemExit) as ended:
+        resolved("--config", str(file), "--recipe", "paper")
+    message = str(ended.value)
+    assert message.startswith(f"error: --recipe paper does not go with --config {file}, which is of --recipe released")
+    released, paper = resolved(*BASE), resolved(*BASE, "--recipe", "paper")
+    for name in released.keys() - {"recipe"}:
+        differs = f"{name} {released[name]!r} instead of {paper[name]!r}"
+        assert (differs in message) == (released[name] != paper[name]), name
+    assert message.endswith("; leave out one of them, --recipe or --config.")
+    assert resolved("--config", str(file), "--recipe", "released") == released
+    flags = [flag for name in paper if paper[name] != released[name] for flag in as_flag(name, paper[name])]
+    assert resolved("--config", str(file), *flags) == paper
+    file.write_text(json.dumps({"decay": 0.5}))  # of no recipe: its options go over those of any
+    assert resolved(*BASE, "--config", str(file), "--recipe", "paper") == {**paper, "decay": 0.5}
+
+
+def test_file__sizes_follow_the_data_of_a_flag(tmp_path: Path) -> None:
+    file, rest = tmp_path / "config.json", ("--cityscapes", "b", "--random-init")
+    own = ("--source", "s", "--target", "t", "--classes", "c", "--random-init")
+    every = [("--gta5", "a", *rest), ("--synthia", "a", *rest), own]
+    for old in every:
+        file.write_text(json.dumps(resolved(*old)))
+        for new in every:
+            assert resolved("--config", str(file), *new) == resolved(*new)
+            given = resolved("--config", str(file), *new, "--source-size", "99x99")
+            assert given == {**resolved(*new), "source_size": "99x99"}
+    file.write_text(json.dumps({**resolved(*every[0]), "source_size": "360x640"}))
+    assert resolved("--config", str(file), "--gta5", "elsewhere")["source_size"] == "360x640"
+
+
 @pytest.mark.parametrize(
     "flag", ["--seed=--", "--lr=--", "--gta5=--", "--out=--", "--config=--", "--out=a\0b", "--runs=--"]
 )
@@ -338,6 +371,9 @@ def test_optimizer__brings_its_own_rates(tmp_path: Path) -> None:
         )
     assert rates(*BASE, *MIC, "--optimizer", "sgd") == sgd
     file = tmp_path / "config.json"
+    for one, other in (("sgd", "adamw"), ("adamw", "sgd")):
+        file.write_text(json.dumps(resolved(*BASE, "--optimizer", one)))
+        assert rates("--config", str(file), "--optimizer", other) == rates(*BASE, "--optimizer", other)
     file.write_text(json.dumps({"lr": 0.5}))  # which says nothing of its optimizer
     assert rates(*BASE, "--config", str(file), *ADAMW) == (0.5, *adamw[1:])
 
