@@ -69,6 +69,7 @@ from training_run import (
     recorded,
     save,
     saved_at_any_end,
+    seed_network,
     stopped,
 )
 
@@ -211,6 +212,7 @@ def train_step(run: Run, parts: list[domains.Batch]) -> SelfTrainingOutput:
     """Run one iteration of Algorithm 1 on this process's rows of the whole batch."""
     config, training, scaler = run.config, run.training, run.scaler
     run.optimizer.zero_grad(set_to_none=True)
+    seed_network(run)
     losses = []
     for number, batch in enumerate(parts, run.done * config.accumulate):
         (source_images, source_labels), (target_images, target_labels) = batch
@@ -258,7 +260,7 @@ def fetch(run: Run, batches: Iterator[domains.Batch], record: Record) -> list[do
 
 def build(config: Config, folder: Path, out: Path, ranks: Ranks, *, resume: bool) -> Run:
     """Build a run from its options, and restore its newest checkpoint when resuming."""
-    torch.manual_seed(config.seed)  # for the initial weights; everything else is keyed
+    torch.manual_seed(config.seed)  # for the initial weights; everything else is keyed by the step
     data, classes = domains.open_data(config), domains.class_names(config)
     rare = ranks.once(lambda: domains.rare_class_sampler(config, data, out)) if config.rare_classes else None
     saved = CheckpointStore(folder / "checkpoints").load_newest() if resume else None

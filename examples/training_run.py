@@ -37,10 +37,10 @@ from signals import Stopped
 
 __all__ = [
     "Record", "Run", "conclude", "could_not_load", "crops", "drawn_rows", "finish", "goes_on", "keep_scores", "miou",
-    "opened", "recorded", "save", "saved_at_any_end", "stopped",
+    "opened", "recorded", "save", "saved_at_any_end", "seed_network", "stopped",
 ]  # fmt: skip
 
-STEP = 2  # random stream of the steps, beside SOURCE and TARGET
+STEP, NETWORK = 2, 3  # random streams of the steps, and of dropout in the networks, beside SOURCE and TARGET
 
 
 @dataclass
@@ -102,6 +102,16 @@ def drawn_rows(run: Run, number: int) -> Any:  # noqa: ANN401 - what `SelfTraini
     n, shape = batch * run.ranks.world, crop_size(run.config)
     draw = run.training.sample(n, shape, generator=generator, device=run.config.device)
     return draw.rows(slice(batch * rank, batch * (rank + 1)))
+
+
+def seed_network(run: Run) -> None:
+    """Seed the global generators, which dropout draws from, by step and process: a resumed run draws the same."""
+    seed, device = keyed_generator(run.config.seed, NETWORK, run.done, run.ranks.rank).initial_seed(), run.config.device
+    torch.default_generator.manual_seed(seed)
+    if device.startswith("cuda"):
+        torch.cuda.manual_seed_all(seed)
+    elif device != "cpu":
+        torch.manual_seed(seed)  # which looks for every kind of device, for 0.3 ms
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints

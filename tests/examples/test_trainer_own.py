@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +37,10 @@ def plain(n): return Quarter(n, "tensor")
 def object(num_classes, depth=3): return Quarter(num_classes, "object")
 def out(*, classes): return Quarter(classes, "out")
 def logits(*, num_labels=5): return Quarter(num_labels, "logits")
+def dropout(n):
+    network = Quarter(n, "tensor")
+    network.body.append(nn.Dropout2d(0.5))
+    return network
 class nested:
     @staticmethod
     def made(n): return Quarter(n, "tensor")
@@ -136,7 +140,7 @@ def test_own_data__from_two_folders_to_a_report(run: Run, place: Path, method: s
     assert "in the paper" not in (out / "report" / "table.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["plain", "object", "out", "logits", "nested.made"])
+@pytest.mark.parametrize("name", ["plain", "object", "out", "logits", "nested.made", "dropout"])
 def test_own_network__trains_and_resumes_to_the_same_end(trainer: ModuleType, run: Run, place: Path, name: str) -> None:
     flags = ["--network", f"my_networks:{name}", "--head", "decode_head", "--lr", "0.01"]
     whole = run(*flags)
@@ -148,6 +152,17 @@ def test_own_network__trains_and_resumes_to_the_same_end(trainer: ModuleType, ru
     forget(out)
     assert trainer.main([*FLAGS, *flags, "--out", str(out), "--resume"]) == 0
     assert_same(state, final(out))
+
+
+def test_own_network__draws_its_dropout_by_seed_step_and_process(trainer: ModuleType) -> None:
+    def drawn(seed: int, step: int, rank: int) -> tuple[float, ...]:
+        config, ranks = trainer.Config(seed=seed), trainer.Ranks(rank, 2)
+        trainer.seed_network(SimpleNamespace(config=config, ranks=ranks, done=step))
+        return tuple(torch.rand(4).tolist())
+
+    keys = [(seed, step, rank) for seed in (0, 1) for step in (0, 1, 249_999) for rank in (0, 1)]
+    assert len({drawn(*key) for key in keys}) == len(keys)
+    assert drawn(*keys[3]) == drawn(*keys[3])
 
 
 def test_own_network__learns_what_it_is_shown(run: Run) -> None:
