@@ -49,7 +49,7 @@ from crossmix.engine import BusyError, CheckpointError, CheckpointStore, FiniteG
 from crossmix.evaluation import evaluate
 from crossmix.models import WeightsError, load_weights
 from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
-from networks import AUTOCAST, NetworkError, is_ours, small_logits
+from networks import AUTOCAST, NetworkError, is_ours, set_float32_products, small_logits
 from options import Config, Request, label_sizes, read_options, size
 from plan import empty_network, has_begun, head_of, plan, problems
 from processes import Ranks, expected_ranks, leave, reason, start_ranks
@@ -275,7 +275,7 @@ def build(config: Config, folder: Path, out: Path, ranks: Ranks, *, resume: bool
 
 def set_up_arithmetic(config: Config) -> None:
     """Set the precision of float32 products on GPUs, and whether results are reproducible there."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    set_float32_products(config.precision)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires this
     torch.use_deterministic_algorithms(config.deterministic)

@@ -27,7 +27,18 @@ from crossmix.models import DeepLabV2, WeightsError, load_weights
 from crossmix.models.weight_files import read_weights
 from crossmix.recipes import METHODS
 from files import write_text
-from networks import AUTOCAST, EXPECTED, NETWORKS, NetworkError, is_name, is_ours, new_network, small_logits
+from networks import (
+    AUTOCAST,
+    EXPECTED,
+    NETWORKS,
+    PRECISIONS,
+    NetworkError,
+    is_name,
+    is_ours,
+    new_network,
+    set_float32_products,
+    small_logits,
+)
 from options import argument, size, unusable
 from processes import leave
 from scores import TITLES, markdown, paper_row, rows_by_class, summary
@@ -40,6 +51,7 @@ LARGEST = {"num_classes": 255, "aspp_branches": 4}
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    set_float32_products(args.precision)
     ranks = "RANK" in os.environ
     if ranks:
         dist.init_process_group()
@@ -93,7 +105,7 @@ def add_network_options(parser: argparse.ArgumentParser, size_flag: str) -> None
         help="size to which images are resized, or native; default: the run's, or 512x1024",
     )  # fmt: skip
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
 
 
 def load_network(

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from crossmix.models import DeepLabV2, deeplab_v2_resnet101, deeplab_v2_tiny
 
 __all__ = [
-    "AUTOCAST", "EXPECTED", "NETWORKS", "NetworkError", "is_name", "is_ours", "new_network", "small_logits", "tried",
+    "AUTOCAST", "EXPECTED", "NETWORKS", "PRECISIONS", "NetworkError", "is_name", "is_ours", "new_network",
+    "set_float32_products", "small_logits", "tried",
 ]  # fmt: skip
 
 NETWORKS = {"resnet101": deeplab_v2_resnet101, "tiny": deeplab_v2_tiny}
 EXPECTED = f"one of {', '.join(NETWORKS)}, or MODULE:FUNCTION"
 CLASSES = ("num_classes", "classes", "num_labels")  # names of the argument that takes the number of classes
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Types for autocast by precision; with other precisions there is none."""
 
@@ -62,6 +64,11 @@ def new_network(name: str, num_classes: int, *, aspp_branches: int = 2, upsample
         )
     network.register_forward_hook(lambda _module, _images, out: _logits(out, name))
     return network
+
+
+def set_float32_products(precision: str) -> None:
+    """Set whether GPUs round what float32 convolutions and matrix products multiply, which cuDNN does by default."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 @torch.no_grad()

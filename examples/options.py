@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 import torch
 
 from crossmix import recipes
-from networks import EXPECTED, is_name, is_ours
+from networks import EXPECTED, PRECISIONS, is_name, is_ours
 
 __all__ = [
     "FREE", "Config", "Kind", "Request", "argument", "config_files", "label_sizes", "read_options", "size", "size_name",
@@ -183,7 +183,7 @@ class Config:
     consistency_weight: float = part("consistency_weight", "weight of the consistency loss", unit="factor", low=0)
 
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device to train on", unit="torch device")
-    precision: str = option("fp32", "precision of the networks", choices=("fp32", "tf32", "bf16", "fp16"))
+    precision: str = option("fp32", "precision of the networks", choices=PRECISIONS)
     compile: bool = option(False, "compile student and teacher with torch.compile")
     channels_last: bool = option(False, "use the channels-last memory layout, faster on GPUs")
     deterministic: bool = option(False, "give the same bits in every run on a GPU too, at lower speed")

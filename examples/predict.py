@@ -24,7 +24,7 @@ from crossmix.engine import Progress
 from crossmix.models import DeepLabV2
 from crossmix.visualize import colorize
 from evaluate import ERRORS, add_network_options, load_network, trained_size
-from networks import AUTOCAST, small_logits
+from networks import AUTOCAST, set_float32_products, small_logits
 from pictures import CLASS_COLORS
 
 SUFFIXES = {"ids": "_trainIds.png", "color": "_color.png", "overlay": "_overlay.png"}
@@ -32,6 +32,7 @@ SUFFIXES = {"ids": "_trainIds.png", "color": "_color.png", "overlay": "_overlay.
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    set_float32_products(args.precision)
     try:
         targets = planned(args.images, args.out, args.what)
         model = load_network(args.weights, args.entry, network=args.network, aspp_branches=args.aspp_branches)

@@ -1,15 +1,20 @@
 """The evaluation script, on a small network and a rendered data set; and the paper's tables."""
 
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 import evaluate
+import networks
+import predict
 import scores
 from checks import refusal
 from crossmix import MeanTeacher, evaluation
@@ -23,6 +28,30 @@ from runs import Capture
 def folder(tmp_path: Path) -> Path:
     StreetScenes(3, domain="target").write(tmp_path / "c", layout="cityscapes", split="val")
     return tmp_path / "c"
+
+
+@pytest.mark.parametrize(("precision", "rounded"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_precision__is_that_of_the_trainer(
+    trainer: ModuleType, folder: Path, tmp_path: Path, precision: str, *, rounded: bool
+) -> None:
+    networks.set_float32_products("fp32" if rounded else "tf32")
+    found = []
+
+    def note(*_: object) -> None:
+        found.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+
+    path = str(save_weights(deeplab_v2_tiny(19, aspp_branches=2), tmp_path / "x.safetensors"))
+    arguments = ["--weights", path, "--network", "tiny", "--device", "cpu", "--precision", precision]
+    with contextlib.ExitStack() as stack:
+        stack.callback(nn.modules.module.register_module_forward_pre_hook(note).remove)
+        data = ["--cityscapes", str(folder), "--image-size", "32x64", "--workers", "0"]
+        assert evaluate.main([*arguments, *data]) == 0
+        image = next(folder.glob("leftImg8bit/val/*/*.png"))
+        assert predict.main([str(image), *arguments, "--size", "32x64", "--out", str(tmp_path / "out")]) == 0
+    assert set(found) == {(rounded, rounded)}
+    networks.set_float32_products("fp32" if rounded else "tf32")
+    trainer.set_up_arithmetic(trainer.Config(precision=precision, device="cpu"))
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (rounded, rounded)
 
 
 @pytest.mark.parametrize("method", ["a file of weights", "a run of the trainer"])
