@@ -31,9 +31,9 @@ from crossmix.engine import KeyedCrops, QuietLoader, resident
 from options import Config, size
 
 __all__ = [
-    "COUNTS", "SOURCE", "TARGET", "Batch", "Data", "Identity", "Unlabelled", "class_names", "counts_file", "crop_size",
-    "differences", "drawn_names", "identity", "loader", "open_data", "prepared", "rare_class_sampler", "target_labels",
-    "to_count", "too_small", "whole_batch", "with_rendered_data",
+    "COUNTS", "SOURCE", "TARGET", "Batch", "Data", "Identity", "Unlabelled", "check_cache", "class_names",
+    "counts_file", "crop_size", "differences", "drawn_names", "identity", "loader", "open_data", "prepared",
+    "rare_class_sampler", "target_labels", "to_count", "too_small", "whole_batch", "with_rendered_data",
 ]  # fmt: skip
 
 SOURCE, TARGET = 0, 1  # random streams, keyed next to the seed
@@ -223,6 +223,12 @@ def prepared(config: Config, data: Data, *, progress: bool) -> tuple[Any, Any]:
             samples = CachedSamples(reader, Path(config.cache) / name, workers=config.workers, progress=progress)
         found.append(resident(samples, config.device) if config.resident else samples)
     return found[0], found[1]
+
+
+def check_cache(config: Config, data: Data) -> None:
+    """Raise `DataError` if `--cache` holds something else than the caches of these samples, or parts of them."""
+    for name, reader in (("source", data.source), ("target", data.target)):
+        CachedSamples.check(reader, Path(config.cache) / name)
 
 
 def draws(config: Config, start: int, rank: int, world: int) -> Iterator[int]:

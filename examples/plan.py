@@ -236,7 +236,9 @@ def _of_data(request: Request, world: int, *, fresh: bool) -> Iterator[str]:
     if config.rare_classes and domains.to_count(config, data, out) == 0:
         domains.rare_class_sampler(config, data, out)  # quick, as everything is counted; it refuses too few pixels
     yield from _of_first(data, skip=config.skip_files > 0)
-    if config.cache and not Path(config.cache).is_dir() and (problem := unwritable(Path(config.cache))) is not None:
+    if config.cache and Path(config.cache).is_dir():
+        domains.check_cache(config, data)
+    elif config.cache and (problem := unwritable(Path(config.cache))) is not None:
         yield f"--cache {config.cache}: {problem}; give one that is new, or a cache."
 
 

@@ -519,6 +519,25 @@ def test_other__samples_are_refused(root: Path, folder: Path, now: Callable[[Pat
     build(GTA5(root, size=SIZE), folder)
     samples = now(root)
     refusal(lambda: build(samples, folder), message)
+    before = stamps(folder)
+    refusal(lambda: CachedSamples.check(samples, folder), message)
+    (folder / FILES[-1]).unlink()  # as if it were not complete
+    before.pop(FILES[-1])
+    refusal(lambda: CachedSamples.check(samples, folder), message)
+    assert stamps(folder) == before
+
+
+def test_check__takes_what_can_be_opened_and_builds_nothing(
+    samples: GTA5, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CachedSamples.check(samples, folder)
+    assert not folder.exists()
+    build(samples, folder)
+    monkeypatch.setattr(cache._Cache, "build", None)
+    CachedSamples.check(samples, folder)
+    (folder / FILES[0]).unlink()
+    CachedSamples.check(samples, folder)
+    refusal(lambda: CachedSamples.check(StreetScenes(2), folder), "a reader of image files such as GTA5", TypeError)
 
 
 def test_other__format_is_refused(samples: GTA5, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,7 +571,8 @@ def test_moved__cache_and_sources_may_be(root: Path, tmp_path: Path, monkeypatch
 def test_foreign__a_folder_that_holds_anything_else_is_left_alone(samples: GTA5, folder: Path, name: str) -> None:
     folder.mkdir()
     (folder / name).write_text("mine")
-    refusal(lambda: build(samples, folder), rf"cache: holds '{name}', which is not part of this cache; use")
+    for use in (build, CachedSamples.check):
+        refusal(lambda use=use: use(samples, folder), rf"cache: holds '{name}', which is not part of this cache; use")
     assert contents(folder) == {name: b"mine"}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from crossmix import recipes
-from crossmix.datasets import GTA5, StreetScenes, class_counts
+from crossmix.datasets import GTA5, CachedSamples, StreetScenes, class_counts
 from crossmix.datasets.classes import CLASS_NAMES
 from crossmix.models import deeplab_v2_tiny
 from runs import Capture, Patch, Run, assert_same, changed, final, poison, resolved
@@ -461,6 +461,9 @@ def test_dry_run__finds_what_a_run_would(trainer: ModuleType, own_data: list[str
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     (tmp_path / "file").touch()
     done = died(out="done")
+    StreetScenes(1, size=(32, 64)).write(tmp_path / "one", layout="gta5")
+    for kind, other in (("sized", GTA5(own_data[1], size=(16, 32))), ("fewer", GTA5(tmp_path / "one"))):
+        CachedSamples(other, tmp_path / kind / "source", progress=False)
     for flags, message in (
         (
             changed(own_data, gta5=str(tmp_path / "nowhere")),
@@ -479,6 +482,8 @@ def test_dry_run__finds_what_a_run_would(trainer: ModuleType, own_data: list[str
         ([*own_data, "--batch", "7"], "the source has 6 images, fewer than the 7 of a batch"),
         ([*own_data, "--cache", str(tmp_path / "file")], "--cache .*file is not a folder"),
         ([*own_data, "--cache", str(tmp_path / "file" / "below")], "--cache .*file is not a folder"),
+        ([*own_data, "--cache", str(tmp_path / "sized")], r"sized.source: is a cache of other samples: its reader is"),
+        ([*own_data, "--cache", str(tmp_path / "fewer")], "fewer.source: is a cache of other samples: its number of"),
         ([*own_data, "--out", str(tmp_path / "file")], "--out .*file is not a folder"),
         ([*own_data, "--out", str(tmp_path / "file" / "below" / "run")], "--out .*file is not a folder"),
         (changed(own_data, gta5="x" * 5000), "File name too long"),
@@ -486,7 +491,7 @@ def test_dry_run__finds_what_a_run_would(trainer: ModuleType, own_data: list[str
         ([*own_data, "--out", str(done)], "done holds a run already"),
         ([*own_data, "--resume", "--out", str(tmp_path / "mistyped")], "no folder .*mistyped"),
     ):
-        for dry in ([], ["--dry-run"]) if "--batch" in flags or "--out" in flags else ([],):  # which look alike
+        for dry in ([], ["--dry-run"]) if {"--batch", "--cache", "--out"} & {*flags} else ([],):  # which look alike
             out = [] if "--out" in flags else ["--out", str(tmp_path / "run")]
             with pytest.raises(SystemExit, match=f"error: .*{message}"):
                 trainer.main([*flags, *out, *dry])

@@ -77,13 +77,6 @@ class CachedSamples(Dataset[Sample]):
     """
 
     def __init__(self, samples: FolderDataset, folder: str | Path, *, workers: int = 0, progress: bool = True) -> None:
-        if not (hasattr(samples, "files") and hasattr(samples, "fingerprint")):
-            kind = type(samples).__name__
-            raise TypeError(f"`samples` must be a reader of image files such as GTA5, got {kind}; write it to files.")
-        if any(file.image is None for file in samples.files):
-            raise ValueError("`samples` must have images, got a reader made with `images=False`; read them too.")
-        if getattr(samples, "transform", None) is not None:
-            raise ValueError("`samples` must have no `transform`, which the cache would freeze; apply it afterwards.")
         workers = check_count("workers", workers)
         self.folder: Path = Path(folder)
         cache = _Cache(samples, self.folder)
@@ -91,6 +84,22 @@ class CachedSamples(Dataset[Sample]):
             cache.build(workers, progress=progress)
         self._items = [item for number in range(len(cache)) for item in cache.read(number)]
         self._checked = bytearray(len(self._items))
+
+    @staticmethod
+    def check(samples: FolderDataset, folder: str | Path) -> None:
+        """Refuse a folder that opening would refuse, without building anything; it may be incomplete or new.
+
+        Args:
+            samples: As for the constructor.
+            folder: Likewise.
+
+        Raises:
+            DataError: If the folder contains anything else or a cache of other samples, or a source file has changed.
+            TypeError: If `samples` is not a reader of files.
+            ValueError: If the reader reads no images or has a `transform`.
+        """
+        cache = _Cache(samples, Path(folder))
+        cache.check(cache.missing())
 
     def __len__(self) -> int:
         return len(self._items)
@@ -132,6 +141,13 @@ class _Cache(Dataset[int | Exception]):
     """The files of a cache. Getting item i writes file i, so that loader workers write files in parallel."""
 
     def __init__(self, samples: FolderDataset, folder: Path) -> None:
+        if not (hasattr(samples, "files") and hasattr(samples, "fingerprint")):
+            kind = type(samples).__name__
+            raise TypeError(f"`samples` must be a reader of image files such as GTA5, got {kind}; write it to files.")
+        if any(file.image is None for file in samples.files):
+            raise ValueError("`samples` must have images, got a reader made with `images=False`; read them too.")
+        if getattr(samples, "transform", None) is not None:
+            raise ValueError("`samples` must have no `transform`, which the cache would freeze; apply it afterwards.")
         self.samples = samples
         self.folder = folder
         self.spans = [range(len(samples))[first : first + PER_FILE] for first in range(0, len(samples), PER_FILE)]
@@ -188,6 +204,13 @@ class _Cache(Dataset[int | Exception]):
                     raise DataError(f"{source}: has changed since it was cached {change}; {_again(path)}.")
         return [_Item(*item) for item in record["items"]]
 
+    def check(self, missing: list[int]) -> None:
+        """Refuse anything but this cache or parts of it."""
+        if missing:  # a complete one may have company
+            self._refuse_foreign()
+        for number in {*range(len(self))} - {*missing}:
+            self.read(number)
+
     def build(self, workers: int, *, progress: bool) -> None:
         """Write the missing files, or wait for another process that does."""
 
@@ -199,8 +222,7 @@ class _Cache(Dataset[int | Exception]):
         try:
             with FolderLock(self.folder, waiting=lambda text: say(f"{text}; waiting for it")):
                 missing = self.missing()
-                for number in {*range(len(self))} - {*missing}:
-                    self.read(number)  # raise now rather than after hours of building the rest
+                self.check(missing)  # raise now rather than after hours of building the rest
                 if not missing:
                     return
                 for left in self.folder.glob("samples-*.bin.tmp.*"):  # left behind by killed processes
