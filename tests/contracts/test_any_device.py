@@ -25,7 +25,7 @@ from crossmix import (
 from crossmix import functional as F
 from crossmix._cross_entropy import sum_by_blocks
 from crossmix._workers import QuietLoader
-from crossmix.datasets import RareClassSampler, SegmentationFolder, write_png
+from crossmix.datasets import CachedSamples, RareClassSampler, SegmentationFolder, write_png
 from crossmix.datasets.classes import train_ids
 from crossmix.diagnostics import PseudoLabelMonitor, UnsupervisedScores
 from crossmix.engine import KeyedCrops
@@ -134,6 +134,8 @@ def test_data_is_read_on_the_cpu_whatever_the_default_device_is(tmp_path: Path) 
         KeyedCrops([unlabelled[0]] * 2, (4, 4), seed=0, stream=0, rare=sampler)[0]
         assert len(list(sampler)) == 2
         assert gallery([[colorize(torch.zeros(2, 2, dtype=torch.uint8, device="cpu"))]]).device.type == "cpu"
+        cached = CachedSamples(unlabelled, tmp_path / "cache", progress=False)
+        assert torch.equal(cached[0].image, torch.zeros(3, 8, 9, dtype=torch.uint8, device="cpu"))
         for workers in (0, 1):
             loader = QuietLoader(range(2), num_workers=workers, generator=torch.Generator(), collate_fn=list)
             assert list(loader) == [[0], [1]]

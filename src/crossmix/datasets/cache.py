@@ -110,7 +110,7 @@ class CachedSamples(Dataset[Sample]):
         path = _path(self.folder, item.file)
         end = item.offset + math.prod(item.shape)
         try:  # A new map per read takes microseconds and isolates callers that write to their tensor.
-            mapped = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)
+            mapped = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8, device="cpu")
         except RuntimeError as error:
             raise DataError(f"{path}: cannot be read ({error}); {_again(path)}.") from error
         pixels = mapped.numpy()[item.offset :]
