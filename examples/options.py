@@ -428,7 +428,7 @@ def _from_text(kind: Kind, value: Any) -> Any:  # noqa: ANN401 - a flag's value
 def _from_file(path: Path) -> dict[str, Any]:
     """Read the options in a file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_once)
     except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"error: {path}: is not a JSON object of options ({error}).") from error
     if not isinstance(found, dict):
@@ -437,6 +437,14 @@ def _from_file(path: Path) -> dict[str, Any]:
     for name in found.keys() - OPTIONS.keys():
         raise SystemExit(f"error: {path}: unknown option {name!r}{_meant(name, tuple(OPTIONS))}")
     return {name: checked(name, value, f"{path}: {name!r}") for name, value in found.items()}
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of an option that is there twice, Python would silently keep the last value."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} is there twice")
+    return dict(pairs)
 
 
 def _without_replaced(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

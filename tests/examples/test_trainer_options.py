@@ -114,8 +114,12 @@ def test_file__refuses_other_types(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", "7", '"steps"', "{", '{"steps": 1,}', "[" * 100_000, "\x00", '{"stepz": 1}']
-)
+    "text",
+    [
+        "", "[]", "null", "7", '"steps"', "{", '{"steps": 1,}', "[" * 100_000, "\x00", '{"stepz": 1}',
+        '{"lr": 1, "lr": 2}',
+    ],
+)  # fmt: skip
 def test_file__that_is_none_is_one_line(trainer: ModuleType, folders: list[str], tmp_path: Path, text: str) -> None:
     file = tmp_path / "options.json"
     file.write_text(text)
