@@ -6,6 +6,7 @@ weights the label maps that it ends with on a few test images; finished runs are
 from the last time that it was scored.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -442,6 +443,8 @@ def run_to_file(job: Job, out: Path) -> Job:
     aside.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
     aside.replace(path)
     shutil.rmtree(begun.folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other runs are in it
+        begun.folder.parent.rmdir()
     return job
 
 

@@ -94,7 +94,9 @@ class Progress:
 
 def _peak_memory() -> float:
     """Peak memory in MB: allocated memory of the fullest GPU in use, otherwise resident memory of this process."""
-    if peak := max((torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())), default=0):
+    if torch.cuda.is_available() and (
+        peak := max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    ):
         return peak / 1e6
     if importlib.util.find_spec("resource") is None:  # Windows
         return 0.0
