@@ -94,9 +94,8 @@ class Progress:
 
 def _peak_memory() -> float:
     """Peak memory in MB: allocated memory of the fullest GPU in use, otherwise resident memory of this process."""
-    if torch.cuda.is_available() and (
-        peak := max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
-    ):
+    devices = range(torch.cuda.device_count())
+    if torch.cuda.is_available() and (peak := max(map(torch.cuda.max_memory_allocated, devices))):
         return peak / 1e6
     if importlib.util.find_spec("resource") is None:  # Windows
         return 0.0
