@@ -57,7 +57,7 @@ def jitter_alone() -> list[str]:
     scores = {name: 100 * statistics.mean(mious(rows, name)) for name in ("source", "source + jitter", "dacs")}
     source, jitter, dacs = (f"{score:.1f}" for score in scores.values())
     return [
-        f"Part of it is the colour jitter: in a longer study of these scenes, source-only scores {source}, with jitter",
+        f"DACS also jitters the colours. In a longer study of these scenes, source-only scores {source}, with jitter",
         f"{jitter}, and DACS {dacs} (means over {len(rows['dacs']['runs'])} seeds; [results](docs/results.md)).",
         "",
     ]
@@ -105,14 +105,16 @@ def in_words(rows: dict[str, Any]) -> list[str]:
     said = []
     if "mic" in rows and (by_day := page.with_scores_by_day(rows)) is not None:
         dusk, day = (f"{mean_difference(scores, 'mic', 'dacs'):+.1f}" for scores in (rows, by_day))
-        said = [f"`mic` differs from `dacs` of the same seeds by {dusk} points at dusk and {day} by day."]
+        said = [
+            f"With the same seeds, `mic` differs from `dacs` by {dusk} points at dusk and {day} by day",
+            f"({number_of_seeds(rows, 'mic', 'dacs')}).",
+        ]
     if is_there(DAY_DUSK):
         other = read(DAY_DUSK)["rows"]
         if comparable(other, JITTER):
-            found, seeds = mean_difference(other, *JITTER), len(seed_by_seed(other, *JITTER))
             said += [
                 "From CamVid by day to CamVid at dusk, `dacs` differs from `source + jitter` by",
-                f"{found:+.1f} points ({seeds} seed{'s' * (seeds > 1)}).",
+                f"{mean_difference(other, *JITTER):+.1f} points ({number_of_seeds(other, *JITTER)}).",
             ]
     return [*said, "[Results](docs/results.md) lists all methods and seeds, and the expectations that were missed."]
 
@@ -120,6 +122,12 @@ def in_words(rows: dict[str, Any]) -> list[str]:
 def mean_difference(rows: dict[str, Any], high: str, low: str) -> float:
     """Points of mIoU between two rows, over the seeds that both have."""
     return 100 * statistics.mean(seed_by_seed(rows, high, low))
+
+
+def number_of_seeds(rows: dict[str, Any], high: str, low: str) -> str:
+    """How many seeds two rows have in common."""
+    count = len(seed_by_seed(rows, high, low))
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def mixing() -> list[str]:

@@ -72,8 +72,8 @@ score of `UnsupervisedScores` on {count} unlabelled training images of the targe
 """
 
 FROM_SCRATCH = """\
-The same methods with a small network from random weights, which is weaker and less confident, and so are the
-pseudo-labels that it learns from. The mIoU at the last step, in percent: {scores}.
+The same methods with a small network from random weights. It is weaker and less confident, and its pseudo-labels are
+worse. The mIoU at the last step, in percent: {scores}.
 """
 
 WATCHING = """\

@@ -92,7 +92,7 @@ class DistributionAlignment(KeepsFloat32):
         The averages stay in float32 when a parent module is cast to a lower precision.
 
     Raises:
-        TypeError: If `prior` is not a sequence of numbers.
+        TypeError: If `prior` is not a sequence of numbers, or another argument has a wrong type.
         ValueError: If an argument is out of range.
 
     Example:

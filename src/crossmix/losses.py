@@ -64,7 +64,7 @@ def confidence_weight(confidence: Tensor, threshold: float = 0.968, *, scope: Sc
         (N, H, W) float32, or float64 for float64 confidence. No host sync.
 
     Raises:
-        TypeError: If `confidence` is not floating.
+        TypeError: If `confidence` is not floating, or `threshold` is not a number.
         ValueError: If a shape, the threshold or the scope is wrong.
 
     Example:

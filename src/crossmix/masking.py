@@ -160,6 +160,7 @@ class BoxMasks(nn.Module):
         aspect: Smallest and largest width over height, positive; uniform in the logarithm.
 
     Raises:
+        TypeError: If a range is not two numbers.
         ValueError: If a range is wrong.
 
     Example:

@@ -52,6 +52,7 @@ class ConfusionMatrix(Counts):
         `counts`: (C, C) int64 buffer, rows labels, columns predictions; changed by `update` and `reset`.
 
     Raises:
+        TypeError: If an argument is not an int.
         ValueError: If `num_classes` is not positive.
 
     Example:

@@ -123,8 +123,8 @@ def sample_classes(
         (N, C + 1) bool on the device of `labels`; the last column stands for ignored pixels. No host sync.
 
     Raises:
-        TypeError: If `labels` is not an accepted integer tensor, `scores` are complex, or `class_weights` is not
-            floating.
+        TypeError: If `labels` is not an accepted integer tensor, `scores` are complex, `class_weights` is not
+            floating, or `ratio` is not a number.
         ValueError: If a shape, a device, the ratio or the rounding is wrong, or a weight on the CPU is not positive.
 
     Example:
@@ -319,7 +319,7 @@ class ClassMix(_Mix):
     those of `CrossDomainMix`. The authors of ClassMix round the number of classes down: `rounding="floor"`.
 
     Raises:
-        TypeError: If `masks` or `class_weights` has a wrong type.
+        TypeError: If an argument has a wrong type.
         ValueError: If an argument is out of range.
 
     Example:
@@ -388,7 +388,7 @@ class CrossDomainMix(_Mix):
             choose classes then have no effect, and ignored pixels are pasted like all others.
 
     Raises:
-        TypeError: If `masks` or `class_weights` has a wrong type.
+        TypeError: If an argument has a wrong type.
         ValueError: If an argument is out of range.
 
     Example:

@@ -204,8 +204,8 @@ def self_training(
     Raises:
         TypeError: If an option does not exist, or a value has the wrong type.
         ValueError: If a method, a recipe or a value is unknown; an option has no effect, because the method lacks that
-            part or the part is given (fields of `Recipe` fit every method); or there is a consistency term without a
-            teacher.
+            part or the part is given (fields of `Recipe` fit every method); or a consistency term of your own, or
+            `teacher=None`, leaves that term without a teacher (`consistency=True` adds none to `"source"`).
 
     Example:
         >>> training = self_training(nn.Conv2d(3, 19, 1), 19, recipe="paper", scope="batch")

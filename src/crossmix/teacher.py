@@ -167,7 +167,7 @@ class MeanTeacher(nn.Module):
         num_updates: t, i.e. `start` plus the updates made; beyond the ramp after loading weights without a count.
 
     Raises:
-        TypeError: If `student` or `network` is not a module.
+        TypeError: If `student` or `network` is not a module, or another argument has a wrong type.
         ValueError: If `decay` or `start` is out of range, `buffers` or `mode` is unknown, the student cannot be
             deep-copied, or `network` does not match it.
 

@@ -23,7 +23,7 @@ def colorize(labels: Tensor, *, colors: Sequence[tuple[int, int, int]] = PALETTE
 
     Raises:
         TypeError: If `labels` is not an integer tensor.
-        ValueError: If the shape is wrong.
+        ValueError: If the shape is wrong, or a colour is not three whole numbers from 0 to 255.
 
     Example:
         >>> colorize(torch.tensor([[0, 255]]))[:, 0]
@@ -37,6 +37,9 @@ def colorize(labels: Tensor, *, colors: Sequence[tuple[int, int, int]] = PALETTE
         raise TypeError(f"`labels` must be integers, got {labels.dtype}; convert with `.long()`.")
     if labels.ndim != 2:
         raise ValueError(f"`labels` must have shape (H, W), got {tuple(labels.shape)}; pass one map at a time.")
+    for color in colors:
+        if len(color) != 3 or not all(part in range(256) for part in color):
+            raise ValueError(f"`colors` must hold (red, green, blue) from 0 to 255, got {color}; check its range.")
     table = torch.tensor([*colors, (0, 0, 0)], dtype=torch.uint8, device="cpu")
     index = labels.cpu().long()
     index = torch.where((index >= 0) & (index < len(colors)), index, len(colors))

@@ -342,7 +342,8 @@ def test_guard__gradients_may_be_left_to_a_scaler() -> None:
 
 
 def test_guard__refuses() -> None:
-    refusal(lambda: Parts("SGD", skip=-1), "`skip` must not be negative", ValueError)
+    refusal(lambda: Parts("SGD", skip=-1), "`skip` must be at least 0, got -1; 0 makes every", ValueError)
+    refusal(lambda: Parts("SGD", skip=1.5), "`skip` must be an int, got float", TypeError)
     refusal(Parts("SGD").guard.restore, "needs a `check` before it", RuntimeError)
     wrong = r"must be a torch\.optim\.Optimizer, or several, got Linear"
     refusal(lambda: FiniteGuard([], [nn.Linear(1, 1)]), wrong, TypeError)  # type: ignore[list-item]

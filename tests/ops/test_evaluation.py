@@ -430,6 +430,9 @@ def test_colorize_and_gallery() -> None:
         colorize(colors)
     with pytest.raises(TypeError, match=r"must be integers, got torch.float32"):
         colorize(torch.zeros(2, 2))
+    for color in [(300, 0, 0), (0.5, 0, 0), (0, 0)]:
+        with pytest.raises(ValueError, match="from 0 to 255"):
+            colorize(colors[0], colors=[color])  # type: ignore[list-item]
     with pytest.raises(TypeError, match=r"must be uint8 or floating in \[0, 1\], got torch.int64"):
         gallery([[colors.long()]])
 

@@ -41,8 +41,8 @@ class CachedSamples(Dataset[Sample]):
     """A reader's samples, cached on disk; the cache is built if it is missing.
 
     Samples equal the reader's byte for byte. Their tensors are private memory maps: a crop loads only the pages it
-    needs, and writing to a tensor changes neither the file nor later reads. One core cuts about a thousand crops of
-    512 x 512 from 720 x 1280 per second (benchmarks/speed/input.py).
+    needs, and writing to a tensor changes neither the file nor later reads. benchmarks/speed/input.py measures how many
+    crops per second are cut from it.
 
     An interrupted build resumes and loses at most 32 samples. A pixel takes 3 bytes, or 4 with its label: 92 GB for
     GTA5 at 720 x 1280, 6.2 GB for the training images of Cityscapes at 512 x 1024. Free disk space is checked first.

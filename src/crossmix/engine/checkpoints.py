@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from crossmix._checks import check_int
 from crossmix._files import damaged_part, refuse_bomb, whole_file, write_whole
 
 __all__ = ["CheckpointError", "CheckpointStore"]
@@ -40,6 +41,7 @@ class CheckpointStore:
             damaged. Damaged ones do not count.
 
     Raises:
+        TypeError: If `keep` is not an int.
         ValueError: If `keep` is less than 2.
 
     Example:
@@ -51,8 +53,7 @@ class CheckpointStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2) -> None:
-        if keep < 2:
-            raise ValueError(f"`keep` must be at least 2, so that a damaged checkpoint has a predecessor, got {keep}.")
+        check_int("keep", keep, least=2, hint=", so that a damaged checkpoint has a predecessor")
         self.folder: Path = Path(folder)
         self.keep = keep
 
@@ -68,7 +69,7 @@ class CheckpointStore:
 
         Args:
             step: Number of finished optimizer steps.
-            state: Tensors, numbers, strings and containers of them.
+            state: Tensors, numbers, strings and containers of them: what `torch.load(weights_only=True)` reads.
             best: Whether to save it as `best.pt` as well.
             names: Further names of the form `best_<measure>`: it is saved as `<name>.pt` as well, and replaces the one
                 of that name.
@@ -76,8 +77,11 @@ class CheckpointStore:
         Raises:
             OSError: If writing fails. On a full disk the message states how many bytes are needed and free. Earlier
                 checkpoints are untouched, and no partial file is left behind.
-            ValueError: If a name has another form.
+            TypeError: If `state` holds an object that could not be loaded again, or `step` is not an int. Nothing is
+                written then.
+            ValueError: If a name has another form, or `step` is negative.
         """
+        check_int("step", step, least=0, hint="; it counts finished optimizer steps")
         for name in names:
             if not re.fullmatch(NAMES, name):
                 raise ValueError(f"`names` must have the form 'best_<measure>', got {name!r}.")
@@ -170,6 +174,7 @@ def _write(path: Path, state: Mapping[str, Any]) -> None:
         with whole_file(path, needed=size) as file:
             hashing = _Hashing(file)
             torch.save(dict(state), hashing)  # type: ignore[arg-type]
+            _refuse_objects(file)
             new = hashing.sha256.hexdigest()
             # Both hashes, so that an interruption at any point leaves a checkpoint, old or new, that matches one.
             write_whole(digest, "\n".join([new, *_hashes(path)[:1], ""]).encode())
@@ -178,6 +183,18 @@ def _write(path: Path, state: Mapping[str, Any]) -> None:
             digest.unlink(missing_ok=True)
         raise
     write_whole(digest, f"{new}\n".encode())
+
+
+def _refuse_objects(file: BinaryIO) -> None:
+    """Refuse a written checkpoint that `torch.load(weights_only=True)` would not read."""
+    file.flush()
+    found = torch.serialization.get_unsafe_globals_in_checkpoint(file.name)
+    if found:
+        names = ", ".join(sorted(found))
+        raise TypeError(
+            f"`state` must hold tensors, numbers, strings and containers of them only, got objects of {names}, which "
+            "could not be loaded again; save their values, such as a module's `.state_dict()`."
+        )
 
 
 def _loaded(path: Path) -> dict[str, Any] | str:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from crossmix._checks import check_int
+
 __all__ = ["FiniteGuard", "NonFiniteError"]
 
 
@@ -73,8 +75,7 @@ class FiniteGuard:
         *,
         skip: int = 0,
     ) -> None:
-        if skip < 0:
-            raise ValueError(f"`skip` must not be negative, got {skip}; 0 makes every bad step an error.")
+        check_int("skip", skip, least=0, hint="; 0 makes every bad step an error")
         self.modules: list[nn.Module] = list(modules)
         several = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self.optimizers: list[torch.optim.Optimizer] = several

@@ -32,11 +32,16 @@ class RunLog:
         self.path: Path = Path(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record, JSON-serialisable and with a key `step`.
+        """Append a record, JSON-serialisable and with an integer `step`.
 
         Raises:
+            ValueError: If the record has no integer `step`, without which it could not be read; nothing is written.
             OSError: If writing fails. On a full disk the message states how many bytes are needed and free.
         """
+        if not hasattr(record.get("step"), "__index__"):
+            raise ValueError(
+                f"`record` must have an integer `step`, got {record.get('step')!r}; add the step's number."
+            )
         line = (json.dumps(record) + "\n").encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
