@@ -50,7 +50,7 @@ from crossmix.evaluation import evaluate
 from crossmix.models import WeightsError, load_weights
 from crossmix.optim import RepeatedSGD, parameter_groups, poly_lr
 from networks import AUTOCAST, NetworkError, is_ours, set_float32_products, small_logits
-from options import Config, Request, label_sizes, read_options, size
+from options import MIXING, Config, Request, label_sizes, read_options, size
 from plan import empty_network, has_begun, head_of, plan, problems
 from processes import Ranks, expected_ranks, leave, reason, start_ranks
 from scores import finite, percent, summary
@@ -309,11 +309,13 @@ def build_training(student: nn.Module, config: Config, ranks: Ranks, *, fresh: b
     if config.method == "alignment" and config.prior == "oracle" and fresh:
         counts = class_counts(domains.target_labels(config), workers=config.workers)
         prior = counts.sum(0)[: len(domains.class_names(config))].double()
+    mixing: dict[str, Any] = {"rounding": config.rounding} if config.method in MIXING else {}
     training = recipes.self_training(
         student,
         len(domains.class_names(config)),
         method=config.method,
         **{one.name: getattr(config, one.name) for one in fields(recipes.Recipe)},
+        **mixing,
         prior=prior,
         sync=ranks.world > 1,
         upsample=True,

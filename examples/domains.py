@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,8 @@ from options import Config, size
 __all__ = [
     "COUNTS", "SOURCE", "TARGET", "Batch", "Data", "Identity", "Unlabelled", "check_cache", "class_names",
     "counts_file", "crop_size", "differences", "drawn_names", "identity", "loader", "open_data", "prepared",
-    "rare_class_sampler", "target_labels", "to_count", "too_small", "whole_batch", "with_rendered_data",
+    "rare_class_sampler", "resident_bytes", "target_labels", "to_count", "too_small", "whole_batch",
+    "with_rendered_data",
 ]  # fmt: skip
 
 SOURCE, TARGET = 0, 1  # random streams, keyed next to the seed
@@ -221,8 +223,21 @@ def prepared(config: Config, data: Data, *, progress: bool) -> tuple[Any, Any]:
         samples: Any = reader
         if config.cache:
             samples = CachedSamples(reader, Path(config.cache) / name, workers=config.workers, progress=progress)
-        found.append(resident(samples, config.device) if config.resident else samples)
+        try:
+            found.append(resident(samples, config.device) if config.resident else samples)
+        except ValueError as error:
+            raise DataError(f"--resident: {error}") from error
     return found[0], found[1]
+
+
+def resident_bytes(data: Data) -> int | None:
+    """Count the bytes that `--resident` takes on the device; unknown if images keep their own sizes."""
+    total = 0
+    for samples, channels in ((data.source, 4), (data.target, 3)):  # the label is a channel more
+        if samples.size is None:
+            return None
+        total += len(samples) * channels * prod(samples.size)
+    return total
 
 
 def check_cache(config: Config, data: Data) -> None:

@@ -6,7 +6,8 @@
 
 Images are resized to 512 x 1024, or as in the trainer's run. The released code scores on labels of that size; the
 standard protocol, used by other papers, scores on the original 1024 x 2048, with the 1/8 logits upsampled straight to
-it. The means over 19, 16 and 13 classes come from the same counts.
+it. Images resized to another size are scored on labels of that size and of twice that. The means over 19, 16 and 13
+classes come from the same counts.
 """
 
 import argparse
@@ -51,18 +52,19 @@ LARGEST = {"num_classes": 255, "aspp_branches": 4}
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    set_float32_products(args.precision)
     ranks = "RANK" in os.environ
     if ranks:
         dist.init_process_group()
         if args.device.startswith("cuda"):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        set_precision(args)
+        paper = args.paper or trained_row(args.weights)
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         scores = {entry: score(entry, args, ranks=ranks) for entry in args.entry}
         if int(os.environ.get("RANK", "0")) == 0:
-            print(table(scores, args.paper), end="", flush=True)  # first, lest a full disk lose it
+            print(table(scores, paper), end="", flush=True)  # first, lest a full disk lose it
             if args.out:
                 document = {
                     "weights": args.weights, "split": args.split, "torch": str(torch.__version__), "scores": scores,
@@ -84,8 +86,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_network_options(parser, "--image-size")
     rows = [f"{source}/{method}" for source in ("gta5", "synthia") for method in METHODS]
     parser.add_argument(
-        "--paper", default="gta5/dacs", choices=rows, metavar="ROW",
-        help=f"row of the paper to print alongside: {', '.join(rows)}",
+        "--paper", choices=rows, metavar="ROW",
+        help=f"row of the paper to print alongside: {', '.join(rows)}; default: the run's, or gta5/dacs",
     )  # fmt: skip
     workers = min(4, os.cpu_count() or 1)
     parser.add_argument("--workers", type=number, default=workers, help="processes that load images")
@@ -105,7 +107,7 @@ def add_network_options(parser: argparse.ArgumentParser, size_flag: str) -> None
         help="size to which images are resized, or native; default: the run's, or 512x1024",
     )  # fmt: skip
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: the run's, or fp32")
 
 
 def load_network(
@@ -148,6 +150,29 @@ def saved_config(weights: str) -> Mapping[str, Any]:
 def trained_size(weights: str) -> tuple[int, int] | None:
     """Read the size to which a run resized its target images."""
     found: tuple[int, int] | None = image_size(option(weights, "target_size", "512x1024"))
+    return found
+
+
+def set_precision(args: argparse.Namespace) -> None:
+    """Compute in the precision that is asked for, or else in the run's."""
+    args.precision = args.precision or trained(args.weights, "precision", "fp32", PRECISIONS)
+    set_float32_products(args.precision)
+
+
+def trained_row(weights: str) -> str | None:
+    """Name the row of the paper that a run's data and method correspond to; none for another source."""
+    if option(weights, "source", ""):
+        return None
+    return f"{'synthia' if option(weights, 'synthia', '') else 'gta5'}/{trained(weights, 'method', 'dacs', METHODS)}"
+
+
+def trained(weights: str, name: str, default: str, choices: Sequence[str]) -> str:
+    """Read an option of a run that is one of a few words."""
+    found = str(option(weights, name, default))
+    if found not in choices:
+        raise WeightsError(
+            f"{weights}: its option {name!r} must be one of {', '.join(choices)}, got {found[:80]!r}; use another file."
+        )
     return found
 
 
@@ -194,11 +219,11 @@ def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any
     return {name: summary(matrix) for name, matrix in matrices.items()}
 
 
-def table(scores: dict[str, dict[str, Any]], paper: str) -> str:
-    """Format IoU in percent by class, with a column for each entry and label size and one for the paper."""
+def table(scores: dict[str, dict[str, Any]], paper: str | None) -> str:
+    """Format IoU in percent by class, with a column for each entry and label size, and one for a row of the paper."""
     columns = {f"{entry} {name}": [values] for entry, by_size in scores.items() for name, values in by_size.items()}
-    source, _, method = paper.partition("/")
-    return markdown(rows_by_class(columns, {f"paper, {paper}": paper_row(source, method)}, TITLES))
+    beside = {} if paper is None else {f"paper, {paper}": paper_row(*paper.split("/"))}
+    return markdown(rows_by_class(columns, beside, TITLES))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from crossmix import recipes
 from networks import EXPECTED, PRECISIONS, is_name, is_ours
 
 __all__ = [
-    "FREE", "Config", "Kind", "Request", "argument", "config_files", "label_sizes", "read_options", "size", "size_name",
-    "unusable",
+    "FREE", "MIXING", "Config", "Kind", "Request", "argument", "config_files", "label_sizes", "read_options", "size",
+    "size_name", "unusable",
 ]  # fmt: skip
 
 LARGEST_COUNT = 10**9
@@ -104,6 +104,9 @@ def part(name: str, text: str, **kind: Any) -> Any:  # noqa: ANN401
     return option(getattr(recipes.RELEASED, name), text, choices=choices, **kind)
 
 
+MIXING = ("classmix", "alignment", "dacs")
+"""The methods that paste classes."""
+
 GROUPS = {  # titles in --help, by the first option of each group
     "method": "what to train",
     "gta5": "data",
@@ -138,7 +141,8 @@ class Config:
     source: str = option("", "folder with your own images/ and labels/, instead of the three above", unit="path")
     target: str = option("", "folder with your own images/, labelled or not; goes with --source", unit="path")
     classes: str = option("", "JSON file that defines the classes of --source and --target", unit="path")
-    source_size: str = option("720x1280", "size to which source images are resized", unit="HxW in pixels", native=True)
+    source_size: str = option("720x1280", "size to which source images are resized; SYNTHIA's is 760x1280",
+                              unit="HxW in pixels", native=True)  # fmt: skip
     target_size: str = option("512x1024", "size to which target images are resized", unit="HxW in pixels", native=True)
     crop: str = option("512x512", "size of the random crops", unit="HxW in pixels", native=False)
     pad: bool = option(False, "pad images smaller than the crop with ignored pixels")
@@ -167,6 +171,8 @@ class Config:
     scope: str = part("scope", "pixels over which lambda, the share of confident pixels, is computed")
     source_normalizer: str = part("source_normalizer", "what the source loss is divided by")
     include_ignored: bool = part("include_ignored", "treat ignored source pixels as a class that can be pasted")
+    rounding: str = option("ceil", "how half of an odd number of classes is pasted; the code of ClassMix rounds down",
+                           choices=("ceil", "floor"))  # fmt: skip
     threshold: float = part("threshold", "confidence at which a pixel counts toward lambda", unit="probability", low=0,
                             high=1)  # fmt: skip
     decay: float = part("decay", "share of the teacher kept at each update", unit="share", low=0, high=1)
@@ -458,6 +464,8 @@ def _without_replaced(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str
                 gone |= {"source_size"} if {name, *replaced}.isdisjoint({"source"}) else SIZES
     if "optimizer" in chosen and given.get("optimizer", chosen["optimizer"]) != chosen["optimizer"]:
         gone |= {*ADAMW, "momentum", "nesterov", "repeated"}
+    if "network" in given and is_ours(given["network"]) != is_ours(chosen.get("network", OPTIONS["network"].default)):
+        gone |= {"aspp_branches", "head", "repeated"}
     return {name: value for name, value in chosen.items() if name not in gone}
 
 
@@ -587,6 +595,7 @@ def _without_effect(config: Config, given: dict[str, Any]) -> Checks:
         "aspp_branches": (is_ours(config.network), "--network resnet101 or tiny"),
         "head_factor": (is_ours(config.network) or config.head, "--head"),
         "momentum": (config.optimizer == "sgd", "--optimizer sgd"),
+        "rounding": (config.method in MIXING, f"--method {' or '.join(MIXING)}"),
         "no_decay": (config.weight_decay, "--weight-decay above 0"),
         **dict.fromkeys(("rare_temperature", "rare_pixels"), rare),
         **dict.fromkeys(("consistency_block", "consistency_ratio", "consistency_weight"), consistency),

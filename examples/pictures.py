@@ -15,9 +15,10 @@ from crossmix.datasets.classes import PALETTE
 from crossmix.evaluation import resize_labels
 from crossmix.visualize import colorize, gallery
 
-__all__ = ["CLASS_COLORS", "mixed_rows", "predicted_rows", "write_pictures"]
+__all__ = ["CLASS_COLORS", "in_one_size", "mixed_rows", "predicted_rows", "write_pictures"]
 
 PICTURES = 4  # rows per kind
+LONGEST = 1024  # pixels of a side of a predicted picture
 MADE = (hsv_to_rgb(0.618 * i % 1, 0.5 + i % 3 / 4, 1 - i % 2 / 3) for i in range(255 - len(PALETTE)))
 CLASS_COLORS = PALETTE + tuple((int(255 * red), int(255 * green), int(255 * blue)) for red, green, blue in MADE)
 """Colours by train id: those of Cityscapes, then more for data with more classes."""
@@ -51,19 +52,39 @@ def mixed_rows(
 
 @torch.no_grad()
 def predicted_rows(
-    student: nn.Module, samples: Iterable[Sample], shape: tuple[int, int], device: str
+    student: nn.Module,
+    samples: Iterable[Sample],
+    size: tuple[int, int] | None,
+    device: str,
+    *,
+    align_corners: bool = True,
 ) -> list[list[Tensor]]:
-    """Show images, predictions of a network and ground truth (Figure 6 of the paper), resized to one shape."""
+    """Show images, predictions of a network and ground truth (Figure 6 of the paper).
+
+    The network sees the images as it is evaluated: resized to `size`, or as they are. Large pictures are made smaller.
+    """
     rows, mode = [], student.training
     student.eval()
     for image, label, _ in samples:
-        small = tf.interpolate(image[None], size=shape, mode="bilinear", antialias=True)
-        logits = student(small.to(device).float() / 255)
-        prediction = tf.interpolate(logits, size=shape, mode="bilinear", align_corners=True)[0].argmax(0)
+        seen = tf.interpolate(image[None], size=size or image.shape[1:], mode="bilinear", antialias=True)
+        logits = student(seen.to(device).float() / 255)
+        height, width = seen.shape[2:]
+        factor = min(1, LONGEST / max(height, width))
+        shape = max(1, round(factor * height)), max(1, round(factor * width))
+        prediction = tf.interpolate(logits, size=shape, mode="bilinear", align_corners=align_corners)[0].argmax(0)
         truth = torch.full(shape, 255) if label is None else resize_labels(label, shape)
-        rows.append([small[0], colorize(prediction, colors=CLASS_COLORS), colorize(truth, colors=CLASS_COLORS)])
+        rows.append([
+            tf.interpolate(seen, size=shape, mode="bilinear", antialias=True)[0],
+            colorize(prediction, colors=CLASS_COLORS),
+            colorize(truth, colors=CLASS_COLORS),
+        ])  # fmt: skip
     student.train(mode)
     return rows
+
+
+def in_one_size(rows: Sequence[Sequence[Tensor]], size: tuple[int, int]) -> list[list[Tensor]]:
+    """Resize pictures (3, H, W) to one size, without new colours, for a grid."""
+    return [[tf.interpolate(picture[None], size=size)[0] for picture in row] for row in rows]
 
 
 def write_pictures(folder: Path, kinds: Mapping[str, Sequence[Sequence[Tensor]]]) -> None:

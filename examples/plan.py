@@ -20,6 +20,8 @@ from options import Config, Request, config_files, size
 
 __all__ = ["empty_network", "has_begun", "head_of", "plan", "problems"]
 
+KEPT = 4  # checkpoints of a training: the last two, the best and the label-free one
+
 
 def plan(request: Request, world: int = 1) -> dict[str, Any]:
     """Compute the number of images and evaluations, and the disk space and memory that each process needs."""
@@ -78,7 +80,7 @@ def costs(config: Config) -> dict[str, Any]:
             raise
         memory = None
     return {
-        "checkpoints_mb": round(checkpoints(config, network) / 1e6),
+        "checkpoints_mb": round(KEPT * checkpoint(config, network) / 1e6),
         "memory_mb_computed_fp32": "unknown" if memory is None else round(memory / 1e6),
     }
 
@@ -93,9 +95,9 @@ def copies(config: Config) -> int:
     return 1 + {"sgd": 1, "adamw": 2}[config.optimizer] + (config.method != "source")
 
 
-def checkpoints(config: Config, network: nn.Module) -> int:
-    """Count the bytes of one training's checkpoints: the last two, the best and the label-free one."""
-    return 4 * copies(config) * size_of(network)
+def checkpoint(config: Config, network: nn.Module) -> int:
+    """Count the bytes of a checkpoint."""
+    return copies(config) * size_of(network)
 
 
 def empty_network(config: Config, *, meta: bool = False) -> nn.Module:
@@ -170,8 +172,12 @@ def _of_folders(request: Request, folders: list[Path]) -> Iterator[str]:
         return
     for folder in filter(has_begun, folders):
         yield f"{folder} holds a run already; resume it with --resume, or give another --out."
-    network = empty_network(request.config, meta=True)
-    needed = request.runs * len(request.methods) * checkpoints(request.config, network) / 1e6
+    if out is not None and (strangers := {path.parent for path in config_files(out)} - set(folders)):
+        held = ", ".join(map(str, sorted(strangers)))
+        yield f"--out {out} holds {held} of another command, whose report would be replaced; give another --out."
+    # Until the old ones are deleted, the new checkpoint and the new best ones lie beside them.
+    kept, written = KEPT * request.runs * len(request.methods), 2
+    needed = (kept + written) * checkpoint(request.config, empty_network(request.config, meta=True)) / 1e6
     room = shutil.disk_usage(existing(out or Path("runs")))
     if room.free / 1e6 < needed and room.total:  # 0 on file systems that do not say
         yield (
@@ -235,6 +241,13 @@ def _of_data(request: Request, world: int, *, fresh: bool) -> Iterator[str]:
         domains.target_labels(config)
     if config.rare_classes and domains.to_count(config, data, out) == 0:
         domains.rare_class_sampler(config, data, out)  # quick, as everything is counted; it refuses too few pixels
+    if config.resident and torch.device(config.device).type == "cuda" and (needed := domains.resident_bytes(data)):
+        free, _ = torch.cuda.mem_get_info(config.device)
+        if needed > free:
+            yield (
+                f"--resident: both domains need {needed / 2**30:.1f} GiB, and {config.device} has "
+                f"{free / 2**30:.1f} GiB free; leave it out, and read from a --cache on disk."
+            )
     yield from _of_first(data, skip=config.skip_files > 0)
     if config.cache and Path(config.cache).is_dir():
         domains.check_cache(config, data)

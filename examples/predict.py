@@ -23,8 +23,8 @@ from crossmix.datasets import DataError, image_files, read_image, write_png
 from crossmix.engine import Progress
 from crossmix.models import DeepLabV2
 from crossmix.visualize import colorize
-from evaluate import ERRORS, add_network_options, load_network, trained_size
-from networks import AUTOCAST, set_float32_products, small_logits
+from evaluate import ERRORS, add_network_options, load_network, set_precision, trained_size
+from networks import AUTOCAST, small_logits
 from pictures import CLASS_COLORS
 
 SUFFIXES = {"ids": "_trainIds.png", "color": "_color.png", "overlay": "_overlay.png"}
@@ -32,8 +32,8 @@ SUFFIXES = {"ids": "_trainIds.png", "color": "_color.png", "overlay": "_overlay.
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    set_float32_products(args.precision)
     try:
+        set_precision(args)
         targets = planned(args.images, args.out, args.what)
         model = load_network(args.weights, args.entry, network=args.network, aspp_branches=args.aspp_branches)
         if "size" not in args:

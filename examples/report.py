@@ -64,7 +64,10 @@ PREDICTED = "Predictions on validation images"
 SHORT = "label-free step below the best"
 LABEL_FREE = "The label-free step is the one whose predictions have the highest information; no label chose it."
 MIXED_SOURCE = ("source", "target, not used", "what the student saw", "its label")
-PAPER = "The paper's rows are means of three runs after the last step, on labels of 512 x 1024."
+PAPER = (
+    "The rows of the paper's methods are means of three runs after the last step, on labels of 512 x 1024; those of "
+    "other authors' methods are as the paper quotes them."
+)
 
 POINTS = 300  # per line; more could not be told apart and would make the page megabytes large
 MARKED = 40  # lines of at most this many points have markers that show their values

@@ -29,8 +29,9 @@ from domains import (
     whole_batch,
 )
 from files import write_text
-from options import FREE, Config
-from pictures import mixed_rows, predicted_rows, write_pictures
+from networks import is_ours
+from options import FREE, Config, size
+from pictures import in_one_size, mixed_rows, predicted_rows, write_pictures
 from processes import Ranks, reason
 from scores import CHOSEN, TITLES, deciding_miou, information, markdown, paper_row, rows_by_class, shortfall, spread
 from signals import Stopped
@@ -382,8 +383,11 @@ def write_report(run: Run, mixed: list[list[Tensor]]) -> None:
     write_text(folder / "table.md", shown({config.method: [run.metrics]}, config))
     validation = run.data.validation
     samples = (validation[i] for i in range(min(config.batch, len(validation))))
-    predicted = predicted_rows(run.student, samples, crop_size(config), config.device)
-    write_png(folder / "gallery.png", gallery([[*m, *p] for m, p in zip(mixed, predicted, strict=False)]))
+    predicted = predicted_rows(
+        run.student, samples, size(config.target_size), config.device, align_corners=is_ours(config.network)
+    )
+    beside = in_one_size(predicted, crop_size(config))
+    write_png(folder / "gallery.png", gallery([[*m, *p] for m, p in zip(mixed, beside, strict=False)]))
     write_pictures(folder / "pictures", {"mixed": mixed, "predicted": predicted})
     run_page(run.folder)
 

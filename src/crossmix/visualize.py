@@ -38,7 +38,7 @@ def colorize(labels: Tensor, *, colors: Sequence[tuple[int, int, int]] = PALETTE
     if labels.ndim != 2:
         raise ValueError(f"`labels` must have shape (H, W), got {tuple(labels.shape)}; pass one map at a time.")
     for color in colors:
-        if len(color) != 3 or not all(part in range(256) for part in color):
+        if not (len(list(color)) == 3 and all(part in range(256) for part in color)):
             raise ValueError(f"`colors` must hold (red, green, blue) from 0 to 255, got {color}; check its range.")
     table = torch.tensor([*colors, (0, 0, 0)], dtype=torch.uint8, device="cpu")
     index = labels.cpu().long()

@@ -78,6 +78,22 @@ def test_pictures_readers_and_examples__take_the_pixels_that_pillow_takes(
     assert torch.equal(camvid_day_to_dusk.load(tmp_path)[1][0].long(), want)
 
 
+@pytest.mark.parametrize(
+    ("size", "seen", "shown"),
+    [((20, 48), (20, 48), (20, 48)), (None, (8, 32), (8, 32)), ((16, 2048), (16, 2048), (8, 1024))],
+)
+def test_pictures__are_predicted_as_the_network_is_evaluated(size: Size | None, seen: Size, shown: Size) -> None:
+    sizes: list[Size] = []
+    network = nn.Conv2d(3, 19, 3, stride=2).train()
+    network.register_forward_pre_hook(lambda _, images: sizes.append(tuple(images[0].shape[2:])))
+    sample = Sample(torch.zeros(3, 8, 32, dtype=torch.uint8), torch.zeros(8, 32, dtype=torch.uint8), "a")
+    rows = pictures.predicted_rows(network, [sample], size, "cpu")
+    assert (sizes, network.training) == ([seen], True)
+    assert [tuple(picture.shape) for picture in rows[0]] == [(3, *shown)] * 3
+    beside = pictures.in_one_size(rows, (4, 4))
+    assert [tuple(picture.shape) for picture in beside[0]] == [(3, 4, 4)] * 3
+
+
 def test_resize_labels__refuses() -> None:
     for labels in (torch.zeros(4), torch.zeros(0, 4)):
         with pytest.raises(ValueError, match=r"`labels` must have shape \(..., H, W\)"):

@@ -21,7 +21,7 @@ from crossmix import MeanTeacher, evaluation
 from crossmix.datasets import Cityscapes, StreetScenes
 from crossmix.datasets.classes import CLASS_NAMES, CLASSES_13, CLASSES_16
 from crossmix.models import WeightsError, deeplab_v2_tiny, save_weights
-from runs import Capture
+from runs import Capture, Patch
 
 
 @pytest.fixture
@@ -182,6 +182,42 @@ def test_evaluate__under_torchrun(folder: Path, tmp_path: Path) -> None:
         outputs.append(done.stdout)
     assert outputs[0] == outputs[1]
     assert "student native" in outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "row", "shown"),
+    [
+        ({}, "paper, gta5/dacs", "52.14"),
+        ({"gta5": "g", "method": "classmix"}, "paper, gta5/classmix", "35.08"),
+        ({"synthia": "s", "gta5": "", "method": "source"}, "paper, synthia/source", "33.65"),
+        ({"source": "own", "method": "source"}, "", ""),
+    ],
+)
+def test_evaluate__takes_row_and_precision_from_the_run(
+    config: dict[str, str], row: str, shown: str, folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    path, seen = tmp_path / "x.pt", []
+    config = {"network": "tiny", "target_size": "32x64", "precision": "bf16", **config}
+    torch.save({"student": deeplab_v2_tiny(19, aspp_branches=2).state_dict(), "config": config}, path)
+    scored = evaluation.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: (seen.append(k["dtype"]), scored(*a, **k))[1])
+    arguments = ["--weights", str(path), "--cityscapes", str(folder), "--workers", "0"]
+    assert evaluate.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert (row or "| class | student 32x64 | student 64x128 |\n") in printed.splitlines(keepends=True)[0]
+    assert shown in printed
+    assert evaluate.main([*arguments, "--precision", "fp32", "--paper", "gta5/alignment"]) == 0
+    assert "paper, gta5/alignment" in capsys.readouterr().out
+    assert seen == [torch.bfloat16, None]
+
+
+@pytest.mark.parametrize(("name", "value"), [("method", "mine"), ("precision", "fp64"), ("method", 3)])
+def test_evaluate__refuses_unknown_options_of_a_run(name: str, value: object, folder: Path, tmp_path: Path) -> None:
+    torch.save(
+        {"student": deeplab_v2_tiny(19).state_dict(), "config": {"network": "tiny", name: value}}, tmp_path / "x.pt"
+    )
+    with pytest.raises(SystemExit, match=rf"x\.pt: its option '{name}' must be (one of|text)"):
+        evaluate.main(["--weights", str(tmp_path / "x.pt"), "--cityscapes", str(folder)])
 
 
 def test_paper_tables__rows_average_to_their_means() -> None:

@@ -11,7 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+import domains
 from crossmix import recipes
 from crossmix.datasets import GTA5, CachedSamples, StreetScenes, class_counts
 from crossmix.datasets.classes import CLASS_NAMES
@@ -188,6 +190,37 @@ def test_file__sizes_follow_the_data_of_a_flag(tmp_path: Path) -> None:
     assert resolved("--config", str(file), "--gta5", "elsewhere")["source_size"] == "360x640"
 
 
+def test_file__a_network_of_the_other_kind_takes_none_of_its_options(tmp_path: Path) -> None:
+    file, data = tmp_path / "config.json", ("--gta5", "a", "--cityscapes", "b")
+    ours, foreign = (*data, "--random-init"), (*data, "--network", "mine:net", "--head", "last")
+    for old, new in ((ours, foreign), (foreign, (*ours, "--network", "tiny"))):
+        file.write_text(json.dumps(resolved(*old)))
+        got, want = resolved("--config", str(file), *new), resolved(*new)
+        assert {name: got[name] for name in ("repeated", "head", "aspp_branches")} == {
+            name: want[name] for name in ("repeated", "head", "aspp_branches")
+        }
+    assert resolved("--config", str(file), "--network", "mine:other")["head"] == "last"
+
+
+def test_resident__what_does_not_fit_is_found_before_anything_is_read(
+    trainer: ModuleType, own_data: list[str], monkeypatch: Patch
+) -> None:
+    flags = [*own_data, "--resident", "--source-size", "32x64"]
+    needed = 32 * 64 * (6 * 4 + 5 * 3)  # labels of the source are read too
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2 * free))
+        with pytest.raises(SystemExit, match="error: --resident: both") if free < needed else contextlib.nullcontext():
+            trainer.main([*changed(flags, device="cuda"), "--dry-run"])
+
+    def full(*_: object) -> None:
+        raise ValueError("cuda: has 1.0 GiB free, but 6 samples need 2.0 GiB; read them from a cache.")
+
+    monkeypatch.setattr(domains, "resident", full)
+    with pytest.raises(SystemExit, match=r"error: --resident: cuda: has 1\.0 GiB free"):
+        trainer.main([*flags, "--steps", "1"])
+
+
 @pytest.mark.parametrize(
     "flag", ["--seed=--", "--lr=--", "--gta5=--", "--out=--", "--config=--", "--out=a\0b", "--runs=--"]
 )
@@ -344,6 +377,16 @@ def test_recipe__builds_what_the_library_builds(
     assert repr(built) == repr(ours)
 
 
+@pytest.mark.parametrize("rounding", ["ceil", "floor"])
+def test_rounding__reaches_the_mix(trainer: ModuleType, folders: list[str], rounding: str) -> None:
+    for method in ("classmix", "alignment", "dacs"):
+        flags = [*folders, "--method", method, "--rounding", rounding, *["--prior", "source"] * (method == "alignment")]
+        config = trainer.Config(**resolved(*flags))
+        assert trainer.build_training(deeplab_v2_tiny(), config, trainer.Ranks(), fresh=True).mix.rounding == rounding
+    with pytest.raises(SystemExit, match="--rounding has no effect without --method classmix or alignment or dacs"):
+        resolved(*folders, "--method", "pseudo-label", "--rounding", rounding)
+
+
 def test_defaults__fit_the_run_unless_given() -> None:
     for steps, warmup in ((40_000, 1500), (15_000, 1500), (1700, 170), (40, 4), (4, 0), (1, 0)):
         assert resolved(*BASE, *MIC, "--steps", str(steps))["warmup"] == warmup
@@ -464,7 +507,10 @@ def test_dry_run__finds_what_a_run_would(trainer: ModuleType, own_data: list[str
     weighted = [flag for flag in own_data if flag != "--random-init"]
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     (tmp_path / "file").touch()
-    done = died(out="done")
+    done, seeds = died(out="done"), tmp_path / "seeds"
+    for seed in ("seed-0", "seed-1"):
+        (seeds / seed).mkdir(parents=True)
+        (seeds / seed / "config.json").write_text("{}")
     StreetScenes(1, size=(32, 64)).write(tmp_path / "one", layout="gta5")
     for kind, other in (("sized", GTA5(own_data[1], size=(16, 32))), ("fewer", GTA5(tmp_path / "one"))):
         CachedSamples(other, tmp_path / kind / "source", progress=False)
@@ -493,6 +539,8 @@ def test_dry_run__finds_what_a_run_would(trainer: ModuleType, own_data: list[str
         (changed(own_data, gta5="x" * 5000), "File name too long"),
         ([*own_data, "--eval-split", "x" * 5000], "File name too long"),
         ([*own_data, "--out", str(done)], "done holds a run already"),
+        ([*own_data, "--out", str(done), "--runs", "2"], "done holds .*done of another command"),
+        ([*own_data, "--out", str(seeds)], "seeds holds .*seed-0, .*seed-1 of another command"),
         ([*own_data, "--resume", "--out", str(tmp_path / "mistyped")], "no folder .*mistyped"),
     ):
         for dry in ([], ["--dry-run"]) if {"--batch", "--cache", "--out"} & {*flags} else ([],):  # which look alike
@@ -518,7 +566,8 @@ def test_dry_run__finds_a_place_that_has_no_room_or_is_read_only(
     flags = [*folders, "--out", str(tmp_path / "new" / "run")]
     assert trainer.main([*flags, "--dry-run"]) == 0
     usage = shutil.disk_usage(tmp_path)
-    for free, runs, found in ((30_000_000, "1", False), (30_000_000, "2", True), (0, "1", True)):
+    each = 3 * sum(tensor.nbytes for tensor in deeplab_v2_tiny(19, aspp_branches=2).state_dict().values())
+    for free, runs, found in ((6 * each, "1", False), (6 * each - 1, "1", True), (6 * each, "2", True), (0, "1", True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
         message = r"error: --out .*run: checkpoints will need \d\d MB, and only \d+ MB are free; make room"
         with pytest.raises(SystemExit, match=message) if found else contextlib.nullcontext():
