@@ -23,10 +23,11 @@ torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds; torch waits a
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("slow"):  # what they cover others do too, and tracing them takes half as long again
+            item.add_marker("no_cover")
 
 
 @pytest.fixture(autouse=True)

@@ -67,6 +67,14 @@ def plain_name(module: nn.Module, name: str) -> str:
     return ".".join(kept)
 
 
+def communicates(module: nn.Module) -> bool:
+    """Whether a forward pass of a network, or of a part of it, waits for those of the other ranks."""
+    places = (("torch.distributed.fsdp", "FSDPModule"), _ELSEWHERE[-1][:2])
+    kinds = (DistributedDataParallel, *(getattr(sys.modules.get(place), kind, None) for place, kind in places))
+    known = tuple(kind for kind in kinds if kind is not None)
+    return any(isinstance(part, known) for part in module.modules())
+
+
 def _attributes() -> dict[type[nn.Module], str]:
     """The wrapper types imported so far, each with the attribute that holds the wrapped network."""
     found: dict[type[nn.Module], str] = {DistributedDataParallel: "module", DataParallel: "module"}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crossmix._checks import (
+    check_bool,
     check_floating,
     check_fraction,
     check_int,
@@ -121,6 +122,7 @@ class DistributionAlignment(KeepsFloat32):
         check_num_classes(num_classes)
         check_fraction("momentum", momentum)
         check_int("ignore_index", ignore_index)
+        check_bool("sync", sync)
         self.num_classes = num_classes
         self.momentum = momentum
         self.sync = sync

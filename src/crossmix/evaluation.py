@@ -15,7 +15,7 @@ from crossmix._distributed import rank, world_size
 from crossmix._progress import shown
 from crossmix._tensors import nearest, upsample
 from crossmix._workers import QuietLoader
-from crossmix._wrappers import averaged
+from crossmix._wrappers import averaged, communicates
 from crossmix.metrics import ConfusionMatrix
 
 __all__ = ["evaluate", "resize_labels"]
@@ -96,7 +96,8 @@ def evaluate(
         dtype: Run the network under autocast to this dtype; logits are upsampled in float32 in any case.
         workers: Number of processes that read samples of a map-style data set in advance.
         sync: Split a map-style data set over the ranks of torch.distributed and sum the counts, so that the result
-            equals that of one process. Every rank has to call.
+            equals that of one process. Every rank has to call. If the network communicates (DDP, FSDP), all ranks make
+            equally many forward passes; with `window`, that needs images of one size.
         ignore_index: The id of ignored pixels.
         progress: Whether the first rank shows progress on stderr: a bar on a terminal with tqdm, otherwise lines.
 
@@ -124,36 +125,49 @@ def evaluate(
     network = averaged(network) or network  # a teacher's forward has modes of its own
     like = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), torch.empty(0))
     device = like.device if device is None else device
-    matrices = {name: ConfusionMatrix(num_classes, ignore_index=ignore_index).to(device) for name in sizes}
+    with torch.inference_mode(mode=False):  # so that they can be updated outside of it as well
+        matrices = {name: ConfusionMatrix(num_classes, ignore_index=ignore_index).to(device) for name in sizes}
 
     def run(images: Tensor) -> Tensor:
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
             out = (network if forward is None else forward)(images)
         return _logits(out if logits is None else logits(out), len(images), num_classes)
 
+    def views(images: Tensor) -> tuple[list[Tensor], bool]:
+        """Scores of the images and, turned back, of the mirrored ones; and whether these are probabilities."""
+        images = _unit(_resized(images.to(device), image_size)).to(like.dtype)
+        parts = _parts(tiles, images)
+        found = [_view(run, images, parts, num_classes, align_corners=align_corners)]
+        if flip:
+            found.append(_view(run, images.flip(-1), parts, num_classes, align_corners=align_corners).flip(-1))
+        return found, parts is not None
+
     seen = 0
     with _eval_mode(network):
         for item in _each(data, workers, sync=sync, progress=progress):
             batch = _batch(item, seen)
             _check_ids(batch, num_classes, ignore_index)
-            images = _unit(_resized(batch.images.to(device), image_size)).to(like.dtype)
-            parts = _parts(tiles, images)
-            views = [_view(run, images, parts, num_classes, align_corners=align_corners)]
-            if flip:
-                views.append(_view(run, images.flip(-1), parts, num_classes, align_corners=align_corners).flip(-1))
+            found, soft = views(batch.images)
             for name, size in sizes.items():
                 labels = (batch.labels if size is None else nearest(batch.labels, size)).to(device)
-                scores = [upsample(view, labels.shape[-2:], align_corners=align_corners) for view in views]
-                matrices[name].update(_classes(scores, soft=parts is not None), labels)
-            seen += len(images)
+                scores = [upsample(view, labels.shape[-2:], align_corners=align_corners) for view in found]
+                matrices[name].update(_classes(scores, soft=soft), labels)
+            seen += len(batch.images)
+        if sync and seen < -(-len(data) // world_size()) and communicates(network):  # type: ignore[arg-type]
+            views(_batch(data[0], 0).images)  # type: ignore[index]  # the others wait for this rank's share of their last forward pass
     if not (_length(data) if sync else seen):
         raise ValueError("`data` must not be empty; check the folder that it is read from.")
+    _conclude(matrices, seen, sync=sync)
+    return matrices
+
+
+def _conclude(matrices: dict[str, ConfusionMatrix], seen: int, *, sync: bool) -> None:
+    """Sum the counts of all ranks, or warn if there are none."""
     if sync:
         for matrix in matrices.values():
             matrix.merge()
     elif not any(matrix.counts.any() for matrix in matrices.values()):  # with `sync`, one rank's share may have none
         LOG.warning("no pixel of the %d images has a label, so all scores are NaN; check the label maps.", seen)
-    return matrices
 
 
 def resize_labels(labels: Tensor, size: Size) -> Tensor:

@@ -23,7 +23,7 @@ from crossmix._checks import (
     check_tensor,
     check_weights,
 )
-from crossmix._class_weights import buffer_of, shown
+from crossmix._class_weights import buffer_of, numbers_of, refill, shown
 from crossmix._cross_entropy import pixel_losses, upsample_for, upsampled_sum, valid_pixels
 from crossmix._distributed import all_reduce_sum, world_size
 from crossmix._soft_labels import class_factors, dense_losses, factors, mass
@@ -239,8 +239,15 @@ class ConfidenceWeightedCE(KeepsFloat32):
         self.ignore_index = ignore_index
         self.normalizer: Normalizer = normalizer
         self.label_smoothing = label_smoothing
-        self.register_buffer("class_weights", buffer_of(class_weights, None, may_be_zero=True), persistent=False)
+        check_bool("sync", sync)
+        self._class_weights = numbers_of(class_weights, None, may_be_zero=True)
+        self.register_buffer("class_weights", buffer_of(self._class_weights, class_weights), persistent=False)
         self.sync = sync
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Restore the class weights; needed after `to_empty` on a module created on the meta device."""
+        refill(self.class_weights, self._class_weights)
 
     def weights(self, confidence: Tensor) -> Tensor:
         """Compute (N, H, W) weights from the teacher's confidence; see `crossmix.functional.confidence_weight`."""

@@ -27,7 +27,7 @@ from crossmix._checks import (
     wrong_shape,
 )
 from crossmix._class_codes import Indices, Words, class_codes
-from crossmix._class_weights import buffer_of, shown
+from crossmix._class_weights import buffer_of, numbers_of, refill, shown
 from crossmix._compiled import stored, where
 from crossmix._tensors import Device, KeepsFloat32, arithmetic, at_least_float32, uniform
 
@@ -246,8 +246,14 @@ class _Mix(KeepsFloat32):
         self.include_ignored = include_ignored
         self.rounding = rounding
         self.whole_batch = whole_batch
-        self.register_buffer("class_weights", buffer_of(class_weights, num_classes), persistent=False)
+        self._class_weights = numbers_of(class_weights, num_classes)
+        self.register_buffer("class_weights", buffer_of(self._class_weights, class_weights), persistent=False)
         self.masks = masks
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Restore the class weights; needed after `to_empty` on a module created on the meta device."""
+        refill(self.class_weights, self._class_weights)
 
     def sample_scores(
         self, n: int, size: Size | None = None, *, generator: Generator | None = None, device: Device = None

@@ -222,6 +222,8 @@ def self_training(
         raise ValueError(f"`prior` belongs to method='alignment', got method={method!r}; leave it out.")
     choice, options, given = _resolve(recipe, overrides)
     _refuse_unused(method, choice, options, given, prior)
+    if sync:
+        _refuse_unsynced(given)
     mix: CrossDomainMix | ClassMix | None = None
     if method == "dacs":
         mix = CrossDomainMix(
@@ -329,6 +331,13 @@ def _resolve(
     options = {part: {name: overrides[name] for name in names if name in overrides} for part, names in _OPTIONS.items()}
     fields = {name: value for name, value in overrides.items() if name in Recipe.__dataclass_fields__}
     return replace(recipe, **fields), options, given  # values are checked by Recipe, and by the parts
+
+
+def _refuse_unsynced(given: dict[str, Any]) -> None:
+    """Refuse parts whose sums would be those of one rank."""
+    for name in ("criterion", "source_criterion", "align"):
+        if getattr(given.get(name), "sync", True) is False:
+            raise ValueError(f"`{name}` must be built with sync=True if `sync` is True, got sync=False.")
 
 
 def _refuse_unused(

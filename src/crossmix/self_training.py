@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from crossmix._checks import (
+    check_bool,
     check_choice,
     check_ignored_rows,
     check_images,
@@ -311,6 +312,8 @@ class SelfTraining(nn.Module):
         if consistency is not None and teacher is None:
             raise ValueError("`consistency` needs the pseudo-labels of a `teacher`, got none; pass a MeanTeacher.")
         check_nonnegative("consistency_weight", consistency_weight)
+        check_bool("upsample", upsample)
+        check_bool("align_corners", align_corners)
         check_ignored_rows(ignore_top, ignore_bottom)
         check_choice("weigh", weigh, ("target", "mixed"))
         if num_classes is not None:
@@ -342,6 +345,7 @@ class SelfTraining(nn.Module):
         self.ignore_top = ignore_top
         self.ignore_bottom = ignore_bottom
         self.mean, self.std = _same_normalisation(mean, std, augment=augment, consistency_augment=consistency_augment)
+        _check_fill(consistency, self.mean, self.std)
         self._mix_keyword()
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - whatever a module may hold
@@ -746,6 +750,19 @@ def _same_normalisation(
             want, got = f"mean={known.mean} and std={known.std}", f"{part.mean} and {part.std}"
             raise ValueError(f"{name} must have the {want} of {first}, got {got}; use the same for both.")
     return own.mean, own.std
+
+
+def _check_fill(consistency: object, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Refuse the default colour of hidden blocks, one of images in [0, 1], in images that are normalised."""
+    if mean is None or std is None or not isinstance(consistency, MaskedImages):
+        return
+    default = MaskedImages().fill
+    normalised = tuple((value - m) / s for value, m, s in zip(default, mean, std, strict=True))
+    if consistency.fill == default and not _alike(default, normalised):
+        raise ValueError(
+            f"`consistency` must hide blocks with a colour that is normalised as the images are, got {default}; pass "
+            f"`fill={tuple(round(value, 3) for value in normalised)}`."
+        )
 
 
 def _alike(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:

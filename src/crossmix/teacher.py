@@ -8,6 +8,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import CellType, FunctionType, MethodType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from crossmix._checks import (
+    check_bool,
     check_choice,
     check_fraction,
     check_int,
@@ -169,7 +171,8 @@ class MeanTeacher(nn.Module):
     Raises:
         TypeError: If `student` or `network` is not a module, or another argument has a wrong type.
         ValueError: If `decay` or `start` is out of range, `buffers` or `mode` is unknown, the student cannot be
-            deep-copied, or `network` does not match it.
+            deep-copied (as with a `forward` that was replaced by `torch.compile(student.forward)`), or `network` does
+            not match it.
 
     Example:
         >>> student = nn.Conv2d(3, 2, 1)
@@ -195,6 +198,7 @@ class MeanTeacher(nn.Module):
         if network is not None:
             check_module("network", network)
         check_fraction("decay", decay)
+        check_bool("warmup", warmup)
         check_choice("buffers", buffers, ("copy", "average"))
         check_choice("mode", mode, ("eval", "train"))
         check_int("start", start, least=0, hint="; it is a count of updates")
@@ -281,10 +285,10 @@ class MeanTeacher(nn.Module):
             raise RuntimeError(f"`update` can be captured only once the decay is constant, {now}; {hint}.")
         mine, theirs = self._wide_state(), _state(student)
         parameters, buffers, caches = _matched(mine, theirs)
-        _move(parameters, decay)
-        _move(buffers, decay if self.buffers_mode == "average" else 0.0)
         for name in caches:
             _take_over(name, mine, theirs)
+        _move(parameters, decay)
+        _move(buffers, decay if self.buffers_mode == "average" else 0.0)
         low = _low(theirs)
         if low != self._students_low:  # the student was cast, or has a new cache
             self._students_low, self._low = low, dict(low)
@@ -430,6 +434,7 @@ class MeanTeacher(nn.Module):
 _Difference: TypeAlias = tuple[str, object, object]
 _Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+_FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
 
 class _Loaded:
@@ -493,6 +498,12 @@ def _copied(student: nn.Module) -> nn.Module:
             "`student` must not be sharded yet, since modules of `fully_shard` cannot be deep-copied; make the teacher "
             "first, then shard both alike, or shard a second network and pass it as `network=`."
         )
+    if any(_is_a(part, _FSDP1, "FullyShardedDataParallel") and _is_split(part) for part in student.modules()):
+        raise ValueError(
+            "`student` must not be sharded yet by FullyShardedDataParallel, whose shards a copy would keep; make the "
+            "teacher first, and use `fully_shard` for both."
+        )
+    _refuse_captured(student)
     memo: dict[int, Any] = {}  # maps each wrapper to a copy of the module inside it
     try:
         for part in reversed(list(student.modules())):
@@ -506,6 +517,40 @@ def _copied(student: nn.Module) -> nn.Module:
             f"`student` cannot be deep-copied, because of {where} ({error}); make the teacher before the first forward "
             "pass, or build a second network and pass it as `network=`."
         ) from error
+
+
+def _is_split(part: Any) -> bool:  # noqa: ANN401 - a FullyShardedDataParallel
+    return bool(part.sharding_strategy.name != "NO_SHARD")
+
+
+def _refuse_captured(student: nn.Module) -> None:
+    """Refuse attributes that are functions holding the student: functions are not copied, so a copy would call it."""
+    owned = {id(value) for part in student.modules() for value in (part, *part._parameters.values())}
+    for name, part in named_parts(student):  # without wrappers, which are not copied
+        for key in part.__dict__.keys() - {"_compiled_call_impl"}:  # of `module.compile()`, which is not copied either
+            value = part.__dict__[key]
+            function = value.__func__ if isinstance(value, MethodType) else value
+            if isinstance(function, FunctionType) and _holds(function, owned, set()):
+                of = f"its module {name!r}" if name else "it"
+                raise ValueError(
+                    f"`student` cannot be deep-copied: `{key}` of {of} was replaced by a function that holds the "
+                    "student itself, which the teacher would call. Make the teacher first, compile in place by "
+                    "`student.compile()`, or build a second network and pass it as `network=`."
+                )
+
+
+def _holds(function: FunctionType, owned: set[int], seen: set[int]) -> bool:
+    """Whether a function refers to a module or parameter of the student: in its closure or defaults, or by wrapping."""
+    seen.add(id(function))
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # some are empty
+    for value in (*cells, *(function.__defaults__ or ()), *vars(function).values()):
+        bound = value.__self__ if isinstance(value, MethodType) else value
+        inner = value.__func__ if isinstance(value, MethodType) else value
+        if id(bound) in owned:
+            return True
+        if isinstance(inner, FunctionType) and id(inner) not in seen and _holds(inner, owned, seen):
+            return True
+    return False
 
 
 def _uncopyable(module: nn.Module, name: str = "") -> str:
@@ -625,6 +670,8 @@ def _take_over(name: str, mine: _State, theirs: _State) -> None:
     prefix, _, key = name.rpartition(".")
     part, value = mine.parts[prefix], theirs.buffers.get(name)
     if value is not None:
+        if key not in part._buffers:
+            part.__dict__.pop(key, None)  # None, say, before the student made it a buffer
         part.register_buffer(key, _wide(value.detach().clone()), persistent=False)
     elif key in theirs.parts[prefix]._buffers:
         part._buffers[key] = None

@@ -8,6 +8,7 @@ import pickle
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,27 @@ def test_checkpoints__a_failed_save_leaves_the_earlier_ones(tmp_path: Path) -> N
     refusal(lambda: CheckpointStore(tmp_path, keep=1), "at least 2", ValueError)
     refusal(lambda: CheckpointStore(tmp_path, keep=2.5), "an int, got float", TypeError)  # type: ignore[arg-type]
     refusal(lambda: store.save(-1, state(1)), "`step` must be at least 0, got -1", ValueError)
+
+
+def test_checkpoints__one_before_a_valid_one_is_refused(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(10, state(10))
+    newest, before = store.save(20, state(20)), contents(tmp_path)
+    refusal(lambda: store.save(15, state(15)), r"must not be before .*, got 15, but there is .*0000020\.pt", ValueError)
+    assert contents(tmp_path) == before
+    store.save(20, state(20), best=True)  # once more
+    damage(newest, "flip")
+    store.save(15, state(15))
+    with pytest.warns(UserWarning, match=r"step-0000020\.pt: its contents do not match"):
+        assert step_of(store.load_newest()) == 15
+
+
+def test_checkpoints__threads_take_turns(tmp_path: Path) -> None:
+    stores = [CheckpointStore(tmp_path, keep=2), pickle.loads(pickle.dumps(CheckpointStore(tmp_path)))]
+    with ThreadPoolExecutor(4) as pool:
+        saved = [pool.submit(stores[k % 2].save, 7, {"step": 7, "weight": torch.ones(50_000)}) for k in range(20)]
+        assert {one.result().name for one in saved} == {"step-0000007.pt"}
+    assert set(contents(tmp_path)) == with_hashes("step-0000007.pt")
 
 
 def test_checkpoints__what_could_not_be_loaded_again_is_not_saved(tmp_path: Path) -> None:

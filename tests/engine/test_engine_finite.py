@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from checks import refusal
+from checks import refusal, sharded_in_place
 from crossmix import DistributionAlignment, MeanTeacher
 from crossmix.engine import FiniteGuard, NonFiniteError
 from crossmix.optim import RepeatedSGD
@@ -339,6 +339,31 @@ def test_guard__gradients_may_be_left_to_a_scaler() -> None:
     with pytest.raises(NonFiniteError) as caught:
         parts.guard.check(loss, 5)
     assert caught.value.step == 5
+
+
+@EITHER
+def test_guard__restores_an_expanded_buffer(guard: type[FiniteGuard]) -> None:
+    network = nn.Linear(2, 2)
+    network.register_buffer("scale", torch.ones(1, 1).expand(4, 3))
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    watch = guard([network], optimizer, skip=1)
+    before = copy.deepcopy(network.state_dict())
+
+    def forward() -> Tensor:
+        network.scale[0, 0] += 1
+        return network(torch.ones(1, 2))
+
+    guarded_step(watch, [optimizer], forward, math.nan)
+    assert same(network.state_dict(), before)
+    guarded_step(watch, [optimizer], forward, 1.0)
+    assert network.scale.tolist() == [[2.0] * 3] * 4
+
+
+@pytest.mark.usefixtures("process_group")
+def test_guard__refuses_shards() -> None:
+    network = sharded_in_place(nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    refusal(lambda: FiniteGuard([network], optimizer), "must not be sharded, got the DTensor 'weight'", TypeError)
 
 
 def test_guard__refuses() -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from crossmix import MeanTeacher
 from crossmix._tensors import nearest
-from crossmix.datasets import Sample, SegmentationFolder, write_png
+from crossmix.datasets import Sample, SegmentationFolder, StreetScenes, write_png
 from crossmix.datasets.classes import PALETTE
 from crossmix.evaluation import evaluate
 from crossmix.metrics import ConfusionMatrix
@@ -84,7 +84,10 @@ def test_evaluate__workers_and_precision() -> None:
 
 
 RANKS = """
+import copy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from crossmix.datasets import StreetScenes
 from crossmix.evaluation import evaluate
 torch.manual_seed(0)
@@ -96,12 +99,26 @@ scores = [matrix.compute() for matrix in matrices.values()]
 print([(score.per_class.tolist(), score.mean, score.pixel_accuracy) for score in scores])
 few = evaluate(model, scenes[:1], sync=True)  # some ranks have none
 print(few["native"].compute().per_class.tolist())
+norms = nn.Sequential(model, nn.BatchNorm2d(19))
+waiting = [DistributedDataParallel(copy.deepcopy(norms)), fully_shard(copy.deepcopy(norms))]
+for count in (1, 5):  # a forward pass of these waits for those of the other ranks
+    plain, *others = (evaluate(one, scenes[:count], sync=True)["native"].counts for one in (norms, *waiting))
+    assert all(torch.equal(plain, other) for other in others)
 """
 
 
 @pytest.mark.slow
 def test_evaluate__ranks_share_the_samples_and_agree_exactly(tmp_path: Path) -> None:
     assert len({output for size in (1, 2, 3) for output in run_ranks(RANKS, size, tmp_path)}) == 1
+
+
+def test_evaluate__in_inference_mode_gives_counts_to_go_on_with() -> None:
+    network, data = nn.Conv2d(3, 19, 1), StreetScenes(1)
+    with torch.inference_mode():
+        matrix = evaluate(network, data)["native"]
+    once = matrix.counts.clone()
+    matrix.update(*(data[0].label[None] for _ in range(2)))
+    assert matrix.counts.sum() == 2 * once.sum()
 
 
 class Perfect(nn.Module):

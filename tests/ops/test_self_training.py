@@ -7,6 +7,7 @@ import operator
 import re
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from checks import assert_equal_states
 from crossmix import (
     BoxMasks,
     ClassMix,
@@ -689,6 +691,52 @@ def test_augment__all_of_ours_have_one_normalisation() -> None:
     with pytest.raises(ValueError, match=r"`augment` must have the mean=.* of SelfTraining, got None"):
         assemble(augment=plain, mean=MEAN, std=STD)
     assemble(augment=ours, mean=torch.tensor(MEAN), std=torch.tensor(STD))  # equal in float32
+
+
+def test_consistency__hides_normalised_images_with_a_normalised_colour() -> None:
+    given = {"augment": StrongAugment(mean=MEAN, std=STD), "mean": MEAN, "std": STD}
+    with pytest.raises(ValueError, match=r"normalised as the images are, got \(0\.485, .*; pass `fill=\(") as told:
+        assemble(**given, consistency=MaskedImages(2))
+    fill = tuple(map(float, re.findall(r"-?\d+\.\d+", str(told.value).rpartition("fill=")[2])))
+    assemble(**given, consistency=MaskedImages(2, fill=fill))
+    plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    assemble(augment=StrongAugment(**plain), **plain, consistency=MaskedImages(2))
+
+
+@pytest.mark.parametrize("name", ["criterion", "source_criterion", "align"])
+def test_recipes__parts_that_do_not_sync_are_refused(name: str) -> None:
+    def part(*, sync: bool) -> nn.Module:
+        return DistributionAlignment(C, sync=sync) if name == "align" else ConfidenceWeightedCE(sync=sync)
+
+    with pytest.raises(ValueError, match=f"`{name}` must be built with sync=True"):
+        build("alignment", sync=True, **{name: part(sync=False)})
+    build("alignment", sync=True, **{name: part(sync=True)})
+    build("alignment", **{name: part(sync=False)})
+
+
+SWITCHES: dict[str, Callable[[], object]] = {
+    "sync of the loss": lambda: ConfidenceWeightedCE(sync="no"),
+    "sync of the alignment": lambda: DistributionAlignment(C, sync="no"),
+    "warmup": lambda: MeanTeacher(nn.Conv2d(3, C, 1), warmup="no"),
+    "upsample": lambda: assemble(upsample="no"),
+    "align_corners": lambda: assemble(align_corners=0),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches__are_true_or_false(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"`{name.split(maxsplit=1)[0]}` must be True or False, got ('no'|0)"):
+        SWITCHES[name]()
+
+
+@pytest.mark.parametrize("kind", [ConfidenceWeightedCE, partial(CrossDomainMix, C), partial(ClassMix, C)], ids=str)
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 3.0, 4.0, 5.0]], ids=["without", "with"])
+def test_class_weights__come_back_after_the_meta_device(kind: Callable[..., Any], weights: list[float] | None) -> None:
+    with torch.device("meta"):
+        module = kind(class_weights=weights)
+    module.to_empty(device="cpu")
+    module.reset_parameters()
+    assert_equal_states(dict(module.named_buffers()), dict(kind(class_weights=weights).named_buffers()))
 
 
 @pytest.mark.parametrize("method", ["pseudo-label", "classmix", "dacs"])

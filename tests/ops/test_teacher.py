@@ -5,18 +5,19 @@ import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import ShardingStrategy
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from checks import assert_equal_states, sharded_in_place
+from checks import assert_equal_states, sharded, sharded_in_place
 from crossmix import MeanTeacher
 from crossmix import functional as F
 from crossmix.models import load_weights
@@ -651,6 +652,66 @@ def test_student__that_cannot_be_copied_is_named_with_the_remedy() -> None:
     network.group = (value for value in (1, 2))  # as little to be copied as a process group
     with pytest.raises(ValueError, match=r"`group` of the Remembers itself \(cannot pickle"):
         MeanTeacher(network)
+
+
+def around(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(function)
+    def call(*inputs: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * function(*inputs)
+
+    return call
+
+
+# What is done to a student so that a part of it is a function, and whether a deep copy would keep calling the student.
+REPLACED: dict[str, tuple[Callable[[Any], object], bool]] = {
+    "compiled": (lambda net: setattr(net, "forward", torch.compile(net.forward, backend="eager")), True),
+    "a compiled part": (lambda net: setattr(net[0], "forward", torch.compile(net[0].forward, backend="eager")), True),
+    "autocast": (lambda net: setattr(net, "forward", torch.autocast("cpu", torch.bfloat16)(net.forward)), True),
+    "wrapped": (lambda net: setattr(net, "forward", around(net.forward)), True),
+    "twice": (lambda net: setattr(net[0], "forward", around(around(net[0].forward))), True),
+    "a lambda": (lambda net: setattr(net, "forward", lambda images: net[1](net[0](images))), True),
+    "a weight": (lambda net: setattr(net, "scaled", lambda weight=net[0].weight: 2 * weight), True),
+    "a method": (lambda net: setattr(net, "forward", MethodType(lambda self, images: net[0](images), net)), True),
+    "compiled in place": (lambda net: net.compile(backend="eager"), False),
+    "a partial": (lambda net: setattr(net, "forward", partial(net.forward)), False),
+    "a bound method": (lambda net: setattr(net, "before", net.forward), False),
+    "of the class": (lambda net: setattr(net, "forward", MethodType(around(nn.Sequential.forward), net)), False),
+    "another one's": (lambda net: setattr(net, "loss", around(nn.CrossEntropyLoss())), False),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+def test_student__functions_that_hold_it_are_refused_and_others_follow_the_copy(how: str) -> None:
+    network, (replace, holds) = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)), REPLACED[how]
+    replace(network)
+    if holds:
+        with pytest.raises(ValueError, match=r"was replaced by a function that holds the student .*`network=`"):
+            MeanTeacher(network)
+        return
+    teacher = MeanTeacher(network)
+    before = teacher(IMAGES)
+    shake(network, 1)
+    assert torch.equal(teacher(IMAGES), before)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.usefixtures("process_group")
+def test_student__in_shards_of_several_ranks_is_refused() -> None:
+    network = sharded(student())
+    network.sharding_strategy = ShardingStrategy.FULL_SHARD  # one rank has no shards
+    with pytest.raises(ValueError, match="must not be sharded yet by FullyShardedDataParallel"):
+        MeanTeacher(nn.Sequential(network))
+
+
+def test_update__takes_over_a_cache_that_was_a_plain_attribute() -> None:
+    network = nn.Conv2d(3, 2, 1)
+    network.cache = None
+    teacher = MeanTeacher(network, decay=0.5)
+    del network.cache
+    network.register_buffer("cache", torch.arange(3.0), persistent=False)
+    teacher.update(network)
+    assert torch.equal(teacher.module.cache, network.cache)
+    assert teacher.num_updates == 1
 
 
 def test_network__takes_the_place_of_the_copy() -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import re
+import threading
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = ["CheckpointError", "CheckpointStore"]
 
 NAMES = r"best(_[a-z0-9_]*[a-z0-9])?"
 OURS = rf"(step-\d+|{NAMES})\.pt"
+_SAVING = threading.Lock()  # of all stores, so that one can be pickled
 LEFT_BEHIND = re.compile(rf"{OURS}(\.sha256)?\.tmp\.\d+")
 
 
@@ -33,7 +35,7 @@ class CheckpointStore:
     is missing (after copying, say), if its parts match the checksums that torch stores in the file. Invalid checkpoints
     are never loaded, and neither is what holds code, or unpacks to far more than the file.
 
-    Only one process at a time may save into a folder (see `FolderLock`).
+    Only one process at a time may save into a folder (see `FolderLock`); its threads take turns.
 
     Args:
         folder: The folder of the checkpoints, created on the first save.
@@ -79,17 +81,28 @@ class CheckpointStore:
                 checkpoints are untouched, and no partial file is left behind.
             TypeError: If `state` holds an object that could not be loaded again, or `step` is not an int. Nothing is
                 written then.
-            ValueError: If a name has another form, or `step` is negative.
+            ValueError: If a name has another form, `step` is negative, or the folder has a valid checkpoint of a later
+                step, which `load_newest` would return instead. Nothing is written then.
         """
         check_int("step", step, least=0, hint="; it counts finished optimizer steps")
         for name in names:
             if not re.fullmatch(NAMES, name):
                 raise ValueError(f"`names` must have the form 'best_<measure>', got {name!r}.")
+        with _SAVING:
+            return self._save(step, state, [*["best"] * best, *names])
+
+    def _save(self, step: int, state: Mapping[str, Any], names: Collection[str]) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clear()
         path = self.folder / f"step-{step:07d}.pt"
+        for later in self._steps():
+            if _step(later) > step and not isinstance(_loaded(later), str):
+                raise ValueError(
+                    f"`step` must not be before those in the folder, got {step}, but there is {later}; to go back, "
+                    "delete the later ones, or use another folder."
+                )
         _write(path, state)
-        for name in dict.fromkeys([*["best"] * best, *names]):
+        for name in dict.fromkeys(names):
             _write(self.folder / f"{name}.pt", state)
         whole = 0
         for one in reversed(self._steps()):
@@ -134,7 +147,7 @@ class CheckpointStore:
 
     def _steps(self) -> list[Path]:
         found = [path for path in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", path.name)]
-        return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+        return sorted(found, key=_step)
 
     def _clear(self) -> None:
         """Remove leftovers of killed writers: temporary files, and hashes without a checkpoint."""
@@ -142,6 +155,10 @@ class CheckpointStore:
             alone = re.fullmatch(rf"{OURS}\.sha256", path.name) and not path.with_suffix("").exists()
             if alone or LEFT_BEHIND.fullmatch(path.name):
                 path.unlink()
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
 
 
 class _Hashing:

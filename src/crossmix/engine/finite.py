@@ -51,7 +51,8 @@ class FiniteGuard:
         skipped: Bad steps so far, as far as the host knows.
 
     Raises:
-        TypeError: If `optimizer` is neither an optimizer nor several.
+        TypeError: If `optimizer` is neither an optimizer nor several, `skip` is not an int, or a parameter or buffer is
+            sharded (`fully_shard`).
         ValueError: If `skip` is negative.
 
     Example:
@@ -77,6 +78,7 @@ class FiniteGuard:
     ) -> None:
         check_int("skip", skip, least=0, hint="; 0 makes every bad step an error")
         self.modules: list[nn.Module] = list(modules)
+        _refuse_shards(self.modules)
         several = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self.optimizers: list[torch.optim.Optimizer] = several
         self.skip = skip
@@ -203,7 +205,7 @@ class FiniteGuard:
         held = [[*module.parameters(), *module.buffers()] for module in self.modules]
         states = [state.values() for one in self.optimizers for state in one.state.values()]
         made = [value for values in states for value in values if isinstance(value, Tensor)]
-        tensors = list(dict.fromkeys(itertools.chain(*held, self._parameters(), made)))
+        tensors = [_writable(one) for one in dict.fromkeys(itertools.chain(*held, self._parameters(), made))]
         if any(not parameter.is_cpu for parameter in self._parameters()):
             return [tensor for tensor in tensors if not tensor.is_cpu]  # the host puts its own back
         return tensors
@@ -231,6 +233,24 @@ class FiniteGuard:
             yield from (group["params"] for group in one.param_groups)
             for state in one.state.values():
                 yield (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    """The tensor, or of an expanded one a view of the elements that it has in memory."""
+    if 0 not in tensor.stride():
+        return tensor
+    sizes = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return tensor.as_strided(sizes, tensor.stride())
+
+
+def _refuse_shards(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):
+            if hasattr(value, "to_local"):  # a DTensor
+                raise TypeError(
+                    f"`modules` must not be sharded, got the DTensor {name!r}; under `fully_shard`, check that the "
+                    "loss is finite before the backward pass."
+                )
 
 
 def _alike(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
