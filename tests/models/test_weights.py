@@ -499,6 +499,39 @@ def test_torchvision__is_nothing_that_has_the_head_or_is_for_another_network(tmp
     assert_equal(network, source.state_dict())
 
 
+# What a file calls torchvision's backbone, what else it has, and the entry that leads there.
+TORCHVISION_FILES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
+    "a segmentation network": ("backbone.", ("classifier.0.convs.0.0.weight", "aux_classifier.0.weight"), None),
+    "its backbone asked for": ("backbone.", ("classifier.4.weight",), "backbone"),
+    "a query encoder": ("module.encoder_q.", ("module.encoder_q.fc.0.weight", "module.encoder_q.fc.2.bias"), None),
+}
+
+
+@pytest.mark.parametrize("case", TORCHVISION_FILES)
+def test_torchvision__is_recognised_by_any_of_its_heads(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefix, heads, entry = TORCHVISION_FILES[case]
+    state, want, model = torchvisions(snapshot(tiny(1))), tiny(2), tiny(2)
+    load_weights(want, saved(state, tmp_path / "plain.pth"), strict=False)
+    caplog.clear()
+    contents = {**prefixed(prefix, without(state, "fc")), **dict.fromkeys(heads, torch.ones(2))}
+    load_weights(model, saved(contents, tmp_path / "x.pth"), strict=False, entry=entry)
+    assert_equal(model, want.state_dict())
+    assert f"recognised as torchvision's ResNet-101 by {heads[0]!r}" in caplog.text
+
+
+def test_backbone__without_a_head_is_taken_with_a_warning_of_its_preprocessing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone, model = without(snapshot(tiny(1)), "layer5"), tiny(2)
+    for prefix, warns in (("", True), ("module.", True), ("Scale.", False)):
+        caplog.clear()
+        load_weights(model, saved(prefixed(prefix, backbone), tmp_path / "x.pth"), strict=False)
+        assert torch.equal(model.conv1.weight, backbone["conv1.weight"])
+        assert ("BGR in 0..255 minus the mean is assumed" in caplog.text) is warns
+
+
 def by_hand(tensors: State, *, like_a_page: bool = False) -> bytes:
     """A safetensors file, from the format's description."""
     header: dict[str, object] = {}

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from crossmix._files import whole_file, write_whole
 from crossmix._wrappers import averaged, named_parts, plain_name
-from crossmix.models._places import WRAPPERS, Place, core, few, find, fits, is_extra, part_of, tensors
+from crossmix.models._places import WRAPPERS, Place, few, find, fits, is_extra, part_of, tensors
 from crossmix.models.deeplab_v2 import MEAN_BGR, DeepLabV2
 from crossmix.models.weight_files import WeightsError, read_weights, safetensors_of
 
@@ -21,9 +21,15 @@ __all__ = ["LoadReport", "load_weights", "save_weights"]
 
 LOG = logging.getLogger(__name__)
 TORCHVISION = (
-    "it was recognised as torchvision's ResNet-101: the preprocessing is converted, but layer2.0 has its stride on the "
-    "first convolution and the max-pooling rounds up, so its features differ from torchvision's before training"
+    "it was recognised as torchvision's ResNet-101 by %r: the preprocessing is converted, but layer2.0 has its stride "
+    "on the first convolution and the max-pooling rounds up, so its features differ from torchvision's before training"
 )
+UNKNOWN = (
+    "it is a backbone without a head that tells what images it was trained on; BGR in 0..255 minus the mean is "
+    "assumed, as in the Caffe-trained files; if it is torchvision's, load the file with its `fc`, which is converted"
+)
+TORCHVISION_HEADS = {"fc", "classifier", "aux_classifier"}
+"""Parts of the names of what torchvision's networks, and others trained on its preprocessing, have for `layer5`."""
 
 
 class LoadReport(NamedTuple):
@@ -65,9 +71,11 @@ def load_weights(
     of the model is loaded, and a warning names it. If several parts match equally well, an error lists them, to be
     passed as `entry`.
 
-    torchvision's ResNet-101, recognised by its `fc`, is a different network. With `strict=False` its first convolution
-    and normalisation are converted to this library's preprocessing (exact in eval mode, except at image borders), but
-    the stride of `layer2.0` stays on the first convolution and the max-pooling rounds up. A warning is logged.
+    torchvision's ResNet-101, alone or in a segmentation network, is a different network. It is recognised by an `fc`,
+    `classifier` or `aux_classifier` in place of `layer5`. With `strict=False` its first convolution and normalisation
+    are converted to this library's preprocessing (exact in eval mode, except at image borders), but the stride of
+    `layer2.0` stays on the first convolution and the max-pooling rounds up. A warning is logged. A backbone without any
+    head is taken as it is, with a warning that its preprocessing is assumed.
 
     Args:
         model: A `crossmix.models.DeepLabV2`, or any network, wrapped or not.
@@ -178,16 +186,20 @@ def _load(
     )
     clean = {full: name for name, (full, _) in ours.items()}
     lacking = {name for name in own if name not in fit and not name.endswith("num_batches_tracked")}
-    torchvisions = _torchvisions(model, values, report.unexpected)
+    headless = _headless(model, values)
+    beside = [str(name) for name in place.state if name not in used]
+    sign = next((name for name in beside if headless and TORCHVISION_HEADS & {*name.split(".")}), "")
     part = "" if report.matched else part_of(contents, own)
-    _check(report, place, lacking, path, strict=strict, head=head, torchvisions=bool(torchvisions), part=part)
-    for start in torchvisions:
+    _check(report, place, lacking, path, strict=strict, head=head, torchvisions=bool(sign), part=part)
+    for start in headless if sign else ():
         values |= _preprocessing_converted(values, start)
     copied = {full: _as_sharded(values[clean[full]], own[clean[full]]) for full in report.matched}
     model.load_state_dict(copied, strict=False)  # not into `own`: the state_dict of FSDP holds copies
     _log(path, place, report, careful=bool(lacking or report.unexpected))
-    if torchvisions:
-        LOG.warning("%s: %s", path, TORCHVISION)
+    if sign:
+        LOG.warning(f"%s: {TORCHVISION}", path, sign)
+    elif headless and not any("Scale" in name.split(".") for name in used):  # a wrapper of Caffe-trained networks
+        LOG.warning("%s: %s", path, UNKNOWN)
     return report
 
 
@@ -274,11 +286,10 @@ def _as_sharded(value: Tensor, own: Tensor) -> Tensor:
     return sharded
 
 
-def _torchvisions(model: nn.Module, values: Mapping[str, Tensor], unexpected: Iterable[str]) -> list[str]:
-    """Prefixes of the DeepLabs in a model for which a file has torchvision's classifier instead of the head."""
-    if not any(core(name.split("."))[-2:] == ("fc", "weight") for name in unexpected):
-        return []
-    parts = named_parts(averaged(model) or model)
+def _headless(model: nn.Module, values: Mapping[str, Tensor]) -> list[str]:
+    """Prefixes of the DeepLabs in a model of which a file has the stem but not the head."""
+    network = averaged(model)
+    parts = named_parts(model if network is None else network)
     starts = [f"{name}." if name else "" for name, part in parts if isinstance(part, DeepLabV2)]
     headless = [start for start in starts if not any(name.startswith(f"{start}layer5.") for name in values)]
     return [start for start in headless if {f"{start}conv1.weight", f"{start}bn1.running_mean"} <= values.keys()]
