@@ -112,8 +112,8 @@ SIGNATURES = {
         "align_corners=True logits=None mean=None std=None **overrides",
     "crossmix.models.deeplab_v2_resnet101": "num_classes=19 * aspp_branches=4 freeze_bn_affine=True upsample=True",
     "crossmix.datasets.RareClassSampler":
-        "counts * temperature=0.01 min_pixels=3000 num_samples=None seed=0 rank=0 world_size=1",
-    "crossmix.engine.KeyedCrops": "samples size * seed stream skip=0 pad=False rare=None",
+        "counts * ignore_index=255 temperature=0.01 min_pixels=3000 num_samples=None seed=0 rank=0 world_size=1",
+    "crossmix.engine.KeyedCrops": "samples size * seed stream skip=0 pad=False rare=None ignore_index=None",
     "crossmix.metrics.ConfusionMatrix": "num_classes * ignore_index=255",
     "crossmix.evaluation.resize_labels": "labels size",
     "crossmix.evaluation.evaluate":

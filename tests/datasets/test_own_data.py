@@ -636,6 +636,27 @@ def test_crops__unlabelled_padded_and_of_a_cache(tmp_path: Path) -> None:
         refusal(partial(KeyedCrops(samples, (16, 24), seed=0, stream=0).__getitem__, 2), reason)
 
 
+def test_crops__what_they_add_has_the_ignore_index_of_the_samples(tmp_path: Path) -> None:
+    data = SegmentationFolder(pairs(tmp_path), num_classes=5, ignore_index=11)
+    listed = [sample._replace(label=None) for sample in data]
+    for samples, given, want in (
+        (data, None, 11),
+        (CachedSamples(data, tmp_path / "cache", progress=False), None, 11),
+        (data, 7, 7),
+        (listed, None, 255),
+        (listed, 11, 11),
+    ):
+        label = KeyedCrops(samples, (16, 24), seed=0, stream=0, pad=True, ignore_index=given)[2][1]
+        assert label[12:].unique().tolist() == label[:, 20:].unique().tolist() == [want]
+        assert samples is not listed or label.unique().tolist() == [want]
+    for given, error, message in (
+        (256, ValueError, r"must lie in 0\.\.255, got 256"),
+        (0.5, TypeError, "must be an int"),
+    ):
+        make = partial(KeyedCrops, data, (16, 24), seed=0, stream=0, ignore_index=given)
+        refusal(make, f"`ignore_index` {message}", error)
+
+
 def test_crops__draws_are_whole_numbers_from_0() -> None:
     crops = KeyedCrops(StreetScenes(2), (8, 8), seed=0, stream=0)
     assert torch.equal(crops[np.int64(5)][0], crops[5][0])

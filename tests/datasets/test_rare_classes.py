@@ -150,6 +150,12 @@ def test_counts__of_any_kind_and_with_ignored_pixels() -> None:
     dropped = torch.tensor(COUNTS)
     dropped[:, 1] = 0
     assert RareClassSampler(dropped).probabilities[1] == 0
+    whole[:, 11] = 4000
+    assert RareClassSampler(whole, temperature=0.5).probabilities[11] > 0
+    other = RareClassSampler(whole, temperature=0.5, ignore_index=11)
+    assert torch.equal(other.probabilities[:5], want.probabilities)
+    assert not other.probabilities[5:].any()
+    assert list(RareClassSampler(COUNTS, temperature=0.5, ignore_index=-100)) == list(want)
 
 
 BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
@@ -171,6 +177,7 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: RareClassSampler(COUNTS, temperature=math.nan), ValueError, "`temperature` must be positive, got nan"),
     (lambda: RareClassSampler(COUNTS, temperature="0.1"), TypeError, "`temperature` must be a float, got str"),
     (lambda: RareClassSampler(COUNTS, num_samples=0), ValueError, "`num_samples` must be at least 1"),
+    (lambda: RareClassSampler(COUNTS, ignore_index=0.5), TypeError, "`ignore_index` must be an int"),
     (lambda: RareClassSampler(COUNTS, seed=-1), ValueError, "`seed` must not be negative"),
     (lambda: RareClassSampler(COUNTS, world_size=0), ValueError, "`world_size` must be at least 1"),
     (lambda: RareClassSampler(COUNTS, rank=2, world_size=2), ValueError, r"`rank` must lie in 0\.\.1, got 2"),

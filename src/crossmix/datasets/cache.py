@@ -28,6 +28,7 @@ from crossmix._workers import QuietLoader
 from crossmix.datasets._arguments import check_count, check_index
 from crossmix.datasets._folder_dataset import Files, FolderDataset
 from crossmix.datasets._images import read_header
+from crossmix.datasets.classes import IGNORED
 from crossmix.datasets.sample import DataError, Sample
 
 __all__ = ["CachedSamples"]
@@ -60,6 +61,10 @@ class CachedSamples(Dataset[Sample]):
         workers: Number of processes that build the cache; 0 builds it in this process. The result is the same.
         progress: Whether to report the required disk space and the progress of the build on stderr.
 
+    Attributes:
+        folder: The folder.
+        ignore_index: The train id of ignored pixels, as of the reader.
+
     Raises:
         DataError: If the folder contains anything else, or a cache of other samples; if it is not writable or the disk
             is too small; if a source file has changed or cannot be read, or (also on access) the cache is damaged.
@@ -79,6 +84,7 @@ class CachedSamples(Dataset[Sample]):
     def __init__(self, samples: FolderDataset, folder: str | Path, *, workers: int = 0, progress: bool = True) -> None:
         workers = check_count("workers", workers)
         self.folder: Path = Path(folder)
+        self.ignore_index: int = getattr(samples, "ignore_index", IGNORED)
         cache = _Cache(samples, self.folder)
         if cache.missing():
             cache.build(workers, progress=progress)

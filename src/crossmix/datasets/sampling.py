@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from crossmix._checks import check_temperature, wrong_shape
+from crossmix._checks import check_ignore_index, check_temperature, wrong_shape
 from crossmix._keyed import keyed_generator
 from crossmix.datasets._arguments import check_count
 from crossmix.datasets.classes import IGNORED
@@ -34,6 +34,7 @@ class RareClassSampler(Sampler[int]):
     Args:
         counts: (images, C), pixels of each class in each image, from `class_counts`, of any real dtype. Column 255
             holds ignored pixels and is not used.
+        ignore_index: The id of ignored pixels in the label maps, whose column is not used either.
         temperature: T > 0. Lower values favour the rarest classes more; 0.01 in DAFormer.
         min_pixels: How many pixels of a class an image must have to be drawn for it, at the size at which it was
             counted; 3000 in DAFormer, for images of about two megapixels.
@@ -64,6 +65,7 @@ class RareClassSampler(Sampler[int]):
         self,
         counts: Tensor,
         *,
+        ignore_index: int = 255,
         temperature: float = 0.01,
         min_pixels: int = 3000,
         num_samples: int | None = None,
@@ -72,8 +74,10 @@ class RareClassSampler(Sampler[int]):
         world_size: int = 1,
     ) -> None:
         super().__init__()
-        pixels = _checked(counts)
+        check_ignore_index(ignore_index)
+        pixels = _checked(counts, ignore_index)
         check_temperature(temperature)
+        self.ignore_index = ignore_index
         self.temperature = temperature
         self.min_pixels: int = check_count("min_pixels", min_pixels, least=1)
         self.num_images: int = len(pixels)
@@ -141,7 +145,7 @@ class RareClassSampler(Sampler[int]):
         return range(self.rank, self.num_samples, self.world_size)[self.start :]
 
 
-def _checked(counts: object) -> Tensor:
+def _checked(counts: object, ignore_index: int) -> Tensor:
     """The counts, checked, as (images, C) float64 on the CPU, with 0 for ignored pixels."""
     hint = "pass `class_counts(dataset)`"
     if isinstance(counts, list | tuple | np.ndarray):
@@ -157,10 +161,8 @@ def _checked(counts: object) -> Tensor:
     pixels = counts.detach().cpu().double()  # in this order, as the device may lack float64
     if not bool(pixels.isfinite().all()) or bool((pixels < 0).any()):
         raise ValueError("`counts` must be finite and not negative; count the pixels of each class in each image.")
-    if pixels.shape[1] > IGNORED:
-        pixels = pixels.clone()
-        pixels[:, IGNORED] = 0
-    return pixels
+    columns = torch.arange(pixels.shape[1], device="cpu")
+    return pixels.masked_fill((columns == IGNORED) | (columns == ignore_index), 0)
 
 
 def _probabilities(pixels: Tensor, drawn: Tensor, temperature: float) -> Tensor:

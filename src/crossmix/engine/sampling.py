@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from crossmix._checks import check_size
+from crossmix._checks import check_ignore_index, check_size
 from crossmix._keyed import keyed_generator
 from crossmix.datasets.sample import DataError, Sample
 from crossmix.datasets.sampling import RareClassSampler
@@ -75,9 +75,11 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         seed: Seed of the run.
         stream: Distinguishes the data sets of one run: different streams of one seed are unrelated.
         skip: Number of different unreadable samples to skip before the next one raises.
-        pad: Whether to pad images smaller than the crop, at the bottom and right, with black pixels of label 255.
+        pad: Whether to pad images smaller than the crop, at the bottom and right, with black pixels that are ignored.
         rare: Draws rare classes more often: a sampler built from the class counts of these samples; its draws are keyed
             by `seed` and `stream`.
+        ignore_index: The label of padding, and of samples without a label map, 0..255. None takes the attribute
+            `ignore_index` of `samples`, or 255 if they have none.
 
     Attributes:
         skipped: Indices of the samples skipped so far, with the reasons.
@@ -86,9 +88,9 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         DataError: On access, if an image is smaller than the crop (without `pad`) or has no label (with `rare`); the
             message names the file. Errors from reading a sample are passed on.
         IndexError: If a draw is negative.
-        TypeError: If `size` is not a pair of ints, a draw is not an int, or `rare` is not a sampler.
-        ValueError: If there are no samples, the size is not positive, `skip`, `seed` or `stream` is negative, or `rare`
-            was built from the counts of another number of samples.
+        TypeError: If `size` is not a pair of ints, a draw or `ignore_index` is not an int, or `rare` is not a sampler.
+        ValueError: If there are no samples, the size is not positive, `skip`, `seed` or `stream` is negative,
+            `ignore_index` is not in 0..255, or `rare` was built from the counts of another number of samples.
 
     Example:
         >>> from crossmix.datasets import StreetScenes
@@ -108,6 +110,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         skip: int = 0,
         pad: bool = False,
         rare: RareClassSampler | None = None,
+        ignore_index: int | None = None,
     ) -> None:
         if len(samples) == 0:
             raise ValueError("`samples` must not be empty; check the folder that they are read from.")
@@ -121,12 +124,18 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         self.skip = skip
         self.pad = pad
         self.rare = rare
+        found = getattr(samples, "ignore_index", None) if ignore_index is None else ignore_index
+        self.ignore_index: int = 255 if found is None else found
+        check_ignore_index(self.ignore_index)
+        if not 0 <= self.ignore_index <= 255:
+            hint = "the crops' labels are uint8, so pass one of these"
+            raise ValueError(f"`ignore_index` must lie in 0..255, got {self.ignore_index}; {hint}.")
         self._enough = 0.0 if rare is None else _enough(rare, self.size, len(samples))
         self.skipped: dict[int, str] = {}
         self._order: tuple[int, Tensor] | None = None
 
     def __getitem__(self, draw: int) -> tuple[Tensor, Tensor]:
-        """Return the crop of a draw: image (3, h, w) uint8 and label (h, w) uint8, of 255 if the sample has none."""
+        """Return the crop of a draw: image (3, h, w) uint8 and label (h, w) uint8, all ignored if there is none."""
         draw = operator.index(draw)
         sample, wanted = self._read(draw)
         generator = keyed_generator(self.seed, self.stream, 1, draw)
@@ -138,8 +147,8 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
             image, label = _with_enough(sample.image, sample.label, boxes, wanted, self._enough)
         image = self._padded(image, 0)
         if label is None:
-            return image, torch.full(self.size, 255, dtype=torch.uint8, device=image.device)
-        return image, self._padded(label, 255)
+            return image, torch.full(self.size, self.ignore_index, dtype=torch.uint8, device=image.device)
+        return image, self._padded(label, self.ignore_index)
 
     def _box(self, sample: Labelled, generator: torch.Generator) -> Box:
         """Draw the position of a crop."""
