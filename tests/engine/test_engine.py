@@ -66,6 +66,21 @@ def test_keyed_crops__refuse_a_label_map_of_another_size(pad: bool) -> None:
         KeyedCrops([wrong], (2, 3), seed=0, stream=0, pad=pad)[0]
 
 
+def test_keyed_crops__files_of_another_kind_are_left_alone() -> None:
+    class Theirs:
+        files = ("0.png", "1.png")
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> Sample:
+            return items(2)[index]
+
+    assert KeyedCrops(Theirs(), (4, 3), seed=0, stream=0)[0][0].shape == (3, 4, 3)
+    with pytest.raises(DataError, match=r"item[01]: the image is 6 x 9, smaller than the crop of 7 x 3"):
+        KeyedCrops(Theirs(), (7, 3), seed=0, stream=0)[0]
+
+
 def test_keyed_crops__image_and_label_are_cut_together() -> None:
     samples, seen = items(5), set()
     crops = KeyedCrops(samples, (4, 3), seed=3, stream=0)

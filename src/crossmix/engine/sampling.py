@@ -185,17 +185,18 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
     def _fit(self, index: int, sample: Labelled) -> Labelled:
         """Refuse an image smaller than the crop (unless padded), a label map of another size, or a missing one."""
         (height, width), (crop_height, crop_width) = sample.image.shape[-2:], self.size
-        files = getattr(self.samples, "files", None)  # readers know the path
-        name = sample.name if files is None else files[index].image
         if self.rare is not None and sample.label is None:
-            raise DataError(f"{name}: has no label to look for rare classes in; read the data set with its labels.")
-        if sample.label is not None and sample.label.shape != (height, width):
+            wrong = "has no label to look for rare classes in; read the data set with its labels"
+        elif sample.label is not None and sample.label.shape != (height, width):
             other = "is {} x {}".format(*sample.label.shape)
-            raise DataError(f"{name}: its label map {other} but its image {height} x {width}; resize both to one size.")
-        if not self.pad and (height < crop_height or width < crop_width):
+            wrong = f"its label map {other} but its image {height} x {width}; resize both to one size"
+        elif not self.pad and (height < crop_height or width < crop_width):
             smaller = f"the image is {height} x {width}, smaller than the crop of {crop_height} x {crop_width}"
-            raise DataError(f"{name}: {smaller}; use a smaller crop, pad, or resize the images when reading them.")
-        return sample
+            wrong = f"{smaller}; use a smaller crop, pad, or resize the images when reading them"
+        else:
+            return sample
+        files = getattr(self.samples, "files", None) if hasattr(self.samples, "fingerprint") else None  # a reader's
+        raise DataError(f"{sample.name if files is None else files[index].image}: {wrong}.")
 
     def index(self, draw: int) -> int:
         """Return the index into `samples` that a draw, numbered from 0, uses unless that sample is skipped."""
