@@ -55,6 +55,12 @@ def upsample(logits: Tensor, size: Sequence[int], *, align_corners: bool = True)
     return functional.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
+def most_probable(scores: Tensor) -> Tensor:
+    """The class with the highest score, (N, H, W) int64, of (N, C, H, W); -1, which is no class, where one is NaN."""
+    highest, classes = scores.max(1)  # a NaN counts as the highest
+    return classes.masked_fill_(highest.isnan(), -1)
+
+
 def nearest(labels: Tensor, size: Sequence[int]) -> Tensor:
     """Resize label maps (..., H, W) to (H', W'): each new pixel takes the old pixel under its centre.
 

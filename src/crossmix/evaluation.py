@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from crossmix._checks import check_labels, check_module, check_size, check_tensor, logits_in, wrong_shape
 from crossmix._distributed import rank, world_size
 from crossmix._progress import shown
-from crossmix._tensors import nearest, upsample
+from crossmix._tensors import most_probable, nearest, upsample
 from crossmix._workers import QuietLoader
 from crossmix._wrappers import averaged, communicates
 from crossmix.metrics import ConfusionMatrix
@@ -109,7 +109,8 @@ def evaluate(
         TypeError: If the network does not return a tensor, an item or a size has another form, or `workers` or `sync`
             is given but `data` is not map-style.
         ValueError: If there is no data, an image or the whole folder has no labels, a label on the CPU is neither a
-            class nor `ignore_index`, or the logits have another number of classes.
+            class nor `ignore_index`, the logits have another number of classes, or they are NaN at a labelled pixel (on
+            a GPU, the matrix's `compute` raises this).
 
     Example:
         >>> from crossmix.datasets import StreetScenes
@@ -122,7 +123,8 @@ def evaluate(
     tiles = _tiles(window, stride)
     image_size = None if image_size is None else check_size("image_size", image_size)
     _refuse_unlabelled(data)
-    network = averaged(network) or network  # a teacher's forward has modes of its own
+    inner = averaged(network)  # a teacher's forward has modes of its own
+    network = network if inner is None else inner
     like = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), torch.empty(0))
     device = like.device if device is None else device
     with torch.inference_mode(mode=False):  # so that they can be updated outside of it as well
@@ -355,11 +357,11 @@ def _view(
 
 
 def _classes(scores: list[Tensor], *, soft: bool) -> Tensor:
-    """The most probable class by one set of scores, or by the mean probabilities of two."""
+    """The most probable class by one set of scores, or by the mean probabilities of two; -1 for NaN."""
     if len(scores) == 1:
-        return scores[0].argmax(1)
+        return most_probable(scores[0])
     probs = scores if soft else [one.softmax(1) for one in scores]
-    return torch.add(*probs).argmax(1)
+    return most_probable(torch.add(*probs))
 
 
 def _spans(length: int, window: int, stride: int) -> Iterator[slice]:

@@ -135,7 +135,10 @@ class ConfusionMatrix(Counts):
 
     def _refuse(self) -> None:
         least = f"must lie in 0..{self.num_classes - 1} at labelled pixels"
-        raise ValueError(f"`predictions` {least}, got other values; take the argmax over {self.num_classes} classes.")
+        hint = (
+            f"take the argmax over {self.num_classes} classes, or find out why the scores are NaN, which counts as -1"
+        )
+        raise ValueError(f"`predictions` {least}, got other values; {hint}.")
 
     @override
     def extra_repr(self) -> str:

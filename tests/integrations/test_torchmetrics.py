@@ -86,6 +86,8 @@ def test_state__is_summed_copied_and_pickled() -> None:
 def test_refused__predictions_that_are_no_classes_and_classes_that_are_none() -> None:
     with pytest.raises(ValueError, match=r"`predictions` must lie in 0..4"):
         MeanIoU(C).update(torch.full((1, 2, 2), 7), torch.zeros(1, 2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="find out why the scores are NaN"):
+        MeanIoU(C).update(torch.full((1, C, 2, 2), torch.nan), torch.zeros(1, 2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="`classes` must be ids"):
         MeanIoU(C, classes=[5])
     with pytest.raises(TypeError, match="`predictions` must be a torch"):

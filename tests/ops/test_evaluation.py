@@ -4,6 +4,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from checks import compiled
 from crossmix import MeanTeacher
 from crossmix._tensors import nearest
 from crossmix.datasets import Sample, SegmentationFolder, StreetScenes, write_png
@@ -142,6 +145,28 @@ def test_evaluate__a_perfect_model_and_mixed_modes() -> None:
     assert model.modes == [False]
     assert model.training
     assert not model.frozen.training  # every submodule's own mode is put back
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"window": 4}, {"window": 4, "flip": True}])
+def test_evaluate__nan_is_no_prediction(options: dict[str, Any]) -> None:
+    def scores(images: Tensor) -> Tensor:
+        found = images.new_zeros(len(images), 5, *images.shape[-2:])
+        found[:, 3, 0, 0] = math.nan  # of each window
+        return found
+
+    label = torch.zeros(6, 8, dtype=torch.uint8)
+    score = partial(evaluate, nn.Identity(), num_classes=5, forward=scores, **options)
+    with pytest.raises(ValueError, match=r"got other values; .* find out why the scores are NaN"):
+        score([Sample(label.expand(3, 6, 8), label, "a")])
+    label[:5] = 255  # NaN at pixels without a label
+    assert score([Sample(label.expand(3, 6, 8), label, "a")])["native"].compute().pixel_accuracy == 1
+
+
+def test_evaluate__an_average_of_a_compiled_network() -> None:
+    torch.manual_seed(0)
+    network, data = nn.Conv2d(3, 5, 1), samples([(8, 12)])
+    want = evaluate(network, data, num_classes=5)["native"].counts
+    assert torch.equal(evaluate(AveragedModel(compiled(network)), data, num_classes=5)["native"].counts, want)
 
 
 class Tuples(Dataset[object]):

@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from crossmix._checks import check_tensor
+from crossmix._tensors import most_probable
 from crossmix.metrics import ConfusionMatrix, IoU
 
 __all__ = ["MeanIoU"]
@@ -63,12 +64,12 @@ class MeanIoU(Metric):
 
         Raises:
             TypeError: If a dtype is wrong.
-            ValueError: If shapes or devices disagree, or a prediction at a labelled pixel is not a class id.
+            ValueError: If shapes or devices disagree, or a prediction at a labelled pixel is not a class id, or NaN.
         """
         check_tensor("predictions", predictions)
         with self.counts.device:  # to move zeros there would wait for a GPU
             matrix = ConfusionMatrix(self.num_classes, ignore_index=self.ignore_index)
-        matrix.update(predictions.argmax(1) if predictions.is_floating_point() else predictions, labels)
+        matrix.update(most_probable(predictions) if predictions.is_floating_point() else predictions, labels)
         self.counts += matrix.counts
         self.invalid += matrix.invalid
 
