@@ -58,6 +58,20 @@ def test_collection__shares_counts_and_takes_subsets_of_classes() -> None:
     torch.testing.assert_close(metrics.compute()["all"], torch.tensor(alone.compute().mean))
 
 
+def test_collection__keeps_apart_what_ignores_other_ids() -> None:
+    metrics = MetricCollection({"all": MeanIoU(C), "without": MeanIoU(C, ignore_index=2)})
+    want = {"all": ConfusionMatrix(C), "without": ConfusionMatrix(C, ignore_index=2)}
+    for seed, absent in ((0, True), (1, False)):  # equal counts after the first batch
+        logits, labels = batch(seed)
+        labels[labels == 2] = 255 if absent else 2
+        logits[:, 2] -= 99 * absent
+        metrics.update(logits, labels)
+        for matrix in want.values():
+            matrix.update(logits.argmax(1), labels)
+    for name, matrix in want.items():
+        torch.testing.assert_close(metrics.compute()[name], torch.tensor(matrix.compute().mean))
+
+
 def test_forward__returns_the_score_of_the_batch_and_counts_on() -> None:
     metric, matrix = MeanIoU(C), ConfusionMatrix(C)
     for seed in range(2):
@@ -75,7 +89,7 @@ def test_state__is_summed_copied_and_pickled() -> None:
     for seed, part in enumerate(parts):
         part.update(*batch(seed))
         whole.update(*batch(seed))
-    assert set(whole._reductions) == {"counts", "invalid"}
+    assert set(whole._reductions) == {"counts", "ignored", "invalid"}
     merged = copy.deepcopy(parts[0])
     merged.merge_state(parts[1])
     assert torch.equal(merged.counts, whole.counts)

@@ -26,7 +26,7 @@ class MeanIoU(Metric):
 
     State:
         `counts`: (C, C) int64, rows labels, columns predictions; summed over ranks. Not in the state_dict, unless
-        torchmetrics is told to by `.persistent(True)`.
+        torchmetrics is told to by `.persistent(True)`. `ignored` is `ignore_index`, the same on all ranks.
 
     Raises:
         ValueError: If `num_classes` is not positive.
@@ -44,6 +44,7 @@ class MeanIoU(Metric):
     full_state_update: bool = False
     counts: Tensor
     invalid: Tensor
+    ignored: Tensor
 
     def __init__(self, num_classes: int, *, ignore_index: int = 255, classes: Iterable[int] | None = None) -> None:
         super().__init__()
@@ -54,6 +55,8 @@ class MeanIoU(Metric):
         matrix.compute(self.classes)  # checks them
         self.add_state("counts", matrix.counts, dist_reduce_fx="sum")
         self.add_state("invalid", matrix.invalid, dist_reduce_fx="sum")
+        # Never changes: a MetricCollection lets metrics whose states are equal share one, whatever they ignore.
+        self.add_state("ignored", torch.tensor(ignore_index), dist_reduce_fx="max")
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Count a batch.
