@@ -372,6 +372,22 @@ def test_readers__a_list_of_names_and_either_half_alone(tmp_path: Path, reader: 
     refusal(lambda: reader(root, images=False, labels=False), "must not both be False", ValueError)
 
 
+@pytest.mark.parametrize("reader", [GTA5, Synthia])
+def test_readers__leave_out_train_ids_beside_the_label_maps(
+    tmp_path: Path, reader: type, command: Callable[..., str]
+) -> None:
+    root = gta5(tmp_path / "g") if reader is GTA5 else synthia(tmp_path / "s", "8-bit RGB")
+    want, said = list(reader(root)), command(0, "check", root)
+    for path in [*(root / ("labels" if reader is GTA5 else "GT/LABELS")).iterdir()]:
+        save(path.with_name(f"{path.stem}_labelTrainIds.png"), np.full((12, 20), 13, np.uint8))
+    for options in ({}, {"images": False}):
+        for got, one in zip(reader(root, **options), want, strict=True):
+            assert got.name == one.name
+            assert torch.equal(got.label, one.label)
+    assert command(0, "check", root) == said
+    assert f"{len(want)} label maps" in command(0, "stats", root)
+
+
 def test_cityscapes__train_extra_has_coarse_labels(tmp_path: Path) -> None:
     stem = "erlangen_000000_000000"
     left, coarse = "leftImg8bit_trainextra/leftImg8bit/train_extra", "gtCoarse/train_extra"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from crossmix.datasets import cityscapes, synthia
-from crossmix.datasets._folder_dataset import differing, find
+from crossmix.datasets._folder_dataset import differing, find, label_maps
 from crossmix.datasets._images import read_image
 from crossmix.datasets._labels import LABEL_IDS, SYNTHIA_IDS, LabelFormat
 from crossmix.datasets._listing import OTHER_IMAGES, Found, endings
@@ -57,11 +57,11 @@ def _recognised(root: Path) -> list[Part]:
     if any(name.startswith((cityscapes.IMAGES, cityscapes.FINE, cityscapes.COARSE)) for name in names):
         return _cityscapes(root)
     if "RGB" in names or "GT" in names:
-        return [part("SYNTHIA", find(root / "RGB"), find(synthia.labels_in(root)), SYNTHIA_IDS, 9400)]
+        return [part("SYNTHIA", find(root / "RGB"), label_maps(synthia.labels_in(root)), SYNTHIA_IDS, 9400)]
     if names & {"images", "labels"}:
         others = {name: find(root / name) for name in sorted(names - {"images", "labels"}) if name[0] != "."}
         unread = {f"{name} (read by no reader)": found for name, found in others.items() if found.files}
-        whole = part("GTA5", find(root / "images"), find(root / "labels"), LABEL_IDS, 24_966)
+        whole = part("GTA5", find(root / "images"), label_maps(root / "labels"), LABEL_IDS, 24_966)
         return [whole, *(part(title, Found({}), found, LABEL_IDS) for title, found in unread.items())]
     return []
 

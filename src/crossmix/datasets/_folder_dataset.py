@@ -100,6 +100,11 @@ def find(
     return found._replace(files=by_key((bare(name).removesuffix(suffix), path) for name, path in found.files.items()))
 
 
+def label_maps(folder: Path) -> Found:
+    """Find label maps as `find` does, but not the copies in train ids that DAFormer's converters write beside them."""
+    return find(folder, only=lambda name: not bare(name).endswith("_labelTrainIds"))
+
+
 def by_key(pairs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     """Map keys to paths; refuse duplicate keys, ignoring case as many file systems do."""
     files: dict[str, Path] = {}

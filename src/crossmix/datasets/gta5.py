@@ -6,7 +6,7 @@ Richter et al., ECCV 2016, https://download.visinf.tu-darmstadt.de/data/from_gam
 from pathlib import Path
 
 from crossmix.datasets._arguments import check_size
-from crossmix.datasets._folder_dataset import FolderDataset, find, paired
+from crossmix.datasets._folder_dataset import FolderDataset, find, label_maps, paired
 from crossmix.datasets._labels import LABEL_IDS
 
 __all__ = ["GTA5"]
@@ -17,7 +17,8 @@ LAYOUT = "expected <root>/images/*.png and <root>/labels/*.png with the same nam
 class GTA5(FolderDataset):
     """Read GTA5 as unpacked from its zips: `images/*.png` and `labels/*.png`, in sorted order.
 
-    Label ids are mapped to train ids. Label files with a palette are read as indices, which are the ids.
+    Label ids are mapped to train ids. Label files with a palette are read as indices, which are the ids. Files
+    `*_labelTrainIds`, which DAFormer's converter writes beside them, are left out.
 
     Args:
         root: The folder that contains `images` and `labels`.
@@ -55,8 +56,8 @@ class GTA5(FolderDataset):
     ) -> None:
         size = check_size(size)
         self.root: Path = Path(root)
-        folders = ((self.root / "images", images), (self.root / "labels", labels))
-        of_images, of_labels = (find(folder) if is_read else None for folder, is_read in folders)
+        of_images = find(self.root / "images") if images else None
+        of_labels = label_maps(self.root / "labels") if labels else None
         expected = (self.root, "GTA5")
         files = paired(f"{self.root}:", of_images, of_labels, LAYOUT, names=names, strict=names is None, root=expected)
         super().__init__(files, LABEL_IDS, size, "bicubic")

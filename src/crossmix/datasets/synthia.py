@@ -6,7 +6,7 @@ Ros et al., CVPR 2016, https://synthia-dataset.net
 from pathlib import Path
 
 from crossmix.datasets._arguments import check_size
-from crossmix.datasets._folder_dataset import FolderDataset, find, paired
+from crossmix.datasets._folder_dataset import FolderDataset, find, label_maps, paired
 from crossmix.datasets._labels import SYNTHIA_IDS
 
 __all__ = ["Synthia"]
@@ -20,6 +20,7 @@ class Synthia(FolderDataset):
 
     The label files are 16-bit RGB with the class in the first channel; programs that keep only the high byte of each
     value read zeros. One-channel files of the same ids in 8 or 16 bits, `synthia_mapped_to_cityscapes`, are read too.
+    Files `*_labelTrainIds`, which DAFormer's converter writes beside them, are left out.
     The ids of void, parking, road work and lane marking are ignored, and so are terrain, truck and train, which this
     part of SYNTHIA lacks.
 
@@ -60,8 +61,8 @@ class Synthia(FolderDataset):
     ) -> None:
         size = check_size(size)
         self.root: Path = Path(root)
-        folders = ((self.root / "RGB", images), (labels_in(self.root), labels))
-        of_images, of_labels = (find(folder) if is_read else None for folder, is_read in folders)
+        of_images = find(self.root / "RGB") if images else None
+        of_labels = label_maps(labels_in(self.root)) if labels else None
         expected = (self.root, "SYNTHIA")
         files = paired(f"{self.root}:", of_images, of_labels, LAYOUT, names=names, strict=names is None, root=expected)
         super().__init__(files, SYNTHIA_IDS, size, "bicubic")
