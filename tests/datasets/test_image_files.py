@@ -264,6 +264,25 @@ def test_images__are_turned_as_exif_says(tmp_path: Path, orientation: int | None
     assert torch.equal(cached[0].image, got)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["ids", "mapped", "colours", "label ids", "SYNTHIA ids"])
+def test_labels__are_turned_as_their_own_exif_says(tmp_path: Path, kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    label = np.zeros((12, 20), np.uint8)
+    label[0, :5] = 7
+    image = np.stack([label] * 3, -1)
+    for folder in ("images", "labels", "RGB", "GT/LABELS"):
+        path = png(tmp_path / folder / "a.png", image if folder in {"images", "RGB"} or kind == "colours" else label)
+        with Image.open(path) as opened:
+            opened.save(path, exif=exif)
+    mapping = {"mapped": {0: 0, 7: 7}, "colours": {(0, 0, 0): 0, (7, 7, 7): 7}}.get(kind)
+    readers = {"label ids": GTA5, "SYNTHIA ids": Synthia}
+    sample = readers.get(kind, partial(SegmentationFolder, mapping=mapping))(tmp_path)[0]
+    is_marked = sample.label == sample.label[tuple((sample.image[0] == 7).nonzero()[0])]
+    assert torch.equal(is_marked, sample.image[0] == 7)
+
+
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_images__damaged_exif_turns_nothing(tmp_path: Path, kind: str) -> None:
     for exif in (b"", b"II*\0", b"MM\0*" + b"\xff" * 8, b"II*\0" + struct.pack("<IH", 8, 9)):

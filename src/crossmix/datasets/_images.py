@@ -63,6 +63,12 @@ def read_image(path: str | Path, *, any_kind: bool = True) -> Tensor:
     return _turned(pixels[:3].expand(3, -1, -1), orientation).contiguous()
 
 
+def read_turned(path: Path, *, deep: bool = False) -> Tensor:
+    """Read a PNG's channels as `read_png` does, rotated according to its EXIF orientation."""
+    pixels = _png.read_png(path, deep=deep)
+    return _turned(pixels, _orientation(_png.read_exif(path))).contiguous()
+
+
 def read_header(path: Path) -> Header:
     """Read the size of an image without decoding it; refuse one with too many pixels."""
     if _png.read_start(path).startswith(_png.JPEG):

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crossmix.datasets._png import read_png
+from crossmix.datasets._images import read_turned
 from crossmix.datasets.classes import IGNORED, KNOWN_LABEL_IDS, KNOWN_SYNTHIA_IDS, train_ids
 from crossmix.datasets.sample import DataError
 
@@ -46,7 +46,7 @@ _TRAIN_IDS = (
 
 def _read_label_ids(path: Path) -> Tensor:
     """Read a Cityscapes or GTA5 label file: one channel of label ids."""
-    ids = _only_channel(path, read_png(path))
+    ids = _only_channel(path, read_turned(path))
     if ids.numpy().max(initial=0) < 35:  # most files have official ids only; counting them would take 3 ms
         return ids
     present = _present(ids)
@@ -61,7 +61,7 @@ def _read_synthia_ids(path: Path) -> Tensor:
 
     Programs that keep only the high byte of each value turn every class into 0; such files are recognised by content.
     """
-    pixels = read_png(path, deep=True)
+    pixels = read_turned(path, deep=True)
     wide = pixels.dtype != torch.uint8
     if pixels.shape[0] not in {1, 3}:
         raise DataError(f"{path}: expected 1 or 3 channels, got {pixels.shape[0]}; use the files of GT/LABELS.")
@@ -107,7 +107,7 @@ class _Mapped:
 
     def __call__(self, path: Path) -> Tensor:
         """Read train ids."""
-        pixels = read_png(path, deep=True)
+        pixels = read_turned(path, deep=True)
         if self.colors:
             if pixels.shape[0] not in {3, 4} or pixels.dtype != torch.uint8:
                 raise DataError(f"{path}: expected an RGB label map for a mapping of colours, got {_kind(pixels)}.")

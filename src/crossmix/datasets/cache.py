@@ -33,7 +33,7 @@ from crossmix.datasets.sample import DataError, Sample
 
 __all__ = ["CachedSamples"]
 
-FORMAT = 2  # increase when the file layout changes, or a reader returns different pixels for the same file
+FORMAT = 3  # increase when the file layout changes, or a reader returns different pixels for the same file
 PER_FILE = 32  # samples; a process killed while building loses at most these, a few seconds of work
 FOOTER = struct.Struct("<Q32s")  # length of the record in bytes, and its SHA-256
 
