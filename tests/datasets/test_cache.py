@@ -480,6 +480,38 @@ def test_stale__a_source_that_changed(root: Path, folder: Path, change: str, com
     assert contents(folder).keys() == whole.keys()
 
 
+def test_stale__times_in_whole_seconds_are_those_of_a_copy(root: Path, folder: Path) -> None:
+    """As `tar` leaves them, whichever of cache and sources it moved first."""
+    paths = [path for files in GTA5(root).files for path in files[:2]]
+    for before, after, same in ((7, 0, True), (0, 7, True), (7, 8, False), (0, 10**9, False), (7, -1, False)):
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in paths:
+            os.utime(path, ns=(0, 10**18 + before))
+        build(GTA5(root), folder)
+        for path in paths:
+            os.utime(path, ns=(0, 10**18 + after))
+        if same:
+            build(GTA5(root), folder)
+        else:
+            refusal(lambda: build(GTA5(root), folder), "has changed since it was cached")
+    for path in paths:
+        os.utime(path, ns=(0, 10**18))
+    build(GTA5(root), folder)
+    paths[0].write_bytes(paths[0].read_bytes() + b"\0")
+    os.utime(paths[0], ns=(0, 10**18))
+    refusal(lambda: build(GTA5(root), folder), "has changed since it was cached")  # its size, too
+
+
+def test_stale__several_files_are_told_at_once(root: Path, folder: Path) -> None:
+    build(GTA5(root), folder)
+    for path in (root / "images").iterdir():
+        os.utime(path, ns=(0, 7))
+    many = rf"has changed since .*; so have sources of 2 more files of the cache; delete {folder} to build it anew"
+    refusal(lambda: build(GTA5(root), folder), many)
+    shutil.rmtree(folder)
+    build(GTA5(root), folder)
+
+
 def more(root: Path) -> GTA5:
     for kind in ("images", "labels"):
         shutil.copy2(root / kind / "00010.png", root / kind / "00011.png")

@@ -53,7 +53,7 @@ class CachedSamples(Dataset[Sample]):
     damage that occurs later is not noticed by the same process.
 
     Several processes may open one cache: one builds it, the others wait. A complete cache may be read-only. It and its
-    sources may be moved; copies of the sources must keep their mtimes.
+    sources may be moved; copies of the sources must keep their mtimes, at least to the second (as `tar` does).
 
     Args:
         samples: A reader of this package, or one with `files` and `fingerprint()`.
@@ -202,13 +202,23 @@ class _Cache(Dataset[int | Exception]):
             if (was := record.get(key)) != now:
                 other = f"is a cache of other samples: its {key} is {was}, not {now}"
                 raise DataError(f"{self.folder}: {other}; choose another folder, or delete this one.")
+        if change := self._change(number, record):
+            others = {*range(len(self))} - {*self.missing(), number}
+            stale = sum(self._change(other, _record(_path(self.folder, other))) != "" for other in others)
+            advice = _again(path)
+            if stale:
+                advice = f"so have sources of {stale} more files of the cache; delete {self.folder} to build it anew"
+            raise DataError(f"{change}; {advice}.")
+        return [_Item(*item) for item in record["items"]]
+
+    def _change(self, number: int, record: dict[str, Any]) -> str:
+        """Describe the first source of a file that has changed since; empty if none has."""
         for index, before in zip(self.spans[number], record["stats"], strict=True):
             files = self.samples.files[index]
             for source, was, now in zip(_paths(files), before, _stats(files), strict=True):
-                if was != now:
-                    change = f"(size and mtime_ns were {was}, are {now})"
-                    raise DataError(f"{source}: has changed since it was cached {change}; {_again(path)}.")
-        return [_Item(*item) for item in record["items"]]
+                if not _is_same(was, now):
+                    return f"{source}: has changed since it was cached (size and mtime_ns were {was}, are {now})"
+        return ""
 
     def check(self, missing: list[int]) -> None:
         """Refuse anything but this cache or parts of it."""
@@ -329,6 +339,13 @@ def _planes(sample: Sample) -> Tensor:
 
 def _paths(files: Files) -> list[Path]:
     return [path for path in (files.image, files.label) if path is not None]
+
+
+def _is_same(was: list[int], now: list[int]) -> bool:
+    """Whether size and mtime are equal; whole seconds count where either has no more, as after `tar`."""
+    second = 1_000_000_000
+    whole = 0 in {was[1] % second, now[1] % second}
+    return was == now or (whole and was[0] == now[0] and was[1] // second == now[1] // second)
 
 
 def _stats(files: Files) -> list[list[int]]:
