@@ -816,32 +816,55 @@ def test_save__a_full_disk_is_named_with_the_space_needed(tmp_path: Path, name: 
 
 
 @pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose files have addresses."""
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """A folder, and the address of its files."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    (tmp_path / "served").mkdir()
-    return tmp_path / "served"
+    folder, address, download = tmp_path / "served", "http://served", torch.hub.download_url_to_file
+    folder.mkdir()
+
+    def read(url: str, *arguments: object, **options: object) -> None:
+        download(url.replace(address, folder.as_uri()), *arguments, **options)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", read)
+    return folder, address
 
 
-def test_url__is_downloaded_once_and_checked(served: Path) -> None:
+def test_url__is_downloaded_once_and_checked(served: tuple[Path, str]) -> None:
+    folder, address = served
     source, model = tiny(1), tiny(2)
-    path = save_weights(source, served / "x.pth")
+    path = save_weights(source, folder / "x.pth")
     digest = sha256(path.read_bytes()).hexdigest()
     for checksum in (None, digest, digest[:10]):
-        load_weights(model, path.as_uri(), sha256=checksum)
+        load_weights(model, f"{address}/x.pth", sha256=checksum)
         assert_equal(model, source.state_dict())
         path.unlink(missing_ok=True)
 
 
-def test_url__what_goes_wrong(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, path = tiny(2), save_weights(tiny(1), served / "x.pth")
-    page, nothing = served / "z.pth", (served / "y.pth").as_uri()
-    refused(model, path.as_uri(), r"/x\.pth: it cannot be downloaded \(invalid hash value", sha256="0" * 64)
+def test_url__of_a_file_is_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    path, model = tmp_path / "latest one.pth", tiny(3)
+    for seed in (1, 2):
+        source = tiny(seed)
+        save_weights(source, path)
+        load_weights(model, path.as_uri())
+        assert_equal(model, source.state_dict())
+    path.write_bytes(b"<html>")
+    refused(model, path.as_uri(), r"latest one\.pth: .*got an HTML page")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]  # which is nobody's copy to delete
+    missing = (tmp_path / "none.pth").as_uri()
+    refusal(lambda: load_weights(model, missing), r"/none\.pth: no such file", FileNotFoundError)
+
+
+def test_url__what_goes_wrong(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, address = served
+    model, path = tiny(2), save_weights(tiny(1), folder / "x.pth")
+    page, nothing = folder / "z.pth", f"{address}/y.pth"
+    refused(model, f"{address}/x.pth", r"/x\.pth: it cannot be downloaded \(invalid hash value", sha256="0" * 64)
     refused(model, nothing, r"/y\.pth: it cannot be downloaded \(.*No such file.*; download it by hand")
     page.write_bytes(b"<html>")
-    refused(model, page.as_uri(), r"got an HTML page.* It came from file://.*/z\.pth")
+    refused(model, f"{address}/z.pth", r"got an HTML page.* It came from http://.*/z\.pth")
     page.write_bytes(path.read_bytes())
-    load_weights(model, page.as_uri())  # the page was not kept
+    load_weights(model, f"{address}/z.pth")  # the page was not kept
     monkeypatch.setitem(SOURCES, "coco", SOURCES["coco"]._replace(url=nothing))
     refused(model, "coco", "has not answered since about December 2021; users .* pass its path")
 

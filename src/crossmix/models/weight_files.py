@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -75,13 +76,15 @@ part of the file name; none is known for the released DACS checkpoint."""
 
 
 def read_weights(path_or_url: str | os.PathLike[str], sha256: str | None) -> tuple[Path, Mapping[str, Any]]:
-    """Read a file, after downloading it if it is a URL or a key of `SOURCES`; return its path and contents."""
+    """Read a file, after downloading it if it is an http(s) URL or a key of `SOURCES`; return its path and contents."""
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{8,64}", sha256.lower()):
         raise ValueError(f"`sha256` must be 8 to 64 hexadecimal digits, got {sha256!r}.")
     source = SOURCES.get(str(path_or_url), WeightSource(str(path_or_url), "", None, ""))
     checksum = (sha256 or source.sha256 or "").lower()
-    if urlsplit(source.url).scheme not in {"http", "https", "file"}:
-        return Path(path_or_url), _read(Path(path_or_url), checksum)
+    address = urlsplit(source.url)
+    if address.scheme not in {"http", "https"}:
+        path = Path(url2pathname(address.path) if address.scheme == "file" else path_or_url)
+        return path, _read(path, checksum)
     path = _downloaded(source, checksum)
     try:
         return path, _read(path, checksum)

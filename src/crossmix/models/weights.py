@@ -79,7 +79,7 @@ def load_weights(
 
     Args:
         model: A `crossmix.models.DeepLabV2`, or any network, wrapped or not.
-        path_or_url: A file; an http(s) or file URL, downloaded once into torch.hub's folder; or a key of
+        path_or_url: A file, or its file URL; an http(s) URL, downloaded once into torch.hub's folder; or a key of
             `crossmix.models.weight_files.SOURCES`: `"coco"`, `"imagenet"`, `"dacs-gta5"`, `"torchvision-v1"`,
             `"torchvision-v2"`.
         entry: The part of a checkpoint to load: a key or a prefix of names, at any depth. `"student"` also stands for
