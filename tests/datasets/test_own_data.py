@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +304,28 @@ def test_lists__of_whole_paths_and_of_parts_that_tell(tmp_path: Path) -> None:
         (tmp_path, "000001", ["seq1/000001"]),  # there is only one
     ):
         assert names_of(SegmentationFolder(root, names=put(tmp_path / "list.txt", text))) == want
+
+
+@pytest.mark.parametrize("images", ["images", "images/*/rgb.png"])
+@pytest.mark.parametrize(
+    "line", ["scene{i}/rgb.png", "scene{i}/rgb", "images/scene{i}/rgb.png", "{root}/images/scene{i}/rgb.png"]
+)
+def test_lists__of_equal_stems_take_linear_time(
+    tmp_path: Path, images: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, calls = 60, [0]
+    for i in range(count):
+        save(tmp_path / "images" / f"scene{i}" / "rgb.png", picture())
+    path = put(tmp_path / "list.txt", "\n".join(line.format(i=i, root=tmp_path) for i in range(count)))
+
+    def counted(call: Callable[[Path], Path], path: Path) -> Path:
+        calls[0] += 1
+        return call(path)
+
+    for name in ("absolute", "resolve"):
+        monkeypatch.setattr(Path, name, partialmethod(lambda path, call: counted(call, path), getattr(Path, name)))
+    assert len(SegmentationFolder(tmp_path / images, names=path)) == count
+    assert calls[0] < 5 * count
 
 
 @pytest.mark.parametrize(

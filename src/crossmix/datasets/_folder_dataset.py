@@ -1,10 +1,10 @@
 """The base of all readers: list and pair files, and read a pair as a `Sample`."""
 
 import codecs
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -182,14 +182,11 @@ def listed(path: Path, files: Mapping[str, Path]) -> set[str]:
     A line is a sample's key, or enough of its path to be unambiguous, with or without extension. Folders in front of
     the key, as in lists that start with the data set's name, are ignored, and so are empty lines and comments (#).
     """
-    by_stem: dict[str, set[str]] = {}
-    for key, file in files.items():
-        for stem in {key.rpartition("/")[2], bare(file.name)}:
-            by_stem.setdefault(stem, set()).add(key)
+    known = _Known(files)
     lines: dict[str, str] = {}
     wanted, absent = _lines(path), []
     for line in wanted:
-        keys = _meant(line, files, by_stem) or _meant(bare(line), files, by_stem)  # a dot may be part of the name
+        keys = known.meant(line) or known.meant(bare(line))  # a dot may be part of the name
         if len(keys) > 1:
             raise DataError(f"{path}: names {line}, which may be {keys[0]} or {keys[1]}; include the folder.")
         for key in keys:
@@ -219,22 +216,45 @@ def _lines(path: Path) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _meant(line: str, files: Mapping[str, Path], by_stem: Mapping[str, set[str]]) -> list[str]:
-    """The keys that match a line best."""
-    ranks = {key: _agreement(line, key, files[key]) for key in by_stem.get(line.rpartition("/")[2], ())}
-    best = max(ranks.values(), default=0)
-    return sorted(key for key, rank in ranks.items() if rank == best > 0)
+class _Known:
+    """The samples by everything that a line of a list may call them, so that a line is looked up, not compared."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = files
+        self.wholes: dict[str, list[str]] = {}  # keys by the whole path
+        self.ends: dict[str, list[str]] = {}  # and by every end of the key or the path, without extension
+        for key, file in files.items():
+            whole = bare(file.absolute().as_posix())
+            self.wholes.setdefault(whole, []).append(key)
+            for end in dict.fromkeys([*_ends(key), *_ends(whole)]):
+                self.ends.setdefault(end, []).append(key)
+
+    def meant(self, line: str) -> list[str]:
+        """The keys that match a line best."""
+        if line in self.files:
+            return [line]
+        if line.startswith("/") or line[1:3] == ":/":
+            return sorted(self.wholes.get(line) or self.resolved.get(line, []))
+        if line in self.ends:
+            return sorted(self.ends[line])
+        return [end for end in _ends(line) if end in self.files][:1]  # the longest
+
+    @cached_property
+    def resolved(self) -> dict[str, list[str]]:
+        """Keys by the whole path without links."""
+        found: dict[str, list[str]] = {}
+        for key, file in self.files.items():
+            found.setdefault(bare(file.resolve().as_posix()), []).append(key)
+        return found
 
 
-def _agreement(line: str, key: str, file: Path) -> float:
-    """How well a line of a list matches a sample; 0: not at all."""
-    if line == key:
-        return math.inf
-    if line.startswith("/") or line[1:3] == ":/":
-        return float(line in {bare(file.absolute().as_posix()), bare(file.resolve().as_posix())})
-    if any(whole.endswith(f"/{line}") for whole in (key, bare(file.absolute().as_posix()))):
-        return 1e9
-    return len(key) if line.endswith(f"/{key}") else 0
+def _ends(path: str) -> Iterator[str]:
+    """What is left of a path without its first folders, the longest first."""
+    rest = path
+    while rest:
+        _, _, rest = rest.partition("/")
+        if rest:
+            yield rest
 
 
 def _resize_image(image: Tensor, size: tuple[int, int], resampling: Filter) -> Tensor:
