@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, partialmethod
 from pathlib import Path
@@ -326,6 +327,19 @@ def test_lists__of_equal_stems_take_linear_time(
         monkeypatch.setattr(Path, name, partialmethod(lambda path, call: counted(call, path), getattr(Path, name)))
     assert len(SegmentationFolder(tmp_path / images, names=path)) == count
     assert calls[0] < 5 * count
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names__with_accents_pair_however_they_are_encoded(tmp_path: Path, form: str) -> None:
+    composed, apart = (unicodedata.normalize(one, "Zürich") for one in ("NFC", "NFD"))
+    for folder, name, array in (("images", apart, picture()), ("labels", composed, ids())):
+        save(tmp_path / folder / apart / f"{name}.png", array)
+    path = put(tmp_path / "list.txt", unicodedata.normalize(form, f"{tmp_path}/images/Zürich/Zürich.png"))
+    for given in (None, path, put(tmp_path / "short.txt", unicodedata.normalize(form, "Zürich.png"))):
+        assert names_of(SegmentationFolder(tmp_path, names=given)) == [composed]
+    assert names_of(SegmentationFolder(tmp_path / "images/**/*.png", tmp_path / "labels/**/*.png")) == [composed]
+    save(tmp_path / "images" / apart / f"{composed}.png", picture())
+    refusal(lambda: SegmentationFolder(tmp_path), "are two files of one name")
 
 
 @pytest.mark.parametrize(

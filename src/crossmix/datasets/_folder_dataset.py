@@ -2,6 +2,7 @@
 
 import codecs
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -106,15 +107,21 @@ def label_maps(folder: Path) -> Found:
 
 
 def by_key(pairs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    """Map keys to paths; refuse duplicate keys, ignoring case as many file systems do."""
+    """Map keys to paths; refuse duplicate keys, ignoring case as many file systems do, and how accents are encoded."""
     files: dict[str, Path] = {}
     taken: dict[str, Path] = {}
-    for key, path in pairs:
+    for name, path in pairs:
+        key = _composed(name)
         if other := taken.get(key.casefold()):
             hint = "keep one or, if one is a label map, move it to another folder"
             raise DataError(f"{other} and {path}: are two files of one name; {hint}.")
         taken[key.casefold()] = files[key] = path
     return files
+
+
+def _composed(name: str) -> str:
+    """A name with each accented letter as one character (NFC), where macOS writes a letter and its accent (NFD)."""
+    return unicodedata.normalize("NFC", name)
 
 
 SIGNS = {"Cityscapes": ("leftImg8bit*", "gtFine*"), "SYNTHIA": ("RGB", "GT"), "GTA5": ("images", "labels")}
@@ -208,7 +215,7 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = f"cannot be read as a list of names ({error})"
         raise DataError(f"{path}: {reason}; pass a text file, a name per line.") from error
-    lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
+    lines = [line.strip() for line in re.split(r"[\r\n]+", _composed(text))]
     names = [PurePosixPath(line.replace("\\", "/")).as_posix() for line in lines if line and line[0] != "#"]
     for name in names:
         if ".." in name.split("/"):
@@ -224,7 +231,7 @@ class _Known:
         self.wholes: dict[str, list[str]] = {}  # keys by the whole path
         self.ends: dict[str, list[str]] = {}  # and by every end of the key or the path, without extension
         for key, file in files.items():
-            whole = bare(file.absolute().as_posix())
+            whole = bare(_composed(file.absolute().as_posix()))
             self.wholes.setdefault(whole, []).append(key)
             for end in dict.fromkeys([*_ends(key), *_ends(whole)]):
                 self.ends.setdefault(end, []).append(key)
@@ -244,7 +251,7 @@ class _Known:
         """Keys by the whole path without links."""
         found: dict[str, list[str]] = {}
         for key, file in self.files.items():
-            found.setdefault(bare(file.resolve().as_posix()), []).append(key)
+            found.setdefault(bare(_composed(file.resolve().as_posix())), []).append(key)
         return found
 
 
