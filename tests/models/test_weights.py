@@ -330,6 +330,36 @@ def test_load__head_of_another_name(tmp_path: Path) -> None:
     assert report.mismatched == ("classifier.weight", "classifier.bias")
 
 
+def test_load__heads_of_another_name_are_named(tmp_path: Path) -> None:
+    def network(seed: int, classes: int) -> nn.Module:
+        head = nn.Sequential(OrderedDict(inner=nn.Linear(2, 2), last=nn.Linear(2, classes)))
+        parts = OrderedDict(body=nn.Linear(3, 2), decode_head=head, auxiliary_head=copy.deepcopy(head))
+        return randomised(nn.Sequential(parts), seed)
+
+    source, model = network(1, 4), network(2, 5)
+    path = saved(source.state_dict(), tmp_path / "x.pth")
+    last = ("decode_head.last", "auxiliary_head.last")
+    for options, want in (
+        ({"strict": True}, last),
+        ({"strict": False}, last),
+        ({"strict": False, "head": "decode_head"}, ("decode_head", "auxiliary_head.last")),
+        ({"strict": False, "head": ["auxiliary_head"]}, ("auxiliary_head", "decode_head.last")),
+    ):
+        also = r"`strict=False` and " if options["strict"] else ""
+        advice = f"if it is a head that differs, pass {also}`head={want}`, else build"
+        refused(model, path, re.escape(advice), **options)
+        report = load_weights(network(2, 5), path, strict=False, head=want)
+        assert report.mismatched == tuple(f"{name}.{kind}" for name in last for kind in ("weight", "bias"))
+        assert "decode_head.inner.weight" in report.matched
+    refused(tiny(2), saved(tiny(1, 4).state_dict(), tmp_path / "tiny.pth"), "pass `strict=False` to leave out the head")
+    one = saved({**source.state_dict(), "body.bias": torch.ones(7)}, tmp_path / "one.pth")
+    refused(source, one, re.escape("pass `strict=False` and `head='body'`, else build"))
+    many = saved({name: value[:1] for name, value in source.state_dict().items()}, tmp_path / "many.pth")
+    assert "head=" not in refused(source, many, "build the network that the weights were saved from")
+    names = r"`head` must be the name of a submodule, or several names, got \[3\]"
+    refusal(lambda: load_weights(model, path, head=[3]), names, TypeError)
+
+
 def training(seed: int) -> SelfTraining:
     return SelfTraining(tiny(seed), MeanTeacher(tiny(seed + 1)), mix=ClassMix(5))
 

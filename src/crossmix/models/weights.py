@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -58,7 +58,7 @@ def load_weights(
     entry: str | None = None,
     strict: bool = True,
     sha256: str | None = None,
-    head: str = "layer5",
+    head: str | Sequence[str] = "layer5",
 ) -> LoadReport:
     """Load weights from a file into a model; report and log what matched.
 
@@ -88,7 +88,7 @@ def load_weights(
         strict: Whether everything has to match, except `num_batches_tracked`, which old files lack. False allows
             another head and additional tensors in the file; the whole backbone always has to match.
         sha256: The file's checksum in hexadecimal, or at least its first eight digits.
-        head: Name of the submodule that is the head.
+        head: Name of the submodule that is the head, or several: `("decode_head", "auxiliary_head")`.
 
     Returns:
         What matched and what did not. It is also logged, as a warning if anything did not match.
@@ -96,6 +96,7 @@ def load_weights(
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If it is a safetensors file, and the package is not installed.
+        TypeError: If `head` is neither a name nor several.
         WeightsError: If it cannot be downloaded or read, contains objects other than tensors (the message says how to
             allow them), or does not match as required.
         ValueError: If `sha256` is not a checksum, or the model is on the meta device.
@@ -108,8 +109,11 @@ def load_weights(
         >>> len(report.matched), report.mismatched[:2]
         (102, ('layer5.conv2d_list.0.weight', 'layer5.conv2d_list.0.bias'))
     """
+    heads = (head,) if isinstance(head, str) else tuple(head)
+    if not all(isinstance(one, str) for one in heads):
+        raise TypeError(f"`head` must be the name of a submodule, or several names, got {head!r}; pass strings.")
     path, contents = read_weights(path_or_url, sha256)
-    return _load(model, contents, entry, path, strict=strict, head=head)
+    return _load(model, contents, entry, path, strict=strict, heads=heads)
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str | None = None) -> Path:
@@ -158,7 +162,13 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], *, entry: str |
 
 
 def _load(
-    model: nn.Module, contents: Mapping[str, Any], entry: str | None, path: Path, *, strict: bool, head: str
+    model: nn.Module,
+    contents: Mapping[str, Any],
+    entry: str | None,
+    path: Path,
+    *,
+    strict: bool,
+    heads: tuple[str, ...],
 ) -> LoadReport:
     """Match names and shapes, check the result, then copy."""
     ours = _named(model)
@@ -190,7 +200,22 @@ def _load(
     beside = [str(name) for name in place.state if name not in used]
     sign = next((name for name in beside if headless and TORCHVISION_HEADS & {*name.split(".")}), "")
     part = "" if report.matched else part_of(contents, own)
-    _check(report, place, lacking, path, strict=strict, head=head, torchvisions=bool(sign), part=part)
+    present = [head for head in heads if any(name.startswith(f"{head}.") for name in own)]
+    outside = [name for name in own if name in lacking and not name.startswith(tuple(f"{head}." for head in present))]
+    fix = ""
+    if report.matched and all(name in values for name in outside):  # of another shape
+        fix = _as_heads(present, outside)
+    _check(
+        report,
+        place,
+        lacking,
+        path,
+        strict=strict,
+        backbone=bool(report.matched) and not outside,
+        torchvisions=bool(sign),
+        part=part,
+        fix=fix,
+    )
     for start in headless if sign else ():
         values |= _preprocessing_converted(values, start)
     copied = {full: _as_sharded(values[clean[full]], own[clean[full]]) for full in report.matched}
@@ -210,18 +235,20 @@ def _check(
     path: Path,
     *,
     strict: bool,
-    head: str,
+    backbone: bool,
     torchvisions: bool,
     part: str,
+    fix: str,
 ) -> None:
     """Raise if the report violates `strict` or the backbone does not match, with advice."""
-    backbone = bool(report.matched) and all(name.startswith(f"{head}.") for name in lacking)
     if backbone and not (strict and (lacking or report.unexpected)):
         return
     if part:
         advice = f"these are the weights of a part of it, load them into `model.{part}`"
     elif not (strict and backbone):
         advice = "build the network that the weights were saved from"
+        if fix:
+            advice = f"if it is a head that differs, pass {'`strict=False` and ' if strict else ''}{fix}, else {advice}"
     elif torchvisions:
         advice = "it looks like torchvision's ResNet-101, which `strict=False` converts as far as possible"
     elif lacking:
@@ -233,6 +260,15 @@ def _check(
     what = "everything" if strict else "the whole backbone"
     where = f" in its part {place.name!r}" if place.path else ""
     raise WeightsError(f"{path}: expected {what} to match, got {report}{where}; the model is unchanged; {advice}.")
+
+
+def _as_heads(heads: Sequence[str], outside: Sequence[str]) -> str:
+    """The argument that leaves out tensors outside of the heads too; empty if they belong to many submodules."""
+    others = [*dict.fromkeys(name.rpartition(".")[0] for name in outside)]
+    if "" in others or not 1 <= len(others) <= 3:
+        return ""
+    names = (*heads, *others)
+    return f"`head={names if len(names) > 1 else names[0]!r}`"
 
 
 def _log(path: Path, place: Place, report: LoadReport, *, careful: bool) -> None:
