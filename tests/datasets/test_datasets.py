@@ -399,6 +399,26 @@ def test_cityscapes__train_extra_has_coarse_labels(tmp_path: Path) -> None:
     assert torch.equal(sample.label, train_ids()[torch.from_numpy(ids(16, 32)).long()])
 
 
+def test_cityscapes__folders_of_zips_beside_each_other(tmp_path: Path) -> None:
+    def put(folder: str, ending: str, stem: str = "aachen_000000_000019") -> None:
+        image = picture(16, 32) if "left" in ending else ids(16, 32)
+        save(tmp_path / folder / "aachen" / f"{stem}_{ending}.png", image)
+
+    put("leftImg8bit_trainextra/leftImg8bit/train_extra", "leftImg8bit")
+    refusal(lambda: Cityscapes(tmp_path, "train_extra"), r"<root>/gtCoarse/<split>/<city>/\*_gtCoarse_labelIds\.png")
+    put("gtCoarse/gtCoarse/train_extra", "gtCoarse_labelIds")
+    assert len(Cityscapes(tmp_path, "train_extra")) == 1
+    put("gtFine_trainvaltest/train", "gtFine_labelIds")
+    put("leftImg8bit_blurred/train", "leftImg8bit_blurred")
+    for frame in ("aachen_000000_000018", "aachen_000000_000019"):
+        put("leftImg8bit_sequence/train", "leftImg8bit", frame)
+        put("leftImg8bit_sequence_trainvaltest/train", "leftImg8bit", frame)
+    refusal(lambda: Cityscapes(tmp_path, "train"), r"1 label maps but no images.*<root>/gtFine/<split>")
+    put("leftImg8bit_trainvaltest/train", "leftImg8bit")
+    files = Cityscapes(tmp_path, "train").files
+    assert [file.image.relative_to(tmp_path).parts[0] for file in files] == ["leftImg8bit_trainvaltest"]
+
+
 def test_folder__by_folders_of_any_depth(tmp_path: Path) -> None:
     x, y = tmp_path / "x", tmp_path / "y"
     for key in ("a/1", "a/2", "b/1"):

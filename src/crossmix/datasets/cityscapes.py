@@ -11,9 +11,10 @@ __all__ = ["Cityscapes"]
 
 IMAGES, FINE, COARSE = "leftImg8bit", "gtFine", "gtCoarse"
 LAYOUT = (
-    f"expected <root>/{IMAGES}/<split>/<city>/*_{IMAGES}.png and <root>/{FINE}/<split>/<city>/*_{FINE}_labelIds.png, "
+    f"expected <root>/{IMAGES}/<split>/<city>/*_{IMAGES}.png and <root>/{{0}}/<split>/<city>/*_{{0}}_labelIds.png, "
     "with or without the folders of the zips around them"
 )
+SEQUENCE = f"{IMAGES}_sequence"  # the frames before and after each image, of which few have labels
 
 
 class Cityscapes(FolderDataset):
@@ -21,7 +22,7 @@ class Cityscapes(FolderDataset):
 
     Pairs `leftImg8bit/<split>/<city>/*_leftImg8bit.png` with `gtFine/<split>/<city>/*_gtFine_labelIds.png`, or with
     `gtCoarse` for the split `train_extra`. Each may be inside the folder of its zip, `leftImg8bit_trainvaltest`,
-    `gtFine_trainvaltest` and so on. Label ids are mapped to train ids.
+    `gtFine_trainvaltest`, `gtCoarse` and so on; `leftImg8bit_sequence*` is not read. Label ids are mapped to train ids.
 
     Args:
         root: The folder that contains `leftImg8bit` and `gtFine`.
@@ -66,7 +67,7 @@ class Cityscapes(FolderDataset):
         of_images = of_split(self.root, split, IMAGES, f"_{IMAGES}") if images else None
         of_labels = of_split(self.root, split, kind, f"_{kind}_labelIds") if labels else None
         where, expected = f"{self.root}: split {split!r}", (self.root, "Cityscapes")
-        files = paired(where, of_images, of_labels, LAYOUT, names=names, strict=True, root=expected)
+        files = paired(where, of_images, of_labels, LAYOUT.format(kind), names=names, strict=True, root=expected)
         super().__init__(files, LABEL_IDS, size, "bilinear")
 
 
@@ -81,10 +82,11 @@ def of_split(root: Path, split: str, folder: str, suffix: str) -> Found:
     def ours(path: str) -> bool:
         return path.count("/") == 1 and bare(path).endswith(suffix)
 
+    found = Found({})
     for base in _bases(root, folder):
-        if (base / split).is_dir():
-            return find(base / split, recursive=True, only=ours, suffix=suffix)
-    return Found({})
+        if (base / split).is_dir() and not found.files:  # there may be other images (blurred, foggy) in such folders
+            found = find(base / split, recursive=True, only=ours, suffix=suffix)
+    return found
 
 
 def splits(root: Path) -> list[str]:
@@ -97,5 +99,5 @@ def splits(root: Path) -> list[str]:
 
 def _bases(root: Path, folder: str) -> list[Path]:
     """Folders that may contain a kind of file, with or without the folder of its zip."""
-    zips = sorted(root.glob(f"{folder}_*"))
-    return [root / folder, *(path / folder for path in zips), *zips]
+    zips = sorted(path for path in root.glob(f"{folder}_*") if not path.name.startswith(SEQUENCE))
+    return [root / folder, *(path / folder for path in (root / folder, *zips)), *zips]
