@@ -177,6 +177,16 @@ def test_root__above_is_said_of_official_ones(tmp_path: Path, command: Callable[
         assert said in command(2, "check", tmp_path / folder, *options)
 
 
+def test_root__above_zips_in_folders_of_their_own_is_said(tmp_path: Path) -> None:
+    for part in ("01", "02"):
+        for kind, array in (("images", picture()), ("labels", ids())):
+            save(tmp_path / f"{part}_{kind}" / kind / f"{part}.png", array)
+    merge = rf"such as {tmp_path}/01_images; merge these into one images and one labels\); expected <root>/images"
+    refusal(lambda: GTA5(tmp_path), merge)
+    StreetScenes(1).write(tmp_path / "whole", layout="gta5")
+    refusal(lambda: GTA5(tmp_path), rf"\(did you mean {tmp_path}/whole\?\)")  # though others come before it
+
+
 def test_folders__one_for_both_is_refused(tmp_path: Path) -> None:
     pairs(tmp_path)
     for given in (tmp_path, tmp_path / "images", tmp_path / "*" / "*.png"):

@@ -135,7 +135,12 @@ def _looks_like(root: Path, expected: str) -> str:
     for name, patterns in SIGNS.items():
         if name != expected and any(path.is_dir() for pattern in patterns for path in root.glob(pattern)):
             return f" (it looks like {name})"
-    below = sorted({path.parent for pattern in SIGNS[expected] for path in root.glob(f"*/{pattern}") if path.is_dir()})
+    signs = SIGNS[expected]
+    parents = [{path.parent for path in root.glob(f"*/{sign}") if path.is_dir()} for sign in signs]
+    below = [*sorted(set.intersection(*parents)), *sorted(set.union(*parents))]  # those with all signs come first
+    if len(below) > 1 and below[0] not in set.intersection(*parents):
+        whole = " and one ".join(sign.rstrip("*") for sign in signs)
+        return f" (the zips are in folders of their own, such as {below[0]}; merge these into one {whole})"
     return f" (did you mean {below[0]}?)" if below else ""
 
 
