@@ -190,8 +190,10 @@ def resumed(
 ) -> tuple[list[dict[str, Any]], float]:
     """Load the newest checkpoint of this run; return its looks and CPU seconds, none if it is new."""
     found = begun.load_newest()
-    if found is None or found["options"] != job.as_json():
+    if found is None:
         return [], 0.0
+    if found["options"] != job.as_json():
+        raise SystemExit(f"{begun.folder}: is a run with other options; pass another --out, or delete it.")
     training.load_state_dict(found["training"])
     optimizer.load_state_dict(found["optimizer"])
     return found["looks"], found["seconds"]

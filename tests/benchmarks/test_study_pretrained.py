@@ -416,9 +416,9 @@ def test_run__interrupted_goes_on_from_where_it_was_scored(monkeypatch: pytest.M
     monkeypatch.setattr(trials, "look", scored)
     steps: list[int] = []
     monkeypatch.setattr(trials, "batch", lambda *given, real=trials.batch: steps.append(given[1]) or real(*given))
-    trials.run(replace(job, steps=2), CheckpointStore(tmp_path / "begun" / "mic--seed-0"))
-    assert set(steps) == {0, 1}  # of a run with other options there is nothing to go on from
-    steps.clear()
+    with pytest.raises(SystemExit, match="mic--seed-0: is a run with other options; pass another --out, or delete"):
+        trials.run(replace(job, steps=2), CheckpointStore(tmp_path / "begun" / "mic--seed-0"))
+    assert not steps
     trials.run_to_file(job, tmp_path)
     assert set(steps) == {4, 5}
     document = json.loads((tmp_path / job.file).read_text(encoding="utf-8"))
