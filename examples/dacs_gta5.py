@@ -374,7 +374,8 @@ def evaluate_if_due(run: Run, record: Record) -> None:
     try:
         found = {who: scores(run, network) for who, network in networks.items()}
     except (ValueError, OSError) as error:
-        raise DataError(f"{reason(error)} Repair it; {goes_on(run)}.") from error
+        repair = "" if "scores are NaN" in str(error) else "Repair it; "  # NaN is no fault of the images
+        raise DataError(f"{reason(error)} {repair}{goes_on(run)}.") from error
     entry: dict[str, Any] = {"step": run.done, **{who: by_size for who, (by_size, _) in found.items()}}
     entry["unsupervised"] = {who: without_labels for who, (_, without_labels) in found.items()}
     save(run, names=keep_scores(run, entry))

@@ -107,7 +107,7 @@ def add_network_options(parser: argparse.ArgumentParser, size_flag: str) -> None
         help="size to which images are resized, or native; default: the run's, or 512x1024",
     )  # fmt: skip
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: the run's, or fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: fp32, or the run's on a GPU")
 
 
 def load_network(
@@ -154,26 +154,27 @@ def trained_size(weights: str) -> tuple[int, int] | None:
 
 
 def set_precision(args: argparse.Namespace) -> None:
-    """Compute in the precision that is asked for, or else in the run's."""
-    args.precision = args.precision or trained(args.weights, "precision", "fp32", PRECISIONS)
+    """Compute in the precision that is asked for; else on a GPU in that of the run. CPUs are slow at lower ones."""
+    on_gpu = args.device.startswith("cuda")
+    args.precision = args.precision or (known(args.weights, "precision", PRECISIONS) if on_gpu else None) or "fp32"
     set_float32_products(args.precision)
 
 
 def trained_row(weights: str) -> str | None:
-    """Name the row of the paper that a run's data and method correspond to; none for another source."""
-    if option(weights, "source", ""):
+    """Name the row of the paper that a run's data and method correspond to; None for other data or methods."""
+    config = saved_config(weights)
+    if "method" not in config:
+        return "gta5/dacs"
+    method = known(weights, "method", METHODS)
+    if method is None or config.get("source"):
         return None
-    return f"{'synthia' if option(weights, 'synthia', '') else 'gta5'}/{trained(weights, 'method', 'dacs', METHODS)}"
+    return f"{'synthia' if config.get('synthia') else 'gta5'}/{method}"
 
 
-def trained(weights: str, name: str, default: str, choices: Sequence[str]) -> str:
-    """Read an option of a run that is one of a few words."""
-    found = str(option(weights, name, default))
-    if found not in choices:
-        raise WeightsError(
-            f"{weights}: its option {name!r} must be one of {', '.join(choices)}, got {found[:80]!r}; use another file."
-        )
-    return found
+def known(weights: str, name: str, choices: Sequence[str]) -> str | None:
+    """Read an option of a run that is one of a few words; None if the file, which may be anybody's, has another."""
+    found = saved_config(weights).get(name)
+    return found if isinstance(found, str) and found in choices else None
 
 
 def saved_classes(weights: str) -> int:

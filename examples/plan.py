@@ -172,8 +172,9 @@ def _of_folders(request: Request, folders: list[Path]) -> Iterator[str]:
         return
     for folder in filter(has_begun, folders):
         yield f"{folder} holds a run already; resume it with --resume, or give another --out."
-    if out is not None and (strangers := {path.parent for path in config_files(out)} - set(folders)):
-        held = ", ".join(map(str, sorted(strangers)))
+    others = [] if out is None else [path.parent for path in config_files(out) if path.parent not in folders]
+    if out is not None and any(map(has_begun, others)) and (out / "report" / "index.html").exists():
+        held = ", ".join(map(str, others))
         yield f"--out {out} holds {held} of another command, whose report would be replaced; give another --out."
     # Until the old ones are deleted, the new checkpoint and the new best ones lie beside them.
     kept, written = KEPT * request.runs * len(request.methods), 2

@@ -35,7 +35,7 @@ def buffer_of(numbers: list[float] | None, like: object) -> Tensor | None:
 
 def refill(buffer: Tensor | None, numbers: list[float] | None) -> None:
     """Restore a buffer that `to_empty` left without values."""
-    if buffer is not None:
+    if buffer is not None and numbers is not None:
         buffer.copy_(torch.tensor(numbers, dtype=torch.float32, device="cpu"))
 
 

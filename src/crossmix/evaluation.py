@@ -97,7 +97,8 @@ def evaluate(
         workers: Number of processes that read samples of a map-style data set in advance.
         sync: Split a map-style data set over the ranks of torch.distributed and sum the counts, so that the result
             equals that of one process. Every rank has to call. If the network communicates (DDP, FSDP), all ranks make
-            equally many forward passes; with `window`, that needs images of one size.
+            equally many forward passes: `forward` may be called once more, for a result that is not used, and with
+            `window` the images must have one size.
         ignore_index: The id of ignored pixels.
         progress: Whether the first rank shows progress on stderr: a bar on a terminal with tqdm, otherwise lines.
 
@@ -155,8 +156,9 @@ def evaluate(
                 scores = [upsample(view, labels.shape[-2:], align_corners=align_corners) for view in found]
                 matrices[name].update(_classes(scores, soft=soft), labels)
             seen += len(batch.images)
-        if sync and seen < -(-len(data) // world_size()) and communicates(network):  # type: ignore[arg-type]
-            views(_batch(data[0], 0).images)  # type: ignore[index]  # the others wait for this rank's share of their last forward pass
+        if sync and _is_map_style(data) and seen < -(-len(data) // world_size()) and communicates(network):
+            # The other ranks wait for this one's share of their last forward pass.
+            views(_batch(data[0], 0).images)
     if not (_length(data) if sync else seen):
         raise ValueError("`data` must not be empty; check the folder that it is read from.")
     _conclude(matrices, seen, sync=sync)

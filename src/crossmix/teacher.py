@@ -525,7 +525,8 @@ def _is_split(part: Any) -> bool:  # noqa: ANN401 - a FullyShardedDataParallel
 
 def _refuse_captured(student: nn.Module) -> None:
     """Refuse attributes that are functions holding the student: functions are not copied, so a copy would call it."""
-    owned = {id(value) for part in student.modules() for value in (part, *part._parameters.values())}
+    tensors = [value for part in student.modules() for value in part._parameters.values() if value is not None]
+    owned = set(map(id, [*student.modules(), *tensors]))
     for name, part in named_parts(student):  # without wrappers, which are not copied
         for key in part.__dict__.keys() - {"_compiled_call_impl"}:  # of `module.compile()`, which is not copied either
             value = part.__dict__[key]
@@ -540,10 +541,13 @@ def _refuse_captured(student: nn.Module) -> None:
 
 
 def _holds(function: FunctionType, owned: set[int], seen: set[int]) -> bool:
-    """Whether a function refers to a module or parameter of the student: in its closure or defaults, or by wrapping."""
+    """Whether a function's closure or defaults hold a module or parameter of the student, by itself or in a list."""
     seen.add(id(function))
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # some are empty
-    for value in (*cells, *(function.__defaults__ or ()), *vars(function).values()):
+    held = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    held += [one for value in held if isinstance(value, list | tuple) for one in value]
+    held += [one for value in held if isinstance(value, dict) for one in value.values()]
+    for value in held:
         bound = value.__self__ if isinstance(value, MethodType) else value
         inner = value.__func__ if isinstance(value, MethodType) else value
         if id(bound) in owned:

@@ -81,7 +81,7 @@ class File:
     """A file with moments before and within each write."""
 
     def __init__(self, file: Any, moments: Moments) -> None:
-        self.file, self.moments = file, moments
+        self.file, self.moments, self.name = file, moments, file.name
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ import itertools
 import os
 import pickle
 import shutil
+import signal
 from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -69,6 +71,7 @@ def test_keyed_crops__refuse_a_label_map_of_another_size(pad: bool) -> None:
 def test_keyed_crops__files_of_another_kind_are_left_alone() -> None:
     class Theirs:
         files = ("0.png", "1.png")
+        ignore_index = -100  # of a loss
 
         def __len__(self) -> int:
             return 2
@@ -77,6 +80,7 @@ def test_keyed_crops__files_of_another_kind_are_left_alone() -> None:
             return items(2)[index]
 
     assert KeyedCrops(Theirs(), (4, 3), seed=0, stream=0)[0][0].shape == (3, 4, 3)
+    assert KeyedCrops(Theirs(), (4, 3), seed=0, stream=0).ignore_index == 255
     with pytest.raises(DataError, match=r"item[01]: the image is 6 x 9, smaller than the crop of 7 x 3"):
         KeyedCrops(Theirs(), (7, 3), seed=0, stream=0)[0]
 
@@ -396,6 +400,27 @@ def test_checkpoints__threads_take_turns(tmp_path: Path) -> None:
         saved = [pool.submit(stores[k % 2].save, 7, {"step": 7, "weight": torch.ones(50_000)}) for k in range(20)]
         assert {one.result().name for one in saved} == {"step-0000007.pt"}
     assert set(contents(tmp_path)) == with_hashes("step-0000007.pt")
+
+
+def test_checkpoints__a_signal_may_save_in_the_midst_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, sync = CheckpointStore(tmp_path), os.fsync
+
+    def save_and_end(*_: object) -> None:
+        store.save(2, state(2))
+        raise SystemExit(0)
+
+    def interrupted(_: int) -> None:
+        monkeypatch.setattr(os, "fsync", sync)
+        signal.raise_signal(signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, save_and_end)
+    monkeypatch.setattr(os, "fsync", interrupted)
+    try:
+        with pytest.raises(SystemExit):
+            store.save(np.int64(1), state(1))  # type: ignore[arg-type]  # an int of another kind
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert step_of(store.load_newest()) == 2
 
 
 def test_checkpoints__what_could_not_be_loaded_again_is_not_saved(tmp_path: Path) -> None:

@@ -345,18 +345,18 @@ def test_guard__gradients_may_be_left_to_a_scaler() -> None:
 def test_guard__restores_an_expanded_buffer(guard: type[FiniteGuard]) -> None:
     network = nn.Linear(2, 2)
     network.register_buffer("scale", torch.ones(1, 1).expand(4, 3))
-    optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    watch = guard([network], optimizer, skip=1)
-    before = copy.deepcopy(network.state_dict())
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+    watch = guard([network], optimizer, skip=3)
 
     def forward() -> Tensor:
         network.scale[0, 0] += 1
         return network(torch.ones(1, 2))
 
-    guarded_step(watch, [optimizer], forward, math.nan)
-    assert same(network.state_dict(), before)
-    guarded_step(watch, [optimizer], forward, 1.0)
-    assert network.scale.tolist() == [[2.0] * 3] * 4
+    for good, scale in ((False, 1.0), (True, 2.0), (False, 2.0), (False, 2.0), (True, 3.0)):  # the second makes state
+        before = copy.deepcopy(network.state_dict())
+        guarded_step(watch, [optimizer], forward, 1.0 if good else math.nan)
+        assert good or same(network.state_dict(), before)
+        assert network.scale.tolist() == [[scale] * 3] * 4
 
 
 @pytest.mark.usefixtures("process_group")

@@ -5,8 +5,10 @@ import json
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -197,27 +199,34 @@ def test_evaluate__takes_row_and_precision_from_the_run(
     config: dict[str, str], row: str, shown: str, folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     path, seen = tmp_path / "x.pt", []
-    config = {"network": "tiny", "target_size": "32x64", "precision": "bf16", **config}
+    networks.set_float32_products("fp32")
+    config = {"network": "tiny", "target_size": "32x64", "precision": "tf32", **config}
     torch.save({"student": deeplab_v2_tiny(19, aspp_branches=2).state_dict(), "config": config}, path)
-    scored = evaluation.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: (seen.append(k["dtype"]), scored(*a, **k))[1])
+    chosen = networks.set_float32_products
+    monkeypatch.setattr(evaluate, "set_float32_products", lambda precision: (seen.append(precision), chosen("fp32")))
     arguments = ["--weights", str(path), "--cityscapes", str(folder), "--workers", "0"]
     assert evaluate.main(arguments) == 0
     printed = capsys.readouterr().out
     assert (row or "| class | student 32x64 | student 64x128 |\n") in printed.splitlines(keepends=True)[0]
     assert shown in printed
-    assert evaluate.main([*arguments, "--precision", "fp32", "--paper", "gta5/alignment"]) == 0
+    assert evaluate.main([*arguments, "--precision", "bf16", "--paper", "gta5/alignment"]) == 0
     assert "paper, gta5/alignment" in capsys.readouterr().out
-    assert seen == [torch.bfloat16, None]
+    for device in ("cpu", "cuda:1"):
+        evaluate.set_precision(Namespace(weights=str(path), device=device, precision=None))
+    assert seen == ["fp32", "bf16", "fp32", "tf32"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("method", "mine"), ("precision", "fp64"), ("method", 3)])
-def test_evaluate__refuses_unknown_options_of_a_run(name: str, value: object, folder: Path, tmp_path: Path) -> None:
-    torch.save(
-        {"student": deeplab_v2_tiny(19).state_dict(), "config": {"network": "tiny", name: value}}, tmp_path / "x.pt"
-    )
-    with pytest.raises(SystemExit, match=rf"x\.pt: its option '{name}' must be (one of|text)"):
-        evaluate.main(["--weights", str(tmp_path / "x.pt"), "--cityscapes", str(folder)])
+OTHERS = ({"method": "mine"}, {"method": None, "precision": 16}, {"source": {"type": "GTA"}, "precision": "16-mixed"})
+
+
+@pytest.mark.parametrize("options", OTHERS)
+def test_evaluate__options_of_others_cost_only_the_column(
+    options: dict[str, Any], folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    path, student = tmp_path / "x.pt", deeplab_v2_tiny(19, aspp_branches=2).state_dict()
+    torch.save({"student": student, "config": {"network": "tiny", "target_size": "32x64", **options}}, path)
+    assert evaluate.main(["--weights", str(path), "--cityscapes", str(folder), "--workers", "0"]) == 0
+    assert ("paper" in capsys.readouterr().out) == ("method" not in options)
 
 
 def test_paper_tables__rows_average_to_their_means() -> None:

@@ -560,6 +560,11 @@ def test_backbone__without_a_head_is_taken_with_a_warning_of_its_preprocessing(
         load_weights(model, saved(prefixed(prefix, backbone), tmp_path / "x.pth"), strict=False)
         assert torch.equal(model.conv1.weight, backbone["conv1.weight"])
         assert ("BGR in 0..255 minus the mean is assumed" in caplog.text) is warns
+    caplog.clear()
+    renamed = {**backbone, "classifier.conv2d_list.0.weight": torch.ones(2)}  # the head of a DeepLab-v2 all the same
+    load_weights(model, saved(renamed, tmp_path / "x.pth"), strict=False)
+    assert torch.equal(model.conv1.weight, backbone["conv1.weight"])
+    assert "recognised" not in caplog.text
 
 
 def by_hand(tensors: State, *, like_a_page: bool = False) -> bytes:

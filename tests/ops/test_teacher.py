@@ -671,18 +671,34 @@ REPLACED: dict[str, tuple[Callable[[Any], object], bool]] = {
     "twice": (lambda net: setattr(net[0], "forward", around(around(net[0].forward))), True),
     "a lambda": (lambda net: setattr(net, "forward", lambda images: net[1](net[0](images))), True),
     "a weight": (lambda net: setattr(net, "scaled", lambda weight=net[0].weight: 2 * weight), True),
+    "a list": (lambda net: setattr(net, "forward", through([*net])), True),
+    "a dict in a keyword": (lambda net: setattr(net, "forward", through(whole=net)), True),
     "a method": (lambda net: setattr(net, "forward", MethodType(lambda self, images: net[0](images), net)), True),
     "compiled in place": (lambda net: net.compile(backend="eager"), False),
     "a partial": (lambda net: setattr(net, "forward", partial(net.forward)), False),
     "a bound method": (lambda net: setattr(net, "before", net.forward), False),
     "of the class": (lambda net: setattr(net, "forward", MethodType(around(nn.Sequential.forward), net)), False),
     "another one's": (lambda net: setattr(net, "loss", around(nn.CrossEntropyLoss())), False),
+    "of torch": (lambda net: setattr(net, "up", nn.functional.interpolate), False),
+    "a method that names what it wraps": (
+        lambda net: setattr(net, "forward", MethodType(wraps(net.forward)(lambda self, x: self[1](self[0](x))), net)),
+        False,
+    ),
 }
+
+
+def through(layers: Any = (), **kept: Any) -> Callable[[Tensor], Tensor]:
+    def forward(images: Tensor, *, layers: Any = layers, kept: Any = kept) -> Tensor:
+        for layer in layers:
+            images = layer(images)
+        return kept["whole"](images) if kept else images
+
+    return forward
 
 
 @pytest.mark.parametrize("how", REPLACED)
 def test_student__functions_that_hold_it_are_refused_and_others_follow_the_copy(how: str) -> None:
-    network, (replace, holds) = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)), REPLACED[how]
+    network, (replace, holds) = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1, bias=False)), REPLACED[how]
     replace(network)
     if holds:
         with pytest.raises(ValueError, match=r"was replaced by a function that holds the student .*`network=`"):

@@ -1,6 +1,7 @@
 """Atomic, verified checkpoints: written to a temporary file, hashed, renamed into place, verified on loading."""
 
 import hashlib
+import operator
 import os
 import pickle
 import re
@@ -19,7 +20,7 @@ __all__ = ["CheckpointError", "CheckpointStore"]
 
 NAMES = r"best(_[a-z0-9_]*[a-z0-9])?"
 OURS = rf"(step-\d+|{NAMES})\.pt"
-_SAVING = threading.Lock()  # of all stores, so that one can be pickled
+_SAVING = threading.RLock()  # of all stores, so that one can be pickled; a signal may save in the midst of a save
 LEFT_BEHIND = re.compile(rf"{OURS}(\.sha256)?\.tmp\.\d+")
 
 
@@ -55,7 +56,7 @@ class CheckpointStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2) -> None:
-        check_int("keep", keep, least=2, hint=", so that a damaged checkpoint has a predecessor")
+        check_int("keep", keep, least=2, hint="; a damaged checkpoint needs a predecessor")
         self.folder: Path = Path(folder)
         self.keep = keep
 
@@ -84,6 +85,7 @@ class CheckpointStore:
             ValueError: If a name has another form, `step` is negative, or the folder has a valid checkpoint of a later
                 step, which `load_newest` would return instead. Nothing is written then.
         """
+        step = operator.index(step)
         check_int("step", step, least=0, hint="; it counts finished optimizer steps")
         for name in names:
             if not re.fullmatch(NAMES, name):

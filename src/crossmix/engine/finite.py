@@ -89,6 +89,7 @@ class FiniteGuard:
         self._unsettled: tuple[_Flag, _HostState] | None = None
         self._report = _Report()
         self._kept: dict[Tensor, Tensor] = {}
+        self._views: dict[Tensor, Tensor] = {}
         self._groups: list[_Group] = []
         self._inside: list[nn.Module] = []
         self._seen: list[int] = []
@@ -108,7 +109,7 @@ class FiniteGuard:
         BatchNorm's statistics.
         """
         self._good = self._before = self._unsettled = None
-        self._kept = {}
+        self._kept, self._views = {}, {}
         self._keep_new()
 
     @torch.no_grad()
@@ -205,10 +206,19 @@ class FiniteGuard:
         held = [[*module.parameters(), *module.buffers()] for module in self.modules]
         states = [state.values() for one in self.optimizers for state in one.state.values()]
         made = [value for values in states for value in values if isinstance(value, Tensor)]
-        tensors = [_writable(one) for one in dict.fromkeys(itertools.chain(*held, self._parameters(), made))]
+        tensors = [self._writable(one) for one in dict.fromkeys(itertools.chain(*held, self._parameters(), made))]
         if any(not parameter.is_cpu for parameter in self._parameters()):
             return [tensor for tensor in tensors if not tensor.is_cpu]  # the host puts its own back
         return tensors
+
+    def _writable(self, tensor: Tensor) -> Tensor:
+        """The tensor, or of an expanded one a view of the elements that it has in memory, always the same one."""
+        if 0 not in tensor.stride():
+            return tensor
+        if tensor not in self._views:
+            sizes = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+            self._views[tensor] = tensor.as_strided(sizes, tensor.stride())
+        return self._views[tensor]
 
     def _keep_new(self) -> None:
         """Copy everything that moves; again when a step has created state."""
@@ -233,14 +243,6 @@ class FiniteGuard:
             yield from (group["params"] for group in one.param_groups)
             for state in one.state.values():
                 yield (value for value in state.values() if isinstance(value, Tensor))
-
-
-def _writable(tensor: Tensor) -> Tensor:
-    """The tensor, or of an expanded one a view of the elements that it has in memory."""
-    if 0 not in tensor.stride():
-        return tensor
-    sizes = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    return tensor.as_strided(sizes, tensor.stride())
 
 
 def _refuse_shards(modules: Iterable[nn.Module]) -> None:

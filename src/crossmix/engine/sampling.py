@@ -79,7 +79,7 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         rare: Draws rare classes more often: a sampler built from the class counts of these samples; its draws are keyed
             by `seed` and `stream`.
         ignore_index: The label of padding, and of samples without a label map, 0..255. None takes the attribute
-            `ignore_index` of `samples`, or 255 if they have none.
+            `ignore_index` of `samples`, or 255 if they have none in this range.
 
     Attributes:
         skipped: Indices of the samples skipped so far, with the reasons.
@@ -124,8 +124,10 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
         self.skip = skip
         self.pad = pad
         self.rare = rare
-        found = getattr(samples, "ignore_index", None) if ignore_index is None else ignore_index
-        self.ignore_index: int = 255 if found is None else found
+        if ignore_index is None:
+            theirs = getattr(samples, "ignore_index", 255)
+            ignore_index = theirs if theirs in range(256) else 255  # -100, say, is that of a loss
+        self.ignore_index: int = ignore_index
         check_ignore_index(self.ignore_index)
         if not 0 <= self.ignore_index <= 255:
             hint = "the crops' labels are uint8, so pass one of these"

@@ -109,7 +109,7 @@ def load_weights(
         >>> len(report.matched), report.mismatched[:2]
         (102, ('layer5.conv2d_list.0.weight', 'layer5.conv2d_list.0.bias'))
     """
-    heads = (head,) if isinstance(head, str) else tuple(head)
+    heads = tuple(head) if isinstance(head, list | tuple) else (head,)
     if not all(isinstance(one, str) for one in heads):
         raise TypeError(f"`head` must be the name of a submodule, or several names, got {head!r}; pass strings.")
     path, contents = read_weights(path_or_url, sha256)
@@ -198,6 +198,8 @@ def _load(
     lacking = {name for name in own if name not in fit and not name.endswith("num_batches_tracked")}
     headless = _headless(model, values)
     beside = [str(name) for name in place.state if name not in used]
+    if any("conv2d_list" in name for name in beside):  # DeepLab-v2's head by another name
+        headless = []
     sign = next((name for name in beside if headless and TORCHVISION_HEADS & {*name.split(".")}), "")
     part = "" if report.matched else part_of(contents, own)
     present = [head for head in heads if any(name.startswith(f"{head}.") for name in own)]
