@@ -154,7 +154,8 @@ def lost(out: Path) -> dict[str, str]:
     if [record["step"] for record in log_of(out)] != list(range(1, last + 1)):
         found["log"] = f"it does not hold the steps from 1 to {last}, each once"
     evaluated = [entry["step"] for entry in metrics_of(out)["evaluations"]]
-    if evaluated != list(range(EVALUATED, last + 1, EVALUATED)):
+    wanted = list(range(EVALUATED, last + 1, EVALUATED))
+    if evaluated != wanted and evaluated != [step for step in wanted if step < last]:  # stopped before the last one
         found["evaluations"] = f"not one every {EVALUATED} steps to {last}: {evaluated}"[:300]
     return found
 

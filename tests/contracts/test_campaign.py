@@ -128,6 +128,19 @@ def test_soak__watches_the_trainer_over_a_restart(monkeypatch: pytest.MonkeyPatc
     assert figures["restarts"] == 1
 
 
+@pytest.mark.parametrize(("last", "evaluated", "wrong"), [
+    (100, [50, 100], False), (100, [50], False), (120, [50, 100], False), (120, [50], True), (100, [100], True),
+])  # fmt: skip
+def test_soak__misses_evaluations(
+    last: int, evaluated: list[int], wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak, "EVALUATED", 50)
+    monkeypatch.setattr(soak, "steps_saved", lambda _: [last])
+    monkeypatch.setattr(soak, "log_of", lambda _: [{"step": step} for step in range(1, last + 1)])
+    monkeypatch.setattr(soak, "metrics_of", lambda _: {"evaluations": [{"step": step} for step in evaluated]})
+    assert ("evaluations" in soak.lost(Path())) is wrong
+
+
 @pytest.mark.slow
 def test_trouble__finds_nothing_and_notices_a_lock_that_locks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     few = ("killed trainer, with workers", "two runs in one folder")
