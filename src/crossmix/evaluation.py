@@ -145,7 +145,7 @@ def evaluate(
             found.append(_view(run, images.flip(-1), parts, num_classes, align_corners=align_corners).flip(-1))
         return found, parts is not None
 
-    seen = 0
+    seen = items = 0
     with _eval_mode(network):
         for item in _each(data, workers, sync=sync, progress=progress):
             batch = _batch(item, seen)
@@ -156,7 +156,8 @@ def evaluate(
                 scores = [upsample(view, labels.shape[-2:], align_corners=align_corners) for view in found]
                 matrices[name].update(_classes(scores, soft=soft), labels)
             seen += len(batch.images)
-        if sync and _is_map_style(data) and seen < -(-len(data) // world_size()) and communicates(network):
+            items += 1
+        if sync and _is_map_style(data) and items < -(-len(data) // world_size()) and communicates(network):
             # The other ranks wait for this one's share of their last forward pass.
             views(_batch(data[0], 0).images)
     if not (_length(data) if sync else seen):

@@ -107,6 +107,9 @@ waiting = [DistributedDataParallel(copy.deepcopy(norms)), fully_shard(copy.deepc
 for count in (1, 5):  # a forward pass of these waits for those of the other ranks
     plain, *others = (evaluate(one, scenes[:count], sync=True)["native"].counts for one in (norms, *waiting))
     assert all(torch.equal(plain, other) for other in others)
+pairs = [(torch.stack([one.image] * 2), torch.stack([one.label] * 2)) for one in scenes]  # items of two images
+plain, *others = (evaluate(one, pairs, sync=True)["native"].counts for one in (norms, *waiting))
+assert all(torch.equal(plain, other) for other in others)
 """
 
 
