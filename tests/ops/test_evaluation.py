@@ -103,7 +103,8 @@ print([(score.per_class.tolist(), score.mean, score.pixel_accuracy) for score in
 few = evaluate(model, scenes[:1], sync=True)  # some ranks have none
 print(few["native"].compute().per_class.tolist())
 norms = nn.Sequential(model, nn.BatchNorm2d(19))
-waiting = [DistributedDataParallel(copy.deepcopy(norms)), fully_shard(copy.deepcopy(norms))]
+waiting = [DistributedDataParallel(copy.deepcopy(norms)), copy.deepcopy(norms)]
+fully_shard(waiting[1][0]), fully_shard(waiting[1])  # a part, which is gathered in each forward pass, and the whole
 for count in (1, 5):  # a forward pass of these waits for those of the other ranks
     plain, *others = (evaluate(one, scenes[:count], sync=True)["native"].counts for one in (norms, *waiting))
     assert all(torch.equal(plain, other) for other in others)
