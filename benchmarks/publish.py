@@ -81,10 +81,10 @@ def evidence() -> list[str]:
     main = {"source", "source + jitter", "dacs", "mic", "oracle"}
     rows = {name: entry for name, entry in read(PRETRAINED)["rows"].items() if name in main}
     lines = [
-        f"mIoU in percent on photographs of streets, {page.seeds_of(rows)} each (±: their standard deviation): a small",
-        "network with ImageNet weights, trained on rendered scenes (`source`), with their colours jittered, or with",
-        "unlabelled photographs by day as well (`dacs`, `mic`). `oracle` is trained on their labels; it is no",
-        "upper bound at dusk",
+        f"mIoU in percent on photographs of streets, {page.seeds_of(rows)} each (±: standard deviation). A small",
+        "network with ImageNet weights is trained on rendered scenes (`source`), on rendered scenes with jittered",
+        "colours, or on rendered scenes and unlabelled photographs taken by day (`dacs`, `mic`). `oracle` is trained",
+        "on the labels of these photographs; at dusk, which no method saw in training, it is no upper bound",
         "(`python -m benchmarks.study ablation --pair streets-camvid --camvid CamVid --finished --save`):",
         "",
         *table(
@@ -107,7 +107,7 @@ def in_words(rows: dict[str, Any]) -> list[str]:
         dusk, day = (f"{mean_difference(scores, 'mic', 'dacs'):+.1f}" for scores in (rows, by_day))
         said = [
             f"With the same seeds, `mic` differs from `dacs` by {dusk} points at dusk and {day} by day",
-            f"({number_of_seeds(rows, 'mic', 'dacs')}).",
+            f"({number_of_seeds(rows, 'mic', 'dacs')}); its settings are those for Cityscapes, none adapted.",
         ]
     if is_there(DAY_DUSK):
         other = read(DAY_DUSK)["rows"]
@@ -130,8 +130,14 @@ def number_of_seeds(rows: dict[str, Any], high: str, low: str) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
+def measured(document: dict[str, Any]) -> str:
+    """Where and when a file was measured on a CPU."""
+    machine = document["machine"]
+    return f"{machine['processor']}, torch {machine['torch']}, {document['date']}"
+
+
 def mixing() -> list[str]:
-    results = read("mixing--cpu")["results"]
+    document = read("mixing--cpu")
     columns = {
         "crossmix compiled": "compiled",
         "floor": "`torch.where` floor",
@@ -140,13 +146,14 @@ def mixing() -> list[str]:
         "kornia transplant": "kornia transplant",
     }
     rows = []
-    for result in results:
+    for result in document["results"]:
         median = {name: row["median_ms"] for name, row in result["rows"].items()}
         ratios = (f"{median[name] / median['crossmix']:.2f} x" for name in columns)
         rows.append([result["labels"], f"{median['crossmix']:.1f} ms", *ratios])
     return [
         "Time of the class masks and the mix of 8 x 3 x 512 x 512 images, labels and weights on one CPU thread, and of",
-        "alternatives as multiples of it (`python -m benchmarks.speed mixing --save`):",
+        "alternatives (`released loop`: our rewriting of that of the DACS code) as multiples of it",
+        f"({measured(document)}; `python -m benchmarks.speed mixing --save`):",
         "",
         *table(["labels", "crossmix", *columns.values()], rows),
     ]
@@ -168,7 +175,7 @@ def crops(result: dict[str, Any]) -> list[str]:
     height, width = result["size"]
     rates = result["crops_per_second_by_workers"]
     return table(
-        [f"{result['images']} at {height} x {width}, crops per second", *rates["0"]],
+        [f"rendered scenes as {result['images']} at {height} x {width}, crops per second", *rates["0"]],
         [
             [f"{workers} workers", *(f"{rate:.1f} ({rate / row['Pillow']:.1f} x)" for rate in row.values())]
             for workers, row in rates.items()
@@ -311,8 +318,9 @@ def gpu() -> list[str]:
 
 
 def performance() -> str:
-    lines = []
-    for result in read("mixing--cpu")["results"]:
+    document = read("mixing--cpu")
+    lines = [f"On a CPU ({measured(document)}):", ""]
+    for result in document["results"]:
         lines += against(f"masks and mix, {result['labels']} labels", result["rows"], "floor")
     lines += augment(read("augment--cpu"))
     loss = read("loss--cpu")["results"]

@@ -54,7 +54,7 @@ it ran on: `--finished` collects them, and without it the missing ones are run. 
 network with the same initial weights, the same number of steps and the same batches, except where a row samples rare
 classes or is trained on the target. The colour jitter and blur of DACS are applied to the pseudo-labelled images of
 every method that has them, to the source images in `source + jitter`, and nowhere else. `alignment` knows the true
-class shares of the target, and `oracle` is trained on its labels: no method could, as the target is unlabelled.
+class shares of the target, and `oracle` is trained on its labels; neither is possible where the target is unlabelled.
 `dacs + boxes` pastes boxes of half of the image, as CutMix does; those of `BoxMasks` are smaller by default.
 """
 
