@@ -345,7 +345,7 @@ class SelfTraining(nn.Module):
         self.ignore_top = ignore_top
         self.ignore_bottom = ignore_bottom
         self.mean, self.std = _same_normalisation(mean, std, augment=augment, consistency_augment=consistency_augment)
-        _check_fill(consistency, self.mean, self.std)
+        _check_fill(consistency, *self._normalised())
         self._mix_keyword()
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - whatever a module may hold
@@ -754,7 +754,7 @@ def _same_normalisation(
 
 def _check_fill(consistency: object, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Refuse the default colour of hidden blocks, one of images in [0, 1], in images that are normalised."""
-    if mean is None or std is None or not isinstance(consistency, MaskedImages):
+    if mean is None or std is None or not _is_a(consistency, MaskedImages):
         return
     default = MaskedImages().fill
     normalised = tuple((value - m) / s for value, m, s in zip(default, mean, std, strict=True))

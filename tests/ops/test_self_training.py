@@ -694,9 +694,18 @@ def test_augment__all_of_ours_have_one_normalisation() -> None:
 
 
 def test_consistency__hides_normalised_images_with_a_normalised_colour() -> None:
-    given = {"augment": StrongAugment(mean=MEAN, std=STD), "mean": MEAN, "std": STD}
-    with pytest.raises(ValueError, match=r"normalised as the images are, got \(0\.485, .*; pass `fill=\(") as told:
-        assemble(**given, consistency=MaskedImages(2))
+    ours = StrongAugment(mean=MEAN, std=STD)
+    given = {"augment": ours, "mean": MEAN, "std": STD}
+    hide = torch.compile(MaskedImages(2), backend="eager")
+    refused: list[dict[str, Any]] = [
+        {**given, "consistency": MaskedImages(2)},
+        {**given, "consistency": hide},
+        {"augment": ours, "consistency": MaskedImages(2)},  # which alone says how the images are normalised
+        {"consistency_augment": ours, "consistency": MaskedImages(2)},
+    ]
+    for parts in refused:
+        with pytest.raises(ValueError, match=r"normalised as the images are, got \(0\.485, .*; pass `fill=\(") as told:
+            assemble(**parts)
     fill = tuple(map(float, re.findall(r"-?\d+\.\d+", str(told.value).rpartition("fill=")[2])))
     assemble(**given, consistency=MaskedImages(2, fill=fill))
     plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
