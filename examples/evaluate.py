@@ -11,6 +11,7 @@ classes come from the same counts.
 """
 
 import argparse
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -141,6 +142,7 @@ def load_network(
     return model.eval()
 
 
+@functools.cache  # every option is looked up here, and the file may have hundreds of MB
 def saved_config(weights: str) -> Mapping[str, Any]:
     """Read the options of the trainer from its checkpoint; empty for other files."""
     config = read_weights(weights, None)[1].get("config")

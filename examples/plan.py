@@ -74,7 +74,8 @@ def costs(config: Config) -> dict[str, Any]:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             network(torch.empty(config.batch, 3, *domains.crop_size(config), device="meta"))
         graphs = 1 if config.method == "source" else 3 if config.consistency else 2
-        memory: Any = (copies(config) + 3) * size_of(network) + graphs * sum(one.nbytes() for one in saved.values())
+        graph = sum(one.nbytes() for one in saved.values())
+        memory: Any = in_training(config) * size_of(network) + graphs * graph
     except Exception:  # some networks cannot run without data
         if is_ours(config.network):
             raise
@@ -93,6 +94,12 @@ def size_of(network: nn.Module) -> int:
 def copies(config: Config) -> int:
     """Count the tensors per weight: student, state of the optimizer, teacher."""
     return 1 + {"sgd": 1, "adamw": 2}[config.optimizer] + (config.method != "source")
+
+
+def in_training(config: Config) -> int:
+    """Count the tensors per weight while training: also the copies that `FiniteGuard` keeps, and the gradient."""
+    kept = 2 if config.device.startswith("cuda") else 1
+    return copies(config) * (1 + kept) + 1
 
 
 def checkpoint(config: Config, network: nn.Module) -> int:

@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -139,6 +140,16 @@ def test_load_network__from_inside_the_checkpoint_unless_flags_say_else(tmp_path
     torch.save({"student": source.state_dict(), "config": {"network": "my:net"}}, tmp_path / "y.pt")
     with pytest.raises(WeightsError, match=r"y\.pt: was trained on the network 'my:net', which this script does not"):
         evaluate.load_network(str(tmp_path / "y.pt"), "student")
+
+
+def test_load_network__reads_the_options_in_a_checkpoint_once(tmp_path: Path, monkeypatch: Patch) -> None:
+    path = str(tmp_path / "x.pt")
+    torch.save({"student": deeplab_v2_tiny(7).state_dict(), "config": {"network": "tiny", "num_classes": 7}}, path)
+    read = Mock(wraps=evaluate.read_weights)
+    monkeypatch.setattr(evaluate, "read_weights", read)
+    evaluate.load_network(path, "student", aspp_branches=4)
+    assert (evaluate.trained_row(path), evaluate.trained_size(path)) == ("gta5/dacs", (512, 1024))
+    assert read.call_count == 1
 
 
 @pytest.mark.parametrize(

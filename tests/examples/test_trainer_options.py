@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import domains
 from crossmix import recipes
-from crossmix.datasets import GTA5, CachedSamples, StreetScenes, class_counts
+from crossmix.datasets import GTA5, CachedSamples, SegmentationFolder, StreetScenes, class_counts
 from crossmix.datasets.classes import CLASS_NAMES
 from crossmix.models import deeplab_v2_tiny
 from runs import Capture, Patch, Run, assert_same, changed, final, poison, resolved
@@ -486,6 +487,16 @@ def test_dry_run__says_what_is_there_and_what_it_takes(
     assert plan("--demo", "--rare-classes")["rare_classes"]["images_to_count"].startswith("all that the demo renders")
 
 
+def test_plan__memory_includes_what_the_guard_keeps(trainer: ModuleType) -> None:
+    """A copy of everything that moves, which is what a checkpoint holds, and on a GPU two."""
+    import plan
+
+    on_cpu, on_gpu = (plan.costs(trainer.Config(device=device)) for device in ("cpu", "cuda:1"))
+    kept = on_cpu["checkpoints_mb"] / plan.KEPT
+    assert kept > 500
+    assert on_gpu["memory_mb_computed_fp32"] - on_cpu["memory_mb_computed_fp32"] == pytest.approx(kept, abs=2)
+
+
 def test_batch__of_a_step_is_said_where_it_is_more_than_that_of_a_process(
     trainer: ModuleType, folders: list[str], run: Run, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -562,6 +573,24 @@ def test_dry_run__finds_what_a_run_would(trainer: ModuleType, own_data: list[str
     for remedy in (["--skip-files", "1"], ["--pad"], ["--source-size", "32x64"]):
         assert trainer.main([*own_data, "--dry-run", *remedy]) == 0
     assert not (tmp_path / "run").exists()
+
+
+def test_too_small__jpegs_as_they_are_shown(tmp_path: Path, monkeypatch: Patch) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name, (height, width), given in (
+        ("fits", (40, 48), {}),
+        ("small", (40, 24), {}),
+        ("fits turned", (48, 40), {"exif": turned}),
+        ("small turned", (24, 40), {"exif": turned}),
+    ):
+        Image.new("RGB", (width, height)).save(tmp_path / f"{name}.jpg", **given)
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xc0")  # reading it says so
+    folder = SegmentationFolder(tmp_path)
+    small = [f"{tmp_path / 'small.jpg'}: 40x24", f"{tmp_path / 'small turned.jpg'}: 40x24"]
+    assert sorted(domains.too_small(folder, (40, 44))) == sorted(small)
+    monkeypatch.setitem(sys.modules, "PIL", None)  # Pillow may be missing
+    assert domains.too_small(folder, (40, 44)) == []
 
 
 def test_dry_run__finds_a_place_that_has_no_room_or_is_read_only(
