@@ -63,9 +63,10 @@ def parameter_groups(
         [0.01, 0.1]
     """
     check_module("network", network)
-    for name, value in (("lr", lr), ("head_factor", head_factor)):
+    hints = {"lr": "start from 2.5e-4", "head_factor": "1 trains the head like the backbone"}
+    for (name, hint), value in zip(hints.items(), (lr, head_factor), strict=True):
         if not 0 <= value < math.inf:
-            raise ValueError(f"`{name}` must be finite and not negative, got {value}; pass the size of a step.")
+            raise ValueError(f"`{name}` must be finite and not negative, got {value}; {hint}.")
     if not isinstance(no_decay, Collection):
         raise TypeError(f"`no_decay` must hold 'norm', 'bias' or 'position', got {no_decay!r}; () means all decay.")
     modules = dict(named_parts(network))
@@ -233,7 +234,8 @@ def poly_lr(
         The learning rate.
 
     Raises:
-        ValueError: If `step` does not lie in 0..steps, or `lr`, `power`, `warmup` or `warmup_ratio` is out of range.
+        ValueError: If `steps` is not positive, `step` does not lie in 0..steps, or `lr`, `power`, `warmup` or
+            `warmup_ratio` is out of range.
 
     Example:
         >>> poly_lr(0, 100, 2.5e-4), poly_lr(100, 100, 2.5e-4)
@@ -241,7 +243,9 @@ def poly_lr(
         >>> [round(poly_lr(step, 100, 1.0, power=1.0, warmup=10), 3) for step in (0, 5, 10)]
         [0.0, 0.475, 0.9]
     """
-    if not 0 <= step <= steps or steps < 1:
+    if steps < 1:
+        raise ValueError(f"`steps` must be at least 1, got {steps}; pass the length of the run.")
+    if not 0 <= step <= steps:
         raise ValueError(f"`step` must lie in 0..steps = {steps}, got {step}; count finished steps from 0.")
     if not 0 <= lr < math.inf:
         raise ValueError(f"`lr` must be finite and at least 0, got {lr}; start from 2.5e-4.")

@@ -584,7 +584,7 @@ def _second(network: nn.Module, student: _State) -> nn.Module:
     shared = _places(student) & _places(mine)
     if shared:
         raise ValueError(f"`network` must be a second network, but shares {len(shared)} tensors with `student`.")
-    _matched(mine, student)  # raise before anything is changed
+    _matched(mine, student, "build `network` like the student")  # raise before anything is changed
     _unexpanded(network)._apply(_wide)  # type: ignore[no-untyped-call]
     mine = _state(network)
     parameters, buffers, caches = _matched(mine, student)
@@ -623,19 +623,21 @@ def _difference(old: Tensor, new: Tensor) -> _Difference | None:
     return None
 
 
-def _matched(mine: _State, theirs: _State) -> tuple[_Pairs, _Pairs, list[str]]:
+def _matched(
+    mine: _State, theirs: _State, advice: str = "pass the network that the teacher was made from"
+) -> tuple[_Pairs, _Pairs, list[str]]:
     """Pair the teacher's and the student's parameters and buffers; also name the buffers to take over.
 
     Buffers to take over are non-persistent in both networks, and exist in only one of them, differ in shape, or were
     created by the teacher's network in `torch.inference_mode`, so that they cannot be modified in place.
     """
     different = _differences(mine.parameters, theirs.parameters)
-    _refuse("parameter", different)
+    _refuse("parameter", different, advice)
     parameters = _local_pairs(mine.parameters, theirs.parameters)
     different = _differences(mine.buffers, theirs.buffers)
     fixed = [name for name, value in mine.buffers.items() if value.is_inference() and name not in different]
     caches = [name for name in (*different, *fixed) if _is_cache(name, mine) and _is_cache(name, theirs)]
-    _refuse("buffer", {name: what for name, what in different.items() if name not in caches})
+    _refuse("buffer", {name: what for name, what in different.items() if name not in caches}, advice)
     buffers = {name: value for name, value in mine.buffers.items() if name not in caches} if caches else mine.buffers
     return parameters, _local_pairs(buffers, theirs.buffers), caches
 
@@ -649,7 +651,7 @@ def _differences(averaged: dict[str, Tensor], current: dict[str, Tensor]) -> dic
     return found
 
 
-def _refuse(kind: str, different: dict[str, _Difference | None]) -> None:
+def _refuse(kind: str, different: dict[str, _Difference | None], advice: str) -> None:
     """Raise if anything does not match. Missing names come first, as they suggest another network."""
     missing = [name for name, difference in different.items() if difference is None]
     names = f"{len(missing)} names differ, starting with {missing[0]!r}" if missing else ""
@@ -659,7 +661,7 @@ def _refuse(kind: str, different: dict[str, _Difference | None]) -> None:
             what, mine, theirs = difference
             found = f" {name!r} has {what} {theirs} but the teacher's {mine}"
     if found:
-        raise ValueError(f"The student's {kind}{found}; pass the network that the teacher was made from.")
+        raise ValueError(f"The student's {kind}{found}; {advice}.")
 
 
 def _is_cache(name: str, state: _State) -> bool:

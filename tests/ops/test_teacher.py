@@ -751,7 +751,7 @@ def test_network__is_refused_unless_it_is_a_second_one() -> None:
     for second, error, message in (
         (network, ValueError, "`network` must be a second network, but shares"),
         (nn.Sequential(network[0], *copy.deepcopy(network)[1:]), ValueError, "but shares 2 tensors"),
-        (nn.Conv2d(3, 2, 1), ValueError, "names differ"),
+        (nn.Conv2d(3, 2, 1), ValueError, "names differ, .*; build `network` like the student"),
         (lambda x: x, TypeError, "`network` must be an nn.Module, got function"),
     ):
         with pytest.raises(error, match=message):
