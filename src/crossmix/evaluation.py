@@ -148,7 +148,7 @@ def evaluate(
     seen = items = 0
     with _eval_mode(network):
         for item in _each(data, workers, sync=sync, progress=progress):
-            batch = _batch(item, seen)
+            batch = _batch(item, rank() + items * world_size() if sync else seen)
             _check_ids(batch, num_classes, ignore_index)
             found, soft = views(batch.images)
             for name, size in sizes.items():

@@ -26,7 +26,7 @@ from crossmix import functional as F
 from crossmix._cross_entropy import sum_by_blocks
 from crossmix._workers import QuietLoader
 from crossmix.datasets import CachedSamples, RareClassSampler, SegmentationFolder, write_png
-from crossmix.datasets.classes import train_ids
+from crossmix.datasets.classes import label_ids, train_ids
 from crossmix.diagnostics import PseudoLabelMonitor, UnsupervisedScores
 from crossmix.engine import KeyedCrops
 from crossmix.evaluation import evaluate
@@ -129,7 +129,8 @@ def test_data_is_read_on_the_cpu_whatever_the_default_device_is(tmp_path: Path) 
     with torch.device("meta"):
         unlabelled = SegmentationFolder(tmp_path)
         crops = KeyedCrops(unlabelled, (4, 4), seed=0, stream=0)
-        assert {part.device.type for part in (*unlabelled[0][:2], *crops[0], train_ids())} == {"cpu"}
+        tables = train_ids(), label_ids()
+        assert {part.device.type for part in (*unlabelled[0][:2], *crops[0], *tables)} == {"cpu"}
         sampler = RareClassSampler(counts, min_pixels=1)
         KeyedCrops([unlabelled[0]] * 2, (4, 4), seed=0, stream=0, rare=sampler)[0]
         assert len(list(sampler)) == 2

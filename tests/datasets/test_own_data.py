@@ -609,6 +609,7 @@ INTS = r"`mapping` must go from ints or \(R, G, B\) to ints"
         (lambda: StreetScenes(1, seed=-1), ValueError, "`seed` must not be negative"),
         (lambda: StreetScenes(1, domain="real"), ValueError, "`domain` must be one of 'source', 'target'"),
         (lambda: StreetScenes(1, size=(8, 64)), ValueError, "at least 16 pixels"),
+        (lambda: StreetScenes(1, size=None), TypeError, r"`size` must be \(height, width\), .*, got None"),  # type: ignore[arg-type]
         (lambda: StreetScenes(1).write("x", layout="synthia"), ValueError, "`layout` must be one of"),
         (lambda: folder(num_classes=0), ValueError, "`num_classes` must be at least 1, got 0"),
         (lambda: folder(num_classes=256), ValueError, "`num_classes` must be at most 255, got 256"),
@@ -627,7 +628,7 @@ INTS = r"`mapping` must go from ints or \(R, G, B\) to ints"
         (lambda: KeyedCrops(StreetScenes(1), (8, 8), seed=-1, stream=0), ValueError, "non-negative"),
         (lambda: KeyedCrops([], (8, 8), seed=0, stream=0), ValueError, "must not be empty"),
     ],
-    ids=range(25),
+    ids=range(26),
 )
 def test_arguments__that_are_wrong(make: Callable[[], object], error: type[Exception], message: str) -> None:
     refusal(make, message, error)

@@ -1,5 +1,6 @@
 """Progress on a terminal and elsewhere, with optional packages and without."""
 
+import contextlib
 import importlib.util
 import resource
 import runpy
@@ -71,6 +72,10 @@ def test_measured__speed_and_waiting_since_the_last_time(monkeypatch: pytest.Mon
         measured = made.measured(done)
         assert measured["it_per_s"] == {20: 2.5, 22: 2}[done]
         assert measured["data_wait"] == {20: 0.25, 22: 0.5}[done]
+    with contextlib.suppress(OSError), made.waiting():
+        now[0] += 1.0
+        raise OSError("a sample that cannot be read")
+    assert made.measured(22)["data_wait"] == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="then it is the GPU's memory")

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from checks import compiled
-from crossmix import MeanTeacher
+from crossmix import MeanTeacher, evaluation
 from crossmix._tensors import nearest
 from crossmix.datasets import Sample, SegmentationFolder, StreetScenes, write_png
 from crossmix.datasets.classes import PALETTE
@@ -84,6 +84,16 @@ def test_evaluate__workers_and_precision() -> None:
     for options in ({"workers": 1}, {"sync": True}):
         with pytest.raises(TypeError, match="need a map-style data set, got list_iterator"):
             evaluate(model, iter(data), num_classes=5, **options)
+
+
+def test_evaluate__an_error_on_a_rank_names_the_item_of_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = (torch.rand(3, 8, 12), torch.full((8, 12), 7))
+    data = [(image, label) for image, label, _ in samples([(8, 12)] * 7)]
+    data[5] = wrong
+    monkeypatch.setattr(evaluation, "rank", lambda: 1)  # of two, whose share is 1, 3, 5
+    monkeypatch.setattr(evaluation, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="item 5: label ids must lie in"):
+        evaluate(nn.Conv2d(3, 5, 1), data, num_classes=5, sync=True)
 
 
 RANKS = """

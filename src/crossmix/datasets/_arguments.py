@@ -15,9 +15,9 @@ def check_count(name: str, value: int, *, least: int = 0) -> int:
     return number
 
 
-def check_size(size: object, *, least: int = 1) -> tuple[int, int] | None:
-    """Refuse anything but None or (height, width), integers of at least `least`."""
-    return None if size is None else _checks.check_size("size", size, least=least)
+def check_size(size: object) -> tuple[int, int] | None:
+    """Refuse anything but None or (height, width), positive integers."""
+    return None if size is None else _checks.check_size("size", size)
 
 
 def check_index(index: int, length: int) -> int:

@@ -99,13 +99,13 @@ def label_ids() -> Tensor:
     """Return the table from train ids to label ids of Cityscapes and GTA5; ignored pixels become 0, "unlabeled".
 
     Returns:
-        (256,) uint8.
+        (256,) uint8 on the CPU, to be indexed with a label map.
 
     Example:
         >>> label_ids()[torch.tensor([0, 18, 255])]
         tensor([ 7, 33,  0], dtype=torch.uint8)
     """
-    table = torch.zeros(256, dtype=torch.uint8)
+    table = torch.zeros(256, dtype=torch.uint8, device="cpu")
     for train_id, row in enumerate(CLASSES):
         table[train_id] = row.label_id
     return table

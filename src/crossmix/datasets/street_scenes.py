@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crossmix._checks import check_choice
-from crossmix.datasets._arguments import check_count, check_index, check_size
+from crossmix._checks import check_choice, check_size
+from crossmix.datasets._arguments import check_count, check_index
 from crossmix.datasets._png import write_png
 from crossmix.datasets._street_layout import ID, Layout, street_layout
 from crossmix.datasets._street_rich import rich_scene
@@ -91,7 +91,7 @@ class StreetScenes(Dataset[Sample]):
         style: `"flat"`, or `"rich"` for a source with more variety and detail.
 
     Raises:
-        TypeError: If `length`, `size` or `seed` are not ints.
+        TypeError: If `length` or `seed` is not an int, or `size` not two.
         ValueError: If an argument is out of range, or the style is `"rich"` and the domain `"target"`.
 
     Example:
@@ -115,7 +115,7 @@ class StreetScenes(Dataset[Sample]):
             raise ValueError("`style` 'rich' is a look of the source, got `domain` 'target'.")
         self.length: int = check_count("length", length, least=1)
         self.domain = domain
-        self.size: tuple[int, int] = check_size(size, least=16) or (64, 128)
+        self.size: tuple[int, int] = check_size("size", size, least=16)
         self.seed: int = check_count("seed", seed)
         self.style = style
 

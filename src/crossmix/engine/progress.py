@@ -47,8 +47,10 @@ class Progress:
     def waiting(self) -> Iterator[None]:
         """Count the time spent inside a `with` block as waiting for data."""
         begin = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - begin
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - begin
 
     def measured(self, done: int) -> dict[str, float]:
         """Measure the interval since the last call, given the number of steps done so far.

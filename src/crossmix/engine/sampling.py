@@ -224,6 +224,8 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
 def resident(samples: Samples, device: torch.device | str) -> list[Sample]:
     """Load a whole data set onto a device, to pass to `KeyedCrops`, whose crops are then the same, on that device.
 
+    A list has no `ignore_index`: if that of `samples` is not 255, pass it to `KeyedCrops`.
+
     Args:
         samples: Items with `image`, `label` and `name`. All of them are read now, so a cached data set is best.
         device: The device.
