@@ -209,7 +209,10 @@ def train(config: Config, folder: Path, out: Path, ranks: Ranks, *, resume: bool
 
 
 def train_step(run: Run, parts: list[domains.Batch]) -> SelfTrainingOutput:
-    """Run one iteration of Algorithm 1 on this process's rows of the whole batch."""
+    """Run one iteration of Algorithm 1 on this process's rows of the whole batch.
+
+    With `--accumulate`, the output that is returned is that of the last part.
+    """
     config, training, scaler = run.config, run.training, run.scaler
     run.optimizer.zero_grad(set_to_none=True)
     seed_network(run)

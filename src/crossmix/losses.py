@@ -171,6 +171,9 @@ def upsampled_cross_entropy(
         class_weights: As there.
         reduction: As there.
 
+    Returns:
+        A scalar, or (N, H, W) at the size of the labels with `reduction="none"`; float32 or float64.
+
     Raises:
         TypeError: If a dtype is wrong, or `align_corners` is not a bool.
         ValueError: If batch sizes or devices disagree, the logits have no pixels, or an option is unknown.

@@ -155,8 +155,11 @@ def block_mask(scores: Tensor, size: Sequence[int], block: int, *, ratio: float 
 class BoxMasks(nn.Module):
     """One box per image (CutMix), for `masks=` of `CrossDomainMix` and `ClassMix`.
 
+    The ranges are those of UniMatch, which differs in three points: its ratio of the sides is itself uniform, it
+    redraws a box that does not fit, and it leaves half of the images unmixed.
+
     Args:
-        area: Smallest and largest share of the image area, in [0, 1]; uniform in between. Default: UniMatch.
+        area: Smallest and largest share of the image area, in [0, 1]; uniform in between.
         aspect: Smallest and largest width over height, positive; uniform in the logarithm.
 
     Raises:
@@ -321,7 +324,9 @@ def _inside(length: Tensor, place: Tensor, size: int) -> Tensor:
 
 
 def _smoothing(sigma: Tensor, size: int, known: float | None) -> tuple[Tensor, Tensor | None]:
-    """One matrix (n or 1, ..., ...), or two to apply in turn, that smooth `size` pixels with a Gaussian.
+    """One matrix, or two to apply in turn, that smooth `size` pixels with a Gaussian.
+
+    One is (n or 1, size, size); two are (n or 1, waves, size) and (size, waves).
 
     Taps beyond the border are reflected, not repeating the edge, so that each wave of a cosine transform is damped by a
     factor. If sigma is known, waves that vanish in the arithmetic are left out, which saves most of the products.

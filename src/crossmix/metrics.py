@@ -49,7 +49,8 @@ class ConfusionMatrix(Counts):
             left out of the mean; predicting it at a labelled pixel still counts as an error.
 
     State:
-        `counts`: (C, C) int64 buffer, rows labels, columns predictions; changed by `update` and `reset`.
+        `counts`: (C, C) int64 buffer, rows labels, columns predictions; changed by `update` and `reset`. `invalid`:
+            int64 buffer, the predictions on a GPU that were not class ids; not in the state_dict.
 
     Raises:
         TypeError: If an argument is not an int.

@@ -220,7 +220,8 @@ def poly_lr(
 ) -> float:
     """Compute the learning rate of a step under polynomial decay, with an optional linear warm-up.
 
-    lr * (1 - step / steps) ** power; during the warm-up multiplied by ratio + (1 - ratio) * step / warmup
+    lr * (1 - step / steps) ** power; during the warm-up multiplied by
+    warmup_ratio + (1 - warmup_ratio) * step / warmup
 
     Args:
         step: Number of optimizer steps finished before this one, from 0.

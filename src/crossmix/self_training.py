@@ -31,7 +31,7 @@ from crossmix._checks import (
     logits_in,
 )
 from crossmix._tensors import Device, uniform, upsample, weight_maps
-from crossmix.augment import AugmentDraw, StrongAugment
+from crossmix.augment import StrongAugment
 from crossmix.losses import ConfidenceWeightedCE
 from crossmix.masking import MaskedImages
 from crossmix.mixing import Mixed, mix
@@ -107,7 +107,7 @@ class MixedCriterion(Protocol):
     """The weights of target pixels and the loss on mixed images: `ConfidenceWeightedCE`, or anything like it."""
 
     def weights(self, confidence: Tensor, /) -> Tensor:
-        """Weigh target pixels by confidence, (N, H, W) to (N, H, W)."""
+        """Weigh target pixels by their confidence (N, H, W): as (N, H, W), (N,) per image, or one scalar."""
 
     def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor, /) -> Tensor:
         """Return a scalar loss."""
@@ -118,7 +118,7 @@ class DrawnAugment(Protocol):
 
     def sample(
         self, n: int, /, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
-    ) -> AugmentDraw | Tensor:
+    ) -> tuple[Tensor, ...] | Tensor:
         """Draw all randomness for n images as a tensor, or a tuple of tensors, with a row per image."""
 
     def __call__(self, images: Tensor, /, *, draw: Any) -> Tensor:  # noqa: ANN401 - what its `sample` returns
@@ -137,9 +137,9 @@ class SelfTrainingDraw(NamedTuple):
     """
 
     scores: Tensor | None
-    augment: AugmentDraw | Tensor | None
+    augment: tuple[Tensor, ...] | Tensor | None
     consistency: Tensor | None = None
-    consistency_augment: AugmentDraw | Tensor | None = None
+    consistency_augment: tuple[Tensor, ...] | Tensor | None = None
 
     def rows(self, rows: slice) -> "SelfTrainingDraw":
         """Select the draw of some images, e.g. one rank's share of a global batch."""
@@ -379,6 +379,9 @@ class SelfTraining(nn.Module):
             generator: Source of randomness, used on its own device; None uses the global one.
             device: Device of the result; by default the generator's device, or torch's default one.
 
+        Returns:
+            The draw, for `draw=` of `forward` and `terms`.
+
         Raises:
             ValueError: If a part needs `size` and it is not given.
         """
@@ -416,13 +419,16 @@ class SelfTraining(nn.Module):
         """Compute the loss of one step. Changes no state except the student's BatchNorm statistics and `align`.
 
         Args:
-            source_images: (N, 3, H, W) floating in [0, 1], or normalised by the `mean` and `std` of a `StrongAugment`.
+            source_images: (N, 3, H, W) floating in [0, 1], or normalised by `mean` and `std`.
             source_labels: (N, H, W) integer ground truth.
             target_images: (N, 3, H, W), in the same range; of the same shape if the source is pasted onto them.
             target_weights: (N, H, W) or (N,) floating, multiplied into the weights of target pixels: 0 for padding or
                 the ego-vehicle. Such pixels still count in lambda.
             generator: Source of randomness; None uses the global one. `torch.compile` cannot trace it: use `draw`.
             draw: A draw from `sample`, to replay it.
+
+        Returns:
+            The loss, its terms, and what they were computed from.
 
         Raises:
             TypeError: If a dtype is wrong, or a part returns the wrong type.

@@ -274,7 +274,7 @@ def test_checkpoints__named_ones_stay_until_another_one_has_the_name(tmp_path: P
     assert found == {"step-0000003": 3, "step-0000004": 4, "best": 3, "best_density": 1}
     assert len(list(tmp_path.iterdir())) == 2 * len(found)
     for name in ("bester", "best-density", "last", "../best", "best_"):
-        with pytest.raises(ValueError, match=f"`names` must have the form 'best_<measure>', got {name!r}"):
+        with pytest.raises(ValueError, match=f"`names` must be 'best' or have the form 'best_<measure>', got {name!r}"):
             store.save(5, state(5), names=[name])
 
 

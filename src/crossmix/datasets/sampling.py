@@ -3,10 +3,12 @@
 Rare-class sampling: Hoyer et al. (DAFormer), CVPR 2022, https://arxiv.org/abs/2111.14887, section 3.2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
@@ -32,8 +34,8 @@ class RareClassSampler(Sampler[int]):
     every epoch; otherwise all epochs are the same.
 
     Args:
-        counts: (images, C), pixels of each class in each image, from `class_counts`, of any real dtype. Column 255
-            holds ignored pixels and is not used.
+        counts: (images, C), pixels of each class in each image, from `class_counts`: a tensor, an array or lists, of
+            any real dtype. Column 255 holds ignored pixels and is not used.
         ignore_index: The id of ignored pixels in the label maps, whose column is not used either.
         temperature: T > 0. Lower values favour the rarest classes more; 0.01 in DAFormer.
         min_pixels: How many pixels of a class an image must have to be drawn for it, at the size at which it was
@@ -48,7 +50,7 @@ class RareClassSampler(Sampler[int]):
         num_images: Number of images counted.
 
     Raises:
-        TypeError: If `counts` is not a tensor or array of numbers, or another argument has the wrong type.
+        TypeError: If `counts` does not hold numbers, or another argument has the wrong type.
         ValueError: If `counts` is not (images, C), or is empty, negative or not finite, if no image has `min_pixels`
             pixels of any class, or if another argument is out of range.
 
@@ -63,7 +65,7 @@ class RareClassSampler(Sampler[int]):
 
     def __init__(
         self,
-        counts: Tensor,
+        counts: Tensor | NDArray[Any] | Sequence[Sequence[float]],
         *,
         ignore_index: int = 255,
         temperature: float = 0.01,

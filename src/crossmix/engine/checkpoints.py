@@ -74,8 +74,8 @@ class CheckpointStore:
             step: Number of finished optimizer steps.
             state: Tensors, numbers, strings and containers of them: what `torch.load(weights_only=True)` reads.
             best: Whether to save it as `best.pt` as well.
-            names: Further names of the form `best_<measure>`: it is saved as `<name>.pt` as well, and replaces the one
-                of that name.
+            names: Further names, `best` or of the form `best_<measure>`: it is saved as `<name>.pt` as well, and
+                replaces the one of that name.
 
         Raises:
             OSError: If writing fails. On a full disk the message states how many bytes are needed and free. Earlier
@@ -89,9 +89,9 @@ class CheckpointStore:
         check_int("step", step, least=0, hint="; it counts finished optimizer steps")
         for name in names:
             if not re.fullmatch(NAMES, name):
-                raise ValueError(f"`names` must have the form 'best_<measure>', got {name!r}.")
+                raise ValueError(f"`names` must be 'best' or have the form 'best_<measure>', got {name!r}.")
         with _SAVING:
-            return self._save(step, state, [*["best"] * best, *names])
+            return self._save(step, state, ["best", *names] if best else names)
 
     def _save(self, step: int, state: Mapping[str, Any], names: Collection[str]) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ __all__ = ["StopRequest"]
 class StopRequest:
     """Turn SIGTERM and Ctrl-C into a flag that the training loop checks after each step.
 
-    The first signal sets the flag; a second Ctrl-C ends the process at once. Leaving the `with` block restores the
+    The first signal sets the flag; a Ctrl-C after it ends the process at once. Leaving the `with` block restores the
     previous handlers. Outside the main thread, where Python allows no signal handlers, a stop is never requested.
 
     Args:

@@ -25,8 +25,9 @@ class MeanIoU(Metric):
         classes: The ids to average over, e.g. `CLASSES_16` of `crossmix.datasets.classes`; all by default.
 
     State:
-        `counts`: (C, C) int64, rows labels, columns predictions; summed over ranks. Not in the state_dict, unless
-        torchmetrics is told to by `.persistent(True)`. `ignored` is `ignore_index`, the same on all ranks.
+        `counts`: (C, C) int64, rows labels, columns predictions. `invalid`: int64, the predictions on a GPU that were
+            not class ids. Both are summed over ranks. `ignored`: `ignore_index`, the same on all ranks. None is in the
+            state_dict, unless torchmetrics is told to by `.persistent(True)`.
 
     Raises:
         ValueError: If `num_classes` is not positive.
