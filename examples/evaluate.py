@@ -15,11 +15,11 @@ import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from crossmix.datasets import Cityscapes, DataError
@@ -42,7 +42,7 @@ from networks import (
     small_logits,
 )
 from options import argument, size, unusable
-from processes import leave
+from processes import Ranks, leave, start_ranks
 from scores import TITLES, markdown, paper_row, rows_by_class, summary
 
 ERRORS = (DataError, WeightsError, NetworkError, OSError, ImportError, argparse.ArgumentTypeError)
@@ -53,29 +53,25 @@ LARGEST = {"num_classes": 255, "aspp_branches": 4}
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    ranks = "RANK" in os.environ
-    if ranks:
-        dist.init_process_group()
-        if args.device.startswith("cuda"):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        set_precision(args)
-        paper = args.paper or trained_row(args.weights)
-        if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        scores = {entry: score(entry, args, ranks=ranks) for entry in args.entry}
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(table(scores, paper), end="", flush=True)  # first, lest a full disk lose it
+    with ExitStack() as stack:
+        ranks = start_ranks(args.device, stack)
+        if ranks.control is not None and args.device.startswith("cuda"):
+            args.device = "cuda"  # each rank has made another GPU its current one
+        try:
+            set_precision(args)
+            paper = args.paper or trained_row(args.weights)
             if args.out:
-                document = {
-                    "weights": args.weights, "split": args.split, "torch": str(torch.__version__), "scores": scores,
-                }  # fmt: skip
-                write_text(Path(args.out), json.dumps(document, indent=2) + "\n")
-    except ERRORS as error:
-        raise SystemExit(f"error: {error}") from error
-    finally:
-        if ranks:
-            dist.destroy_process_group()
+                Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            scores = {entry: score(entry, args, ranks) for entry in args.entry}
+            if ranks.first:
+                print(table(scores, paper), end="", flush=True)  # first, lest a full disk lose it
+                if args.out:
+                    document = {
+                        "weights": args.weights, "split": args.split, "torch": str(torch.__version__), "scores": scores,
+                    }  # fmt: skip
+                    write_text(Path(args.out), json.dumps(document, indent=2) + "\n")
+        except ERRORS as error:
+            raise SystemExit(f"error: {error}") from error
     return 0
 
 
@@ -202,7 +198,7 @@ def usable_device(text: str) -> str:
     return text
 
 
-def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any]:
+def score(entry: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """Score one network of a file; return its scores by label size."""
     model = load_network(args.weights, entry, network=args.network, aspp_branches=args.aspp_branches)
     if (classes := saved_classes(args.weights)) != len(CLASS_NAMES):
@@ -217,7 +213,7 @@ def score(entry: str, args: argparse.Namespace, *, ranks: bool) -> dict[str, Any
         align_corners=isinstance(model, DeepLabV2),
         dtype=AUTOCAST.get(args.precision),
         workers=args.workers,
-        sync=ranks,
+        sync=ranks.world > 1,
     )
     return {name: summary(matrix) for name, matrix in matrices.items()}
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crossmix.integrations import semantic_logits
 from crossmix.models import DeepLabV2, deeplab_v2_resnet101, deeplab_v2_tiny
 
 __all__ = [
@@ -121,16 +122,14 @@ def _arguments(function: Callable[..., Any]) -> Mapping[str, object]:
 
 def _logits(out: object, name: str) -> Tensor:
     """Take the logits out of a network's output."""
-    if isinstance(out, Mapping):
-        out = next((out[key] for key in ("logits", "out") if key in out), out)
-    out = getattr(out, "logits", out)
-    if not isinstance(out, Tensor):
+    try:
+        return semantic_logits(out)
+    except TypeError as error:
         keys = f" with {', '.join(map(repr, out))}" if isinstance(out, Mapping) else ""
         raise NetworkError(
             f"--network {name}: returned a {type(out).__name__}{keys}; return logits as a tensor, as `logits` or as "
             '"out".'
-        )
-    return out
+        ) from error
 
 
 def _told(error: Exception) -> str:
