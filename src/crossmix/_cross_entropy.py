@@ -15,13 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from crossmix._tensors import arithmetic, no_autocast, upsample, weight_maps
-
-
-def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The labels as int64, and where they hold a class that is not ignored."""
-    index = labels.long()
-    return index, (index >= 0) & (index < num_classes) & (index != ignore_index)
+from crossmix._tensors import arithmetic, no_autocast, upsample, valid_pixels, weight_maps
 
 
 def pixel_losses(

@@ -8,8 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from crossmix._cross_entropy import valid_pixels
-from crossmix._tensors import arithmetic, weight_maps
+from crossmix._tensors import arithmetic, valid_pixels, weight_maps
 
 
 def mass(labels: Tensor, num_classes: int, class_weights: Tensor | None, ignore_index: int) -> Tensor:

@@ -42,6 +42,12 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if known and device.type != "meta" else nullcontext()
 
 
+def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The labels as int64, and where they hold a class that is not ignored."""
+    index = labels.long()
+    return index, (index >= 0) & (index < num_classes) & (index != ignore_index)
+
+
 def weight_maps(weights: Tensor, like: Tensor) -> Tensor:
     """Expand weights (N,) or (N, H, W) to (N, H, W), the shape of `like`."""
     return (weights[:, None, None] if weights.ndim == 1 else weights).expand(like.shape)

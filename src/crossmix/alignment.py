@@ -24,7 +24,7 @@ from crossmix._checks import (
     wrong_shape,
 )
 from crossmix._distributed import all_reduce_sum
-from crossmix._tensors import KeepsFloat32, arithmetic, at_least_float32
+from crossmix._tensors import KeepsFloat32, arithmetic, at_least_float32, valid_pixels
 
 __all__ = ["DistributionAlignment", "align_distribution"]
 
@@ -178,9 +178,8 @@ class DistributionAlignment(KeepsFloat32):
             raise ValueError("`update_prior` cannot change a prior that was given as `prior=`; leave out one.")
         check_labels("labels", labels)
         check_same_device(prior=self.prior, labels=labels)
-        index = labels.flatten().long()
-        ignored = (index < 0) | (index >= self.num_classes) | (index == self.ignore_index)
-        index = index.masked_fill(ignored, self.num_classes)
+        index, valid = valid_pixels(labels.flatten(), self.num_classes, self.ignore_index)
+        index = index.where(valid, self.num_classes)
         counts = index.new_zeros(self.num_classes + 1).scatter_add(0, index, torch.ones_like(index))
         self._average(self.prior, self.prior_count, counts[:-1].float())
 

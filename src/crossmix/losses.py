@@ -24,10 +24,10 @@ from crossmix._checks import (
     check_weights,
 )
 from crossmix._class_weights import buffer_of, numbers_of, refill, shown
-from crossmix._cross_entropy import pixel_losses, upsample_for, upsampled_sum, valid_pixels
+from crossmix._cross_entropy import pixel_losses, upsample_for, upsampled_sum
 from crossmix._distributed import all_reduce_sum, world_size
 from crossmix._soft_labels import class_factors, dense_losses, factors, mass
-from crossmix._tensors import KeepsFloat32, arithmetic, at_least_float32, weight_maps
+from crossmix._tensors import KeepsFloat32, arithmetic, at_least_float32, valid_pixels, weight_maps
 
 __all__ = ["ConfidenceWeightedCE", "confidence_weight", "upsampled_cross_entropy", "weighted_cross_entropy"]
 

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "_tensors": set(),
     "_wrappers": set(),
     "_cross_entropy": {"_tensors"},
-    "_soft_labels": {"_cross_entropy", "_tensors"},
+    "_soft_labels": {"_tensors"},
     **{leaf: {"_checks", "_distributed", "_tensors"} for leaf in LEAVES},
     "augment": {"_checks", "_color", "_compiled", "_distributed", "_tensors"},
     "masking": {"_checks", "_tensors"},

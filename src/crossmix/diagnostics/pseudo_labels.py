@@ -24,7 +24,7 @@ from crossmix._checks import (
     class_shares,
 )
 from crossmix._distributed import Counts
-from crossmix._tensors import at_least_float32
+from crossmix._tensors import at_least_float32, valid_pixels
 
 __all__ = ["PseudoLabelMonitor", "PseudoLabelQuality"]
 
@@ -242,8 +242,7 @@ class PseudoLabelMonitor(Counts):
 
     def _ids(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Flattened class ids, with 0 where a pixel has no valid class, and a mask of the valid pixels."""
-        index = labels.flatten().long()
-        known = (index >= 0) & (index < self.num_classes) & (index != self.ignore_index)
+        index, known = valid_pixels(labels.flatten(), self.num_classes, self.ignore_index)
         return index.where(known, 0), known
 
     def _check_batch(self, labels: Tensor, confidence: Tensor, truth: Tensor | None, student: Tensor | None) -> None:
