@@ -102,6 +102,12 @@ def logits_in(output: object, name: str) -> str | None:
     return None
 
 
+def kind_of(output: object) -> str:
+    """What a network's output is, for error messages: its type and, of a mapping, the keys."""
+    keys = f" with keys {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
+    return f"{type(output).__name__}{keys}"
+
+
 def check_confidence(confidence: Tensor) -> None:
     """Refuse anything but a floating (N, H, W) tensor."""
     check_floating("confidence", confidence, "pass probabilities in [0, 1]")

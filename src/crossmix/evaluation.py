@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 
-from crossmix._checks import check_labels, check_module, check_size, check_tensor, logits_in, wrong_shape
+from crossmix._checks import check_labels, check_module, check_size, check_tensor, kind_of, logits_in, wrong_shape
 from crossmix._distributed import rank, world_size
 from crossmix._progress import shown
 from crossmix._tensors import most_probable, nearest, upsample
@@ -328,10 +328,9 @@ def _check_ids(batch: Batch, num_classes: int, ignore_index: int) -> None:
 def _logits(out: object, n: int, num_classes: int) -> Tensor:
     """Check that a network's output is logits, and return it."""
     if not isinstance(out, Tensor):
-        keys = f" with keys {', '.join(map(repr, out))}" if isinstance(out, Mapping) else ""
         access = (logits_in(out, "out") or "out.logits").replace("'", '"')
         raise TypeError(
-            f"`network` must return logits as a tensor, got {type(out).__name__}{keys}; "
+            f"`network` must return logits as a tensor, got {kind_of(out)}; "
             f"extract them: `logits=lambda out: {access}`."
         )
     if out.ndim != 4 or len(out) != n:

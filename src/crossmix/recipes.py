@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from crossmix._checks import (
+    check_bool,
     check_choice,
     check_fraction,
     check_ignored_rows,
@@ -94,9 +95,8 @@ class Recipe:
         check_choice("flavor", self.flavor, ("additive", "torchvision"))
         check_fraction("threshold", self.threshold)
         check_fraction("decay", self.decay)
-        for name in ("include_ignored", "same_on_batch"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+        check_bool("include_ignored", self.include_ignored)
+        check_bool("same_on_batch", self.same_on_batch)
         check_ignored_rows(self.ignore_top, self.ignore_bottom)
         if not (self.consistency is None or isinstance(self.consistency, bool) or callable(self.consistency)):
             raise TypeError(

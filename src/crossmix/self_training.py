@@ -28,9 +28,10 @@ from crossmix._checks import (
     check_same_shape,
     check_tensor,
     check_weights,
+    kind_of,
     logits_in,
 )
-from crossmix._tensors import Device, uniform, upsample, weight_maps
+from crossmix._tensors import Device, uniform, upsample, valid_pixels, weight_maps
 from crossmix.augment import StrongAugment
 from crossmix.losses import ConfidenceWeightedCE
 from crossmix.masking import MaskedImages
@@ -661,11 +662,9 @@ class SelfTraining(nn.Module):
 
     def _labels_of(self, criterion: object, labels: Tensor, num_classes: int) -> Tensor:
         """Labels for a foreign criterion: int64, with ignored pixels and unknown ids set to its `ignore_index`."""
-        labels = labels.long()
+        index, valid = valid_pixels(labels, num_classes, self.ignore_index)
         ignored = getattr(criterion, "ignore_index", None)
-        if not isinstance(ignored, int):
-            return labels
-        return labels.masked_fill((labels < 0) | (labels >= num_classes) | (labels == self.ignore_index), ignored)
+        return index.where(valid, ignored) if isinstance(ignored, int) else index
 
     def _logits(self, name: str, network: Callable[[Tensor], Any], images: Tensor) -> Tensor:
         """Run a network on images and check that it returns logits."""
@@ -673,9 +672,8 @@ class SelfTraining(nn.Module):
         if self.logits is not None:
             logits = self.logits(logits)
         if not isinstance(logits, Tensor):
-            keys = f" with keys {', '.join(map(repr, logits))}" if isinstance(logits, Mapping) else ""
             hint = f"pass `logits=lambda out: {logits_in(logits, 'out') or 'out.logits'}` to SelfTraining"
-            raise TypeError(f"`{name}` must return logits as a tensor, got {type(logits).__name__}{keys}; {hint}.")
+            raise TypeError(f"`{name}` must return logits as a tensor, got {kind_of(logits)}; {hint}.")
         if logits.ndim != 4 or len(logits) != len(images):
             want = f"(N, C, H, W) with N = {len(images)}"
             raise ValueError(f"`{name}` must return logits of shape {want}, got {tuple(logits.shape)}.")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from crossmix.datasets import _png
 from crossmix.datasets.sample import DataError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif")
@@ -17,7 +18,6 @@ OTHER_IMAGES |= {".tif", ".tiff", ".webp"}
 NOT_DATA = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
 """Visible files and folders created by operating systems, in lower case. Hidden names start with a dot."""
 
-STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 ENDING = re.compile(r"\.(?!\d+$)[^./]{1,5}$")  # `.png` and `.jpeg`, but not `.0001` in `frame.0001`
 
 
@@ -138,6 +138,6 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
         if by_ending:
             return True
         with Path(entry).open("rb") as file:
-            return file.read(8).startswith(STARTS)
+            return file.read(8).startswith((_png.SIGNATURE, _png.JPEG))
     except OSError:
         return by_ending

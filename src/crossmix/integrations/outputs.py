@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from crossmix._checks import kind_of
 from crossmix._tensors import at_least_float32, no_autocast
 
 __all__ = ["semantic_logits"]
@@ -54,10 +55,9 @@ def semantic_logits(output: object) -> Tensor:
         logits = _found(output, name)
         if logits is not None:
             return logits
-    keys = f" with keys {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
     raise TypeError(
         f"`output` must hold `logits`, `out`, or `class_queries_logits` and `masks_queries_logits`, got "
-        f"{type(output).__name__}{keys}; pass a function of your own as `logits=`."
+        f"{kind_of(output)}; pass a function of your own as `logits=`."
     )
 
 
