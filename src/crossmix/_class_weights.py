@@ -28,7 +28,7 @@ def numbers_of(
 
 
 def buffer_of(numbers: list[float] | None, like: object) -> Tensor | None:
-    """A float32 buffer of class weights, where the tensor `like` is that gave them, or where new tensors are."""
+    """Make a float32 buffer of class weights, on the device of `like` if that is a tensor, else on the default one."""
     device = like.device if isinstance(like, Tensor) else None
     return None if numbers is None else torch.tensor(numbers, dtype=torch.float32, device=device)
 

@@ -40,7 +40,7 @@ _NORMALIZERS = ("all", "valid", "weights")
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-class _How(NamedTuple):
+class _Options(NamedTuple):
     """The options of a loss."""
 
     ignore_index: int
@@ -129,13 +129,13 @@ def weighted_cross_entropy(
         (tensor(0.5199), tensor(0.6931))
     """
     _check_full_logits(logits, labels, weights, class_weights)
-    how = _how(ignore_index, normalizer, label_smoothing, class_weights)
+    options = _options(ignore_index, normalizer, label_smoothing, class_weights)
     check_choice("reduction", reduction, _REDUCTIONS)
-    losses = _losses(logits, labels, weights, how)
+    losses = _losses(logits, labels, weights, options)
     if reduction == "none":
         return losses
     total = losses.sum()
-    return total if reduction == "sum" else _mean(total, labels, weights, logits.shape[1], how)
+    return total if reduction == "sum" else _mean(total, labels, weights, logits.shape[1], options)
 
 
 def upsampled_cross_entropy(
@@ -184,13 +184,14 @@ def upsampled_cross_entropy(
         tensor(0.3157)
     """
     _check_small_logits(logits, labels, weights, class_weights)
-    how = _how(ignore_index, normalizer, label_smoothing, class_weights)
+    options = _options(ignore_index, normalizer, label_smoothing, class_weights)
     check_choice("reduction", reduction, _REDUCTIONS)
     check_bool("align_corners", align_corners)
     if reduction == "none":
-        return _losses(_upsampled(logits, labels, weights, how, align_corners=align_corners), labels, weights, how)
-    total = _upsampled_sum(logits, labels, weights, how, align_corners=align_corners)
-    return total if reduction == "sum" else _mean(total, labels, weights, logits.shape[1], how)
+        full = _upsampled(logits, labels, weights, options, align_corners=align_corners)
+        return _losses(full, labels, weights, options)
+    total = _upsampled_sum(logits, labels, weights, options, align_corners=align_corners)
+    return total if reduction == "sum" else _mean(total, labels, weights, logits.shape[1], options)
 
 
 class ConfidenceWeightedCE(KeepsFloat32):
@@ -236,7 +237,7 @@ class ConfidenceWeightedCE(KeepsFloat32):
         super().__init__()
         check_fraction("threshold", threshold)
         check_choice("scope", scope, _SCOPES)
-        _how(ignore_index, normalizer, label_smoothing, None)  # checks them
+        _options(ignore_index, normalizer, label_smoothing, None)  # checks them
         self.threshold = threshold
         self.scope: Scope = scope
         self.ignore_index = ignore_index
@@ -260,23 +261,23 @@ class ConfidenceWeightedCE(KeepsFloat32):
     def forward(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the mean, a scalar; arguments and errors are those of `crossmix.functional.weighted_cross_entropy`."""
         _check_full_logits(logits, labels, weights, self.class_weights)
-        how = self._how()
-        total = _losses(logits, labels, weights, how).sum()
-        return _mean(total, labels, weights, logits.shape[1], how, sync=self.sync)
+        options = self._options()
+        total = _losses(logits, labels, weights, options).sum()
+        return _mean(total, labels, weights, logits.shape[1], options, sync=self.sync)
 
     def upsampled(
         self, logits: Tensor, labels: Tensor, weights: Tensor | None = None, *, align_corners: bool = True
     ) -> Tensor:
         """Return the same loss of smaller logits (N, C, h, w); see `crossmix.functional.upsampled_cross_entropy`."""
-        how = self._how()
+        options = self._options()
         _check_small_logits(logits, labels, weights, self.class_weights)
         check_bool("align_corners", align_corners)
         if type(self).forward is not ConfidenceWeightedCE.forward:  # a subclass with its own loss
-            full = _upsampled(logits, labels, weights, how, align_corners=align_corners)
+            full = _upsampled(logits, labels, weights, options, align_corners=align_corners)
             loss: Tensor = self(full, labels, weights)
             return loss
-        total = _upsampled_sum(logits, labels, weights, how, align_corners=align_corners)
-        return _mean(total, labels, weights, logits.shape[1], how, sync=self.sync)
+        total = _upsampled_sum(logits, labels, weights, options, align_corners=align_corners)
+        return _mean(total, labels, weights, logits.shape[1], options, sync=self.sync)
 
     def extra_repr(self) -> str:
         """Constructor arguments, for `repr`."""
@@ -286,8 +287,8 @@ class ConfidenceWeightedCE(KeepsFloat32):
             f"class_weights={shown(self.class_weights)}, sync={self.sync}"
         )
 
-    def _how(self) -> _How:
-        return _How(self.ignore_index, self.normalizer, self.label_smoothing, self.class_weights)
+    def _options(self) -> _Options:
+        return _Options(self.ignore_index, self.normalizer, self.label_smoothing, self.class_weights)
 
 
 def _confidence_weight(confidence: Tensor, threshold: float, scope: Scope, *, sync: bool) -> Tensor:
@@ -306,80 +307,89 @@ def _confidence_weight(confidence: Tensor, threshold: float, scope: Scope, *, sy
     return (kept / _positive(total)).expand_as(confidence).contiguous()
 
 
-def _losses(logits: Tensor, labels: Tensor, weights: Tensor | None, how: _How) -> Tensor:
+def _losses(logits: Tensor, labels: Tensor, weights: Tensor | None, options: _Options) -> Tensor:
     """Weighted losses (N, H, W) of full-size logits, for labels of either kind."""
     num_classes = logits.shape[1]
-    if not _needs_factors(labels, how):
-        weights = _by_class(labels, weights, num_classes, how)
-        return pixel_losses(logits, labels, weights, how.ignore_index, how.label_smoothing)
-    dtype = _dtype(logits, labels, weights, how)
+    if not _needs_factors(labels, options):
+        weights = _by_class(labels, weights, num_classes, options)
+        return pixel_losses(logits, labels, weights, options.ignore_index, options.label_smoothing)
+    dtype = _dtype(logits, labels, weights, options)
     target = factors(
-        labels, num_classes, how.class_weights, how.ignore_index, dtype=dtype, label_smoothing=how.label_smoothing
+        labels,
+        num_classes,
+        options.class_weights,
+        options.ignore_index,
+        dtype=dtype,
+        label_smoothing=options.label_smoothing,
     )
-    valid = None if labels.is_floating_point() else valid_pixels(labels, num_classes, how.ignore_index)[1]
+    valid = None if labels.is_floating_point() else valid_pixels(labels, num_classes, options.ignore_index)[1]
     return dense_losses(logits, target, weights, valid)
 
 
-def _dtype(logits: Tensor, labels: Tensor, weights: Tensor | None, how: _How) -> torch.dtype:
-    return arithmetic(logits, weights, how.class_weights, labels if labels.is_floating_point() else None)
+def _dtype(logits: Tensor, labels: Tensor, weights: Tensor | None, options: _Options) -> torch.dtype:
+    return arithmetic(logits, weights, options.class_weights, labels if labels.is_floating_point() else None)
 
 
-def _upsampled(logits: Tensor, labels: Tensor, weights: Tensor | None, how: _How, *, align_corners: bool) -> Tensor:
+def _upsampled(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, options: _Options, *, align_corners: bool
+) -> Tensor:
     """Upsample logits to the size of the labels, in the dtype of the loss."""
-    logits = logits.to(_dtype(logits, labels, weights, how))
+    logits = logits.to(_dtype(logits, labels, weights, options))
     return upsample_for(logits, labels, weights, align_corners=align_corners)
 
 
-def _upsampled_sum(logits: Tensor, labels: Tensor, weights: Tensor | None, how: _How, *, align_corners: bool) -> Tensor:
+def _upsampled_sum(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, options: _Options, *, align_corners: bool
+) -> Tensor:
     """The sum of the losses of smaller logits."""
-    if _needs_factors(labels, how):
-        full = _upsampled(logits, labels, weights, how, align_corners=align_corners)
-        return _losses(full, labels, weights, how).sum()
+    if _needs_factors(labels, options):
+        full = _upsampled(logits, labels, weights, options, align_corners=align_corners)
+        return _losses(full, labels, weights, options).sum()
     return upsampled_sum(
         logits,
         labels,
-        _by_class(labels, weights, logits.shape[1], how),
+        _by_class(labels, weights, logits.shape[1], options),
         align_corners=align_corners,
-        ignore_index=how.ignore_index,
-        label_smoothing=how.label_smoothing,
+        ignore_index=options.ignore_index,
+        label_smoothing=options.label_smoothing,
     )
 
 
-def _needs_factors(labels: Tensor, how: _How) -> bool:
+def _needs_factors(labels: Tensor, options: _Options) -> bool:
     """Whether several classes of a pixel enter the loss with different weights."""
-    return labels.is_floating_point() or (how.class_weights is not None and how.label_smoothing > 0)
+    return labels.is_floating_point() or (options.class_weights is not None and options.label_smoothing > 0)
 
 
-def _by_class(labels: Tensor, weights: Tensor | None, num_classes: int, how: _How) -> Tensor | None:
+def _by_class(labels: Tensor, weights: Tensor | None, num_classes: int, options: _Options) -> Tensor | None:
     """Pixel weights times the class weights of their labels."""
     if labels.is_floating_point():
-        each = mass(labels, num_classes, how.class_weights, how.ignore_index)
-    elif how.class_weights is None:
+        each = mass(labels, num_classes, options.class_weights, options.ignore_index)
+    elif options.class_weights is None:
         return weights
     else:
-        each = class_factors(labels, num_classes, how.class_weights, how.ignore_index)
+        each = class_factors(labels, num_classes, options.class_weights, options.ignore_index)
     return each if weights is None else each * weight_maps(weights, each)
 
 
 def _mean(
-    total: Tensor, labels: Tensor, weights: Tensor | None, num_classes: int, how: _How, *, sync: bool = False
+    total: Tensor, labels: Tensor, weights: Tensor | None, num_classes: int, options: _Options, *, sync: bool = False
 ) -> Tensor:
-    divisor = _divisor(labels, weights, total, num_classes, how)
+    divisor = _divisor(labels, weights, total, num_classes, options)
     if sync:
         return total / _positive(all_reduce_sum(divisor)) * world_size()
     return total / _positive(divisor)
 
 
-def _divisor(labels: Tensor, weights: Tensor | None, total: Tensor, num_classes: int, how: _How) -> Tensor:
+def _divisor(labels: Tensor, weights: Tensor | None, total: Tensor, num_classes: int, options: _Options) -> Tensor:
     """The divisor of the mean."""
     soft = labels.is_floating_point()
-    if how.normalizer == "all" or (how.normalizer == "valid" and soft):
+    if options.normalizer == "all" or (options.normalizer == "valid" and soft):
         pixels = labels.numel() // num_classes if soft else labels.numel()
         return torch.full((), pixels, dtype=total.dtype, device=total.device)
-    each = _by_class(labels, weights, num_classes, how) if how.normalizer == "weights" else None
+    each = _by_class(labels, weights, num_classes, options) if options.normalizer == "weights" else None
     if soft and each is not None:
         return each.to(total.dtype).sum()
-    _, valid = valid_pixels(labels, num_classes, how.ignore_index)
+    _, valid = valid_pixels(labels, num_classes, options.ignore_index)
     if each is None:
         return valid.sum().to(total.dtype)
     return torch.where(valid, weight_maps(each, labels).to(total.dtype), 0.0).sum()
@@ -422,9 +432,11 @@ def _check_small_logits(logits: Tensor, labels: Tensor, weights: Tensor | None, 
         raise ValueError(f"`logits` must have pixels to be upsampled to {size}, got {tuple(logits.shape)}.")
 
 
-def _how(ignore_index: int, normalizer: Normalizer, label_smoothing: float, class_weights: Tensor | None) -> _How:
+def _options(
+    ignore_index: int, normalizer: Normalizer, label_smoothing: float, class_weights: Tensor | None
+) -> _Options:
     """The options of a loss, checked."""
     check_ignore_index(ignore_index)
     check_choice("normalizer", normalizer, _NORMALIZERS)
     check_fraction("label_smoothing", label_smoothing)
-    return _How(ignore_index, normalizer, label_smoothing, class_weights)
+    return _Options(ignore_index, normalizer, label_smoothing, class_weights)

@@ -55,7 +55,7 @@ class Mixed(NamedTuple):
     mask: Tensor
 
 
-class _How(NamedTuple):
+class _DrawOptions(NamedTuple):
     """The options of a draw of classes."""
 
     ratio: float
@@ -140,7 +140,7 @@ def sample_classes(
     if class_weights is not None:
         check_class_weights(class_weights, num_classes)
     codes, scores = class_codes(labels, num_classes, ignore_index), _scores(labels, num_classes, scores, generator)
-    return _draw(codes, scores, _How(ratio, include_ignored, rounding, whole_batch, class_weights))
+    return _draw(codes, scores, _DrawOptions(ratio, include_ignored, rounding, whole_batch, class_weights))
 
 
 def class_mask(labels: Tensor, classes: Tensor, *, ignore_index: int = 255) -> Tensor:
@@ -286,8 +286,8 @@ class _Mix(KeepsFloat32):
         return self._draw(codes, _scores(labels, self.num_classes, None, generator))
 
     def _draw(self, codes: Words | Indices, scores: Tensor) -> Tensor:
-        how = _How(self.ratio, self.include_ignored, self.rounding, self.whole_batch, self.class_weights)
-        return _draw(codes, scores, how)
+        options = _DrawOptions(self.ratio, self.include_ignored, self.rounding, self.whole_batch, self.class_weights)
+        return _draw(codes, scores, options)
 
     def _mask(
         self,
@@ -475,20 +475,20 @@ def _mixed(pasted: Sequence[Tensor], base: Sequence[Tensor], mask: Tensor) -> Mi
     return _typed_as(pasted[0], pasted[1], Mixed(images, labels, weights, stored(mask)))
 
 
-def _draw(codes: Words | Indices, scores: Tensor, how: _How) -> Tensor:
+def _draw(codes: Words | Indices, scores: Tensor, options: _DrawOptions) -> Tensor:
     """The present classes with the lowest scores, (N, C + 1) bool; ties go to the lower id."""
     present = codes.present()
     columns = present.shape[1]
-    if not how.include_ignored:
+    if not options.include_ignored:
         present = present & (torch.arange(columns, device=present.device) < columns - 1)
-    if how.whole_batch:
+    if options.whole_batch:
         present = present.any(0, keepdim=True).expand_as(present)
-    if how.class_weights is not None:
-        check_same_device(labels=present, class_weights=how.class_weights)
-        weights = at_least_float32(how.class_weights)
+    if options.class_weights is not None:
+        check_same_device(labels=present, class_weights=options.class_weights)
+        weights = at_least_float32(options.class_weights)
         # Exponential race: of independent exponential times, the smallest belongs to i with odds equal to its rate.
         scores = -torch.log1p(-at_least_float32(scores)) / torch.cat([weights, weights.mean()[None]])
-    count = _share(present.sum(1, keepdim=True), how.ratio, columns, how.rounding)
+    count = _share(present.sum(1, keepdim=True), options.ratio, columns, options.rounding)
     order = scores.argsort(dim=1, stable=True)
     ordered = present.gather(1, order)
     return torch.zeros_like(present).scatter(1, order, ordered & (ordered.cumsum(1) <= count))
@@ -564,7 +564,7 @@ def _check_masks(masks: object) -> None:
 
 
 def _weights(name: str, weights: Tensor | None, images: Tensor, labels: Tensor) -> Tensor:
-    """Loss weights as (N, H, W) or (N,), in float32, or float64 if the weights (or the images, without) are."""
+    """Loss weights as (N, H, W) or (N,), in float32, or in float64 if they are float64; ones if not given."""
     if weights is None:
         return images.new_ones(len(images), dtype=arithmetic(images))
     check_weights(name, weights, labels.shape)
