@@ -128,7 +128,7 @@ def ema_update_(averaged: Sequence[Tensor], current: Sequence[Tensor], decay: fl
             kind, mine, theirs = difference
             found = f"`averaged[{i}]` has {kind} {mine} but `current[{i}]` {theirs}"
             raise (TypeError if kind == "dtype" else ValueError)(f"{found}; pass both lists in the same order.")
-    _move(_local_pairs(dict(enumerate(averaged)), dict(enumerate(current))), decay)
+    _ema_update_(_local_pairs(dict(enumerate(averaged)), dict(enumerate(current))), decay)
 
 
 class MeanTeacher(nn.Module):
@@ -287,8 +287,8 @@ class MeanTeacher(nn.Module):
         parameters, buffers, caches = _matched(mine, theirs)
         for name in caches:
             _take_over(name, mine, theirs)
-        _move(parameters, decay)
-        _move(buffers, decay if self.buffers_mode == "average" else 0.0)
+        _ema_update_(parameters, decay)
+        _ema_update_(buffers, decay if self.buffers_mode == "average" else 0.0)
         low = _low(theirs)
         if low != self._students_low:  # the student was cast, or has a new cache
             self._students_low, self._low = low, dict(low)
@@ -359,16 +359,16 @@ class MeanTeacher(nn.Module):
 
         def keep_wide(value: Tensor) -> Tensor:
             known = names.get(id(value), [])
-            if not known or not _averages(value):
+            if not known or not _can_average(value):
                 return fn(value)
-            run = self._low.get(known[0], value.dtype)
-            run = fn(torch.empty(0, dtype=run, device=value.device)).dtype
+            forward_dtype = self._low.get(known[0], value.dtype)
+            forward_dtype = fn(torch.empty(0, dtype=forward_dtype, device=value.device)).dtype
             moved = fn(value)
             for name in known:
                 self._low.pop(name, None)
-            if not _is_low(run):
+            if not _is_low(forward_dtype):
                 return moved
-            self._low.update(dict.fromkeys(known, run))
+            self._low.update(dict.fromkeys(known, forward_dtype))
             return moved if moved.dtype == value.dtype else torch.empty_like(moved, dtype=value.dtype).copy_(value)
 
         super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
@@ -589,7 +589,7 @@ def _second(network: nn.Module, student: _State) -> nn.Module:
     mine = _state(network)
     parameters, buffers, caches = _matched(mine, student)
     with torch.no_grad():
-        _move([*parameters, *buffers], 0.0)
+        _ema_update_([*parameters, *buffers], 0.0)
         for name in caches:
             _take_over(name, mine, student)
     return network
@@ -614,7 +614,7 @@ def _difference(old: Tensor, new: Tensor) -> _Difference | None:
     """The first property in which two tensors do not match, with both values; None if they match."""
     if old.shape != new.shape:
         return "shape", tuple(old.shape), tuple(new.shape)
-    if old.dtype != new.dtype and (_averages(old), old.is_complex()) != (_averages(new), new.is_complex()):
+    if old.dtype != new.dtype and (_can_average(old), old.is_complex()) != (_can_average(new), new.is_complex()):
         return "dtype", old.dtype, new.dtype
     if old.is_meta != new.is_meta:
         return "device", old.device, new.device
@@ -685,10 +685,10 @@ def _take_over(name: str, mine: _State, theirs: _State) -> None:
         delattr(part, key)
 
 
-def _move(pairs: _Pairs, decay: float) -> None:
+def _ema_update_(pairs: _Pairs, decay: float) -> None:
     """Update averages in place from (average, current) pairs; integers are copied."""
-    copied = pairs if decay == 0 else [pair for pair in pairs if not _averages(pair[0])]
-    lerped = [] if decay in {0, 1} else [pair for pair in pairs if _averages(pair[0])]
+    copied = pairs if decay == 0 else [pair for pair in pairs if not _can_average(pair[0])]
+    lerped = [] if decay in {0, 1} else [pair for pair in pairs if _can_average(pair[0])]
     kinds: dict[tuple[torch.dtype, torch.dtype], _Pairs] = {}  # one launch copies many tensors of equal dtypes
     for old, new in copied:
         kinds.setdefault((old.dtype, new.dtype), []).append((old, new))
@@ -732,7 +732,7 @@ def _is_a(value: object, module: str, name: str) -> bool:
     return kind is not None and isinstance(value, kind)
 
 
-def _averages(value: Tensor) -> bool:
+def _can_average(value: Tensor) -> bool:
     return value.is_floating_point() or value.is_complex()
 
 
