@@ -134,11 +134,11 @@ def _read(path: Path, checksum: str) -> Mapping[str, Any]:
         raise WeightsError(f"{path}: {_reason(path, error)}") from error
     if not isinstance(contents, Mapping):
         raise WeightsError(f"{path}: expected a dict of tensors, got {type(contents).__name__}; save a state_dict.")
-    _refuse_mazes(path, contents)
+    _refuse_endless_names(path, contents)
     return contents
 
 
-def _refuse_mazes(path: Path, contents: Mapping[Any, Any]) -> None:
+def _refuse_endless_names(path: Path, contents: Mapping[Any, Any]) -> None:
     """Raise if names are so many or so long that looking for a network in them would take hours."""
     components = 0
     for name in _names(contents):

@@ -21,11 +21,12 @@ __all__ = ["LoadReport", "load_weights", "save_weights"]
 
 LOG = logging.getLogger(__name__)
 TORCHVISION = (
-    "it was recognised as torchvision's ResNet-101 by %r: the preprocessing is converted, but layer2.0 has its stride "
-    "on the first convolution and the max-pooling rounds up, so its features differ from torchvision's before training"
+    "%s: it was recognised as torchvision's ResNet-101 by %r: the preprocessing is converted, but layer2.0 has its "
+    "stride on the first convolution and the max-pooling rounds up, so its features differ from torchvision's before "
+    "training"
 )
 UNKNOWN = (
-    "it is a backbone without a head that tells what images it was trained on; BGR in 0..255 minus the mean is "
+    "%s: it is a backbone without a head that tells what images it was trained on; BGR in 0..255 minus the mean is "
     "assumed, as in the Caffe-trained files; if it is torchvision's, load the file with its `fc`, which is converted"
 )
 TORCHVISION_HEADS = {"fc", "classifier", "aux_classifier"}
@@ -197,16 +198,16 @@ def _load(
     clean = {full: name for name, (full, _) in ours.items()}
     lacking = {name for name in own if name not in fit and not name.endswith("num_batches_tracked")}
     headless = _headless(model, values)
-    beside = [str(name) for name in place.state if name not in used]
-    if any("conv2d_list" in name for name in beside):  # DeepLab-v2's head by another name
+    unused = [str(name) for name in place.state if name not in used]
+    if any("conv2d_list" in name for name in unused):  # DeepLab-v2's head by another name
         headless = []
-    sign = next((name for name in beside if headless and TORCHVISION_HEADS & {*name.split(".")}), "")
-    part = "" if report.matched else part_of(contents, own)
+    torchvision_name = next((name for name in unused if headless and TORCHVISION_HEADS & {*name.split(".")}), "")
+    matching_part = "" if report.matched else part_of(contents, own)
     present = [head for head in heads if any(name.startswith(f"{head}.") for name in own)]
     outside = [name for name in own if name in lacking and not name.startswith(tuple(f"{head}." for head in present))]
-    fix = ""
+    heads_hint = ""
     if report.matched and all(name in values for name in outside):  # of another shape
-        fix = _as_heads(present, outside)
+        heads_hint = _as_heads(present, outside)
     _check(
         report,
         place,
@@ -214,19 +215,19 @@ def _load(
         path,
         strict=strict,
         backbone=bool(report.matched) and not outside,
-        torchvisions=bool(sign),
-        part=part,
-        fix=fix,
+        is_torchvision=bool(torchvision_name),
+        matching_part=matching_part,
+        heads_hint=heads_hint,
     )
-    for start in headless if sign else ():
+    for start in headless if torchvision_name else ():
         values |= _preprocessing_converted(values, start)
     copied = {full: _as_sharded(values[clean[full]], own[clean[full]]) for full in report.matched}
     model.load_state_dict(copied, strict=False)  # not into `own`: the state_dict of FSDP holds copies
     _log(path, place, report, careful=bool(lacking or report.unexpected))
-    if sign:
-        LOG.warning(f"%s: {TORCHVISION}", path, sign)
+    if torchvision_name:
+        LOG.warning(TORCHVISION, path, torchvision_name)
     elif headless and not any("Scale" in name.split(".") for name in used):  # a wrapper of Caffe-trained networks
-        LOG.warning("%s: %s", path, UNKNOWN)
+        LOG.warning(UNKNOWN, path)
     return report
 
 
@@ -238,20 +239,21 @@ def _check(
     *,
     strict: bool,
     backbone: bool,
-    torchvisions: bool,
-    part: str,
-    fix: str,
+    is_torchvision: bool,
+    matching_part: str,
+    heads_hint: str,
 ) -> None:
     """Raise if the report violates `strict` or the backbone does not match, with advice."""
     if backbone and not (strict and (lacking or report.unexpected)):
         return
-    if part:
-        advice = f"these are the weights of a part of it, load them into `model.{part}`"
+    if matching_part:
+        advice = f"these are the weights of a part of it, load them into `model.{matching_part}`"
     elif not (strict and backbone):
         advice = "build the network that the weights were saved from"
-        if fix:
-            advice = f"if it is a head that differs, pass {'`strict=False` and ' if strict else ''}{fix}, else {advice}"
-    elif torchvisions:
+        if heads_hint:
+            arguments = f"`strict=False` and {heads_hint}" if strict else heads_hint
+            advice = f"if it is a head that differs, pass {arguments}, else {advice}"
+    elif is_torchvision:
         advice = "it looks like torchvision's ResNet-101, which `strict=False` converts as far as possible"
     elif lacking:
         advice = "pass `strict=False` to leave out the head"
