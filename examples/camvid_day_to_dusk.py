@@ -86,11 +86,13 @@ def crops(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[T
     return torch.stack([image for image, _ in batch]).float() / 255, torch.stack([label for _, label in batch])
 
 
-def train(data: dict[str, tuple[Tensor, Tensor]], method: str, seed: int, steps: int, lr: float) -> nn.Module:
+def train(
+    data: dict[str, tuple[Tensor, Tensor]], method: recipes.Method, seed: int, steps: int, lr: float
+) -> nn.Module:
     """Train one network. This stands for the training loop that you already have."""
     torch.manual_seed(seed)
     network = Network()
-    training = recipes.self_training(network, len(CLASSES), method=method)  # type: ignore[arg-type]
+    training = recipes.self_training(network, len(CLASSES), method=method)
     jitter = StrongAugment(flavor="additive", same_on_batch=True)
     optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
@@ -129,7 +131,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05)
     args = parser.parse_args()
     data = {name: load(args.camvid / name) for name in ("day", "dusk-train", "dusk-test")}
-    table: dict[str, list[list[float]]] = {"source": [], "dacs": []}
+    table: dict[recipes.Method, list[list[float]]] = {"source": [], "dacs": []}
     for seed in range(args.seeds):
         for method, rows in table.items():
             rows.append(score(train(data, method, seed, args.steps, args.lr), *data["dusk-test"]))

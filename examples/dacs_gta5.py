@@ -107,12 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"{type(error).__name__}: {error}", file=sys.stderr)
                     hear()
                 raise
-        except Stopped as stopped:
+        except Stopped as stop:
             end_undisturbed()
             begun = out is not None and any(has_begun(folder) for _, folder in trainings(request, out))
             how = f"the same command with --resume --out {out} continues" if begun else "nothing was trained yet"
             if ranks.first:
-                print(f"stopped{stopped}; {how}")
+                print(f"stopped{stop}; {how}")
         except ERRORS as error:
             end_undisturbed()
             raise SystemExit(f"error: {reason(error)}") from error

@@ -63,13 +63,13 @@ def open_data(config: Config) -> Data:
     source = size(config.source_size)
     if config.source:
         classes = read_classes(config.classes)
-        labelled = part(config.source, TRAIN)
+        labelled = split_folders(config.source, TRAIN)
         if labelled[1] is None:
             raise DataError(f"{config.source}: has no label maps; {LAYOUT}.")
         return Data(
             source=own_folder(labelled, classes, size=source),
-            target=own_folder((part(config.target, TRAIN)[0], None), classes, size=size(config.target_size)),
-            validation=own_folder(part(config.target, config.eval_split), classes),
+            target=own_folder((split_folders(config.target, TRAIN)[0], None), classes, size=size(config.target_size)),
+            validation=own_folder(split_folders(config.target, config.eval_split), classes),
         )
     return Data(
         source=Synthia(config.synthia, size=source) if config.synthia else GTA5(config.gta5, size=source),
@@ -87,14 +87,14 @@ def target_labels(config: Config) -> Cityscapes | SegmentationFolder:
     """Open the labels of the target's training images, which only an oracle has."""
     if not config.source:
         return Cityscapes(config.cityscapes, TRAIN, images=False)
-    _, labels = part(config.target, TRAIN)
+    _, labels = split_folders(config.target, TRAIN)
     if labels is None:
         raise DataError(f"{config.target}: has no label maps for --prior oracle; use --prior source.")
     classes = read_classes(config.classes)
     return SegmentationFolder(None, labels, classes.mapping, num_classes=len(classes.names))
 
 
-def part(root: str, split: str) -> tuple[Path, Path | None]:
+def split_folders(root: str, split: str) -> tuple[Path, Path | None]:
     """Find the folders of images and label maps, or None, of a split, or of everything where there are no splits."""
     if not Path(root).is_dir():
         raise DataError(f"{root}: is not a folder; {LAYOUT}.")

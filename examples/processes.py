@@ -67,11 +67,11 @@ def start_ranks(device: str, stack: ExitStack) -> Ranks:
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
-    """Run a script and end its process; under a launcher without taking the interpreter down.
+    """Run a script and end its process; under a launcher, without shutting the interpreter down.
 
-    Threads of gloo outlive the process group. One that wants the interpreter while it goes down aborts the process, and
-    the launcher takes a finished run for a failed one; https://github.com/pytorch/pytorch/pull/179291 has a related
-    case.
+    Threads of gloo outlive the process group. If one of them needs the interpreter while that is shutting down, the
+    process is aborted, and the launcher reports a finished run as a failed one;
+    https://github.com/pytorch/pytorch/pull/179291 is about a related case.
     """
     if "RANK" not in os.environ:
         sys.exit(main())

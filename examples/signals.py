@@ -18,7 +18,7 @@ BOTH = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """A signal ended the run: no error, which whoever catches `Exception` could take for a failure of his own."""
+    """A signal ended the run. Not an `Exception`, so that no handler of errors mistakes it for a failure."""
 
 
 def end_early() -> None:

@@ -153,7 +153,8 @@ def saved_at_any_end(run: Run) -> Iterator[None]:
         yield
     except NonFiniteError as error:  # the guard has restored the state before the step
         run.whole = True
-        run.skipped -= error.step == run.done  # that step is not finished
+        if error.step == run.done:  # that step is not finished
+            run.skipped -= 1
         names = ", ".join(drawn_names(run.config, run.data, error.step, run.ranks.world, rare=run.rare))
         raise NonFiniteError(
             error.step, f"{error} --skip-steps {run.config.skip_steps + 1} undoes one more. Its samples: {names}."
