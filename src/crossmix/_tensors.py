@@ -37,7 +37,8 @@ class KeepsFloat32(nn.Module):
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Turn autocast off, on any device, including those without autocast, such as meta."""
-    # Before torch 2.12 the compiler cannot trace whether a device has autocast. Of those it compiles for, all have.
+    # Before torch 2.12 the compiler cannot trace whether a device has autocast. All devices that it compiles for have
+    # it.
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known and device.type != "meta" else nullcontext()
 

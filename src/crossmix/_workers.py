@@ -68,9 +68,9 @@ class QuietLoader(DataLoader[Sample_co]):
     def __iter__(self) -> _BaseDataLoaderIter:
         """Start the workers, with SIGTERM and SIGINT blocked meanwhile."""
         with torch.device("cpu"):  # where the generator draws their seeds, whatever the default device
-            return self._started()
+            return self._start()
 
-    def _started(self) -> _BaseDataLoaderIter:
+    def _start(self) -> _BaseDataLoaderIter:
         if self.num_workers == 0:
             return super().__iter__()
         if self.worker_init_fn is None:

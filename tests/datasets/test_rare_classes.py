@@ -215,7 +215,7 @@ def test_crops__have_enough_of_the_class_or_are_the_last_try() -> None:
     tries: list[int] = []
     for draw in range(150):
         image, label = crops[draw]
-        index, wanted = next(crops._in_line(draw))
+        index, wanted = next(crops._candidates(draw))
         assert crops.index(draw) == index == int(image[0, 0, 0])
         assert wanted == 1  # by far the rarer class
         assert index in {1, 4}
@@ -236,7 +236,7 @@ def test_crops__have_enough_of_the_class_or_are_the_last_try() -> None:
 def test_crops__the_draws_are_those_of_the_probabilities() -> None:
     sampler = rare(temperature=0.5)
     crops = KeyedCrops(SCENES, (8, 8), seed=0, stream=0, rare=sampler)
-    got = Counter(next(crops._in_line(draw)) for draw in range(4000))
+    got = Counter(next(crops._candidates(draw)) for draw in range(4000))
     want = {
         (i, c): 4000 * float(sampler.probabilities[c]) / len(having)
         for c, having in ((0, range(6)), (1, (1, 4)))

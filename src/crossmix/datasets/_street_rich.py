@@ -59,7 +59,7 @@ class _View:
         self._paint((rows, columns), part, name, depth, light)
 
     def stand(self, what: str, name: str, *, x: float, half: float, y: Span, z: float) -> None:
-        """Draw something small on the ground, in random colors."""
+        """Draw something small on the ground, in random colours."""
         self.shadow((x - half, x + half), (z, z + 0.5))
         light = self.rng.uniform(0.5, 1.0)
         self.facing(paints(self.rng)[drawing(what)], name, x=(x - half, x + half), y=y, z=z, light=light)

@@ -77,7 +77,7 @@ def drawing(name: str) -> NDArray[np.int64]:
 
 
 def paints(rng: np.random.Generator) -> Array:
-    """Random colors of the materials, (9, 4)."""
+    """Random colours of the materials, (9, 4)."""
     paint, cloth = PAINTS[rng.integers(len(PAINTS), size=2)] * rng.uniform(0.4, 1.4, (2, 1)) + rng.normal(
         0, 0.03, (2, 3)
     )

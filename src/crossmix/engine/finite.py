@@ -388,12 +388,12 @@ class _Report:
         """The previous copy if it has arrived, in which case the next one is sent."""
         heard = None
         if self._flying is not None:
-            copy, event = self._flying
+            sent, event = self._flying
             if not event.query():
                 return None
-            heard = copy
-        copy = torch.empty(2, dtype=torch.int64, device="cpu", pin_memory=True).copy_(now, non_blocking=True)
+            heard = sent
+        sent = torch.empty(2, dtype=torch.int64, device="cpu", pin_memory=True).copy_(now, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(now.device))
-        self._flying = (copy, event)
+        self._flying = (sent, event)
         return heard

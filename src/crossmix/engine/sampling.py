@@ -168,9 +168,9 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
 
     def _read(self, draw: int) -> tuple[Labelled, int | None]:
         """The sample of a draw, or its first usable replacement, and the class to look for."""
-        places = self._in_line(draw)
+        candidates = self._candidates(draw)
         while True:
-            index, wanted = next(places)
+            index, wanted = next(candidates)
             if index not in self.skipped:
                 try:
                     return self._fit(index, self.samples[index]), wanted
@@ -202,9 +202,9 @@ class KeyedCrops(Dataset[tuple[Tensor, Tensor]]):
 
     def index(self, draw: int) -> int:
         """Return the index into `samples` that a draw, numbered from 0, uses unless that sample is skipped."""
-        return next(self._in_line(operator.index(draw)))[0]
+        return next(self._candidates(operator.index(draw)))[0]
 
-    def _in_line(self, draw: int) -> Iterator[tuple[int, int | None]]:
+    def _candidates(self, draw: int) -> Iterator[tuple[int, int | None]]:
         """The sample of a draw and, with `rare`, its class; then its replacements in order."""
         if draw < 0:
             raise IndexError(f"draws are numbered from 0, got {draw}")
