@@ -98,6 +98,11 @@ def uniform(shape: Sequence[int], *, generator: torch.Generator | None, device: 
             "`generator` must be None inside a compiled function, since torch.compile cannot trace a torch.Generator; "
             "draw outside with `sample` and pass the result in, or pass `scores`."
         )
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"`generator` must be a torch.Generator or None, got {type(generator).__name__}; for a seed pass "
+            "torch.Generator().manual_seed(seed)."
+        )
     target = generator.device if device is None else torch.device(device)
     # Only pinned memory is copied to a GPU asynchronously. Copies to the CPU must not be: nothing would wait for them.
     pinned = generator.device.type == "cpu" and target.type == "cuda"

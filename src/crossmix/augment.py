@@ -159,7 +159,7 @@ class StrongAugment(nn.Module):
             (N, 3, H, W) in the dtype and memory format of `images`.
 
         Raises:
-            TypeError: If `images` is not floating.
+            TypeError: If `images` is not floating, `draw` is not an `AugmentDraw`, or `generator` no torch.Generator.
             ValueError: If its shape is wrong, its values are far out of range (checked on the CPU only), or the draw is
                 for another batch size or on another device.
         """
@@ -255,6 +255,8 @@ def _numbers(name: str, values: Sequence[float], count: int, which: str) -> tupl
 
 
 def _check_draw(draw: AugmentDraw, images: Tensor) -> None:
+    if not isinstance(draw, AugmentDraw):
+        raise TypeError(f"`draw` must be an AugmentDraw, got {type(draw).__name__}; use `sample`.")
     for name, value in zip(AugmentDraw._fields, draw, strict=True):
         check_tensor(f"draw.{name}", value)
         if len(value) != len(images):

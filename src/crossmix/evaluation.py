@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from crossmix._checks import check_labels, check_module, check_size, check_tensor, kind_of, logits_in, wrong_shape
 from crossmix._distributed import rank, world_size
 from crossmix._progress import shown
-from crossmix._tensors import most_probable, nearest, upsample
+from crossmix._tensors import arithmetic, most_probable, nearest, upsample
 from crossmix._workers import QuietLoader
 from crossmix._wrappers import averaged, communicates
 from crossmix.metrics import ConfusionMatrix
@@ -348,8 +348,8 @@ def _view(
         return run(images)
     (height, width), (down, across) = tiles
     size = images.shape[-2:]
-    total = images.new_zeros(len(images), num_classes, *size, dtype=torch.float32)
-    count = images.new_zeros(size, dtype=torch.float32)
+    total = images.new_zeros(len(images), num_classes, *size, dtype=arithmetic(images))
+    count = images.new_zeros(size, dtype=total.dtype)
     for rows in _spans(size[0], height, down):
         for columns in _spans(size[1], width, across):
             part = images[..., rows, columns]

@@ -123,7 +123,7 @@ def sample_classes(
         (N, C + 1) bool on the device of `labels`; the last column stands for ignored pixels. No host sync.
 
     Raises:
-        TypeError: If `labels` is not an accepted integer tensor, `scores` are complex, `class_weights` is not
+        TypeError: If `labels` is not an accepted integer tensor, `scores` are complex or bool, `class_weights` is not
             floating, or `ratio` is not a number.
         ValueError: If a shape, a device, the ratio or the rounding is wrong, or a weight on the CPU is not positive.
 
@@ -515,8 +515,8 @@ def _scores(labels: Tensor, num_classes: int, scores: Tensor | None, generator: 
     if scores is None:
         return uniform(shape, generator=generator, device=labels.device)
     check_tensor("scores", scores)
-    if scores.is_complex():
-        raise TypeError(f"`scores` must be real, got {scores.dtype}; draw uniform numbers.")
+    if scores.is_complex() or scores.dtype == torch.bool:  # bool, of the same shape, are most likely drawn classes
+        raise TypeError(f"`scores` must be real, got {scores.dtype}; draw uniform numbers, or pass drawn `classes`.")
     if tuple(scores.shape) != shape:
         hint = "draw one number per image and class, plus one for ignored pixels"
         raise wrong_shape("scores", f"(N, num_classes + 1) = {shape}", scores, hint)

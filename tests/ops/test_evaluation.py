@@ -511,6 +511,22 @@ def test_evaluate__runs_the_network_of_a_teacher_in_eval_mode() -> None:
     assert not torch.equal(ConfusionMatrix(5).counts, got)
 
 
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"window": 4}])
+def test_evaluate__near_ties_of_a_float64_network_are_kept(options: dict[str, Any]) -> None:
+    class Tied(nn.Module):
+        """Class 1 leads by less than float32 can tell."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = nn.Parameter(torch.tensor([0.0, 1e-10, 0.0], dtype=torch.float64))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.scores[:, None, None].expand(len(images), 3, *images.shape[-2:])
+
+    data = [(torch.rand(3, 8, 8), torch.ones(8, 8, dtype=torch.uint8))]
+    assert evaluate(Tied(), data, num_classes=3, **options)["native"].compute().pixel_accuracy == 1
+
+
 def test_evaluate__window_and_stride_may_be_ints_of_numpy() -> None:
     network = deeplab_v2_tiny(5)
     given = [
