@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from options import Config, Request, config_files, size
 
 __all__ = ["empty_network", "has_begun", "head_of", "plan", "problems"]
 
+STEP = r"checkpoints/step-\d+\.pt"  # what `CheckpointStore` resumes from
 KEPT = 4  # checkpoints of a training: the last two, the best and the label-free one
 
 
@@ -142,7 +144,13 @@ def problems(request: Request, folders: list[Path], world: int = 1) -> list[str]
 
 def has_begun(folder: Path) -> bool:
     """Whether a training has left results that could be lost or resumed."""
-    return any(folder.glob("checkpoints/*.pt")) or (folder / "metrics.json").exists()
+    return bool(_results(folder))
+
+
+def _results(folder: Path) -> list[str]:
+    """List what a training has left that could be lost or resumed, by path inside its folder."""
+    found = [*sorted(folder.glob("checkpoints/*.pt")), *folder.glob("metrics.json")]
+    return [path.relative_to(folder).as_posix() for path in found]
 
 
 def _of_packages(request: Request) -> Iterator[str]:
@@ -163,19 +171,7 @@ def _of_folders(request: Request, folders: list[Path]) -> Iterator[str]:
         yield f"--out {out or 'runs'}: {problem}; give another --out."
         return
     if request.resume and out is not None:
-        if not out.is_dir():
-            yield f"--resume: there is no folder {out} to resume; check --out, or leave out --resume to start there."
-        elif not config_files(out) and any(_visible(out)):
-            yield (
-                f"--resume: {out} is not the folder of a run, it holds no config.json; check --out, or leave out "
-                "--resume to start there."
-            )
-        elif folders and (others := config_files(out)) and not {path.parent for path in others} & set(folders):
-            held = ", ".join(str(path.parent) for path in others)
-            yield (
-                f"--resume: this command has no run in {out}, which holds {held}; repeat the command that began these, "
-                "with its --runs, --seed or --demo, or give another --out."
-            )
+        yield from _of_resumed(out, folders)
         return
     for folder in filter(has_begun, folders):
         yield f"{folder} holds a run already; resume it with --resume, or give another --out."
@@ -192,6 +188,28 @@ def _of_folders(request: Request, folders: list[Path]) -> Iterator[str]:
             f"--out {out or 'runs'}: checkpoints will need {needed:.0f} MB, and only {room.free / 1e6:.0f} MB are "
             "free; make room, or give another --out."
         )
+
+
+def _of_resumed(out: Path, folders: list[Path]) -> Iterator[str]:
+    if not out.is_dir():
+        yield f"--resume: there is no folder {out} to resume; check --out, or leave out --resume to start there."
+    elif not config_files(out) and any(_visible(out)):
+        yield (
+            f"--resume: {out} is not the folder of a run, it holds no config.json; check --out, or leave out "
+            "--resume to start there."
+        )
+    elif folders and (others := config_files(out)) and not {path.parent for path in others} & set(folders):
+        held = ", ".join(str(path.parent) for path in others)
+        yield (
+            f"--resume: this command has no run in {out}, which holds {held}; repeat the command that began these, "
+            "with its --runs, --seed or --demo, or give another --out."
+        )
+    for folder in folders:  # without a step to resume from, a training starts at 0 and replaces what is there
+        if (results := _results(folder)) and not any(re.fullmatch(STEP, name) for name in results):
+            yield (
+                f"--resume: {folder} holds {', '.join(results)}, but no checkpoints/step-*.pt to resume from; give "
+                "another --out, or delete them to start at step 0."
+            )
 
 
 def existing(path: Path) -> Path:

@@ -437,6 +437,33 @@ def test_resume__with_nothing_saved_starts_from_the_weights_that_it_had(
     assert_same(final(whole()), final(out))
 
 
+@pytest.mark.parametrize(("lost", "held"), [
+    ("checkpoints/step-*", "checkpoints/best.pt, checkpoints/best_unsupervised.pt, metrics.json"),
+    ("checkpoints/*.pt", "metrics.json"),
+    ("checkpoints", "metrics.json"),
+])  # fmt: skip
+def test_resume__never_replaces_results_whose_steps_are_gone(run: Run, died: Run, lost: str, held: str) -> None:
+    out = died()
+    for path in out.glob(lost):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for more in ((), ("--dry-run",)):
+        with pytest.raises(SystemExit, match=f"^error: --resume: {out} holds {held}, but no checkpoints/step") as ended:
+            run("--resume", *more)
+        assert str(ended.value).endswith("give another --out, or delete them to start at step 0.")
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_resume__never_replaces_results_of_one_of_several_runs(run: Run, whole: Run, tmp_path: Path) -> None:
+    for seed in ("seed-0", "seed-1"):  # and the third has not begun
+        shutil.copytree(whole(), tmp_path / "run" / seed)
+    shutil.rmtree(tmp_path / "run" / "seed-1" / "checkpoints")
+    with pytest.raises(SystemExit) as ended:
+        run("--runs", "3", "--resume")
+    assert str(ended.value).startswith(f"error: --resume: {tmp_path}/run/seed-1 holds metrics.json, but no ")
+    assert "\n" not in str(ended.value)
+
+
 def test_run__refuses_what_is_not_its_own(died: Run, run: Run) -> None:
     out = died()
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
