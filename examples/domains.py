@@ -165,10 +165,17 @@ def identity(data: Data, classes: Sequence[str]) -> Identity:
             "count": len(samples.files),
             "names": hashlib.sha256(names.encode()).hexdigest(),
             "classes": f"{list(classes)}: {samples.label_format.signature}" * isinstance(samples, SegmentationFolder),
-            "bytes": torch.tensor([[0 if path is None else path.stat().st_size for path in one[:2]]
-                                   for one in samples.files]),
+            "bytes": torch.tensor([[_file_size(path) for path in one[:2]] for one in samples.files]),
         }  # fmt: skip
     return found
+
+
+def _file_size(path: Path | None) -> int:
+    """Count the bytes of a file; 0 if there is none, or if it cannot be reached, as reading it will say."""
+    try:
+        return 0 if path is None else path.stat().st_size
+    except OSError:  # a broken link, say, which may be one of the files to leave out
+        return 0
 
 
 def differences(old: Identity, new: Identity, data: Data) -> tuple[list[str], list[str]]:
@@ -204,17 +211,17 @@ def too_small(samples: Any, crop: tuple[int, int]) -> list[str]:  # noqa: ANN401
 
 def _image_size(path: Path) -> tuple[int, int]:
     """Read height and width from the header of a PNG or JPEG file, of a JPEG as it is shown, turned by EXIF."""
-    with path.open("rb") as file:
-        head = file.read(24)
-    if len(head) == 24 and head.startswith(PNG):
-        return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
     try:
+        with path.open("rb") as file:
+            head = file.read(24)
+        if len(head) == 24 and head.startswith(PNG):
+            return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
         from PIL import Image  # noqa: PLC0415 - only JPEGs need it
 
         with Image.open(path, formats=("JPEG",)) as picture:
             width, height = picture.size
             turned = picture.getexif().get(ORIENTATION, 1) > 4
-    except Exception:  # noqa: BLE001 - Pillow may be missing, and raises many types for damaged files
+    except Exception:  # noqa: BLE001 - the file or Pillow may be missing, and Pillow raises many types for damaged files
         return UNKNOWN
     return (width, height) if turned else (height, width)
 

@@ -547,7 +547,7 @@ def drawn(trainer: ModuleType, flags: list[str], step: int) -> str:
 
 
 @pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("fault", ["broken", "small"])
+@pytest.mark.parametrize("fault", ["broken", "gone", "small"])
 def test_broken_file__ends_the_run_saved_and_can_be_left_out_by_resuming(
     trainer: ModuleType, own_data: list[str], tmp_path: Path, capsys: Capture,
     workers: str, fault: str,
@@ -556,6 +556,9 @@ def test_broken_file__ends_the_run_saved_and_can_be_left_out_by_resuming(
     name, out = drawn(trainer, flags, 2), tmp_path / "run"
     image = tmp_path / "data" / "gta5" / "images" / f"{name}.png"
     image.write_bytes(image.read_bytes()[:100])
+    if fault == "gone":
+        image.unlink()
+        image.symlink_to(tmp_path / "nowhere.png")
     if fault == "small":  # its header is whole, so that it is found before anything is trained
         StreetScenes(1, size=(16, 64)).write(tmp_path / "small", layout="gta5")
         for kind in ("images", "labels"):
@@ -564,8 +567,8 @@ def test_broken_file__ends_the_run_saved_and_can_be_left_out_by_resuming(
         trainer.main([*flags, "--out", str(out)])
     assert "Traceback" not in str(ended.value)
     flags += ["--skip-files", "1"]
-    resume = ["--resume"] if fault == "broken" else []
-    assert steps_saved(out) == [2] * (fault == "broken")
+    resume = [] if fault == "small" else ["--resume"]
+    assert steps_saved(out) == [2] * len(resume)
     capsys.readouterr()
     assert trainer.main([*flags, "--out", str(out), *resume]) == 0
     assert f"1 files were left out: {name}" in capsys.readouterr().out
@@ -573,6 +576,22 @@ def test_broken_file__ends_the_run_saved_and_can_be_left_out_by_resuming(
     if resume:
         assert trainer.main([*flags, "--out", str(tmp_path / "whole")]) == 0
         assert_same(final(tmp_path / "whole"), final(out))
+
+
+def test_broken_file__that_is_back_is_a_repaired_one(
+    trainer: ModuleType, own_data: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    flags, out = [*own_data, "--skip-files", "1", "--out", str(tmp_path / "run")], tmp_path / "run"
+    image = tmp_path / "data" / "gta5" / "images" / "00003.png"
+    image.rename(tmp_path / "moved.png")
+    image.symlink_to(tmp_path / "nowhere.png")
+    assert trainer.main(flags) == 0
+    forget(out)
+    (tmp_path / "moved.png").replace(image)
+    capsys.readouterr()
+    assert trainer.main([*flags, "--resume"]) == 0
+    assert "files of another size than before: 00003\n" in capsys.readouterr().out
+    assert steps_saved(out) == [2, 4]
 
 
 def test_broken_files__advice_is_given_where_it_can_work(
