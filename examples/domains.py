@@ -237,14 +237,25 @@ def prepared(config: Config, data: Data, *, progress: bool) -> tuple[Any, Any]:
     """Return source and target as the crops are read from: the folders, a cache, or the device's memory."""
     found: list[Any] = []
     for name, reader in (("source", data.source), ("target", data.target)):
-        samples: Any = reader
-        if config.cache:
-            samples = CachedSamples(reader, Path(config.cache) / name, workers=config.workers, progress=progress)
+        samples = cached(config, reader, Path(config.cache) / name, progress=progress) if config.cache else reader
         try:
             found.append(resident(samples, config.device) if config.resident else samples)
         except ValueError as error:
             raise DataError(f"--resident: {error}") from error
     return found[0], found[1]
+
+
+def cached(config: Config, reader: Any, folder: Path, *, progress: bool) -> CachedSamples:  # noqa: ANN401 - any reader
+    """Open the cache of a domain, or build it."""
+    try:
+        return CachedSamples(reader, folder, workers=config.workers, progress=progress)
+    except DataError as error:
+        if config.skip_files and str(folder) not in str(error):  # about an image; what is about the cache names it
+            raise DataError(
+                f"{error} A --cache holds every image, so --skip-files does not apply while it is built: repair or "
+                "remove the file, or leave out --cache."
+            ) from error
+        raise
 
 
 def resident_bytes(data: Data) -> int | None:

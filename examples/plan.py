@@ -274,14 +274,14 @@ def _of_data(request: Request, world: int, *, fresh: bool) -> Iterator[str]:
                 f"--resident: both domains need {needed / 2**30:.1f} GiB, and {config.device} has "
                 f"{free / 2**30:.1f} GiB free; leave it out, and read from a --cache on disk."
             )
-    yield from _of_first(data, skip=config.skip_files > 0)
+    yield from _of_first(config, data)
     if config.cache and Path(config.cache).is_dir():
         domains.check_cache(config, data)
     elif config.cache and (problem := unwritable(Path(config.cache))) is not None:
         yield f"--cache {config.cache}: {problem}; give one that is new, or a cache."
 
 
-def _of_first(data: domains.Data, *, skip: bool) -> Iterator[str]:
+def _of_first(config: Config, data: domains.Data) -> Iterator[str]:
     """Read the first sample of each part, which finds what is wrong with all of them."""
     for name, samples in zip(domains.Data._fields, data, strict=True):
         try:
@@ -289,5 +289,6 @@ def _of_first(data: domains.Data, *, skip: bool) -> Iterator[str]:
         except ValueError as error:
             if name == "validation":
                 raise
-            if not skip:
-                yield f"{error} Repair it, or leave it out with --skip-files 1."
+            if not config.skip_files:
+                leave_out = "" if config.cache else ", or leave it out with --skip-files 1"
+                yield f"{error} Repair it{leave_out}."

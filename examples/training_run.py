@@ -172,6 +172,8 @@ def saved_at_any_end(run: Run) -> Iterator[None]:
 
 def could_not_load(run: Run, failure: Exception) -> DataError:
     """Make the exception for a batch that could not be loaded."""
+    if run.config.cache and isinstance(failure, DataError):  # the message says how to rebuild what is damaged
+        return DataError(f"{reason(failure)} {goes_on(run).capitalize()}.")
     if isinstance(failure, RuntimeError):
         remedy = fewer_workers(run)
     elif run.config.skip_files < min(map(len, run.data[:2])):

@@ -437,6 +437,20 @@ def test_damage__a_file_of_another_length(samples: GTA5, whole: dict[str, bytes]
     assert {name for name, stamp in stamps(folder).items() if before[name] != stamp} == {FILES[1]}
 
 
+@pytest.mark.parametrize(("number", "rebuilt"), [(0, "4 samples"), (1, "4 samples"), (2, "1 sample")])
+def test_damage__says_how_many_samples_are_rebuilt(root: Path, folder: Path, number: int, rebuilt: str) -> None:
+    (root / "names.txt").write_text("\n".join(f"{i:05d}" for i in range(1, 10)))
+    samples = GTA5(root, size=SIZE, names=root / "names.txt")
+    cached, path = build(samples, folder), folder / FILES[number]
+    advice = rf"; delete {path} and open the cache again, which rebuilds its {rebuilt}\."
+    flip(path, 0)
+    refusal(lambda: cached[4 * number], "are damaged" + advice)
+    path.write_bytes(path.read_bytes()[:-1])
+    refusal(lambda: build(samples, folder), "is cut off or damaged" + advice)
+    path.unlink()
+    refusal(lambda: cached[4 * number], advice)
+
+
 def test_damage__a_file_cut_off_or_lost_after_opening(samples: GTA5, folder: Path) -> None:
     cached = build(samples, folder)
     path = folder / FILES[0]

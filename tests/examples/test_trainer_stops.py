@@ -607,6 +607,40 @@ def test_broken_files__advice_is_given_where_it_can_work(
         trainer.main([*own_data, "--out", str(tmp_path / "run"), "--skip-files", "6"])
 
 
+def test_broken_files__a_cache_needs_every_image(trainer: ModuleType, own_data: list[str], tmp_path: Path) -> None:
+    folder, flags = tmp_path / "cache", [*own_data, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
+    label = tmp_path / "data" / "gta5" / "labels" / "00003.png"
+    good = label.read_bytes()
+    label.write_bytes(good[:60])
+    every = "A --cache holds every image, so --skip-files does not apply while it is built: repair or remove the file"
+    for skip, end in (([], r"again\."), (["--skip-files", "1"], rf"again\. {every}, or leave out --cache\.")):
+        with pytest.raises(SystemExit, match=rf"^error: {label}: .* write it {end}$"):
+            trainer.main([*flags, *skip])
+    label.write_bytes(good)
+    first = label.with_name("00001.png")  # which is looked at before a run begins
+    good = first.read_bytes()
+    first.write_bytes(good[:60])
+    with pytest.raises(SystemExit, match=rf"^error: {first}: .* Repair it\.$"):
+        trainer.main(flags)
+    first.write_bytes(good)
+    (folder / "source" / "notes.txt").touch()  # a fault of the cache, about which its own advice is all
+    with pytest.raises(SystemExit, match=r"holds 'notes.txt', which is not part of this cache; use an empty folder\.$"):
+        trainer.main([*flags, "--skip-files", "1"])
+
+
+@pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_broken_cache__has_one_advice(trainer: ModuleType, folders: list[str], tmp_path: Path, workers: str) -> None:
+    flags = [*changed(folders, workers=workers), "--cache", str(tmp_path / "cache")]
+    assert trainer.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    path = tmp_path / "cache" / "source" / "samples-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[: 6 * 4 * 32 * 64] = bytes(6 * 4 * 32 * 64)  # all pixels, and not the record that is read at the start
+    path.write_bytes(data)
+    advice = rf"delete {path} and open the cache again, which rebuilds its 6 samples\. Nothing was trained yet\."
+    with pytest.raises(SystemExit, match=rf"^error: {path}: the bytes of sample '0000\d' are damaged; {advice}$"):
+        trainer.main([*flags, "--out", str(tmp_path / "two")])
+
+
 def test_death_in_the_first_step__does_not_block_the_same_command(
     trainer: ModuleType, own_data: list[str], whole: Run, tmp_path: Path
 ) -> None:

@@ -118,11 +118,11 @@ class CachedSamples(Dataset[Sample]):
         try:  # A new map per read takes microseconds and isolates callers that write to their tensor.
             mapped = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8, device="cpu")
         except RuntimeError as error:
-            raise DataError(f"{path}: cannot be read ({error}); {_again(path)}.") from error
+            raise DataError(f"{path}: cannot be read ({error}); {self._again(item.file)}.") from error
         pixels = mapped.numpy()[item.offset :]
         if not self._checked[index]:
             if zlib.crc32(pixels.data) != item.crc32:
-                raise DataError(f"{path}: the bytes of sample {item.name!r} are damaged; {_again(path)}.")
+                raise DataError(f"{path}: the bytes of sample {item.name!r} are damaged; {self._again(item.file)}.")
             self._checked[index] = 1
         # Go through NumPy, so that the storage covers this sample only: loader workers send whole storages.
         planes = torch.from_numpy(pixels).view(*item.shape)
@@ -131,6 +131,9 @@ class CachedSamples(Dataset[Sample]):
     def __getstate__(self) -> dict[str, object]:
         """Let another process verify the samples again: it may run on another machine."""
         return {**self.__dict__, "_checked": bytearray(len(self._items))}
+
+    def _again(self, number: int) -> str:
+        return _again(_path(self.folder, number), sum(item.file == number for item in self._items))
 
 
 class _Item(NamedTuple):
@@ -196,20 +199,39 @@ class _Cache(Dataset[int | Exception]):
 
     def read(self, number: int) -> list[_Item]:
         """Read a file's record; refuse one that is damaged, of other samples, or out of date."""
-        path = _path(self.folder, number)
-        record = _record(path)
+        record = self._record(number)
         for key, now in self._made_of(number).items():
             if (was := record.get(key)) != now:
                 other = f"is a cache of other samples: its {key} is {was}, not {now}"
                 raise DataError(f"{self.folder}: {other}; choose another folder, or delete this one.")
         if change := self._change(number, record):
             others = {*range(len(self))} - {*self.missing(), number}
-            stale = sum(self._change(other, _record(_path(self.folder, other))) != "" for other in others)
-            advice = _again(path)
+            stale = sum(self._change(other, self._record(other)) != "" for other in others)
+            advice = self._again(number)
             if stale:
                 advice = f"so have sources of {stale} more files of the cache; delete {self.folder} to build it anew"
             raise DataError(f"{change}; {advice}.")
         return [_Item(*item) for item in record["items"]]
+
+    def _record(self, number: int) -> dict[str, Any]:
+        """Read the record at the end of a file."""
+        path, again = _path(self.folder, number), self._again(number)
+        try:
+            with path.open("rb") as file:
+                end = max(file.seek(0, os.SEEK_END) - FOOTER.size, 0)
+                file.seek(end)
+                length, digest = FOOTER.unpack(file.read().ljust(FOOTER.size))
+                file.seek(max(end - length, 0))
+                text = file.read(min(length, end))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); {again}.") from error
+        if hashlib.sha256(text).digest() != digest:
+            raise DataError(f"{path}: is cut off or damaged; {again}.")
+        record: dict[str, Any] = json.loads(text)
+        return record
+
+    def _again(self, number: int) -> str:
+        return _again(_path(self.folder, number), len(self.spans[number]))
 
     def _change(self, number: int, record: dict[str, Any]) -> str:
         """Describe the first source of a file that has changed since; empty if none has."""
@@ -306,25 +328,8 @@ def _path(folder: Path, number: int) -> Path:
     return folder / f"samples-{number:05d}.bin"
 
 
-def _again(path: Path) -> str:
-    return f"delete {path} and open the cache again, which rebuilds its {PER_FILE} samples"
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """Read the record at the end of a file."""
-    try:
-        with path.open("rb") as file:
-            end = max(file.seek(0, os.SEEK_END) - FOOTER.size, 0)
-            file.seek(end)
-            length, digest = FOOTER.unpack(file.read().ljust(FOOTER.size))
-            file.seek(max(end - length, 0))
-            text = file.read(min(length, end))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {_again(path)}.") from error
-    if hashlib.sha256(text).digest() != digest:
-        raise DataError(f"{path}: is cut off or damaged; {_again(path)}.")
-    record: dict[str, Any] = json.loads(text)
-    return record
+def _again(path: Path, samples: int) -> str:
+    return f"delete {path} and open the cache again, which rebuilds its {samples} sample{'s' * (samples != 1)}"
 
 
 def _planes(sample: Sample) -> Tensor:
