@@ -133,6 +133,30 @@ def test_listing__pipes_and_locked_folders(tmp_path: Path, monkeypatch: pytest.M
     refusal(lambda: image_files(tmp_path), r"cannot be listed \(Permission denied\)")
 
 
+@pytest.mark.parametrize("reader", [
+    GTA5, Synthia, Cityscapes, SegmentationFolder, image_files,
+    pytest.param(lambda root: SegmentationFolder(root, f"{root}/labels", {0: 0}), id="two folders"),
+    pytest.param(lambda root: SegmentationFolder(f"{root}/*.png"), id="pattern"),
+])  # fmt: skip
+def test_listing__a_root_that_cannot_be_entered_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Callable[[Path], object]
+) -> None:
+    refusal(
+        lambda: reader(tmp_path / ("x" * 300)), r"x: cannot be listed|x/.*: cannot be listed \(File name too long\)"
+    )
+    root, look = tmp_path / "locked", Path.stat
+    (root / "images").mkdir(parents=True)
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if root in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)  # root may enter everything
+    if reader is not image_files:  # which looks at nothing below before it lists
+        refusal(lambda: reader(root), r"locked/.*: cannot be listed \(Permission denied\); check its permissions")
+
+
 def labels(kind: str) -> np.ndarray:
     return np.full((12, 20), {"synthia": 3}.get(kind, 7), np.uint8)
 

@@ -18,7 +18,7 @@ from crossmix._tensors import nearest
 from crossmix.datasets._arguments import check_index
 from crossmix.datasets._images import read_image
 from crossmix.datasets._labels import LabelFormat
-from crossmix.datasets._listing import Found, bare, described, named_images
+from crossmix.datasets._listing import Found, bare, described, is_folder, named_images
 from crossmix.datasets.sample import DataError, Sample
 
 Filter = Literal["bilinear", "bicubic"]
@@ -95,7 +95,7 @@ def find(
     folder: Path, *, recursive: bool = False, only: Callable[[str], bool] | None = None, suffix: str = ""
 ) -> Found:
     """Find the images in a folder, keyed by relative path without extension and `suffix`; none without a folder."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         return Found({})
     found = named_images(folder, recursive=recursive, only=only)
     return found._replace(files=by_key((bare(name).removesuffix(suffix), path) for name, path in found.files.items()))

@@ -1,7 +1,9 @@
 """List image files. Readers, checks and predictions share this definition of an image file."""
 
+import errno
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,9 @@ OTHER_IMAGES |= {".tif", ".tiff", ".webp"}
 
 NOT_DATA = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
 """Visible files and folders created by operating systems, in lower case. Hidden names start with a dot."""
+
+NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL}
+"""Errors of paths that no file has: EINVAL is that of Windows for names that it does not permit, such as patterns."""
 
 ENDING = re.compile(r"\.(?!\d+$)[^./]{1,5}$")  # `.png` and `.jpeg`, but not `.0001` in `frame.0001`
 
@@ -74,12 +79,24 @@ def image_files(folder: str | Path, *, recursive: bool = True, only: Callable[[s
 
 def named_images(folder: Path, *, recursive: bool, only: Callable[[str], bool] | None) -> Found:
     """List images as `image_files` does, keyed by relative path."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise DataError(f"{folder}: no such folder; check the path.")
     wanted = ((name, one) for name, one in _entries(folder, recursive=recursive) if only is None or only(name))
     ordered = [(name, _is_image(one)) for name, one in sorted(wanted, key=lambda pair: pair[0].split("/"))]
     images = {name: folder / name for name, is_image in ordered if is_image}
     return Found(images, tuple(folder / name for name, is_image in ordered if not is_image))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder; a `DataError` where that cannot be told: Python's own answer depends on its version."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except ValueError:  # a NUL byte
+        return False
+    except OSError as error:
+        if error.errno in NO_FILE:
+            return False
+        raise _unlisted(path, error) from error
 
 
 def bare(name: str) -> str:
@@ -109,7 +126,7 @@ def _entries(folder: Path, *, recursive: bool) -> Iterator[tuple[str, os.DirEntr
             with os.scandir(where) as entries:
                 visible = [one for one in entries if one.name[0] != "." and one.name.lower() not in NOT_DATA]
         except OSError as error:
-            raise DataError(f"{where}: cannot be listed ({error.strerror}); check its permissions.") from error
+            raise _unlisted(where, error) from error
         for entry in visible:
             if not _is_folder(entry):
                 yield prefix + entry.name, entry
@@ -117,8 +134,15 @@ def _entries(folder: Path, *, recursive: bool) -> Iterator[tuple[str, os.DirEntr
                 waiting.append((Path(entry), f"{prefix}{entry.name}/", (*above, this)))
 
 
+def _unlisted(folder: Path, error: OSError) -> DataError:
+    return DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions.")
+
+
 def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
+    try:
+        status = folder.stat()
+    except OSError as error:
+        raise _unlisted(folder, error) from error
     return status.st_dev, status.st_ino
 
 

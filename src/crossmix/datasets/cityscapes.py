@@ -5,7 +5,7 @@ from pathlib import Path
 from crossmix.datasets._arguments import check_size
 from crossmix.datasets._folder_dataset import FolderDataset, find, paired
 from crossmix.datasets._labels import LABEL_IDS
-from crossmix.datasets._listing import Found, bare
+from crossmix.datasets._listing import Found, bare, is_folder
 
 __all__ = ["Cityscapes"]
 
@@ -84,7 +84,7 @@ def of_split(root: Path, split: str, folder: str, suffix: str) -> Found:
 
     found = Found({})
     for base in _bases(root, folder):
-        if (base / split).is_dir() and not found.files:  # there may be other images (blurred, foggy) in such folders
+        if is_folder(base / split) and not found.files:  # there may be other images (blurred, foggy) in such folders
             found = find(base / split, recursive=True, only=ours, suffix=suffix)
     return found
 
@@ -93,11 +93,12 @@ def splits(root: Path) -> list[str]:
     """The splits that have images or label maps."""
     bases = [base for folder in (IMAGES, FINE, COARSE) for base in _bases(root, folder)]
     zips = {IMAGES, FINE, COARSE}
-    names = {path.name for base in bases if base.is_dir() for path in base.iterdir() if path.is_dir()}
+    names = {path.name for base in bases if is_folder(base) for path in base.iterdir() if path.is_dir()}
     return sorted(name for name in names - zips if not name.startswith("."))
 
 
 def _bases(root: Path, folder: str) -> list[Path]:
     """Folders that may contain a kind of file, with or without the folder of its zip."""
-    zips = sorted(path for path in root.glob(f"{folder}_*") if not path.name.startswith(SEQUENCE))
+    beside = root.glob(f"{folder}_*") if is_folder(root) else ()
+    zips = sorted(path for path in beside if not path.name.startswith(SEQUENCE))
     return [root / folder, *(path / folder for path in (root / folder, *zips)), *zips]

@@ -11,7 +11,7 @@ from crossmix._checks import check_choice
 from crossmix.datasets._arguments import check_count, check_size
 from crossmix.datasets._folder_dataset import FolderDataset, by_key, find, paired
 from crossmix.datasets._labels import custom_format
-from crossmix.datasets._listing import Found, bare, named_images
+from crossmix.datasets._listing import Found, bare, is_folder, named_images
 from crossmix.datasets.sample import DataError, Sample
 
 __all__ = ["SegmentationFolder", "found"]
@@ -130,12 +130,12 @@ def found(images: str | Path | None, labels: str | Path | None) -> tuple[Found |
         of_images, of_labels = (None if where is None else _looked_up(Path(where)) for where in (images, labels))
         return of_images, of_labels
     root = Path(images)
-    if not ((root / IMAGES).is_dir() and (root / LABELS).is_dir()):
+    if not (is_folder(root / IMAGES) and is_folder(root / LABELS)):
         alone = _looked_up(root)
         if "*" not in root.as_posix():
             _refuse_root_above(root, alone)
         return alone, None
-    splits = sorted(path.name for path in (root / IMAGES).iterdir() if path.is_dir() and path.name in SPLITS)
+    splits = sorted(split for split in SPLITS if is_folder(root / IMAGES / split))
     if len(splits) > 1:
         one = f"{root / IMAGES / splits[0]} and {root / LABELS / splits[0]}"
         raise DataError(f"{root / IMAGES}: holds the splits {', '.join(splits)}; pass one of them, {one}.")
@@ -157,13 +157,13 @@ def _refuse_root_above(root: Path, images: Found) -> None:
 def _looked_up(where: Path) -> Found:
     """Image files by key: their path relative to a folder, or the text matched by the stars of a pattern."""
     if "*" not in where.as_posix():
-        if not where.is_dir():
+        if not is_folder(where):
             raise DataError(f"{where}: no such folder; pass a folder of image files, or a pattern with `*`.")
         return find(where, recursive=True)
     base = Path(*where.parts[: next(i for i, part in enumerate(where.parts) if "*" in part)])
     pattern = where.relative_to(base).as_posix()
     regex = _regex(pattern)
-    if not base.is_dir():
+    if not is_folder(base):
         return Found({})
     named = named_images(base, recursive="/" in pattern, only=lambda path: regex.fullmatch(path) is not None)
     return named._replace(files=by_key((_stars(regex, name), path) for name, path in named.files.items()))

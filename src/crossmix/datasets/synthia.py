@@ -8,6 +8,7 @@ from pathlib import Path
 from crossmix.datasets._arguments import check_size
 from crossmix.datasets._folder_dataset import FolderDataset, find, label_maps, paired
 from crossmix.datasets._labels import SYNTHIA_IDS
+from crossmix.datasets._listing import is_folder
 
 __all__ = ["Synthia"]
 
@@ -70,4 +71,4 @@ class Synthia(FolderDataset):
 
 def labels_in(root: Path) -> Path:
     """The folder of the label maps."""
-    return next((root / name for name in LABEL_FOLDERS if (root / name).is_dir()), root / LABEL_FOLDERS[0])
+    return next((root / name for name in LABEL_FOLDERS if is_folder(root / name)), root / LABEL_FOLDERS[0])
