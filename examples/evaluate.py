@@ -58,10 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.control is not None and args.device.startswith("cuda"):
             args.device = "cuda"  # each rank has made another GPU its current one
         try:
+            if args.out:
+                if Path(args.out).is_dir():
+                    raise DataError(f"--out {args.out}: is a folder; name a file.")
+                Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             set_precision(args)
             paper = args.paper or trained_row(args.weights)
-            if args.out:
-                Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             scores = {entry: score(entry, args, ranks) for entry in args.entry}
             if ranks.first:
                 print(table(scores, paper), end="", flush=True)  # first, lest a full disk lose it

@@ -33,8 +33,8 @@ SUFFIXES = {"ids": "_trainIds.png", "color": "_color.png", "overlay": "_overlay.
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        set_precision(args)
         targets = planned(args.images, args.out, args.what)
+        set_precision(args)
         model = load_network(args.weights, args.entry, network=args.network, aspp_branches=args.aspp_branches)
         if "size" not in args:
             args.size = trained_size(args.weights)
@@ -59,6 +59,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def planned(given: Sequence[Path], out: Path, what: Sequence[str]) -> dict[Path, Path]:
     """Choose the path of each image's results, without ending; refuse bad input before any image is read."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out}: is a file; name a folder.")
     targets: dict[Path, Path] = {}
     for path in given:
         if path.is_dir():

@@ -117,6 +117,8 @@ def test_evaluate__bad_input_is_one_line(folder: Path, tmp_path: Path, capsys: C
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"error: .*file"):  # before it scores anything
         evaluate.main([*good, str(tmp_path / "none.pth"), "--out", str(tmp_path / "file" / "x.json")])
+    with pytest.raises(SystemExit, match=f"^error: --out {tmp_path}: is a folder; name a file"):  # likewise
+        evaluate.main([*good, str(tmp_path / "none.pth"), "--out", str(tmp_path)])
     torch.save({"student": deeplab_v2_tiny(19).state_dict(), "config": {"target_size": "big"}}, tmp_path / "big.pt")
     with pytest.raises(SystemExit, match="expected HxW in pixels, such as 512x1024, or native, got 'big'"):
         evaluate.main([*good, str(tmp_path / "big.pt")])
