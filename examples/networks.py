@@ -133,7 +133,7 @@ def _logits(out: object, name: str) -> Tensor:
 
 
 def _told(error: Exception) -> str:
-    """Format an error with the line of code that raised it."""
+    """Format an error in one line, with the line of code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
-    return f"{type(error).__name__}: {str(error).strip().rstrip('.')}{where}"
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}{where}"

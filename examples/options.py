@@ -46,17 +46,19 @@ class Kind(NamedTuple):
     several: bool = False  # any number of the choices, separated by commas
     optional: bool = False  # None is permitted: `none` on the command line, null in a file
 
-    def expected(self) -> str:
-        """Describe the permitted values for an error message."""
-        text = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[self.type]
+    def expected(self, got: object) -> str:
+        """Describe the permitted values for an error message about another one."""
+        number = "a finite number" if self.high is None else "a number"
+        text = {bool: "true or false", str: "text", int: "a whole number", float: number}[self.type]
+        above = self.high is not None and isinstance(got, int | float) and got > self.high
         if self.network:
             text = EXPECTED
         elif self.choices:
             text = f"{'any' if self.several else 'one'} of {', '.join(map(str, self.choices))}"
         elif self.native is not None:
             text = "a size such as 512x1024 or 512, in pixels" + (", or native" if self.native else "")
-        elif self.high is not None and self.high < LARGEST_COUNT:
-            text += f" from {self.low:g} to {self.high:g}"
+        elif self.high is not None and (above or self.high < LARGEST_COUNT):  # a huge one only if exceeded
+            text += f" from {self.low} to {self.high}"
         elif self.low is not None:
             text += f" of at least {self.low:g}"
         return text + (", or none" if self.optional else "")
@@ -334,7 +336,7 @@ def checked(name: str, value: object, where: str) -> Any:  # noqa: ANN401 - an o
     """Return a value in its normal form, or refuse it; `where` is what messages call it."""
     kind: Kind = OPTIONS[name].metadata["kind"]
     if not kind.allows(value):
-        raise SystemExit(f"error: {where} must be {kind.expected()}, got {value!r}{_meant(value, kind.choices)}")
+        raise SystemExit(f"error: {where} must be {kind.expected(value)}, got {value!r}{_meant(value, kind.choices)}")
     if kind.native is not None:
         return size_name(size(str(value)))
     return None if value is None else kind.type(value)
@@ -415,8 +417,9 @@ def argument(convert: Callable[[str], Any] = str, words: str = "", **kind: Any) 
     expected = Kind(**{"type": str} | kind)
 
     def parse(text: str) -> Any:  # noqa: ANN401
-        if not expected.allows(_from_text(expected, text)):
-            raise argparse.ArgumentTypeError(f"expected {words or expected.expected()}, got {text!r}")
+        value = _from_text(expected, text)
+        if not expected.allows(value):
+            raise argparse.ArgumentTypeError(f"expected {words or expected.expected(value)}, got {text!r}")
         return convert(text)
 
     return parse
@@ -616,5 +619,6 @@ def unusable(device: str) -> str:
             raise RuntimeError("it holds no numbers")
         torch.empty(1, device=kind)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch was built without it
-        return f"--device {device} cannot be used: {str(error).splitlines()[0].rstrip('.')}; try --device cpu"
+        first = re.split(r"\.\s|\n", str(error))[0].rstrip(".")  # of pages of advice, on other devices among them
+        return f"--device {device} cannot be used: {first}; try --device cpu"
     return ""

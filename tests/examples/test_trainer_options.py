@@ -19,6 +19,7 @@ from crossmix import recipes
 from crossmix.datasets import GTA5, CachedSamples, SegmentationFolder, StreetScenes, class_counts
 from crossmix.datasets.classes import CLASS_NAMES
 from crossmix.models import deeplab_v2_tiny
+from options import unusable
 from runs import Capture, Patch, Run, assert_same, changed, final, poison, resolved
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_charts")
@@ -253,7 +254,10 @@ REFUSED = [  # flags beside good ones, and the beginning of the message
     (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
     (["--steps", "0"], "--steps must be a whole number of at least 1, got 0"),
     (["--no-decay", "norms"], "--no-decay must be any of norm, bias, position, got 'norms'; did you mean 'norm'"),
-    (["--rare-temperature", "0"], "--rare-temperature must be a number of at least 1e-06"),
+    (["--steps", "1000000001"], "--steps must be a whole number from 1 to 1000000000, got 1000000001"),
+    (["--seed", str(2**63)], f"--seed must be a whole number from 0 to {2**63 - 1}, got {2**63}"),
+    (["--lr", "inf"], "--lr must be a finite number of at least 0, got inf"),
+    (["--rare-temperature", "0"], "--rare-temperature must be a finite number of at least 1e-06"),
     (["--consistency-block", "0"], "--consistency-block must be a whole number of at least 1, or none"),
     (["--consistency-ratio", "1.1"], "--consistency-ratio must be a number from 0 to 1"),
     (["--prior", "source"], "--prior has no effect without --method alignment"),
@@ -278,6 +282,17 @@ def test_flags__are_refused_before_anything_is_read(
     with pytest.raises(SystemExit, match=f"^error: {message}") as ended:
         trainer.main([*unread, *flags])
     assert str(ended.value).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    "said", ["Could not run it. This could be because of pages", "Could not run it\nbecause of pages"]
+)
+def test_device__that_cannot_be_used_is_told_in_one_sentence(monkeypatch: Patch, said: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise NotImplementedError(said)  # as torch does, with all the devices that it knows
+
+    monkeypatch.setattr(torch, "empty", fail)
+    assert unusable("mps") == "--device mps cannot be used: Could not run it; try --device cpu"
 
 
 def test_flags__may_lie_on_bounds_and_have_an_effect(folders: list[str]) -> None:

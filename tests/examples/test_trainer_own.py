@@ -48,6 +48,7 @@ class nested:
 number = 7
 def tuples(n): return Quarter(n, "tuple")
 def fails(n): raise KeyError("no such encoder")
+def lines(n): raise RuntimeError("Error in loading:\\n\\tMissing key.")
 def nothing(n): return None
 def more(n): return Quarter(n + 1, "tensor")
 def small(n): return nn.Sequential(nn.AvgPool2d(64), nn.Conv2d(3, n, 1))
@@ -187,6 +188,7 @@ def test_own_network__small_logits_are_upsampled_as_its_kind_does(trainer: Modul
         ("my_networks:number", "number must be a function, got int"),
         ("no_such_module:f", "no_such_module cannot be imported: ModuleNotFoundError"),
         ("my_networks:fails", r"fails\(4\) failed: KeyError: 'no such encoder' \(.*my_networks\.py, line \d+\)"),
+        ("my_networks:lines", r"lines\(4\) failed: RuntimeError: Error in loading: Missing key \("),
         ("my_networks:nothing", r"must return a torch\.nn\.Module, got NoneType"),
         ("my_networks:tuples", "returned a tuple; return logits as a tensor"),
         ("my_networks:more", r"must return logits \(N, C, H, W\), here \(2, 4, \.\.\.\), got \(2, 5, 8, 8\)"),
