@@ -107,7 +107,7 @@ def in_words(rows: dict[str, Any]) -> list[str]:
         dusk, day = (f"{mean_difference(scores, 'mic', 'dacs'):+.1f}" for scores in (rows, by_day))
         said = [
             f"With the same seeds, `mic` differs from `dacs` by {dusk} points at dusk and {day} by day",
-            f"({number_of_seeds(rows, 'mic', 'dacs')}); its settings are those for Cityscapes, none adapted.",
+            f"({number_of_seeds(rows, 'mic', 'dacs')}); its decay and ignored rows are those for Cityscapes.",
         ]
     if is_there(DAY_DUSK):
         other = read(DAY_DUSK)["rows"]
@@ -263,6 +263,12 @@ def mixing_on_gpu(document: dict[str, Any]) -> list[str]:
     return lines
 
 
+def upsampled_loss(document: dict[str, Any]) -> list[str]:
+    rows = document["results"]
+    peaks = ", ".join(f"{name} {row['peak_mb']:.0f} MB" for name, row in rows.items() if "peak_mb" in row)
+    return [*against("upsampling and loss", rows, "plain"), f"Peak memory on top of the inputs: {peaks}.", ""]
+
+
 def teacher(document: dict[str, Any]) -> list[str]:
     rows = document["results"]
     launched = ", ".join(f"{name} {row['launches']}" for name, row in rows.items() if "launches" in row)
@@ -299,7 +305,7 @@ GPU_TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "step-memory": memory,
     "mixing": mixing_on_gpu,
     "augment": augment,
-    "loss": lambda document: against("upsampling and loss", document["results"], "plain"),
+    "loss": upsampled_loss,
     "teacher": teacher,
     "optimizer": optimizer,
     "scaling": scaling,
@@ -323,9 +329,7 @@ def performance() -> str:
     for result in document["results"]:
         lines += against(f"masks and mix, {result['labels']} labels", result["rows"], "floor")
     lines += augment(read("augment--cpu"))
-    loss = read("loss--cpu")["results"]
-    peaks = ", ".join(f"{name} {row['peak_mb']:.0f} MB" for name, row in loss.items())
-    lines += [*against("upsampling and loss", loss, "plain"), f"Peak memory on top of the inputs: {peaks}.", ""]
+    lines += upsampled_loss(read("loss--cpu"))
     lines += teacher(read("teacher--cpu")) + optimizer(read("optimizer--cpu"))
     for result in read("input--cpu")["results"]["data_sets"]:
         lines += crops(result)

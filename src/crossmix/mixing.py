@@ -564,7 +564,7 @@ def _check_masks(masks: object) -> None:
 
 
 def _weights(name: str, weights: Tensor | None, images: Tensor, labels: Tensor) -> Tensor:
-    """Loss weights as (N, H, W) or (N,), in float32, or in float64 if they are float64; ones if not given."""
+    """Loss weights as (N, H, W) or (N,), in float32 or float64; ones, in float64 for float64 images, if not given."""
     if weights is None:
         return images.new_ones(len(images), dtype=arithmetic(images))
     check_weights(name, weights, labels.shape)
