@@ -209,6 +209,6 @@ def test_parameter_groups__head_learns_ten_times_as_fast(network: nn.Module) -> 
 def test_poly_lr__is_the_schedule() -> None:
     for step in (0, 1, 125_000, 249_999):
         assert poly_lr(step, 250_000, 2.5e-4) == pytest.approx(2.5e-4 * (1 - step / 250_000) ** 0.9, rel=1e-12)
-    for step, total in ((-1, 5), (6, 5), (0, 0)):
-        with pytest.raises(ValueError, match="`step` must lie in"):
+    for step, total, name in ((-1, 5, "step"), (6, 5, "step"), (0, 0, "steps")):
+        with pytest.raises(ValueError, match=f"`{name}` must"):
             poly_lr(step, total, 1.0)
