@@ -184,7 +184,8 @@ def self_training(
         align_corners: Convention of that upsampling; see `SelfTraining`.
         logits: Extracts the logits from the student's output; see `SelfTraining`.
         mean: Of `StrongAugment` and `SelfTraining`, with `std`: the statistics by which the data loader normalises
-            images, if it does. Hidden blocks are then filled with the normalised mean colour.
+            images, if it does. Hidden blocks are then filled with the normalised mean colour, as they are where only a
+            `StrongAugment` of yours, given as `augment` or `consistency_augment`, has a mean.
         std: Given with `mean`.
         **overrides: Any other argument of the parts by its name:
 
@@ -253,7 +254,7 @@ def self_training(
     parts |= {"criterion": criterion, "source_criterion": source_criterion, **given}
     consistency = choice.consistency
     if isinstance(consistency, bool):  # the source-only baseline has no consistency term in any recipe
-        consistency = _masked_images(choice, mean, std) if consistency and method != "source" else None
+        consistency = _masked_images(choice, mean, std, given) if consistency and method != "source" else None
     if consistency is not None:
         parts = {"consistency_augment": given["augment"] if "augment" in given else augment(), **parts}
     return SelfTraining(
@@ -274,9 +275,15 @@ def self_training(
     )
 
 
-def _masked_images(choice: Recipe, mean: Sequence[float] | None, std: Sequence[float] | None) -> MaskedImages:
-    """`MaskedImages` whose fill is normalised like the images."""
+def _masked_images(
+    choice: Recipe, mean: Sequence[float] | None, std: Sequence[float] | None, given: dict[str, Any]
+) -> MaskedImages:
+    """`MaskedImages` whose fill is normalised like the images, as `mean` and `std` or a given augmentation say."""
     masked = MaskedImages(choice.consistency_block, choice.consistency_ratio)
+    for name in ("augment", "consistency_augment"):
+        part = getattr(given.get(name), "_orig_mod", given.get(name))  # inside a compiled module
+        if mean is None and isinstance(part, StrongAugment):
+            mean, std = part.mean, part.std
     if mean is not None and std is not None:
         masked.fill = tuple((value - m) / s for value, m, s in zip(masked.fill, mean, std, strict=True))
     return masked

@@ -1032,6 +1032,12 @@ def test_recipes__images_that_are_normalised_have_an_augmentation_of_ones_own() 
         assert training(source, labels, target, generator=seeded(0)).loss.isfinite()
         with pytest.raises(ValueError, match="before they are normalised by mean="):
             training(source, labels, target * 255)
+    ours = StrongAugment(mean=mean, std=std)
+    compiled = torch.compile(ours, backend="eager")
+    for options in ({"augment": ours}, {"augment": compiled}, {"augment": tint, "consistency_augment": ours}):
+        training = build(recipe="mic", **options)  # the augmentation alone says how images are normalised
+        assert (training.consistency.fill, training.mean) == (pytest.approx(fill), None)
+        assert training(source, labels, target, generator=seeded(0)).loss.isfinite()
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got"):
         build(augment=tint)(source, labels, target)
 
