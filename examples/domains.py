@@ -24,6 +24,7 @@ from crossmix.datasets import (
     StreetScenes,
     Synthia,
     class_counts,
+    image_size,
     read_classes,
 )
 from crossmix.datasets.classes import CLASS_NAMES
@@ -45,9 +46,6 @@ COUNTS = "crossmix-stats.jsonl"
 LAYOUT = "expected images/ and labels/, each with train/ and val/ if there are splits"
 Identity = dict[str, dict[str, Any]]
 Batch = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # source and target, each images and labels
-PNG = b"\x89PNG\r\n\x1a\n"
-ORIENTATION = 0x0112  # EXIF tag; values above 4 swap height and width
-UNKNOWN = (2**31, 2**31)  # the size of an image whose header cannot be read: reading the image will say what is wrong
 
 
 class Data(NamedTuple):
@@ -204,26 +202,16 @@ def differences(old: Identity, new: Identity, data: Data) -> tuple[list[str], li
 
 
 def too_small(samples: Any, crop: tuple[int, int]) -> list[str]:  # noqa: ANN401 - any reader of files
-    """List the images smaller than the crop, with their sizes. Only file headers are read, of JPEGs by Pillow."""
-    sizes = ((file.image, samples.size or _image_size(file.image)) for file in samples.files)
-    return [f"{path}: {height}x{width}" for path, (height, width) in sizes if height < crop[0] or width < crop[1]]
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """Read height and width from the header of a PNG or JPEG file, of a JPEG as it is shown, turned by EXIF."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(24)
-        if len(head) == 24 and head.startswith(PNG):
-            return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
-        from PIL import Image  # noqa: PLC0415 - only JPEGs need it
-
-        with Image.open(path, formats=("JPEG",)) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(ORIENTATION, 1) > 4
-    except Exception:  # noqa: BLE001 - the file or Pillow may be missing, and Pillow raises many types for damaged files
-        return UNKNOWN
-    return (width, height) if turned else (height, width)
+    """List the images smaller than the crop, with their sizes. No image is decoded."""
+    found = []
+    for file in samples.files:
+        try:
+            height, width = samples.size or image_size(file.image)
+        except DataError:
+            continue  # reading the image will say what is wrong
+        if height < crop[0] or width < crop[1]:
+            found.append(f"{file.image}: {height}x{width}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- crops

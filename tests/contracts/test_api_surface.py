@@ -27,8 +27,8 @@ PUBLIC = {
     ],
     "crossmix.datasets": [
         "GTA5", "CachedSamples", "Cityscapes", "Classes", "DataError", "ImageFiles", "RareClassSampler", "Sample",
-        "SegmentationFolder", "StreetScenes", "Synthia", "class_counts", "image_files", "read_classes", "read_image",
-        "write_png",
+        "SegmentationFolder", "StreetScenes", "Synthia", "class_counts", "image_files", "image_size", "read_classes",
+        "read_image", "write_png",
     ],
     "crossmix.metrics": ["ConfusionMatrix", "IoU"],
     "crossmix.evaluation": ["evaluate", "resize_labels"],

@@ -590,22 +590,22 @@ def test_dry_run__finds_what_a_run_would(trainer: ModuleType, own_data: list[str
     assert not (tmp_path / "run").exists()
 
 
-def test_too_small__jpegs_as_they_are_shown(tmp_path: Path, monkeypatch: Patch) -> None:
-    turned = Image.Exif()
-    turned[0x0112] = 6
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_too_small__as_the_reader_shows_images(tmp_path: Path, monkeypatch: Patch, kind: str) -> None:
+    turned, wrong = Image.Exif(), Image.Exif()
+    turned[0x0112], wrong[0x0112] = 6, 9  # 9 is none, and turns nothing
     for name, (height, width), given in (
         ("fits", (40, 48), {}),
         ("small", (40, 24), {}),
         ("fits turned", (48, 40), {"exif": turned}),
         ("small turned", (24, 40), {"exif": turned}),
+        ("fits unturned", (40, 48), {"exif": wrong}),
     ):
-        Image.new("RGB", (width, height)).save(tmp_path / f"{name}.jpg", **given)
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xc0")  # reading it says so
-    folder = SegmentationFolder(tmp_path)
-    small = [f"{tmp_path / 'small.jpg'}: 40x24", f"{tmp_path / 'small turned.jpg'}: 40x24"]
-    assert sorted(domains.too_small(folder, (40, 44))) == sorted(small)
+        Image.new("RGB", (width, height)).save(tmp_path / f"{name}.{kind}", **given)
+    (tmp_path / f"broken.{kind}").write_bytes((tmp_path / f"fits.{kind}").read_bytes()[:20])  # reading it says so
     monkeypatch.setitem(sys.modules, "PIL", None)  # Pillow may be missing
-    assert domains.too_small(folder, (40, 44)) == []
+    small = [f"{tmp_path / 'small'}.{kind}: 40x24", f"{tmp_path / 'small turned'}.{kind}: 40x24"]
+    assert sorted(domains.too_small(SegmentationFolder(tmp_path), (40, 44))) == sorted(small)
 
 
 def test_dry_run__finds_a_place_that_has_no_room_or_is_read_only(

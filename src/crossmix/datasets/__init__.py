@@ -6,7 +6,7 @@ Modules: `_listing` decides which files are images, `_folder_dataset` pairs them
 """
 
 from crossmix.datasets._class_file import Classes, read_classes
-from crossmix.datasets._images import read_image
+from crossmix.datasets._images import image_size, read_image
 from crossmix.datasets._listing import ImageFiles, image_files
 from crossmix.datasets._png import write_png
 from crossmix.datasets.cache import CachedSamples
@@ -33,6 +33,7 @@ __all__ = [
     "Synthia",
     "class_counts",
     "image_files",
+    "image_size",
     "read_classes",
     "read_image",
     "write_png",

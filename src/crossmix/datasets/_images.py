@@ -63,6 +63,30 @@ def read_image(path: str | Path, *, any_kind: bool = True) -> Tensor:
     return _turned(pixels[:3].expand(3, -1, -1), orientation).contiguous()
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Read the size of an image as displayed, which is that of what `read_image` returns, without decoding it.
+
+    Args:
+        path: A PNG or JPEG file (by content).
+
+    Returns:
+        Height and width.
+
+    Raises:
+        DataError: If the file is missing, too large, or of another kind, or its header is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from crossmix.datasets import write_png
+        >>> path = Path(tempfile.mkdtemp()) / "grey.png"
+        >>> write_png(path, torch.zeros(4, 6, dtype=torch.uint8))
+        >>> image_size(path)
+        (4, 6)
+    """
+    header = read_header(Path(path))
+    return header.height, header.width
+
+
 def read_turned(path: Path, *, deep: bool = False) -> Tensor:
     """Read a PNG's channels as `read_png` does, rotated according to its EXIF orientation."""
     pixels = _png.read_png(path, deep=deep)
