@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -27,15 +28,16 @@ from crossmix.datasets import (
     image_size,
     read_classes,
 )
+from crossmix.datasets.cache import CacheError
 from crossmix.datasets.classes import CLASS_NAMES
 from crossmix.datasets.statistics import known_counts
 from crossmix.engine import KeyedCrops, QuietLoader, resident
 from options import Config, size
 
 __all__ = [
-    "COUNTS", "SOURCE", "TARGET", "Batch", "Data", "Identity", "Unlabelled", "check_cache", "class_names",
-    "counts_file", "crop_size", "differences", "drawn_names", "identity", "loader", "open_data", "prepared",
-    "rare_class_sampler", "resident_bytes", "target_labels", "to_count", "too_small", "whole_batch",
+    "COUNTS", "SOURCE", "TARGET", "Batch", "Data", "Identity", "Unlabelled", "class_names", "counts_file",
+    "crop_size", "differences", "drawn_names", "every_image_needed", "identity", "is_cached", "loader", "open_data",
+    "prepared", "rare_class_sampler", "resident_bytes", "target_labels", "to_count", "too_small", "whole_batch",
     "with_rendered_data",
 ]  # fmt: skip
 
@@ -235,15 +237,28 @@ def prepared(config: Config, data: Data, *, progress: bool) -> tuple[Any, Any]:
 
 def cached(config: Config, reader: Any, folder: Path, *, progress: bool) -> CachedSamples:  # noqa: ANN401 - any reader
     """Open the cache of a domain, or build it."""
-    try:
+    with every_image_needed(config):
         return CachedSamples(reader, folder, workers=config.workers, progress=progress)
+
+
+def is_cached(config: Config, reader: Any, name: str) -> bool:  # noqa: ANN401 - any reader
+    """Whether `--cache` holds a domain whole; a `DataError` if it holds something else, or images that have changed."""
+    with every_image_needed(config):
+        return CachedSamples.check(reader, Path(config.cache) / name)
+
+
+@contextmanager
+def every_image_needed(config: Config) -> Iterator[None]:
+    """Say of an image that a cache cannot take that `--skip-files` does not help; a `CacheError` has its own advice."""
+    try:
+        yield
     except DataError as error:
-        if config.skip_files and str(folder) not in str(error):  # about an image; what is about the cache names it
-            raise DataError(
-                f"{error} A --cache holds every image, so --skip-files does not apply while it is built: repair or "
-                "remove the file, or leave out --cache."
-            ) from error
-        raise
+        if not config.skip_files or isinstance(error, CacheError):
+            raise
+        raise DataError(
+            f"{error} With a --cache, which holds every image, --skip-files cannot leave this one out: repair or "
+            "remove the file, or leave out --cache."
+        ) from error
 
 
 def resident_bytes(data: Data) -> int | None:
@@ -254,12 +269,6 @@ def resident_bytes(data: Data) -> int | None:
             return None
         total += len(samples) * channels * prod(samples.size)
     return total
-
-
-def check_cache(config: Config, data: Data) -> None:
-    """Raise `DataError` if `--cache` holds something else than the caches of these samples, or parts of them."""
-    for name, reader in (("source", data.source), ("target", data.target)):
-        CachedSamples.check(reader, Path(config.cache) / name)
 
 
 def draws(config: Config, start: int, rank: int, world: int) -> Iterator[int]:

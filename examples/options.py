@@ -200,8 +200,8 @@ class Config:
     cache: str = option("", "folder for decoded and resized images, filled on first use", unit="path")
     resident: bool = option(False, "keep both domains in the device's memory")
 
-    skip_files: int = count(0, "images to leave out before it is an error: too small, or unreadable except while a "
-                            "--cache is built", "files", low=0)  # fmt: skip
+    skip_files: int = count(0, "images to leave out before it is an error: too small or, without --cache, unreadable",
+                            "files", low=0)  # fmt: skip
     skip_steps: int = count(0, "steps with a non-finite loss or gradient to undo before it is an error", "steps", low=0)
     eval_split: str = option("val", "split of the target to evaluate on", unit="name")
     evaluation: str = option("512x1024", "label size that decides the best step", unit="HxW in pixels", native=True)

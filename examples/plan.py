@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import domains
-from crossmix.datasets import class_counts
+from crossmix.datasets import DataError, class_counts
 from crossmix.models import WeightsError, load_weights
 from crossmix.optim import parameter_groups
 from networks import is_ours, new_network, tried
@@ -136,7 +136,7 @@ def problems(request: Request, folders: list[Path], world: int = 1) -> list[str]
     for look in looks:
         try:
             result = look()
-            found += list(result) if isinstance(result, Iterator) else []
+            found.extend(result if isinstance(result, Iterator) else ())  # keeps what came before an error
         except (ValueError, WeightsError, OSError) as error:
             found.append(str(error))
     return list(dict.fromkeys(found))
@@ -274,21 +274,28 @@ def _of_data(request: Request, world: int, *, fresh: bool) -> Iterator[str]:
                 f"--resident: both domains need {needed / 2**30:.1f} GiB, and {config.device} has "
                 f"{free / 2**30:.1f} GiB free; leave it out, and read from a --cache on disk."
             )
-    yield from _of_first(config, data)
-    if config.cache and Path(config.cache).is_dir():
-        domains.check_cache(config, data)
-    elif config.cache and (problem := unwritable(Path(config.cache))) is not None:
+    yield from _of_samples(config, data)
+    place = Path(config.cache)
+    if config.cache and not place.is_dir() and (problem := unwritable(place)) is not None:
         yield f"--cache {config.cache}: {problem}; give one that is new, or a cache."
 
 
-def _of_first(config: Config, data: domains.Data) -> Iterator[str]:
-    """Read the first sample of each part, which finds what is wrong with all of them."""
+def _of_samples(config: Config, data: domains.Data) -> Iterator[str]:
+    """Check the caches, and read the first sample of each part that is in none, which finds what is wrong with all."""
     for name, samples in zip(domains.Data._fields, data, strict=True):
+        to_cache = bool(config.cache) and name != "validation"
         try:
-            samples[0]
+            if to_cache and Path(config.cache).is_dir() and domains.is_cached(config, samples, name):
+                continue
+        except DataError as error:
+            yield str(error)
+            continue
+        try:
+            with domains.every_image_needed(config) if to_cache else nullcontext():
+                samples[0]
         except ValueError as error:
-            if name == "validation":
-                raise
-            if not config.skip_files:
-                leave_out = "" if config.cache else ", or leave it out with --skip-files 1"
+            if name == "validation" or (to_cache and config.skip_files):
+                yield str(error)
+            elif not config.skip_files:
+                leave_out = "" if to_cache else ", or leave it out with --skip-files 1"
                 yield f"{error} Repair it{leave_out}."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import crossmix
 from crossmix import SelfTraining, SelfTrainingOutput
 from crossmix.datasets import DataError, RareClassSampler, write_png
+from crossmix.datasets.cache import CacheError
 from crossmix.engine import CheckpointStore, FiniteGuard, NonFiniteError, Progress, RunLog, StopRequest, keyed_generator
 from crossmix.visualize import gallery
 from domains import (
@@ -172,7 +173,7 @@ def saved_at_any_end(run: Run) -> Iterator[None]:
 
 def could_not_load(run: Run, failure: Exception) -> DataError:
     """Make the exception for a batch that could not be loaded."""
-    if run.config.cache and isinstance(failure, DataError):  # the message says how to rebuild what is damaged
+    if isinstance(failure, CacheError):  # the message says how to rebuild what is damaged
         return DataError(f"{reason(failure)} {goes_on(run).capitalize()}.")
     if isinstance(failure, RuntimeError):
         remedy = fewer_workers(run)

@@ -576,13 +576,13 @@ def test_other__samples_are_refused(root: Path, folder: Path, now: Callable[[Pat
 def test_check__takes_what_can_be_opened_and_builds_nothing(
     samples: GTA5, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    CachedSamples.check(samples, folder)
+    assert not CachedSamples.check(samples, folder)
     assert not folder.exists()
     build(samples, folder)
     monkeypatch.setattr(cache._Cache, "build", None)
-    CachedSamples.check(samples, folder)
+    assert CachedSamples.check(samples, folder)
     (folder / FILES[0]).unlink()
-    CachedSamples.check(samples, folder)
+    assert not CachedSamples.check(samples, folder)
     refusal(lambda: CachedSamples.check(StreetScenes(2), folder), "a reader of image files such as GTA5", TypeError)
 
 

@@ -590,6 +590,16 @@ def test_dry_run__finds_what_a_run_would(trainer: ModuleType, own_data: list[str
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run__lists_every_error(trainer: ModuleType, own_data: list[str], tmp_path: Path) -> None:
+    CachedSamples(GTA5(own_data[1], size=(16, 32)), tmp_path / "cache" / "source", progress=False)
+    shutil.rmtree(tmp_path / "data" / "cs" / "gtFine" / "train")
+    few = "(?s)error: the source has 6 images, fewer than the 7 of a batch.*the target has 5"
+    with pytest.raises(SystemExit, match=rf"{few}.*cache.source: is a cache of other samples"):
+        trainer.main([*own_data, "--batch", "7", "--cache", str(tmp_path / "cache"), "--dry-run"])
+    with pytest.raises(SystemExit, match=f"{few}.*'train' has no label maps"):
+        trainer.main([*own_data, "--batch", "7", "--method", "alignment", "--dry-run"])
+
+
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_too_small__as_the_reader_shows_images(tmp_path: Path, monkeypatch: Patch, kind: str) -> None:
     turned, wrong = Image.Exif(), Image.Exif()

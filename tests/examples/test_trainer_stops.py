@@ -19,10 +19,12 @@ import pytest
 import torch
 
 import domains
-from crossmix.datasets import StreetScenes
+import plan
+from crossmix.datasets import CachedSamples, StreetScenes
 from crossmix.engine import FolderLock
 from crossmix.models import deeplab_v2_tiny
 from files import write_text
+from options import read_options
 from runs import (
     TORCHRUN,
     TRAINER,
@@ -607,25 +609,71 @@ def test_broken_files__advice_is_given_where_it_can_work(
         trainer.main([*own_data, "--out", str(tmp_path / "run"), "--skip-files", "6"])
 
 
+EVERY = "With a --cache, which holds every image, --skip-files cannot leave this one out: repair or remove the file"
+
+
 def test_broken_files__a_cache_needs_every_image(trainer: ModuleType, own_data: list[str], tmp_path: Path) -> None:
     folder, flags = tmp_path / "cache", [*own_data, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
     label = tmp_path / "data" / "gta5" / "labels" / "00003.png"
     good = label.read_bytes()
     label.write_bytes(good[:60])
-    every = "A --cache holds every image, so --skip-files does not apply while it is built: repair or remove the file"
-    for skip, end in (([], r"again\."), (["--skip-files", "1"], rf"again\. {every}, or leave out --cache\.")):
+    for skip, end in (([], r"again\."), (["--skip-files", "1"], rf"again\. {EVERY}, or leave out --cache\.")):
         with pytest.raises(SystemExit, match=rf"^error: {label}: .* write it {end}$"):
             trainer.main([*flags, *skip])
     label.write_bytes(good)
-    first = label.with_name("00001.png")  # which is looked at before a run begins
-    good = first.read_bytes()
-    first.write_bytes(good[:60])
-    with pytest.raises(SystemExit, match=rf"^error: {first}: .* Repair it\.$"):
-        trainer.main(flags)
-    first.write_bytes(good)
     (folder / "source" / "notes.txt").touch()  # a fault of the cache, about which its own advice is all
     with pytest.raises(SystemExit, match=r"holds 'notes.txt', which is not part of this cache; use an empty folder\.$"):
         trainer.main([*flags, "--skip-files", "1"])
+
+
+def test_broken_files__the_first_is_found_before_a_cache_is_built(
+    trainer: ModuleType, own_data: list[str], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    (tmp_path / "mycache").mkdir()
+    root = (tmp_path / "data" / "gta5").rename(tmp_path / "mycache" / "source")  # which holds the name of the cache's
+    monkeypatch.chdir(tmp_path)
+    flags = [*changed(own_data, gta5=str(root)), "--cache", "cache", "--out", "run"]
+    label = root / "labels" / "00001.png"
+    label.write_bytes(label.read_bytes()[:60])
+    skipped = rf"{EVERY}, or leave out --cache\."
+    for more, end in (([], r"Repair it\."), (["--skip-files", "1"], skipped)):
+        with pytest.raises(SystemExit, match=rf"^error: {label}: .* write it again\. {end}$"):
+            trainer.main([*flags, *more, "--dry-run"])
+    monkeypatch.setattr(plan, "_of_samples", lambda *_: iter(()))  # as if it were not the first
+    with pytest.raises(SystemExit, match=rf"^error: {label}: .* write it again\. {skipped}$"):
+        trainer.main([*flags, "--skip-files", "1"])
+
+
+def test_broken_files__a_whole_cache_needs_their_sizes_alone(
+    trainer: ModuleType, own_data: list[str], tmp_path: Path
+) -> None:
+    flags = [*own_data, "--cache", str(tmp_path / "cache"), "--skip-files", "1"]
+    label = tmp_path / "data" / "gta5" / "labels" / "00001.png"
+    for name, reader in zip(("source", "target"), domains.open_data(read_options(flags, "").config), strict=False):
+        CachedSamples(reader, tmp_path / "cache" / name, progress=False)
+    written = label.stat().st_mtime_ns
+    label.write_bytes(bytes(label.stat().st_size))
+    os.utime(label, ns=(written, written))
+    assert trainer.main([*flags[:-2], "--dry-run"]) == 0
+    label.unlink()
+    label.symlink_to(tmp_path / "nowhere.png")
+    for dry in (["--dry-run"], []):
+        with pytest.raises(
+            SystemExit, match=rf"^error: {label}: cannot be read \(No .*; restore the file\. {EVERY}, or"
+        ):
+            trainer.main([*flags, "--out", str(tmp_path / "run"), *dry])
+
+
+def test_broken_files__a_cache_leaves_out_small_ones(
+    trainer: ModuleType, own_data: list[str], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    flags = [*own_data, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
+    StreetScenes(1, size=(16, 64)).write(tmp_path / "small", layout="gta5")
+    for kind in ("images", "labels"):
+        shutil.copy(tmp_path / "small" / kind / "00001.png", tmp_path / "data" / "gta5" / kind / "00003.png")
+    monkeypatch.setattr(domains, "too_small", lambda *_: [])  # which would find it first
+    with pytest.raises(SystemExit, match=r"00003: the image is 16 x 64, .* leave it out with --skip-files 1; "):
+        trainer.main(flags)
 
 
 @pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])

@@ -38,6 +38,10 @@ PER_FILE = 32  # samples; a process killed while building loses at most these, a
 FOOTER = struct.Struct("<Q32s")  # length of the record in bytes, and its SHA-256
 
 
+class CacheError(DataError):
+    """A fault of the cache, not of the images that it is made from; the message says what to do about it."""
+
+
 class CachedSamples(Dataset[Sample]):
     """A reader's samples, cached on disk; the cache is built if it is missing.
 
@@ -92,12 +96,15 @@ class CachedSamples(Dataset[Sample]):
         self._checked = bytearray(len(self._items))
 
     @staticmethod
-    def check(samples: FolderDataset, folder: str | Path) -> None:
+    def check(samples: FolderDataset, folder: str | Path) -> bool:
         """Refuse a folder that opening would refuse, without building anything; it may be incomplete or new.
 
         Args:
             samples: As for the constructor.
             folder: Likewise.
+
+        Returns:
+            Whether the cache is complete, so that opening it builds nothing.
 
         Raises:
             DataError: If the folder contains anything else or a cache of other samples, or a source file has changed.
@@ -105,7 +112,9 @@ class CachedSamples(Dataset[Sample]):
             ValueError: If the reader reads no images or has a `transform`.
         """
         cache = _Cache(samples, Path(folder))
-        cache.check(cache.missing())
+        missing = cache.missing()
+        cache.check(missing)
+        return not missing
 
     def __len__(self) -> int:
         return len(self._items)
@@ -118,11 +127,11 @@ class CachedSamples(Dataset[Sample]):
         try:  # A new map per read takes microseconds and isolates callers that write to their tensor.
             mapped = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8, device="cpu")
         except RuntimeError as error:
-            raise DataError(f"{path}: cannot be read ({error}); {self._again(item.file)}.") from error
+            raise CacheError(f"{path}: cannot be read ({error}); {self._again(item.file)}.") from error
         pixels = mapped.numpy()[item.offset :]
         if not self._checked[index]:
             if zlib.crc32(pixels.data) != item.crc32:
-                raise DataError(f"{path}: the bytes of sample {item.name!r} are damaged; {self._again(item.file)}.")
+                raise CacheError(f"{path}: the bytes of sample {item.name!r} are damaged; {self._again(item.file)}.")
             self._checked[index] = 1
         # Go through NumPy, so that the storage covers this sample only: loader workers send whole storages.
         planes = torch.from_numpy(pixels).view(*item.shape)
@@ -203,14 +212,14 @@ class _Cache(Dataset[int | Exception]):
         for key, now in self._made_of(number).items():
             if (was := record.get(key)) != now:
                 other = f"is a cache of other samples: its {key} is {was}, not {now}"
-                raise DataError(f"{self.folder}: {other}; choose another folder, or delete this one.")
+                raise CacheError(f"{self.folder}: {other}; choose another folder, or delete this one.")
         if change := self._change(number, record):
             others = {*range(len(self))} - {*self.missing(), number}
             stale = sum(self._change(other, self._record(other)) != "" for other in others)
             advice = self._again(number)
             if stale:
                 advice = f"so have sources of {stale} more files of the cache; delete {self.folder} to build it anew"
-            raise DataError(f"{change}; {advice}.")
+            raise CacheError(f"{change}; {advice}.")
         return [_Item(*item) for item in record["items"]]
 
     def _record(self, number: int) -> dict[str, Any]:
@@ -224,9 +233,9 @@ class _Cache(Dataset[int | Exception]):
                 file.seek(max(end - length, 0))
                 text = file.read(min(length, end))
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); {again}.") from error
+            raise CacheError(f"{path}: cannot be read ({error.strerror}); {again}.") from error
         if hashlib.sha256(text).digest() != digest:
-            raise DataError(f"{path}: is cut off or damaged; {again}.")
+            raise CacheError(f"{path}: is cut off or damaged; {again}.")
         record: dict[str, Any] = json.loads(text)
         return record
 
@@ -268,12 +277,12 @@ class _Cache(Dataset[int | Exception]):
                 need, free = self._bytes(missing), shutil.disk_usage(self.folder).free
                 text = f"{self.folder}: the cache needs {amount(need)} more, {amount(free)} are free"
                 if need > free:
-                    raise DataError(f"{text}; free some space, choose another folder, or use a smaller `size`.")
+                    raise CacheError(f"{text}; free some space, choose another folder, or use a smaller `size`.")
                 say(text)
                 self._fill(missing, workers, progress=progress)
         except OSError as error:
             what = f"{error.filename or self.folder}: cannot be written: {error.strerror or error}"
-            raise DataError(f"{what}. The cache is incomplete; finished files are kept.") from error
+            raise CacheError(f"{what}. The cache is incomplete; finished files are kept.") from error
 
     def _fill(self, missing: list[int], workers: int, *, progress: bool) -> None:
         # Its own generator, because a loader draws a seed for its workers, by default from the global one.
@@ -314,14 +323,16 @@ class _Cache(Dataset[int | Exception]):
         except FileNotFoundError:
             return set()
         except OSError as error:
-            raise DataError(f"{self.folder}: cannot be listed ({error.strerror}); choose another folder.") from error
+            raise CacheError(f"{self.folder}: cannot be listed ({error.strerror}); choose another folder.") from error
 
     def _refuse_foreign(self) -> None:
         """Refuse a folder that contains anything but this cache or parts of it."""
         ours = {_path(self.folder, number).name for number in range(len(self))}
         for name in sorted(self._names()):
             if not name.startswith(".") and re.sub(r"\.tmp\.\d+$", "", name) not in ours:
-                raise DataError(f"{self.folder}: holds {name!r}, which is not part of this cache; use an empty folder.")
+                raise CacheError(
+                    f"{self.folder}: holds {name!r}, which is not part of this cache; use an empty folder."
+                )
 
 
 def _path(folder: Path, number: int) -> Path:
