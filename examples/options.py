@@ -618,7 +618,7 @@ def unusable(device: str) -> str:
         if kind.type == "meta":
             raise RuntimeError("it holds no numbers")
         torch.empty(1, device=kind)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch was built without it
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last two where torch lacks what it needs
         first = re.split(r"\.\s|\n", str(error))[0].rstrip(".")  # of pages of advice, on other devices among them
         return f"--device {device} cannot be used: {first}; try --device cpu"
     return ""

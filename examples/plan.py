@@ -193,17 +193,19 @@ def _of_folders(request: Request, folders: list[Path]) -> Iterator[str]:
 def _of_resumed(out: Path, folders: list[Path]) -> Iterator[str]:
     if not out.is_dir():
         yield f"--resume: there is no folder {out} to resume; check --out, or leave out --resume to start there."
-    elif not config_files(out) and any(_visible(out)):
-        yield (
-            f"--resume: {out} is not the folder of a run, it holds no config.json; check --out, or leave out "
-            "--resume to start there."
-        )
-    elif folders and (others := config_files(out)) and not {path.parent for path in others} & set(folders):
-        held = ", ".join(str(path.parent) for path in others)
+        return
+    begun = config_files(out)
+    if not begun and any(_visible(out)):
+        start = "give another" if any(map(has_begun, folders)) else "leave out --resume to start there"
+        yield f"--resume: {out} is not the folder of a run, it holds no config.json; check --out, or {start}."
+        return
+    if folders and begun and not {path.parent for path in begun} & set(folders):
+        held = ", ".join(str(path.parent) for path in begun)
         yield (
             f"--resume: this command has no run in {out}, which holds {held}; repeat the command that began these, "
             "with its --runs, --seed or --demo, or give another --out."
         )
+        return
     for folder in folders:  # without a step to resume from, a training starts at 0 and replaces what is there
         if (results := _results(folder)) and not any(re.fullmatch(STEP, name) for name in results):
             yield (

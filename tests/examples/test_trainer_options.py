@@ -295,6 +295,11 @@ def test_device__that_cannot_be_used_is_told_in_one_sentence(monkeypatch: Patch,
     assert unusable("mps") == "--device mps cannot be used: Could not run it; try --device cpu"
 
 
+@pytest.mark.parametrize("device", ["hpu", "privateuseone"])
+def test_device__of_a_module_that_is_not_there_is_told(device: str) -> None:
+    assert unusable(device) == f"--device {device} cannot be used: No module named 'torch.{device}'; try --device cpu"
+
+
 def test_flags__may_lie_on_bounds_and_have_an_effect(folders: list[str]) -> None:
     for flags in (
         "--no-decay norm,bias", "--no-decay=", "--consistency-block none", "--threshold 0", "--threshold 1",

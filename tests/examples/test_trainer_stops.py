@@ -456,6 +456,16 @@ def test_resume__never_replaces_results_whose_steps_are_gone(run: Run, died: Run
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+def test_resume__of_results_without_their_options_has_one_advice(run: Run, died: Run) -> None:
+    out = died()
+    (out / "config.json").unlink()
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(
+        SystemExit, match=rf"^error: --resume: {out} is not the folder of a run, .*; check --out, or give another\.$"
+    ):
+        run("--resume")
+
+
 def test_resume__never_replaces_results_of_one_of_several_runs(run: Run, whole: Run, tmp_path: Path) -> None:
     for seed in ("seed-0", "seed-1"):  # and the third has not begun
         shutil.copytree(whole(), tmp_path / "run" / seed)
@@ -747,7 +757,7 @@ def test_resume__of_nothing_is_refused(
         trainer.main([*folders, "--resume", "--out", "runs/mistyped"])
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
-    with pytest.raises(SystemExit, match="error: --resume: thesis is not the folder of a run"):
+    with pytest.raises(SystemExit, match=r"error: --resume: thesis is not the folder of a run.* to start there"):
         trainer.main([*folders, "--resume", "--out", "thesis"])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["chapter.tex", "thesis"]
 
