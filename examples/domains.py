@@ -96,6 +96,13 @@ def target_labels(config: Config) -> Cityscapes | SegmentationFolder:
 
 def split_folders(root: str, split: str) -> tuple[Path, Path | None]:
     """Find the folders of images and label maps, or None, of a split, or of everything where there are no splits."""
+    try:
+        return _split_folders(root, split)
+    except OSError as error:  # not of every version of Python, which may say instead that there is none
+        raise DataError(f"{root}: cannot be listed ({error.strerror}); check its permissions.") from error
+
+
+def _split_folders(root: str, split: str) -> tuple[Path, Path | None]:
     if not Path(root).is_dir():
         raise DataError(f"{root}: is not a folder; {LAYOUT}.")
     images, labels = Path(root, "images"), Path(root, "labels")

@@ -158,6 +158,23 @@ def test_listing__a_root_that_cannot_be_entered_is_said(
         refusal(lambda: reader(root), r"locked/.*: cannot be listed \(Permission denied\); check its permissions")
 
 
+@pytest.mark.parametrize("locked", ["", "images", "leftImg8bit"])
+def test_check__a_folder_that_can_be_entered_and_not_listed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., str], locked: str
+) -> None:
+    root = tmp_path / "root"
+    (root / (locked or "images")).mkdir(parents=True)
+
+    def unless_locked(look: Callable[[object], object], path: object) -> object:
+        if Path(str(path)) == root / locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    for name in ("scandir", "listdir"):  # root may list everything
+        monkeypatch.setattr(os, name, partial(unless_locked, getattr(os, name)))
+    assert f"error: {root / locked}: cannot be listed (Permission denied)" in command(2, "check", root)
+
+
 def labels(kind: str) -> np.ndarray:
     return np.full((12, 20), {"synthia": 3}.get(kind, 7), np.uint8)
 

@@ -26,6 +26,7 @@ from crossmix.datasets import (
     Synthia,
     class_counts,
     read_classes,
+    segmentation_folder,
     statistics,
 )
 from crossmix.engine import KeyedCrops
@@ -165,6 +166,19 @@ def test_root__above_images_and_labels_is_said(tmp_path: Path, images: str, labe
         pairs(tmp_path, images="images/val", labels="labels/val")
         instead = "images: holds the splits train, val; pass one of them, {root}/images/train and {root}/labels/train"
     refusal(lambda: SegmentationFolder(tmp_path), re.escape(instead.format(root=tmp_path)))
+
+
+def test_root__names_of_splits_in_another_case_are_those_of_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("Train", "Val"):
+        pairs(tmp_path, images=f"images/{split}", labels=f"labels/{split}")
+
+    def on_a_disk_that_ignores_case(path: Path) -> bool:
+        return path.is_dir() or path.name.casefold() in {one.name.casefold() for one in path.parent.iterdir()}
+
+    monkeypatch.setattr(segmentation_folder, "is_folder", on_a_disk_that_ignores_case)
+    assert names_of(SegmentationFolder(tmp_path))[::3] == ["Train/a", "Val/a"]
 
 
 def test_root__above_is_said_of_official_ones(tmp_path: Path, command: Callable[..., str]) -> None:

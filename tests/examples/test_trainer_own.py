@@ -247,6 +247,8 @@ def test_own_data__without_labels_trains_and_says_that_it_scores_nothing(
 def test_own_data__what_is_wrong_is_found_first(trainer: ModuleType, place: Path) -> None:
     for flag in ("--source", "--target"):
         assert "nowhere: is not a folder; expected images/" in refused(trainer, *OURS, flag, "nowhere")
+        said = refused(trainer, *OURS, flag, "x" * 300)
+        assert re.match("error: x*: (cannot be listed \\(File name too long\\)|is not a folder)", said)
     shutil.copytree(place / "game" / "images", place / "bare" / "images")
     assert "bare: has no label maps; expected images/ and labels/" in refused(trainer, *OURS, "--source", "bare")
     assert "street: has a split train but no test" in refused(trainer, *OURS, "--eval-split", "test")

@@ -11,7 +11,7 @@ from crossmix.datasets import cityscapes, synthia
 from crossmix.datasets._folder_dataset import differing, find, label_maps
 from crossmix.datasets._images import read_image
 from crossmix.datasets._labels import LABEL_IDS, SYNTHIA_IDS, LabelFormat
-from crossmix.datasets._listing import OTHER_IMAGES, Found, endings
+from crossmix.datasets._listing import OTHER_IMAGES, Found, endings, is_folder, subfolders
 from crossmix.datasets._parallel import each
 from crossmix.datasets.classes import CLASSES
 from crossmix.datasets.sample import DataError
@@ -40,11 +40,11 @@ def parts(root: Path) -> list[Part]:
     Raises:
         DataError: If it has none of the layouts that the readers support.
     """
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(f"{root}: no such folder; pass the one that holds the data set.")
     if found := _recognised(root):
         return found
-    below = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != "." and _recognised(path))
+    below = [path for path in subfolders(root) if path.name[0] != "." and _recognised(path)]
     mean = f"did you mean {below[0]}? Pass" if below else "pass"
     raise DataError(
         f"{root}: is not laid out as GTA5 (images, labels), SYNTHIA (RGB, GT/LABELS) or Cityscapes (leftImg8bit, "
@@ -53,7 +53,7 @@ def parts(root: Path) -> list[Part]:
 
 
 def _recognised(root: Path) -> list[Part]:
-    names = {path.name for path in root.iterdir() if path.is_dir()}
+    names = {path.name for path in subfolders(root)}
     if any(name.startswith((cityscapes.IMAGES, cityscapes.FINE, cityscapes.COARSE)) for name in names):
         return _cityscapes(root)
     if "RGB" in names or "GT" in names:

@@ -99,6 +99,11 @@ def is_folder(path: Path) -> bool:
         raise _unlisted(path, error) from error
 
 
+def subfolders(where: Path) -> list[Path]:
+    """The folders in a folder, sorted; a `DataError` where it cannot be listed."""
+    return sorted(where / entry.name for entry in _listed(where) if _is_folder(entry))
+
+
 def bare(name: str) -> str:
     """A file name or path without its extension."""
     return ENDING.sub("", name)
@@ -122,16 +127,20 @@ def _entries(folder: Path, *, recursive: bool) -> Iterator[tuple[str, os.DirEntr
     waiting: list[tuple[Path, str, tuple[tuple[int, int], ...]]] = [(folder, "", (_identity(folder),))]
     while waiting:
         where, prefix, above = waiting.pop()
-        try:
-            with os.scandir(where) as entries:
-                visible = [one for one in entries if one.name[0] != "." and one.name.lower() not in NOT_DATA]
-        except OSError as error:
-            raise _unlisted(where, error) from error
+        visible = [one for one in _listed(where) if one.name[0] != "." and one.name.lower() not in NOT_DATA]
         for entry in visible:
             if not _is_folder(entry):
                 yield prefix + entry.name, entry
             elif recursive and (this := _identity(Path(entry))) not in above:  # else a link leads back
                 waiting.append((Path(entry), f"{prefix}{entry.name}/", (*above, this)))
+
+
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise _unlisted(folder, error) from error
 
 
 def _unlisted(folder: Path, error: OSError) -> DataError:

@@ -5,7 +5,7 @@ from pathlib import Path
 from crossmix.datasets._arguments import check_size
 from crossmix.datasets._folder_dataset import FolderDataset, find, paired
 from crossmix.datasets._labels import LABEL_IDS
-from crossmix.datasets._listing import Found, bare, is_folder
+from crossmix.datasets._listing import Found, bare, is_folder, subfolders
 
 __all__ = ["Cityscapes"]
 
@@ -93,7 +93,7 @@ def splits(root: Path) -> list[str]:
     """The splits that have images or label maps."""
     bases = [base for folder in (IMAGES, FINE, COARSE) for base in _bases(root, folder)]
     zips = {IMAGES, FINE, COARSE}
-    names = {path.name for base in bases if is_folder(base) for path in base.iterdir() if path.is_dir()}
+    names = {path.name for base in bases if is_folder(base) for path in subfolders(base)}
     return sorted(name for name in names - zips if not name.startswith("."))
 
 

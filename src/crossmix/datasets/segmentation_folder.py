@@ -11,7 +11,7 @@ from crossmix._checks import check_choice
 from crossmix.datasets._arguments import check_count, check_size
 from crossmix.datasets._folder_dataset import FolderDataset, by_key, find, paired
 from crossmix.datasets._labels import custom_format
-from crossmix.datasets._listing import Found, bare, is_folder, named_images
+from crossmix.datasets._listing import Found, bare, is_folder, named_images, subfolders
 from crossmix.datasets.sample import DataError, Sample
 
 __all__ = ["SegmentationFolder", "found"]
@@ -135,7 +135,7 @@ def found(images: str | Path | None, labels: str | Path | None) -> tuple[Found |
         if "*" not in root.as_posix():
             _refuse_root_above(root, alone)
         return alone, None
-    splits = sorted(split for split in SPLITS if is_folder(root / IMAGES / split))
+    splits = [path.name for path in subfolders(root / IMAGES) if path.name in SPLITS]
     if len(splits) > 1:
         one = f"{root / IMAGES / splits[0]} and {root / LABELS / splits[0]}"
         raise DataError(f"{root / IMAGES}: holds the splits {', '.join(splits)}; pass one of them, {one}.")
