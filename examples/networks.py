@@ -47,8 +47,9 @@ def new_network(name: str, num_classes: int, *, aspp_branches: int = 2, upsample
 
     `name` is one of `NETWORKS`, to which the last two arguments apply, or `"module:function"`, with the module on
     Python's path or in the current folder. The function is called with the number of classes, as `num_classes`,
-    `classes` or `num_labels` if it has such an argument, and returns a module whose output is logits, or holds them as
-    `logits` or `"out"`. If it fails, returns something else or is not there, that is a `NetworkError`.
+    `classes` or `num_labels` if it has such an argument, and returns a module whose output `semantic_logits` takes: a
+    tensor, an object or dict with `logits` or `out`, or the queries of Mask2Former and its like. If it fails, returns
+    something else or is not there, that is a `NetworkError`.
     """
     if is_ours(name):
         return NETWORKS[name](num_classes, aspp_branches=aspp_branches, upsample=upsample)
@@ -128,7 +129,7 @@ def _logits(out: object, name: str) -> Tensor:
         keys = f" with {', '.join(map(repr, out))}" if isinstance(out, Mapping) else ""
         raise NetworkError(
             f"--network {name}: returned a {type(out).__name__}{keys}; return logits as a tensor, as `logits` or as "
-            '"out".'
+            "`out`, or the masks and classes of queries as Mask2Former does."
         ) from error
 
 

@@ -190,7 +190,7 @@ def test_own_network__small_logits_are_upsampled_as_its_kind_does(trainer: Modul
         ("my_networks:fails", r"fails\(4\) failed: KeyError: 'no such encoder' \(.*my_networks\.py, line \d+\)"),
         ("my_networks:lines", r"lines\(4\) failed: RuntimeError: Error in loading: Missing key \("),
         ("my_networks:nothing", r"must return a torch\.nn\.Module, got NoneType"),
-        ("my_networks:tuples", "returned a tuple; return logits as a tensor"),
+        ("my_networks:tuples", "returned a tuple; return logits as a tensor, as `logits` or as `out`, or the masks"),
         ("my_networks:more", r"must return logits \(N, C, H, W\), here \(2, 4, \.\.\.\), got \(2, 5, 8, 8\)"),
         ("my_networks:small", "fails on images of 32x32: RuntimeError"),
     ],
