@@ -130,6 +130,7 @@ class StrongAugment(nn.Module):
         generator's, or torch's default one.
 
         Raises:
+            TypeError: If `generator` is no torch.Generator.
             ValueError: If `n` is negative.
         """
         numbers = uniform((11, n), generator=generator, device=device)

@@ -184,6 +184,7 @@ class BoxMasks(nn.Module):
         """Draw the shapes and positions of n boxes, (n, 4) uniform numbers, for any size; see `MaskSource.sample`.
 
         Raises:
+            TypeError: If `generator` is no torch.Generator.
             ValueError: If `n` is negative.
         """
         del size  # the draw does not depend on it
@@ -240,7 +241,7 @@ class CowMasks(nn.Module):
             whose number depends on `size`.
 
         Raises:
-            TypeError: If `size` is not two ints.
+            TypeError: If `size` is not two ints, or `generator` is no torch.Generator.
             ValueError: If `size` is not given, or not positive, or `n` is negative.
         """
         if size is None:
@@ -437,7 +438,7 @@ class MaskedImages(nn.Module):
             (n, ceil(H / block), ceil(W / block)) float32, uniform in [0, 1).
 
         Raises:
-            TypeError: If `size` is not two ints.
+            TypeError: If `size` is not two ints, or `generator` is no torch.Generator.
             ValueError: If a block does not fit into such images, or `n` is negative.
         """
         height, width = check_size("size", size)

@@ -384,6 +384,7 @@ class SelfTraining(nn.Module):
             The draw, for `draw=` of `forward` and `terms`.
 
         Raises:
+            TypeError: If `generator` is no torch.Generator.
             ValueError: If a part needs `size` and it is not given.
         """
         scores = augment = consistency = consistency_augment = None

@@ -159,7 +159,7 @@ def test_counts__of_any_kind_and_with_ignored_pixels() -> None:
 
 
 BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
-    (lambda: RareClassSampler(None), TypeError, "`counts` must be a tensor of numbers, .* got NoneType"),
+    (lambda: RareClassSampler(None), TypeError, "`counts` must hold numbers, .* got NoneType"),
     (lambda: RareClassSampler(torch.tensor(COUNTS) > 3), TypeError, "got torch.bool; pass `class_counts"),
     (lambda: RareClassSampler([["a"]]), TypeError, "`counts` must hold numbers"),
     (lambda: RareClassSampler([[1, 2], [3]]), TypeError, "`counts` must hold numbers"),

@@ -157,7 +157,7 @@ def _checked(counts: object, ignore_index: int) -> Tensor:
             raise TypeError(f"`counts` must hold numbers, (images, C): {error}") from error
     if not isinstance(counts, Tensor) or counts.is_complex() or counts.dtype == torch.bool:
         found = counts.dtype if isinstance(counts, Tensor) else type(counts).__name__
-        raise TypeError(f"`counts` must be a tensor of numbers, (images, C), got {found}; {hint}.")
+        raise TypeError(f"`counts` must hold numbers, (images, C), got {found}; {hint}.")
     if counts.ndim != 2 or 0 in counts.shape:
         raise wrong_shape("counts", "(images, C), one row per image", counts, hint)
     pixels = counts.detach().cpu().double()  # in this order, as the device may lack float64
