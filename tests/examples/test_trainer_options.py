@@ -611,6 +611,7 @@ def test_too_small__as_the_reader_shows_images(tmp_path: Path, monkeypatch: Patc
     turned[0x0112], wrong[0x0112] = 6, 9  # 9 is none, and turns nothing
     for name, (height, width), given in (
         ("fits", (40, 48), {}),
+        ("large", (44, 44), {}),
         ("small", (40, 24), {}),
         ("fits turned", (48, 40), {"exif": turned}),
         ("small turned", (24, 40), {"exif": turned}),
@@ -620,7 +621,10 @@ def test_too_small__as_the_reader_shows_images(tmp_path: Path, monkeypatch: Patc
     (tmp_path / f"broken.{kind}").write_bytes((tmp_path / f"fits.{kind}").read_bytes()[:20])  # reading it says so
     monkeypatch.setitem(sys.modules, "PIL", None)  # Pillow may be missing
     small = [f"{tmp_path / 'small'}.{kind}: 40x24", f"{tmp_path / 'small turned'}.{kind}: 40x24"]
+    asked, size = set(), domains.image_size
+    monkeypatch.setattr(domains, "image_size", lambda path: asked.add(path.stem) or size(path))
     assert sorted(domains.too_small(SegmentationFolder(tmp_path), (40, 44))) == sorted(small)
+    assert ("large" in asked) == (kind == "jpg")  # a PNG that fits either way up is not read to its end
 
 
 def test_dry_run__finds_a_place_that_has_no_room_or_is_read_only(
