@@ -59,7 +59,10 @@ default_role = "name"
 
 # The docs build without a network, so the pages of other projects that are linked to are listed in a file.
 ELSEWHERE: dict[str, str] = json.loads((Path(__file__).parent / "elsewhere.json").read_text(encoding="utf-8"))
-nitpick_ignore_regex = [(r"py:.*", r"crossmix\..*\.(Samples|FolderDataset)")]  # private protocols
+nitpick_ignore_regex = [
+    (r"py:.*", r"crossmix\..*\.(Samples|FolderDataset)"),  # private protocols
+    (r"py:class", r"numpy\.(ndarray|dtype)"),  # NumPy's inventory would have to be downloaded
+]
 
 
 PUBLIC = (
