@@ -6,7 +6,7 @@
     python -m benchmarks.study ablation --workers 2 --save         the paper's Table 3 and more baselines
     python -m benchmarks.study ablation --pair camvid --camvid CamVid --workers 2 --save
     python -m benchmarks.study sensitivity --workers 2 --save      one option of DACS at a time
-    python -m benchmarks.study causes --save                       causes of missed expectations; also --pair camvid
+    python -m benchmarks.study causes --save                       causes of missed expectations; also camvid, day-dusk
     python -m benchmarks.study demo --save                         the trainer's demo
     python -m benchmarks.study shift --save                        the domain gap of StreetScenes
 
@@ -34,7 +34,7 @@ from benchmarks.study.collected import row
 from benchmarks.study.expected import mious
 from benchmarks.study.network import weights_file
 from benchmarks.study.pairs import PAIRS, load
-from benchmarks.study.studies import SEEDS, is_pretrained, rows_of, seeds_of, steps_of
+from benchmarks.study.studies import CAUSES, SEEDS, is_pretrained, rows_of, seeds_of, steps_of
 from benchmarks.study.trials import Job, is_finished, one_thread, run_all
 from benchmarks.tables import cell, each
 from crossmix.datasets import DataError
@@ -122,8 +122,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--pair {args.pair} needs --camvid DIR")
     if args.study == "sensitivity" and args.pair != "streetscenes":
         parser.error("sensitivity is only available for --pair streetscenes")
-    if args.study == "causes" and is_pretrained(args.pair):
-        parser.error("causes is only available for --pair streetscenes and --pair camvid")
+    if args.study == "causes" and args.pair not in CAUSES:
+        parser.error(f"causes is only available for --pair {', '.join(CAUSES)}")
     return args
 
 

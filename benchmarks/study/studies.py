@@ -6,7 +6,7 @@ from benchmarks.study.pairs import PAIRS
 from benchmarks.study.trials import Variant
 from crossmix import recipes
 
-__all__ = ["BASE", "METHODS", "OPTIONS", "PRETRAINED", "SEEDS", "row_name", "rows_of", "seeds_of", "steps_of"]
+__all__ = ["BASE", "CAUSES", "METHODS", "OPTIONS", "PRETRAINED", "SEEDS", "row_name", "rows_of", "seeds_of", "steps_of"]
 
 METHODS = {
     "source": Variant("source"),
@@ -67,8 +67,8 @@ OPTIONS: dict[str, dict[str, Variant]] = {
     "what is pasted": {"classes": BASE, "a box (CutMix)": replace(BASE, boxes=True)},
 }
 
-# Possible causes of missed expectations: less training, the threshold and decay of the paper's code, and jittered
-# source images as in `source + jitter`.
+# Possible causes of missed expectations: less training, the threshold and decay of the paper's code, jittered source
+# images as in `source + jitter`, and hidden blocks that are large beside the things in the images.
 STRICT, SLOW = recipes.RELEASED.threshold, recipes.RELEASED.decay
 JITTERED = {"dacs + jitter": replace(BASE, jitter_source=True)}
 CAUSES = {
@@ -85,6 +85,7 @@ CAUSES = {
         f"dacs, decay {SLOW}": replace(BASE, decay=SLOW),
         **JITTERED,
     },
+    "day-dusk": {f"dacs + masked consistency, blocks of {size}": replace(BASE, consistency=size) for size in (16, 8)},
 }
 SEEDS = {"ablation": 5, "sensitivity": 3, "causes": 3}
 
@@ -115,5 +116,5 @@ def is_pretrained(pair: str) -> bool:
 
 
 def steps_of(study: str, pair: str) -> int:
-    """Steps per run; studies with many rows use a third of the steps on StreetScenes."""
-    return PAIRS[pair].steps if study == "ablation" else STREET.steps // 3
+    """Steps per run; studies with many rows use a third of the steps of StreetScenes."""
+    return PAIRS[pair].steps if study == "ablation" or is_pretrained(pair) else STREET.steps // 3

@@ -62,7 +62,7 @@ class Variant:
     boxes: bool = False  # CutMix: paste a box instead of classes
     prior: Literal["target", "source"] = "target"  # whose class shares alignment knows; the target's are an oracle
     rare_classes: bool = False  # rare-class sampling of source images
-    consistency: bool = False  # masked image consistency
+    consistency: bool | int = False  # masked image consistency; a number is the size of the blocks
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,8 @@ def build(student: nn.Module, pair: Pair, variant: Variant, prior: Tensor) -> Se
         mode=variant.mode,
         scope=variant.scope,
         include_ignored=variant.include_ignored,
-        consistency=variant.consistency,
+        consistency=variant.consistency is not False,
+        consistency_block=None if isinstance(variant.consistency, bool) else variant.consistency,
         upsample=True,  # in blocks, by the loss
     )
     if isinstance(training.mix, CrossDomainMix):

@@ -248,6 +248,21 @@ def test_build__each_row_is_what_its_name_says(small: Domains) -> None:
         torch.testing.assert_close(built[name].align.prior.double(), class_shares(samples, 11), rtol=1e-5, atol=1e-7)
 
 
+@has_weights
+def test_build__hides_blocks_of_the_size_in_the_name(small: Domains) -> None:
+    pair = PAIRS["day-dusk"]
+    rows = rows_of("ablation", "day-dusk") | rows_of("causes", "day-dusk")
+    built = {
+        name: trials.build(trials.network_of(pair, variant), pair, variant, class_shares(small.target, 11))
+        for name, variant in rows.items()
+        if "masked" in name
+    }
+    blocks = {name: training.consistency.block for name, training in built.items()}
+    name = "dacs + masked consistency"
+    assert blocks == {name: None, f"{name}, blocks of 16": 16, f"{name}, blocks of 8": 8}
+    assert steps_of("causes", "day-dusk") == pair.steps  # to be compared with the rows of the ablation
+
+
 def made_up(classes: int, looks: int) -> list[dict[str, Any]]:
     """Looks of a run with a teacher, with random numbers."""
     draw = iter(torch.rand(99_999, generator=seeded(0), dtype=torch.float64).tolist())
@@ -350,7 +365,7 @@ def test_command__resumes_with_two_workers_on_photographs(test_data: Path, tmp_p
     ("arguments", "message"),
     [
         (["ablation", "--pair", "day-dusk"], "--pair day-dusk needs --camvid DIR"),
-        (["causes", "--pair", "streets-camvid", "--camvid", "."], "causes is only available for"),
+        (["causes", "--pair", "streets-camvid", "--camvid", "."], "for --pair streetscenes, camvid, day-dusk"),
     ],
 )
 def test_command__says_what_is_missing(
