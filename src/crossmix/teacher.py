@@ -4,12 +4,9 @@ Mean Teacher: Tarvainen and Valpola, NeurIPS 2017, https://arxiv.org/abs/1703.01
 As used by DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702, section 3.2.
 """
 
-import copy
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import CellType, FunctionType, MethodType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +14,7 @@ from torch._compile import _disable_dynamo  # what torch.compiler.disable is, wi
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.hooks import RemovableHandle
 
+from crossmix._averaging import average_, can_average, is_low, widened
 from crossmix._checks import (
     check_bool,
     check_choice,
@@ -26,6 +24,17 @@ from crossmix._checks import (
     check_module,
     check_tensor,
     logits_in,
+)
+from crossmix._network_copy import copied, filled
+from crossmix._network_state import (
+    State,
+    first_difference,
+    is_sharded,
+    local_pairs,
+    low_dtypes,
+    matched,
+    state_of,
+    take_over,
 )
 from crossmix._tensors import at_least_float32
 from crossmix._wrappers import named_parts, unwrapped
@@ -124,11 +133,11 @@ def ema_update_(averaged: Sequence[Tensor], current: Sequence[Tensor], decay: fl
     for i, (old, new) in enumerate(zip(averaged, current, strict=True)):
         check_tensor(f"averaged[{i}]", old)
         check_tensor(f"current[{i}]", new)
-        if difference := _difference(old, new):
+        if difference := first_difference(old, new):
             kind, mine, theirs = difference
             found = f"`averaged[{i}]` has {kind} {mine} but `current[{i}]` {theirs}"
             raise (TypeError if kind == "dtype" else ValueError)(f"{found}; pass both lists in the same order.")
-    _ema_update_(_local_pairs(dict(enumerate(averaged)), dict(enumerate(current))), decay)
+    average_(local_pairs(dict(enumerate(averaged)), dict(enumerate(current))), decay)
 
 
 class MeanTeacher(nn.Module):
@@ -207,11 +216,11 @@ class MeanTeacher(nn.Module):
         self.buffers_mode = buffers
         self.mode = mode
         self.num_updates: int = start
-        theirs = _state(student)
+        theirs = state_of(student)
         lazy = [name for name, value in theirs.parameters.items() if nn.parameter.is_lazy(value)]
         if lazy:
             raise ValueError(f"`student` has an uninitialised parameter {lazy[0]!r}; run a batch through it first.")
-        self.module: nn.Module = _copied(unwrapped(student)) if network is None else _second(network, theirs)
+        self.module: nn.Module = copied(unwrapped(student)) if network is None else filled(network, theirs)
         self.module.requires_grad_(requires_grad=False).zero_grad(set_to_none=True)
         self.module.eval()
         self._cumulative = self._count_cumulative()
@@ -221,7 +230,7 @@ class MeanTeacher(nn.Module):
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         self._low: dict[str, torch.dtype] = {}  # forward dtypes below float32, by tensor name
         self._wide_state()
-        self._students_low = _low(theirs)
+        self._students_low = low_dtypes(theirs)
         self._low = dict(self._students_low)
 
     @torch.no_grad()
@@ -283,13 +292,13 @@ class MeanTeacher(nn.Module):
             now = f"got {decay:.4g} on the way to {self.decay} after {self.num_updates} updates"
             hint = "warm up eagerly first, or build with `warmup=False`"
             raise RuntimeError(f"`update` can be captured only once the decay is constant, {now}; {hint}.")
-        mine, theirs = self._wide_state(), _state(student)
-        parameters, buffers, caches = _matched(mine, theirs)
+        mine, theirs = self._wide_state(), state_of(student)
+        parameters, buffers, caches = matched(mine, theirs)
         for name in caches:
-            _take_over(name, mine, theirs)
-        _ema_update_(parameters, decay)
-        _ema_update_(buffers, decay if self.buffers_mode == "average" else 0.0)
-        low = _low(theirs)
+            take_over(name, mine, theirs)
+        average_(parameters, decay)
+        average_(buffers, decay if self.buffers_mode == "average" else 0.0)
+        low = low_dtypes(theirs)
         if low != self._students_low:  # the student was cast, or has a new cache
             self._students_low, self._low = low, dict(low)
         self.num_updates += 1
@@ -354,19 +363,19 @@ class MeanTeacher(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MeanTeacher":
         """Move and cast as usual, except that dtypes below float32 apply only to the forward pass."""
         names: dict[int, list[str]] = {}
-        for name, value in _state(self.module).every_name():
+        for name, value in state_of(self.module).every_name():
             names.setdefault(id(value), []).append(name)
 
         def keep_wide(value: Tensor) -> Tensor:
             known = names.get(id(value), [])
-            if not known or not _can_average(value):
+            if not known or not can_average(value):
                 return fn(value)
             forward_dtype = self._low.get(known[0], value.dtype)
             forward_dtype = fn(torch.empty(0, dtype=forward_dtype, device=value.device)).dtype
             moved = fn(value)
             for name in known:
                 self._low.pop(name, None)
-            if not _is_low(forward_dtype):
+            if not is_low(forward_dtype):
                 return moved
             self._low.update(dict.fromkeys(known, forward_dtype))
             return moved if moved.dtype == value.dtype else torch.empty_like(moved, dtype=value.dtype).copy_(value)
@@ -395,7 +404,7 @@ class MeanTeacher(nn.Module):
             (own, key, value.to(self._low[prefix + key]))
             for own in (part._parameters, part._buffers)
             for key, value in own.items()
-            if value is not None and prefix + key in self._low and not _is_sharded(value)
+            if value is not None and prefix + key in self._low and not is_sharded(value)
         ]
 
     def _without_running_ones(self, part: nn.Module, prefix: str) -> list[tuple[dict[str, Any], str, Any]]:
@@ -413,14 +422,14 @@ class MeanTeacher(nn.Module):
         """Number of BatchNorm layers with a cumulative average (`momentum=None`), as `update_bn` sets it."""
         return sum(isinstance(part, _BatchNorm) and part.momentum is None for part in self.module.modules())
 
-    def _wide_state(self) -> "_State":
+    def _wide_state(self) -> State:
         """The network's tensors, after casting any below float32 (after `.module.half()`, say) back up."""
-        state = _state(self.module)
-        low = _low(state)
+        state = state_of(self.module)
+        low = low_dtypes(state)
         if low:
-            self.module._apply(_wide)  # type: ignore[no-untyped-call]
+            self.module._apply(widened)  # type: ignore[no-untyped-call]
             self._low.update(low)
-            state = _state(self.module)
+            state = state_of(self.module)
         return state
 
     def _end_ramp_if_loaded(self) -> None:
@@ -431,10 +440,7 @@ class MeanTeacher(nn.Module):
         self._loaded.without_count = False
 
 
-_Difference: TypeAlias = tuple[str, object, object]
-_Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
-_FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
 
 class _Loaded:
@@ -453,307 +459,9 @@ class _Loaded:
 
 def _after_loading(teacher: MeanTeacher, _: object) -> None:
     """Restore float32 averages after loading a teacher's state: `assign=True` keeps the dtypes of the file."""
-    teacher.module._apply(_wide)  # type: ignore[no-untyped-call]
+    teacher.module._apply(widened)  # type: ignore[no-untyped-call]
     if teacher._loaded.count:
         teacher._loaded.without_count = False
-
-
-class _State(NamedTuple):
-    """A network's modules and tensors, by names without wrappers. Shared tensors are listed once."""
-
-    parts: dict[str, nn.Module]
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-
-    def every_name(self) -> list[tuple[str, Tensor]]:
-        """All tensors, shared ones under each of their names."""
-        return [
-            pair
-            for name, part in self.parts.items()
-            for own in (part.named_parameters, part.named_buffers)
-            for pair in own(name, recurse=False, remove_duplicate=False)
-        ]
-
-
-def _state(module: nn.Module) -> _State:
-    """Collect the modules, parameters and buffers of a network."""
-    state = _State(dict(named_parts(module)), {}, {})
-    for part in state.parts.values():
-        if _is_a(part, "torch.distributed.fsdp", "FSDPModule"):
-            part.reshard()  # type: ignore[operator]  # after a forward pass the root still holds unsharded tensors
-    seen = set()
-    for name, part in state.parts.items():
-        for own, found in (part.named_parameters, state.parameters), (part.named_buffers, state.buffers):
-            for key, value in own(name, recurse=False):
-                if id(value) not in seen:
-                    seen.add(id(value))
-                    found[key] = value
-    return state
-
-
-def _copied(student: nn.Module) -> nn.Module:
-    """Deep-copy a network without its wrappers."""
-    if any(_is_a(part, "torch.distributed.fsdp", "FSDPModule") for part in student.modules()):
-        raise ValueError(
-            "`student` must not be sharded yet, since modules of `fully_shard` cannot be deep-copied; make the teacher "
-            "first, then shard both alike, or shard a second network and pass it as `network=`."
-        )
-    if any(_is_a(part, _FSDP1, "FullyShardedDataParallel") and _is_split(part) for part in student.modules()):
-        raise ValueError(
-            "`student` must not be sharded yet by FullyShardedDataParallel, whose shards a copy would keep; make the "
-            "teacher first, and use `fully_shard` for both."
-        )
-    _refuse_captured(student)
-    memo: dict[int, Any] = {}  # maps each wrapper to a copy of the module inside it
-    try:
-        for part in reversed(list(student.modules())):
-            inner = unwrapped(part)
-            if inner is not part:
-                memo[id(part)] = copy.deepcopy(inner, memo)
-        return _unexpanded(copy.deepcopy(student, memo))
-    except Exception as error:
-        where = _uncopyable(student)
-        raise ValueError(
-            f"`student` cannot be deep-copied, because of {where} ({error}); make the teacher before the first forward "
-            "pass, or build a second network and pass it as `network=`."
-        ) from error
-
-
-def _is_split(part: Any) -> bool:  # noqa: ANN401 - a FullyShardedDataParallel
-    return bool(part.sharding_strategy.name != "NO_SHARD")
-
-
-def _refuse_captured(student: nn.Module) -> None:
-    """Refuse attributes that are functions holding the student: functions are not copied, so a copy would call it."""
-    tensors = [value for part in student.modules() for value in part._parameters.values() if value is not None]
-    owned = set(map(id, [*student.modules(), *tensors]))
-    for name, part in named_parts(student):  # without wrappers, which are not copied
-        for key in part.__dict__.keys() - {"_compiled_call_impl"}:  # of `module.compile()`, which is not copied either
-            value = part.__dict__[key]
-            function = value.__func__ if isinstance(value, MethodType) else value
-            if isinstance(function, FunctionType) and _holds(function, owned, set()):
-                of = f"its module {name!r}" if name else "it"
-                raise ValueError(
-                    f"`student` cannot be deep-copied: `{key}` of {of} was replaced by a function that holds the "
-                    "student itself, which the teacher would call. Make the teacher first, compile in place by "
-                    "`student.compile()`, or build a second network and pass it as `network=`."
-                )
-
-
-def _holds(function: FunctionType, owned: set[int], seen: set[int]) -> bool:
-    """Whether a function's closure or defaults hold a module or parameter of the student, by itself or in a list."""
-    seen.add(id(function))
-    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # some are empty
-    held = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    held += [one for value in held if isinstance(value, list | tuple) for one in value]
-    held += [one for value in held if isinstance(value, dict) for one in value.values()]
-    for value in held:
-        bound = value.__self__ if isinstance(value, MethodType) else value
-        inner = value.__func__ if isinstance(value, MethodType) else value
-        if id(bound) in owned:
-            return True
-        if isinstance(inner, FunctionType) and id(inner) not in seen and _holds(inner, owned, seen):
-            return True
-    return False
-
-
-def _uncopyable(module: nn.Module, name: str = "") -> str:
-    """Describe the smallest part of a network that cannot be deep-copied."""
-    for key, child in module._modules.items():
-        if child is not None and not _can_be_copied(child):
-            return _uncopyable(child, f"{name}.{key}" if name else key)
-    of = f"its module {name!r} ({type(module).__name__})" if name else f"the {type(module).__name__} itself"
-    for key, value in {**module.__dict__, **module._parameters, **module._buffers}.items():
-        if key not in {"_parameters", "_buffers", "_modules"} and not _can_be_copied(value):
-            return f"`{key}` of {of}"
-    return of
-
-
-def _can_be_copied(value: object) -> bool:
-    try:
-        copy.deepcopy(value)
-    except Exception:  # noqa: BLE001 - whatever the reason
-        return False
-    return True
-
-
-def _second(network: nn.Module, student: _State) -> nn.Module:
-    """Copy the student's weights and buffers into a second network given by the user."""
-    network = unwrapped(network)
-    mine = _state(network)
-    shared = _places(student) & _places(mine)
-    if shared:
-        raise ValueError(f"`network` must be a second network, but shares {len(shared)} tensors with `student`.")
-    _matched(mine, student, "build `network` like the student")  # raise before anything is changed
-    _unexpanded(network)._apply(_wide)  # type: ignore[no-untyped-call]
-    mine = _state(network)
-    parameters, buffers, caches = _matched(mine, student)
-    with torch.no_grad():
-        _ema_update_([*parameters, *buffers], 0.0)
-        for name in caches:
-            _take_over(name, mine, student)
-    return network
-
-
-def _unexpanded(network: nn.Module) -> nn.Module:
-    """Give every element of a buffer its own memory; an expanded buffer could not be updated."""
-    for part in network.modules():
-        for key, value in part._buffers.items():
-            if value is not None and value.layout == torch.strided and 0 in value.stride():
-                part._buffers[key] = value.clone(memory_format=torch.contiguous_format)
-    return network
-
-
-def _places(state: _State) -> set[int]:
-    """Where the tensors of a network are in memory; empty ones and those on the meta device are nowhere, at 0."""
-    values = dict(enumerate(value for _, value in state.every_name() if not value.is_meta))
-    return {value.untyped_storage().data_ptr() for value, _ in _local_pairs(values, values)} - {0}
-
-
-def _difference(old: Tensor, new: Tensor) -> _Difference | None:
-    """The first property in which two tensors do not match, with both values; None if they match."""
-    if old.shape != new.shape:
-        return "shape", tuple(old.shape), tuple(new.shape)
-    if old.dtype != new.dtype and (_can_average(old), old.is_complex()) != (_can_average(new), new.is_complex()):
-        return "dtype", old.dtype, new.dtype
-    if old.is_meta != new.is_meta:
-        return "device", old.device, new.device
-    if old.layout != new.layout:
-        return "layout", old.layout, new.layout
-    return None
-
-
-def _matched(
-    mine: _State, theirs: _State, advice: str = "pass the network that the teacher was made from"
-) -> tuple[_Pairs, _Pairs, list[str]]:
-    """Pair the teacher's and the student's parameters and buffers; also name the buffers to take over.
-
-    Buffers to take over are non-persistent in both networks, and exist in only one of them, differ in shape, or were
-    created by the teacher's network in `torch.inference_mode`, so that they cannot be modified in place.
-    """
-    different = _differences(mine.parameters, theirs.parameters)
-    _refuse("parameter", different, advice)
-    parameters = _local_pairs(mine.parameters, theirs.parameters)
-    different = _differences(mine.buffers, theirs.buffers)
-    fixed = [name for name, value in mine.buffers.items() if value.is_inference() and name not in different]
-    caches = [name for name in (*different, *fixed) if _is_cache(name, mine) and _is_cache(name, theirs)]
-    _refuse("buffer", {name: what for name, what in different.items() if name not in caches}, advice)
-    buffers = {name: value for name, value in mine.buffers.items() if name not in caches} if caches else mine.buffers
-    return parameters, _local_pairs(buffers, theirs.buffers), caches
-
-
-def _differences(averaged: dict[str, Tensor], current: dict[str, Tensor]) -> dict[str, _Difference | None]:
-    """Mismatches by name: the result of `_difference`, or None if one side lacks the tensor."""
-    found: dict[str, _Difference | None] = dict.fromkeys(sorted(averaged.keys() ^ current.keys()))
-    for name, value in averaged.items():
-        if name not in found and (difference := _difference(value, current[name])):
-            found[name] = difference
-    return found
-
-
-def _refuse(kind: str, different: dict[str, _Difference | None], advice: str) -> None:
-    """Raise if anything does not match. Missing names come first, as they suggest another network."""
-    missing = [name for name, difference in different.items() if difference is None]
-    names = f"{len(missing)} names differ, starting with {missing[0]!r}" if missing else ""
-    found = names and f"s must be those of the teacher, but {names}"
-    for name, difference in different.items():
-        if difference is not None and not found:
-            what, mine, theirs = difference
-            found = f" {name!r} has {what} {theirs} but the teacher's {mine}"
-    if found:
-        raise ValueError(f"The student's {kind}{found}; {advice}.")
-
-
-def _is_cache(name: str, state: _State) -> bool:
-    """Whether a buffer is non-persistent, or missing from a module that exists."""
-    prefix, _, key = name.rpartition(".")
-    part = state.parts.get(prefix)
-    return part is not None and (name not in state.buffers or key in part._non_persistent_buffers_set)
-
-
-def _take_over(name: str, mine: _State, theirs: _State) -> None:
-    """Copy a cache of the student to the teacher, or remove one that the student no longer has."""
-    prefix, _, key = name.rpartition(".")
-    part, value = mine.parts[prefix], theirs.buffers.get(name)
-    if value is not None:
-        if key not in part._buffers:
-            part.__dict__.pop(key, None)  # None, say, before the student made it a buffer
-        part.register_buffer(key, _wide(value.detach().clone()), persistent=False)
-    elif key in theirs.parts[prefix]._buffers:
-        part._buffers[key] = None
-    else:
-        delattr(part, key)
-
-
-def _ema_update_(pairs: _Pairs, decay: float) -> None:
-    """Update averages in place from (average, current) pairs; integers are copied."""
-    copied = pairs if decay == 0 else [pair for pair in pairs if not _can_average(pair[0])]
-    lerped = [] if decay in {0, 1} else [pair for pair in pairs if _can_average(pair[0])]
-    kinds: dict[tuple[torch.dtype, torch.dtype], _Pairs] = {}  # one launch copies many tensors of equal dtypes
-    for old, new in copied:
-        kinds.setdefault((old.dtype, new.dtype), []).append((old, new))
-    for alike in kinds.values():
-        torch._foreach_copy_([old for old, _ in alike], [new for _, new in alike])
-    if not lerped:
-        return
-    averages = [old for old, _ in lerped]
-    low = any(map(_is_low, {old.dtype for old in averages}))
-    wide = [_wide(old) for old in averages] if low else averages
-    torch._foreach_lerp_(wide, [new.to(old) for old, (_, new) in zip(wide, lerped, strict=True)], 1.0 - decay)
-    if low:
-        torch._foreach_copy_(averages, wide)  # copies a tensor that was wide already onto itself
-
-
-def _local_pairs(averaged: Mapping[Any, Tensor], current: Mapping[Any, Tensor]) -> _Pairs:
-    """Pairs of plain tensors; for a sharded average, this rank's shard and the matching part of the current value."""
-    pairs = [(value, current[name]) for name, value in averaged.items()]
-    if not any(map(_is_sharded, {type(value): value for pair in pairs for value in pair}.values())):
-        return pairs
-    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - loaded already, or there were no DTensors
-
-    def local(old: Any, new: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - either may be a DTensor
-        if not isinstance(old, DTensor):
-            return old, new.full_tensor() if isinstance(new, DTensor) else new
-        if not isinstance(new, DTensor):
-            everywhere = [Replicate()] * old.device_mesh.ndim
-            new = DTensor.from_local(new.detach(), old.device_mesh, everywhere, run_check=False)
-        return old.to_local(), new.redistribute(old.device_mesh, old.placements).to_local()
-
-    return [local(old, new) for old, new in pairs]
-
-
-def _is_sharded(value: Tensor) -> bool:
-    return _is_a(value, "torch.distributed.tensor", "DTensor")
-
-
-def _is_a(value: object, module: str, name: str) -> bool:
-    """Whether a value is of a torch type; not if its module is not imported, as no instance can then exist."""
-    kind = getattr(sys.modules.get(module), name, None)
-    return kind is not None and isinstance(value, kind)
-
-
-def _can_average(value: Tensor) -> bool:
-    return value.is_floating_point() or value.is_complex()
-
-
-def _is_low(dtype: torch.dtype) -> bool:
-    """Whether a dtype is too coarse to hold an average."""
-    return (dtype.is_floating_point and dtype.itemsize < 4) or dtype == torch.complex32
-
-
-def _wide(value: Tensor) -> Tensor:
-    """Cast a tensor to a dtype that can hold an average; return it as is if its own can."""
-    if not _is_low(value.dtype):
-        return value
-    return value.to(torch.complex64 if value.is_complex() else torch.float32)
-
-
-def _low(state: _State) -> dict[str, torch.dtype]:
-    """The tensors with dtypes below float32, by name."""
-    dtypes = {value.dtype for tensors in state[1:] for value in tensors.values()}
-    if not any(map(_is_low, dtypes)):
-        return {}
-    return {name: value.dtype for name, value in state.every_name() if _is_low(value.dtype)}
 
 
 def _capturing() -> bool:

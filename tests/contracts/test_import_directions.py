@@ -18,6 +18,7 @@ LEAVES = {"mixing", "augment", "masking", "teacher", "losses", "alignment"}
 
 # Room (a module file or a folder): the rooms of crossmix that it may import.
 ALLOWED: dict[str, set[str]] = {
+    "_averaging": set(),
     "_checks": set(),
     "_class_codes": set(),  # the forms of a label map in `mixing`, and of no other room
     "_class_weights": {"_checks"},  # of `mixing` and `losses`
@@ -31,13 +32,15 @@ ALLOWED: dict[str, set[str]] = {
     "_tensors": set(),
     "_wrappers": set(),
     "_cross_entropy": {"_tensors"},
+    "_network_state": {"_averaging", "_wrappers"},
+    "_network_copy": {"_averaging", "_network_state", "_wrappers"},  # of `teacher`, and of no other room
     "_soft_labels": {"_tensors"},
     **{leaf: {"_checks", "_distributed", "_tensors"} for leaf in LEAVES},
     "augment": {"_checks", "_color", "_compiled", "_distributed", "_tensors"},
     "masking": {"_checks", "_tensors"},
     "mixing": {"_checks", "_class_codes", "_class_weights", "_compiled", "_tensors"},
     "losses": {"_checks", "_class_weights", "_cross_entropy", "_distributed", "_soft_labels", "_tensors"},
-    "teacher": {"_checks", "_distributed", "_tensors", "_wrappers"},
+    "teacher": {"_averaging", "_checks", "_distributed", "_network_copy", "_network_state", "_tensors", "_wrappers"},
     "metrics": {"_checks", "_distributed", "_tensors"},
     "self_training": {"_checks", "_tensors", *LEAVES},
     "recipes": {"_checks", "self_training", *LEAVES},
