@@ -15,6 +15,8 @@ from crossmix._network_state import State, is_a, matched, places, state_of, take
 from crossmix._wrappers import named_parts, unwrapped
 
 _FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+_HOOKS = {"_forward_hooks": "a forward hook", "_forward_pre_hooks": "a forward pre-hook"}
+_TORCHS_OWN = {*vars(nn.Module()), "_compiled_call_impl"} - _HOOKS.keys()  # attributes that hold nothing of the user's
 
 
 def copied(student: nn.Module) -> nn.Module:
@@ -68,24 +70,32 @@ def _is_split(part: Any) -> bool:  # noqa: ANN401 - a FullyShardedDataParallel
 
 
 def _refuse_captured(student: nn.Module) -> None:
-    """Refuse attributes that are functions holding the student: functions are not copied, so a copy would call it."""
-    tensors = [value for part in student.modules() for value in part._parameters.values() if value is not None]
-    owned = set(map(id, [*student.modules(), *tensors]))
+    """Refuse functions that hold the student, as attributes or forward hooks: a copy would have the same ones."""
+    owned = {id(part) for part in student.modules()}
+    owned |= {
+        id(value) for part in student.modules() for own in (part._parameters, part._buffers) for value in own.values()
+    }
+    owned -= {id(None)}
     for name, part in named_parts(student):  # without wrappers, which are not copied
-        for key in part.__dict__.keys() - {"_compiled_call_impl"}:  # of `module.compile()`, which is not copied either
-            value = part.__dict__[key]
-            function = value.__func__ if isinstance(value, MethodType) else value
-            if isinstance(function, FunctionType) and _holds(function, owned, set()):
-                of = f"its module {name!r}" if name else "it"
+        for key in part.__dict__.keys() - _TORCHS_OWN:
+            if any(_holds(function, owned, set()) for function in _functions_in(part.__dict__[key])):
+                what, of = _HOOKS.get(key, f"`{key}`"), f"its module {name!r}" if name else "it"
                 raise ValueError(
-                    f"`student` cannot be deep-copied: `{key}` of {of} was replaced by a function that holds the "
-                    "student itself, which the teacher would call. Make the teacher first, compile in place by "
+                    f"`student` cannot be deep-copied: {what} of {of} is a function that holds the student itself, or "
+                    "contains one, and the teacher would call it. Make the teacher first, compile in place by "
                     "`student.compile()`, or build a second network and pass it as `network=`."
                 )
 
 
+def _functions_in(value: object) -> list[FunctionType]:
+    """A function or method, or those in a list, tuple or dict."""
+    several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+    functions = [one.__func__ if isinstance(one, MethodType) else one for one in several]
+    return [one for one in functions if isinstance(one, FunctionType)]
+
+
 def _holds(function: FunctionType, owned: set[int], seen: set[int]) -> bool:
-    """Whether a function's closure or defaults hold a module or parameter of the student, by itself or in a list."""
+    """Whether a function's closure or defaults hold a module or tensor of the student, itself or in a list or dict."""
     seen.add(id(function))
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # some are empty
     held = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]

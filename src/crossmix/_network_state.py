@@ -83,9 +83,10 @@ def take_over(name: str, mine: State, theirs: State) -> None:
 
 
 def places(state: State) -> set[int]:
-    """Where the tensors of a network are in memory; empty ones and those on the meta device are nowhere, at 0."""
+    """Where the strided tensors of a network are in memory; empty ones and those on the meta device are nowhere."""
     values = dict(enumerate(value for _, value in state.every_name() if not value.is_meta))
-    return {value.untyped_storage().data_ptr() for value, _ in local_pairs(values, values)} - {0}
+    local = [value for value, _ in local_pairs(values, values) if value.layout == torch.strided]
+    return {value.untyped_storage().data_ptr() for value in local} - {0}
 
 
 def low_dtypes(state: State) -> dict[str, torch.dtype]:

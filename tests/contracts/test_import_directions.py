@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "masking": {"_checks", "_tensors"},
     "mixing": {"_checks", "_class_codes", "_class_weights", "_compiled", "_tensors"},
     "losses": {"_checks", "_class_weights", "_cross_entropy", "_distributed", "_soft_labels", "_tensors"},
-    "teacher": {"_averaging", "_checks", "_distributed", "_network_copy", "_network_state", "_tensors", "_wrappers"},
+    "teacher": {"_averaging", "_checks", "_network_copy", "_network_state", "_tensors", "_wrappers"},
     "metrics": {"_checks", "_distributed", "_tensors"},
     "self_training": {"_checks", "_tensors", *LEAVES},
     "recipes": {"_checks", "self_training", *LEAVES},

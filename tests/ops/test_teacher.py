@@ -674,6 +674,14 @@ REPLACED: dict[str, tuple[Callable[[Any], object], bool]] = {
     "a list": (lambda net: setattr(net, "forward", through([*net])), True),
     "a dict in a keyword": (lambda net: setattr(net, "forward", through(whole=net)), True),
     "a method": (lambda net: setattr(net, "forward", MethodType(lambda self, images: net[0](images), net)), True),
+    "a buffer": (lambda net: setattr(net, "shifted", lambda shift=net[0].shift: 2 * shift), True),
+    "in a dict": (lambda net: setattr(net, "steps", {"second": lambda images: 2 * net[1](images)}), True),
+    "in a list": (lambda net: setattr(net, "steps", [lambda images: 2 * net[1](images)]), True),
+    "a hook": (lambda net: net[0].register_forward_hook(lambda *_: net[1].weight.mean() and None), True),
+    "a hook before": (lambda net: net.register_forward_pre_hook(lambda *_: setattr(net, "calls", 1)), True),
+    "a hook of a method": (lambda net: net[0].register_forward_hook(MethodType(shifted, net[0])), False),
+    "a hook that holds nothing": (lambda net: net[0].register_forward_hook(partial(shifted, None)), False),
+    "a hook of a function": (lambda net: net[0].register_forward_hook(lambda part, _, out: out + part.shift), False),
     "compiled in place": (lambda net: net.compile(backend="eager"), False),
     "a partial": (lambda net: setattr(net, "forward", partial(net.forward)), False),
     "a bound method": (lambda net: setattr(net, "before", net.forward), False),
@@ -685,6 +693,10 @@ REPLACED: dict[str, tuple[Callable[[Any], object], bool]] = {
         False,
     ),
 }
+
+
+def shifted(self: nn.Module | None, part: nn.Module, _: object, output: Tensor) -> Tensor:
+    return output + (part if self is None else self).shift
 
 
 def through(layers: Any = (), **kept: Any) -> Callable[[Tensor], Tensor]:
@@ -699,9 +711,10 @@ def through(layers: Any = (), **kept: Any) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize("how", REPLACED)
 def test_student__functions_that_hold_it_are_refused_and_others_follow_the_copy(how: str) -> None:
     network, (replace, holds) = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1, bias=False)), REPLACED[how]
+    network[0].register_buffer("shift", torch.ones(1))
     replace(network)
     if holds:
-        with pytest.raises(ValueError, match=r"was replaced by a function that holds the student .*`network=`"):
+        with pytest.raises(ValueError, match=r"is a function that holds the student .*`network=`"):
             MeanTeacher(network)
         return
     teacher = MeanTeacher(network)
@@ -728,6 +741,14 @@ def test_update__takes_over_a_cache_that_was_a_plain_attribute() -> None:
     teacher.update(network)
     assert torch.equal(teacher.module.cache, network.cache)
     assert teacher.num_updates == 1
+
+
+def test_network__may_have_sparse_buffers() -> None:
+    network, second = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1)
+    for part, value in (network, 2.0), (second, 1.0):
+        part.register_buffer("sparse", torch.tensor([0.0, value]).to_sparse())
+    teacher = MeanTeacher(network, network=second)
+    assert torch.equal(teacher.module.sparse.to_dense(), torch.tensor([0.0, 2.0]))
 
 
 def test_network__takes_the_place_of_the_copy() -> None:
