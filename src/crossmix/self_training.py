@@ -4,12 +4,8 @@ DACS: Tranheden et al., WACV 2021, https://arxiv.org/abs/2007.08702
 Masked image consistency: Hoyer et al., CVPR 2023, https://arxiv.org/abs/2212.01322
 """
 
-import inspect
-import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, TypeGuard, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -26,12 +22,26 @@ from crossmix._checks import (
     check_range,
     check_same_device,
     check_same_shape,
-    check_tensor,
     check_weights,
-    kind_of,
-    logits_in,
 )
-from crossmix._tensors import Device, uniform, upsample, valid_pixels, weight_maps
+from crossmix._parts import (
+    MixCall,
+    agreed_ignore_index,
+    agreed_num_classes,
+    check_fill,
+    check_part,
+    checked_images,
+    checked_logits,
+    checked_loss,
+    checked_mixed,
+    checked_weights,
+    how_to_call,
+    is_a,
+    is_drawn,
+    labels_for,
+    same_normalisation,
+)
+from crossmix._tensors import Device, uniform, upsample, weight_maps
 from crossmix.augment import StrongAugment
 from crossmix.losses import ConfidenceWeightedCE
 from crossmix.masking import MaskedImages
@@ -271,7 +281,7 @@ class SelfTraining(nn.Module):
     consistency_augment: Any
     criterion: Any
     align: Any
-    _mix_call: "_MixCall | None"
+    _mix_call: MixCall | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     _drawn: Mapping[str, bool] = {}  # whether an augmentation is a `DrawnAugment`
@@ -301,15 +311,15 @@ class SelfTraining(nn.Module):
     ) -> None:
         super().__init__()
         check_module("student", student)
-        _check_part("teacher", teacher, "MeanTeacher", "update(student)", "update_parameters(student)")
-        _check_part("mix", mix, "CrossDomainMix")
-        _check_part("augment", augment, "StrongAugment")
-        _check_part("criterion", criterion, "ConfidenceWeightedCE", "weights(confidence)")
-        _check_part("source_criterion", source_criterion, "ConfidenceWeightedCE")
-        _check_part("align", align, "DistributionAlignment", "update(probs)")
-        _check_part("logits", logits, "nn.Identity")
-        _check_part("consistency", consistency, "MaskedImages")
-        _check_part("consistency_augment", consistency_augment, "StrongAugment")
+        check_part("teacher", teacher, "MeanTeacher", "update(student)", "update_parameters(student)")
+        check_part("mix", mix, "CrossDomainMix")
+        check_part("augment", augment, "StrongAugment")
+        check_part("criterion", criterion, "ConfidenceWeightedCE", "weights(confidence)")
+        check_part("source_criterion", source_criterion, "ConfidenceWeightedCE")
+        check_part("align", align, "DistributionAlignment", "update(probs)")
+        check_part("logits", logits, "nn.Identity")
+        check_part("consistency", consistency, "MaskedImages")
+        check_part("consistency_augment", consistency_augment, "StrongAugment")
         if consistency is not None and teacher is None:
             raise ValueError("`consistency` needs the pseudo-labels of a `teacher`, got none; pass a MeanTeacher.")
         check_nonnegative("consistency_weight", consistency_weight)
@@ -320,11 +330,8 @@ class SelfTraining(nn.Module):
         if num_classes is not None:
             check_num_classes(num_classes)
         parts = {"mix": mix, "align": align, "criterion": criterion, "source_criterion": source_criterion}
-        classes = {name: getattr(part, "num_classes", None) for name, part in parts.items()}
-        self.num_classes: int | None = _agreed("num_classes", {"SelfTraining": num_classes, **classes})
-        ids = {name: getattr(part, "ignore_index", None) for name, part in parts.items() if not _translated(name, part)}
-        ignore_index = _agreed("ignore_index", ids)
-        self.ignore_index: int = 255 if ignore_index is None else ignore_index
+        self.num_classes: int | None = agreed_num_classes(num_classes, parts)
+        self.ignore_index: int = agreed_ignore_index(parts)
         self.student = student
         self.teacher = teacher
         self.mix = mix
@@ -345,16 +352,16 @@ class SelfTraining(nn.Module):
         self.consistency_weight = consistency_weight
         self.ignore_top = ignore_top
         self.ignore_bottom = ignore_bottom
-        self.mean, self.std = _same_normalisation(mean, std, augment=augment, consistency_augment=consistency_augment)
-        _check_fill(consistency, *self._normalised())
+        self.mean, self.std = same_normalisation(mean, std, augment=augment, consistency_augment=consistency_augment)
+        check_fill(consistency, *self._normalised())
         self._mix_keyword()
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - whatever a module may hold
         """Set an attribute. The signatures of parts are inspected here, because torch.compile cannot trace that."""
         if name == "mix":
-            self._mix_call = None if value is None else _how_to_call(value)
+            self._mix_call = None if value is None else how_to_call(value)
         if name in {"augment", "consistency_augment"}:
-            self._drawn = {**self._drawn, name: _is_drawn(value)}
+            self._drawn = {**self._drawn, name: is_drawn(value)}
         super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> "SelfTraining":
@@ -398,7 +405,7 @@ class SelfTraining(nn.Module):
                 scores = uniform((n, columns), generator=generator, device=device)
         if self._drawn["augment"]:
             augment = self.augment.sample(n, generator=generator, device=device)
-        if _is_a(self.consistency, MaskedImages):
+        if is_a(self.consistency, MaskedImages):
             if size is None:
                 raise ValueError(
                     "`size` must be given, since the blocks of `consistency` depend on it; pass (height, width)."
@@ -576,11 +583,11 @@ class SelfTraining(nn.Module):
             return Mixed(images, labels, weights * allowed, torch.zeros_like(labels, dtype=torch.bool))
         if self._mix_call.onto_target:
             mixed = self.mix(batch.source_images, batch.source_labels, images, labels, weights * allowed, **keywords)
-            mixed = _checked_mixed(mixed, images)
+            mixed = checked_mixed(mixed, images)
             if self.weigh == "mixed":
                 mixed = mixed._replace(weights=mix(weights, mixed.weights, mixed.mask))
             return mixed
-        mixed = _checked_mixed(self.mix(images, labels, weights * allowed, **keywords), images)
+        mixed = checked_mixed(self.mix(images, labels, weights * allowed, **keywords), images)
         if self.weigh == "mixed":
             confidence = mix(confidence, confidence.roll(-1, 0), mixed.mask)
             mixed = mixed._replace(weights=self._weights(confidence) * mix(allowed, allowed.roll(-1, 0), mixed.mask))
@@ -588,11 +595,7 @@ class SelfTraining(nn.Module):
 
     def _weights(self, confidence: Tensor) -> Tensor:
         """The criterion's weights of target pixels, (N, H, W)."""
-        weights: Tensor = self.criterion.weights(confidence)
-        check_tensor("criterion.weights(confidence)", weights)
-        if weights.ndim > 0:  # a scalar is one weight for all pixels
-            check_weights("criterion.weights(confidence)", weights, confidence.shape)
-        return weight_maps(weights, confidence)
+        return weight_maps(checked_weights(self.criterion.weights(confidence), confidence), confidence)
 
     def _mix_keyword(self) -> str:
         """The keyword that passes randomness to the mix: `scores`, `generator`, or "" for neither."""
@@ -612,20 +615,11 @@ class SelfTraining(nn.Module):
             return images
         changed: Tensor
         for kind, keyword in ((StrongAugment, "draw"), (MaskedImages, "scores")):
-            if _is_a(part, kind):
+            if is_a(part, kind):
                 changed = part(images, **{keyword: draw})
                 return changed
         changed = part(images, draw=draw) if self._drawn.get(name) else part(images)
-        check_images(f"{name}(images)", changed)
-        if changed.shape != images.shape:
-            raise ValueError(
-                f"`{name}` must keep the shape of images, {tuple(images.shape)}, got {tuple(changed.shape)}; labels "
-                "and weights are not transformed, so change only colours here."
-            )
-        check_same_device(images=images, **{f"{name}(images)": changed})
-        mean, std = self._normalised()
-        check_range(f"{name}(images)", changed, mean=mean, std=std)
-        return changed.to(images.dtype)
+        return checked_images(name, changed, images, *self._normalised())
 
     def _check_draw(self, draw: SelfTrainingDraw | None) -> None:
         """Refuse an incomplete draw: the modules would silently draw the rest themselves."""
@@ -637,7 +631,7 @@ class SelfTraining(nn.Module):
         needed = {
             "scores": ("a `mix`", self._mix_keyword() == "scores"),
             "augment": ("a `StrongAugment` or the like", self._drawn["augment"]),
-            "consistency": ("a `MaskedImages`", _is_a(self.consistency, MaskedImages)),
+            "consistency": ("a `MaskedImages`", is_a(self.consistency, MaskedImages)),
             "consistency_augment": ("a `StrongAugment` or the like", hidden and self._drawn["consistency_augment"]),
         }
         for name, (part, is_there) in needed.items():
@@ -654,41 +648,15 @@ class SelfTraining(nn.Module):
         else:
             if small:
                 logits = upsample(logits, labels.shape[-2:], align_corners=self.align_corners)
-            labels = self._labels_of(criterion, labels, logits.shape[1])
-        loss: Tensor = criterion(logits, labels, *weights)
-        check_tensor(f"{name}(logits, labels)", loss)
-        if loss.ndim != 0:
-            raise ValueError(f"`{name}` must return a scalar, got shape {tuple(loss.shape)}; average over pixels.")
-        return loss
-
-    def _labels_of(self, criterion: object, labels: Tensor, num_classes: int) -> Tensor:
-        """Labels for a foreign criterion: int64, with ignored pixels and unknown ids set to its `ignore_index`."""
-        index, valid = valid_pixels(labels, num_classes, self.ignore_index)
-        ignored = getattr(criterion, "ignore_index", None)
-        return index.where(valid, ignored) if isinstance(ignored, int) else index
+            labels = labels_for(criterion, labels, logits.shape[1], self.ignore_index)
+        return checked_loss(name, criterion(logits, labels, *weights))
 
     def _logits(self, name: str, network: Callable[[Tensor], Any], images: Tensor) -> Tensor:
         """Run a network on images and check that it returns logits."""
         logits = network(images)
         if self.logits is not None:
             logits = self.logits(logits)
-        if not isinstance(logits, Tensor):
-            hint = f"pass `logits=lambda out: {logits_in(logits, 'out') or 'out.logits'}` to SelfTraining"
-            raise TypeError(f"`{name}` must return logits as a tensor, got {kind_of(logits)}; {hint}.")
-        if logits.ndim != 4 or len(logits) != len(images):
-            want = f"(N, C, H, W) with N = {len(images)}"
-            raise ValueError(f"`{name}` must return logits of shape {want}, got {tuple(logits.shape)}.")
-        if not logits.is_floating_point():
-            raise TypeError(f"`{name}` must return floating logits, got {logits.dtype}; return them before argmax.")
-        if logits.shape[-2:] != images.shape[-2:] and not self.upsample:
-            raise ValueError(
-                f"`{name}` returned logits of size {tuple(logits.shape[-2:])} for images of size "
-                f"{tuple(images.shape[-2:])}; pass `upsample=True` to SelfTraining, or upsample in the network."
-            )
-        if self.num_classes is not None and logits.shape[1] != self.num_classes:
-            built = f"SelfTraining was built with num_classes={self.num_classes}"
-            raise ValueError(f"`{name}` returned {logits.shape[1]} classes but {built}; use the same number for both.")
-        return logits
+        return checked_logits(name, logits, images, num_classes=self.num_classes, upsample=self.upsample)
 
     def _check_batch(self, batch: _Batch) -> None:
         source_images, source_labels, target_images, target_weights = batch
@@ -709,127 +677,5 @@ class SelfTraining(nn.Module):
 
     def _normalised(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
         """Mean and std of the images' normalisation, or None."""
-        augments = [part for part in (self.augment, self.consistency_augment) if _is_a(part, StrongAugment)]
+        augments = [part for part in (self.augment, self.consistency_augment) if is_a(part, StrongAugment)]
         return (augments[0].mean, augments[0].std) if augments else (self.mean, self.std)
-
-
-Part = TypeVar("Part", bound=nn.Module)
-_KEYWORDS = ("scores", "generator", "")
-
-
-class _MixCall(NamedTuple):
-    """How to call a mix: with five arguments or three, and the keywords that can pass randomness to it."""
-
-    onto_target: bool
-    keywords: tuple[str, ...]
-
-
-def _how_to_call(mix: Any) -> _MixCall:  # noqa: ANN401 - any callable
-    """Inspect the signature of a mix; one that accepts five arguments is called with source and target."""
-    mix = getattr(mix, "_orig_mod", mix)  # a compiled module hides its signature
-    signature = inspect.signature(mix.forward if isinstance(mix, nn.Module) else mix)
-    for keyword, count in itertools.product(_KEYWORDS, (5, 3)):  # keyword first: `scores` could be a 4th positional
-        if _takes(signature, count, keyword):
-            return _MixCall(count == 5, tuple(other for other in _KEYWORDS if _takes(signature, count, other)))
-    raise TypeError(
-        "`mix` must take (source_images, source_labels, target_images, target_labels, target_weights) or (images, "
-        f"labels, weights), and may take `scores` or `generator` by keyword, got {signature}; see `SourceOntoTarget`."
-    )
-
-
-def _is_a(part: object, kind: type[Part]) -> TypeGuard[Part]:
-    """Whether a part is one of our modules, compiled or not."""
-    return isinstance(getattr(part, "_orig_mod", part), kind)
-
-
-def _same_normalisation(
-    mean: Sequence[float] | None, std: Sequence[float] | None, **parts: object
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Refuse augmentations of ours for images normalised otherwise than `mean` and `std`, or than each other."""
-    own = StrongAugment(mean=mean, std=std)  # checks both
-    owners = {"SelfTraining": own} if mean is not None else {}
-    owners |= {f"`{name}`": part for name, part in parts.items() if _is_a(part, StrongAugment)}
-    for name, part in owners.items():
-        first, known = next(iter(owners.items()))
-        if not (_alike(part.mean, known.mean) and _alike(part.std, known.std)):
-            want, got = f"mean={known.mean} and std={known.std}", f"{part.mean} and {part.std}"
-            raise ValueError(f"{name} must have the {want} of {first}, got {got}; use the same for both.")
-    return own.mean, own.std
-
-
-def _check_fill(consistency: object, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Refuse the default colour of hidden blocks, one of images in [0, 1], in images that are normalised."""
-    if mean is None or std is None or not _is_a(consistency, MaskedImages):
-        return
-    default = MaskedImages().fill
-    normalised = tuple((value - m) / s for value, m, s in zip(default, mean, std, strict=True))
-    if consistency.fill == default and not _alike(default, normalised):
-        raise ValueError(
-            f"`consistency` must hide blocks with a colour that is normalised as the images are, got {default}; pass "
-            f"`fill={tuple(round(value, 3) for value in normalised)}`."
-        )
-
-
-def _alike(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
-    """Whether two means, or two standard deviations, are equal up to float32."""
-    if a is None or b is None:
-        return a is b
-    return len(a) == len(b) and all(map(partial(math.isclose, rel_tol=1e-6), a, b))
-
-
-def _is_drawn(augment: Any) -> bool:  # noqa: ANN401 - any callable, or None
-    """Whether an augmentation is a `DrawnAugment`: it has `sample`, and can be called with `draw`."""
-    augment = getattr(augment, "_orig_mod", augment)  # a compiled module hides its signature
-    if not callable(getattr(augment, "sample", None)):
-        return False
-    return _takes(inspect.signature(augment.forward if isinstance(augment, nn.Module) else augment), 1, "draw")
-
-
-def _takes(signature: inspect.Signature, count: int, keyword: str) -> bool:
-    try:
-        signature.bind(*range(count), **({keyword: None} if keyword else {}))
-    except TypeError:
-        return False
-    return True
-
-
-def _checked_mixed(mixed: object, target_images: Tensor) -> Mixed:
-    """Check the type and shapes of what a mix returned."""
-    if not isinstance(mixed, Sequence) or len(mixed) != len(Mixed._fields):
-        raise TypeError(f"`mix` must return Mixed(images, labels, weights, mask), got {type(mixed).__name__}.")
-    n, _, height, width = target_images.shape
-    for name, value in zip(Mixed._fields, mixed, strict=True):
-        check_tensor(f"mixed.{name}", value)
-        shape = tuple(target_images.shape) if name == "images" else (n, height, width)
-        if tuple(value.shape) != shape:
-            raise ValueError(f"`mix` must return `{name}` of shape {shape}, got {tuple(value.shape)}.")
-    return Mixed(*mixed)
-
-
-def _translated(name: str, part: object) -> bool:
-    """Whether a part is a foreign criterion with a negative `ignore_index`, to which labels are translated."""
-    ignored = getattr(part, "ignore_index", None)
-    foreign = name in {"criterion", "source_criterion"} and not isinstance(part, ConfidenceWeightedCE)
-    return foreign and isinstance(ignored, int) and ignored < 0
-
-
-def _agreed(what: str, parts: Mapping[str, object]) -> int | None:
-    """The number that all parts agree on, among those that have one; None if none has."""
-    said = {name: number for name, number in parts.items() if isinstance(number, int)}
-    first = next(iter(said), None)
-    for name, number in said.items():
-        if first is not None and number != said[first]:
-            raise ValueError(f"`{first}` has {what}={said[first]} but `{name}` {number}; use the same for both.")
-    return None if first is None else said[first]
-
-
-def _check_part(name: str, part: object, like: str, *methods: str) -> None:
-    """Refuse a part that is not callable, or has none of the given methods."""
-    if part is None:
-        return
-    if isinstance(part, type) or not callable(part):
-        got = f"the class {part.__name__}" if isinstance(part, type) else type(part).__name__
-        raise TypeError(f"`{name}` must be callable, got {got}; build a module such as {like}, or pass a function.")
-    if methods and not any(callable(getattr(part, method.partition("(")[0], None)) for method in methods):
-        wanted, got = " or ".join(f"`.{method}`" for method in methods), type(part).__name__
-        raise TypeError(f"`{name}` must have a method {wanted}, got {got} without one; pass a {like}, or add it.")

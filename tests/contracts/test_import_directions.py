@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"_checks", "_class_weights", "_cross_entropy", "_distributed", "_soft_labels", "_tensors"},
     "teacher": {"_averaging", "_checks", "_network_copy", "_network_state", "_tensors", "_wrappers"},
     "metrics": {"_checks", "_distributed", "_tensors"},
-    "self_training": {"_checks", "_tensors", *LEAVES},
+    "_parts": {"_checks", "_tensors", "augment", "losses", "masking", "mixing"},  # of `self_training` alone
+    "self_training": {"_checks", "_parts", "_tensors", *LEAVES},
     "recipes": {"_checks", "self_training", *LEAVES},
     "functional": LEAVES,
     "models": {"_checks", "_files", "_tensors", "_wrappers"},
