@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ def checked_logits(name: str, logits: object, images: Tensor, *, num_classes: in
 
 
 def checked_mixed(mixed: object, target_images: Tensor) -> Mixed:
-    """Check the type and shapes of what a mix returned."""
+    """Check type, shapes and devices of what a mix returned, and convert its images to the dtype of the target's."""
     if not isinstance(mixed, Sequence) or len(mixed) != len(Mixed._fields):
         raise TypeError(f"`mix` must return Mixed(images, labels, weights, mask), got {type(mixed).__name__}.")
     n, _, height, width = target_images.shape
@@ -152,7 +153,11 @@ def checked_mixed(mixed: object, target_images: Tensor) -> Mixed:
         shape = tuple(target_images.shape) if name == "images" else (n, height, width)
         if tuple(value.shape) != shape:
             raise ValueError(f"`mix` must return `{name}` of shape {shape}, got {tuple(value.shape)}.")
-    return Mixed(*mixed)
+    mixed = Mixed(*mixed)
+    check_same_device(
+        target_images=target_images, **{f"mixed.{name}": value for name, value in mixed._asdict().items()}
+    )
+    return mixed._replace(images=mixed.images.to(target_images.dtype))
 
 
 def checked_images(
@@ -196,7 +201,7 @@ def _takes(signature: inspect.Signature, count: int, keyword: str) -> bool:
 
 def _agreed(what: str, parts: Mapping[str, object]) -> int | None:
     """The number that all parts agree on, among those that have one; None if none has."""
-    said = {name: number for name, number in parts.items() if isinstance(number, int)}
+    said = {name: int(number) for name, number in parts.items() if isinstance(number, Integral)}  # NumPy's ints too
     first = next(iter(said), None)
     for name, number in said.items():
         if first is not None and number != said[first]:

@@ -206,6 +206,12 @@ def recipe(num_classes: int = 3, **options: Any) -> SelfTraining:
     return recipes.self_training(nn.Conv2d(3, 3, 1), num_classes, **options)
 
 
+def counting(num_classes: object) -> DistributionAlignment:
+    align = DistributionAlignment(4)
+    align.num_classes = num_classes
+    return align
+
+
 class Criterion(ConfidenceWeightedCE):
     """Weighs as it is told."""
 
@@ -233,6 +239,8 @@ PARTS: Cases = {
         TypeError, r"`mix` must return Mixed\(images, labels, weights, mask\), got Tensor"),
     "mix result's shape": (lambda: step(mix=lambda x, y, w: (x, y, w[:, :2], w > 0)),
         ValueError, r"`mix` must return `weights` of shape \(2, 4, 5\), got \(2, 2, 5\)"),
+    "mix result's device": (lambda: step(mix=lambda x, y, w: (x, y, w.to("meta"), w > 0)),
+        ValueError, r"`mixed.weights` is on meta but `target_images` is on cpu; move one by `.to\('cpu'\)`"),
     "mix without classes": (lambda: train(mix=lambda x, y, w, *, scores: (x, y, w, w > scores[0, 0])),
         ValueError, "the number of classes is unknown; pass `num_classes=` to SelfTraining"),
     "align": (lambda: train(align=1), TypeError, "`align` must be callable, got int; build a module such as Distrib"),
@@ -277,6 +285,8 @@ PARTS: Cases = {
     "num_classes type": (lambda: train(num_classes=3.0), TypeError, "`num_classes` must be an int, got float"),
     "num_classes of SelfTraining": (lambda: train(num_classes=4),
         ValueError, "`SelfTraining` has num_classes=4 but `mix` 3; use the same for both"),
+    "NumPy's num_classes of a part": (lambda: train(align=counting(np.int64(4))),
+        ValueError, "`mix` has num_classes=3 but `align` 4; use the same for both"),
     "ignored id of the mix": (lambda: train(mix=CrossDomainMix(3, ignore_index=0), criterion=ConfidenceWeightedCE()),
         ValueError, "`mix` has ignore_index=0 but `criterion` 255; use the same for both"),
     "ignored id of the source criterion": (lambda: train(source_criterion=ConfidenceWeightedCE(ignore_index=-100)),

@@ -590,6 +590,17 @@ def test_mix__may_be_ones_own(own: Callable[..., Mixed], weigh: str) -> None:
     torch.testing.assert_close(tuple(mixed), (images, classes, weights, mask))
 
 
+def test_mix__may_return_images_of_another_dtype() -> None:
+    def in_float32(xs: Tensor, ys: Tensor, xt: Tensor, yt: Tensor, w: Tensor) -> Mixed:
+        images, *rest = whole_left(xs, ys, xt, yt, w)
+        return Mixed(images.float(), *rest)
+
+    source, labels, target = batch(1)  # float64, as the student
+    rounded = source.float().double(), labels, target.float().double()
+    found, expected = assemble(mix=in_float32)(*rounded), assemble(mix=whole_left)(*rounded)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("num_classes", [None, C])
 @pytest.mark.parametrize("keywords", [("scores",), ("generator",), ("scores", "generator"), ()])
 def test_mix__gets_scores_or_the_generator(keywords: tuple[str, ...], num_classes: int | None) -> None:
