@@ -189,6 +189,8 @@ class Config:
                                          type=int, unit="pixels", low=1, high=LARGEST_COUNT, optional=True)  # fmt: skip
     consistency_ratio: float = part("consistency_ratio", "share of blocks that is hidden", unit="share", low=0, high=1)
     consistency_weight: float = part("consistency_weight", "weight of the consistency loss", unit="factor", low=0)
+    consistency_running_stats: bool = part("consistency_running_stats", "let BatchNorm's running statistics follow the "
+                                           "partly hidden images too, as the authors' code does")  # fmt: skip
 
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device to train on", unit="torch device")
     precision: str = option("fp32", "precision of the networks", choices=PRECISIONS)
@@ -602,7 +604,9 @@ def _without_effect(config: Config, given: dict[str, Any]) -> Checks:
         "rounding": (config.method in MIXING, f"--method {' or '.join(MIXING)}"),
         "no_decay": (config.weight_decay, "--weight-decay above 0"),
         **dict.fromkeys(("rare_temperature", "rare_pixels"), rare),
-        **dict.fromkeys(("consistency_block", "consistency_ratio", "consistency_weight"), consistency),
+        **dict.fromkeys(
+            ("consistency_block", "consistency_ratio", "consistency_weight", "consistency_running_stats"), consistency
+        ),
     }
     for name, (used, other) in needed.items():
         flag = "--" + name.replace("_", "-")

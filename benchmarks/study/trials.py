@@ -63,6 +63,7 @@ class Variant:
     prior: Literal["target", "source"] = "target"  # whose class shares alignment knows; the target's are an oracle
     rare_classes: bool = False  # rare-class sampling of source images
     consistency: bool | int = False  # masked image consistency; a number is the size of the blocks
+    consistency_running_stats: bool = True  # whether hidden images change the running statistics too
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,10 @@ class Job:
 
     def options(self) -> dict[str, Any]:
         """Everything that the result depends on."""
-        fixed = asdict(PAIRS[self.pair])
-        return {"pair": fixed, "variant": asdict(self.variant), "seed": self.seed, "steps": self.steps, "looks": LOOKS}
+        fixed, variant = asdict(PAIRS[self.pair]), asdict(self.variant)
+        if variant["consistency_running_stats"]:  # as in runs that are older than this option
+            del variant["consistency_running_stats"]
+        return {"pair": fixed, "variant": variant, "seed": self.seed, "steps": self.steps, "looks": LOOKS}
 
     def as_json(self) -> dict[str, Any]:
         """The options as they are read back from a file."""
@@ -234,6 +237,7 @@ def build(student: nn.Module, pair: Pair, variant: Variant, prior: Tensor) -> Se
         include_ignored=variant.include_ignored,
         consistency=variant.consistency is not False,
         consistency_block=None if isinstance(variant.consistency, bool) else variant.consistency,
+        consistency_running_stats=variant.consistency_running_stats,
         upsample=True,  # in blocks, by the loss
     )
     if isinstance(training.mix, CrossDomainMix):

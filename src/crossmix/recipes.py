@@ -64,6 +64,7 @@ class Recipe:
         consistency_block: `block` of that `MaskedImages`; None means 64, or 32 for crops up to 512.
         consistency_ratio: `ratio` of that `MaskedImages`.
         consistency_weight: Of `SelfTraining`.
+        consistency_running_stats: Of `SelfTraining`: whether BatchNorm's running statistics follow hidden images too.
 
     Example:
         >>> RELEASED.scope, PAPER.scope
@@ -85,6 +86,7 @@ class Recipe:
     consistency_block: int | None = None
     consistency_ratio: float = 0.7
     consistency_weight: float = 1.0
+    consistency_running_stats: bool = True
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -107,6 +109,7 @@ class Recipe:
             check_pixels("consistency_block", self.consistency_block)
         check_fraction("consistency_ratio", self.consistency_ratio)
         check_nonnegative("consistency_weight", self.consistency_weight)
+        check_bool("consistency_running_stats", self.consistency_running_stats)
 
 
 RELEASED = Recipe(
@@ -268,6 +271,7 @@ def self_training(
         logits=logits,
         consistency=consistency,
         consistency_weight=choice.consistency_weight,
+        consistency_running_stats=choice.consistency_running_stats,
         ignore_top=choice.ignore_top,
         ignore_bottom=choice.ignore_bottom,
         mean=mean,

@@ -5,6 +5,7 @@ Masked image consistency: Hoyer et al., CVPR 2023, https://arxiv.org/abs/2212.01
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from crossmix._checks import (
     check_same_shape,
     check_weights,
 )
+from crossmix._norms import run_keeping_statistics
 from crossmix._parts import (
     MixCall,
     agreed_ignore_index,
@@ -247,6 +249,9 @@ class SelfTraining(nn.Module):
         consistency_augment: Applied to these images before hiding, as `augment` to the mixed ones; not used without
             `consistency`.
         consistency_weight: Factor of that loss.
+        consistency_running_stats: Whether the running statistics of the student's BatchNorm layers also follow the
+            partly hidden images, as in the authors' code. False leaves them to the source and mixed images; the losses
+            and gradients are the same. It does not work with activation checkpointing, which runs the pass again.
         ignore_top: Rows at the top of target images (sky) whose pseudo-labels get weight 0, given for a height of 512
             and scaled to that of the images. Like pixels with `target_weights` 0, they still count in lambda, as in
             DAFormer's code.
@@ -304,6 +309,7 @@ class SelfTraining(nn.Module):
         consistency: Callable[[Tensor], Tensor] | None = None,
         consistency_augment: Callable[[Tensor], Tensor] | None = None,
         consistency_weight: float = 1.0,
+        consistency_running_stats: bool = True,
         ignore_top: int = 0,
         ignore_bottom: int = 0,
         mean: Sequence[float] | None = None,
@@ -323,6 +329,7 @@ class SelfTraining(nn.Module):
         if consistency is not None and teacher is None:
             raise ValueError("`consistency` needs the pseudo-labels of a `teacher`, got none; pass a MeanTeacher.")
         check_nonnegative("consistency_weight", consistency_weight)
+        check_bool("consistency_running_stats", consistency_running_stats)
         check_bool("upsample", upsample)
         check_bool("align_corners", align_corners)
         check_ignored_rows(ignore_top, ignore_bottom)
@@ -350,6 +357,7 @@ class SelfTraining(nn.Module):
         self.consistency = consistency
         self.consistency_augment = consistency_augment
         self.consistency_weight = consistency_weight
+        self.consistency_running_stats = consistency_running_stats
         self.ignore_top = ignore_top
         self.ignore_bottom = ignore_bottom
         self.mean, self.std = same_normalisation(mean, std, augment=augment, consistency_augment=consistency_augment)
@@ -514,7 +522,8 @@ class SelfTraining(nn.Module):
         return (
             f"weigh={self.weigh!r}, upsample={self.upsample}, align_corners={self.align_corners}, "
             f"num_classes={self.num_classes}, ignore_index={self.ignore_index}, "
-            f"consistency_weight={self.consistency_weight}, ignore_top={self.ignore_top}, "
+            f"consistency_weight={self.consistency_weight}, "
+            f"consistency_running_stats={self.consistency_running_stats}, ignore_top={self.ignore_top}, "
             f"ignore_bottom={self.ignore_bottom}, mean={self.mean}, std={self.std}"
         )
 
@@ -529,7 +538,9 @@ class SelfTraining(nn.Module):
     def _consistency_loss(self, batch: _Batch, target: _Target, draw: SelfTrainingDraw) -> Tensor:
         images = self._changed("consistency_augment", batch.target_images, draw.consistency_augment)
         images = self._changed("consistency", images, draw.consistency)
-        logits = self._logits("student", self.student, images)
+        keep = not self.consistency_running_stats
+        network = partial(run_keeping_statistics, self.student) if keep else self.student
+        logits = self._logits("student", network, images)
         loss = self._loss("criterion", logits, target.pseudo.labels, target.weights * target.allowed)
         return self.consistency_weight * loss
 

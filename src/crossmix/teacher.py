@@ -36,6 +36,7 @@ from crossmix._network_state import (
     state_of,
     take_over,
 )
+from crossmix._norms import Change, run_changed, without_running_ones
 from crossmix._tensors import at_least_float32
 from crossmix._wrappers import named_parts, unwrapped
 
@@ -248,15 +249,7 @@ class MeanTeacher(nn.Module):
         Returns:
             Logits (N, C, H, W), or whatever the network returns.
         """
-        kept = []
-        try:
-            for own, key, value in self._during_forward():
-                kept.append((own, key, own[key]))
-                own[key] = value
-            return self.module(*inputs, **named)
-        finally:
-            for own, key, value in reversed(kept):
-                own[key] = value
+        return run_changed(self._during_forward(), self.module, *inputs, **named)
 
     def pseudo_label(self, *inputs: Any, **named: Any) -> PseudoLabels:  # noqa: ANN401 - what the network takes
         """Compute labels (N, H, W) int64 and confidence (N, H, W) of images, the arguments of `forward`.
@@ -383,10 +376,10 @@ class MeanTeacher(nn.Module):
         super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _during_forward(self) -> list[tuple[dict[str, Any], str, Any]]:
-        """Temporary attributes of the network's modules during a forward pass, as (dictionary, key, value)."""
+    def _during_forward(self) -> list[Change]:
+        """Temporary attributes of the network's modules during a forward pass."""
         refreshing = self.training and self._count_cumulative() > self._cumulative
-        changes: list[tuple[dict[str, Any], str, Any]] = []
+        changes: list[Change] = []
         for name, part in named_parts(self.module):
             prefix = f"{name}." if name else ""
             norm = isinstance(part, _NormBase)
@@ -395,27 +388,17 @@ class MeanTeacher(nn.Module):
             if self._low and not (norm and refreshing):  # statistics being refreshed must not be copies
                 changes += self._in_low_dtype(part, prefix)
             if batch_statistics:
-                changes += self._without_running_ones(part, prefix)
+                low = {key: self._low[prefix + key] for key in part._buffers if prefix + key in self._low}
+                changes += without_running_ones(part, low)
         return changes
 
-    def _in_low_dtype(self, part: nn.Module, prefix: str) -> list[tuple[dict[str, Any], str, Any]]:
+    def _in_low_dtype(self, part: nn.Module, prefix: str) -> list[Change]:
         """A module's tensors, cast to their forward dtype. Shards are left to the policy of `fully_shard`."""
         return [
             (own, key, value.to(self._low[prefix + key]))
             for own in (part._parameters, part._buffers)
             for key, value in own.items()
             if value is not None and prefix + key in self._low and not is_sharded(value)
-        ]
-
-    def _without_running_ones(self, part: nn.Module, prefix: str) -> list[tuple[dict[str, Any], str, Any]]:
-        """Keep a norm from updating its running statistics: torch's own norms run without them, others on copies."""
-        if type(part).forward.__module__.startswith("torch.nn."):
-            there = [key for key in _RUNNING if part._buffers.get(key) is not None]
-            return [(part.__dict__, "track_running_stats", False), *((part._buffers, key, None) for key in there)]
-        return [
-            (part._buffers, key, value.to(self._low.get(prefix + key, value.dtype), copy=True))
-            for key, value in part._buffers.items()
-            if value is not None
         ]
 
     def _count_cumulative(self) -> int:
@@ -438,9 +421,6 @@ class MeanTeacher(nn.Module):
             ramp = math.ceil(1 / (1 - self.decay)) if self.decay < 1 else 2**62
             self.num_updates = max(self.num_updates, ramp)
         self._loaded.without_count = False
-
-
-_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class _Loaded:

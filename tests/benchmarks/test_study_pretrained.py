@@ -249,7 +249,7 @@ def test_build__each_row_is_what_its_name_says(small: Domains) -> None:
 
 
 @has_weights
-def test_build__hides_blocks_of_the_size_in_the_name(small: Domains) -> None:
+def test_build__masked_consistency_is_what_its_name_says(small: Domains) -> None:
     pair = PAIRS["day-dusk"]
     rows = rows_of("ablation", "day-dusk") | rows_of("causes", "day-dusk")
     built = {
@@ -257,9 +257,10 @@ def test_build__hides_blocks_of_the_size_in_the_name(small: Domains) -> None:
         for name, variant in rows.items()
         if "masked" in name
     }
-    blocks = {name: training.consistency.block for name, training in built.items()}
+    found = {name: (one.consistency.block, one.consistency_running_stats) for name, one in built.items()}
     name = "dacs + masked consistency"
-    assert blocks == {name: None, f"{name}, blocks of 16": 16, f"{name}, blocks of 8": 8}
+    smaller = {f"{name}, blocks of {size}": (size, True) for size in (16, 8)}
+    assert found == {name: (None, True), **smaller, f"{name}, statistics kept": (None, False)}
     assert steps_of("causes", "day-dusk") == pair.steps  # to be compared with the rows of the ablation
 
 

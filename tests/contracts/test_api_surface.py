@@ -98,7 +98,7 @@ SIGNATURES = {
     "crossmix.SelfTraining":
         "student teacher * mix num_classes=None augment=None criterion=None source_criterion=None align=None "
         "weigh='target' upsample=False align_corners=True logits=None consistency=None consistency_augment=None "
-        "consistency_weight=1.0 ignore_top=0 ignore_bottom=0 mean=None std=None",
+        "consistency_weight=1.0 consistency_running_stats=True ignore_top=0 ignore_bottom=0 mean=None std=None",
     "crossmix.SelfTraining.forward":
         "self source_images source_labels target_images * target_weights=None generator=None draw=None",
     "crossmix.SelfTraining.terms":

@@ -285,6 +285,8 @@ PARTS: Cases = {
     "num_classes type": (lambda: train(num_classes=3.0), TypeError, "`num_classes` must be an int, got float"),
     "num_classes of SelfTraining": (lambda: train(num_classes=4),
         ValueError, "`SelfTraining` has num_classes=4 but `mix` 3; use the same for both"),
+    "running statistics": (lambda: train(consistency_running_stats="yes"),
+        TypeError, "`consistency_running_stats` must be True or False, got 'yes'"),
     "NumPy's num_classes of a part": (lambda: train(align=counting(np.int64(4))),
         ValueError, "`mix` has num_classes=3 but `align` 4; use the same for both"),
     "ignored id of the mix": (lambda: train(mix=CrossDomainMix(3, ignore_index=0), criterion=ConfidenceWeightedCE()),

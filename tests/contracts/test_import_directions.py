@@ -40,10 +40,11 @@ ALLOWED: dict[str, set[str]] = {
     "masking": {"_checks", "_tensors"},
     "mixing": {"_checks", "_class_codes", "_class_weights", "_compiled", "_tensors"},
     "losses": {"_checks", "_class_weights", "_cross_entropy", "_distributed", "_soft_labels", "_tensors"},
-    "teacher": {"_averaging", "_checks", "_network_copy", "_network_state", "_tensors", "_wrappers"},
+    "teacher": {"_averaging", "_checks", "_network_copy", "_network_state", "_norms", "_tensors", "_wrappers"},
     "metrics": {"_checks", "_distributed", "_tensors"},
+    "_norms": {"_wrappers"},
     "_parts": {"_checks", "_tensors", "augment", "losses", "masking", "mixing"},  # of `self_training` alone
-    "self_training": {"_checks", "_parts", "_tensors", *LEAVES},
+    "self_training": {"_checks", "_norms", "_parts", "_tensors", *LEAVES},
     "recipes": {"_checks", "self_training", *LEAVES},
     "functional": LEAVES,
     "models": {"_checks", "_files", "_tensors", "_wrappers"},

@@ -257,6 +257,40 @@ def test_consistency__is_the_loss_on_hidden_target_images(method: str, upsample:
     torch.testing.assert_close(output.consistency_loss, (losses * weights).mean(), rtol=1e-9, atol=1e-12)
 
 
+class OwnNorm(nn.BatchNorm2d):
+    """A norm with a forward pass of its own, which reads its running statistics whatever their kind."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        return super().forward(images) + 0 * self.running_mean[:, None, None]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, OwnNorm])
+def test_consistency__need_not_change_running_statistics(norm: type[nn.BatchNorm2d], frozen: bool) -> None:
+    """Losses and gradients stay the same, and the statistics are those of a step without the term."""
+
+    def step(**options: object) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        network = confident_network()
+        network.norm = norm(network.norm.num_features).double()
+        training = build(student=network, consistency_block=2, threshold=0.3, **options)
+        network.norm.train(not frozen)
+        before, flags = dict(network.norm.named_buffers()), dict(vars(network.norm))
+        losses = [loss for _, loss in training.terms(*batch(0), draw=draw)]
+        sum(losses).backward()
+        assert all(value is before[name] for name, value in network.norm.named_buffers())
+        assert vars(network.norm) == flags
+        return losses, {name: p.grad for name, p in network.named_parameters()}, before
+
+    draw = build(consistency=True, consistency_block=2).sample(N, (H, W), generator=seeded(1))
+    _, _, plain = step()
+    losses, gradients, followed = step(consistency=True)
+    kept_losses, kept_gradients, kept = step(consistency=True, consistency_running_stats=False)
+    torch.testing.assert_close((kept_losses, kept_gradients), (losses, gradients), rtol=0, atol=0)
+    torch.testing.assert_close(kept, plain, rtol=0, atol=0)
+    assert torch.equal(followed["running_mean"], plain["running_mean"]) == frozen
+
+
 def test_draw__replays_and_splits_over_ranks() -> None:
     network = confident_network()
     network.norm = nn.Identity()  # batch statistics are the one thing that does not split
@@ -920,6 +954,7 @@ OPTIONS: dict[str, tuple[object, str]] = {
     "ignore_top": (7, "ignore_top"),
     "ignore_bottom": (8, "ignore_bottom"),
     "consistency_weight": (0.5, "consistency_weight"),
+    "consistency_running_stats": (False, "consistency_running_stats"),
     "consistency_ratio": (0.25, "consistency.ratio"),
     "consistency_block": (2, "consistency.block"),
     "consistency": (MaskedImages(2), "consistency"),
@@ -954,6 +989,7 @@ FIELDS: dict[str, tuple[object, object, object]] = {
     "consistency_block": (None, None, None),
     "consistency_ratio": (0.7, 0.7, 0.7),
     "consistency_weight": (1.0, 1.0, 1.0),
+    "consistency_running_stats": (True, True, True),
 }
 
 
