@@ -269,6 +269,7 @@ REFUSED = [  # flags beside good ones, and the beginning of the message
     (["--consistency-block", "8"], "--consistency-block has no effect without --consistency"),
     (["--consistency-ratio", "0.5"], "--consistency-ratio has no effect without --consistency"),
     ([*MIC, "--no-consistency", "--consistency-weight", "2"], "--consistency-weight has no effect without --consis"),
+    (["--no-consistency-running-stats"], "--consistency-running-stats has no effect without --consistency"),
     (["--network", "m:f", "--aspp-branches", "4"], "--aspp-branches has no effect without --network resnet101 or"),
     (["--network", "m:f", "--head-factor", "2"], "--head-factor has no effect without --head"),
 ]
