@@ -6,7 +6,7 @@
     python -m benchmarks.study ablation --workers 2 --save         the paper's Table 3 and more baselines
     python -m benchmarks.study ablation --pair camvid --camvid CamVid --workers 2 --save
     python -m benchmarks.study sensitivity --workers 2 --save      one option of DACS at a time
-    python -m benchmarks.study causes --save                       causes of missed expectations; also camvid, day-dusk
+    python -m benchmarks.study causes --save                       causes of missed expectations; also other pairs
     python -m benchmarks.study demo --save                         the trainer's demo
     python -m benchmarks.study shift --save                        the domain gap of StreetScenes
 

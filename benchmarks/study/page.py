@@ -15,7 +15,7 @@ from benchmarks.speed.common import RESULTS
 from benchmarks.study import predictions
 from benchmarks.study.collected import name_of
 from benchmarks.study.expected import checks, mious
-from benchmarks.study.studies import BASE, OPTIONS, row_name, rows_of
+from benchmarks.study.studies import BASE, CAUSES, OPTIONS, is_pretrained, row_name, rows_of
 from benchmarks.study.studies import seeds_of as planned_seeds
 from benchmarks.study.trials import LOOKED_AT
 from benchmarks.tables import cell, each, mean_and_sd, table
@@ -29,6 +29,10 @@ TITLES = PRETRAINED | {"ablation-streetscenes": "StreetScenes", "ablation-camvid
 SENSITIVITY = "sensitivity-streetscenes"
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t(0.975) by sample size
 BASELINES = ("source", "source + jitter")
+SCRATCH, MASKED = (
+    ("classmix", "dacs"),
+    ("dacs", "dacs + masked consistency"),
+)  # rows whose missed expectations have causes
 Document = dict[str, Any]
 
 INTRODUCTION = """\
@@ -181,7 +185,7 @@ def ablation(suite: str) -> list[str]:
     if name == predictions.PAIR and predictions.are_there():
         parts += ["### Predictions\n", PREDICTED, figure(predictions.FIGURE, "Label maps predicted by source and dacs")]
     parts += ["### Expectations and results\n", *checks_table(document)]
-    if suite not in PRETRAINED:
+    if name in CAUSES:
         parts += tried(document)
     parts += remarks(suite)
     parts += selected(document)
@@ -297,28 +301,32 @@ def tried(whole: Document) -> list[str]:
     document = read(suite)
     if document is None:
         return [f"The causes have not been studied yet: `benchmarks/results/{suite}.json` does not exist.\n"]
+    text = TRIED.format(seeds=", ".join(str(run["seed"]) for run in next(iter(document["rows"].values()))["runs"]))
+    parts = [text, *tried_table(whole, document)]
+    if (rows := with_scores_by_day(document["rows"])) is not None:
+        day = whole | {"rows": with_scores_by_day(whole["rows"])}
+        parts += ["The same by day:\n", *tried_table(day, document | {"rows": rows})]
+    return parts
+
+
+def tried_table(whole: Document, document: Document) -> list[str]:
     rows, steps, full = document["rows"], document["options"]["steps"], whole["options"]["steps"]
+    names, others = (MASKED, MASKED) if is_pretrained(whole["options"]["pair"]["name"]) else (BASELINES, SCRATCH)
     baselines = whole["rows"] if steps == full else rows
-    beside = {name: entry for name, entry in whole["rows"].items() if name in {"classmix", "dacs"}}
-    seeds = [run["seed"] for run in next(iter(rows.values()))["runs"]]
-    return [
-        TRIED.format(seeds=", ".join(map(str, seeds))),
-        *table(
-            ["row", "steps", "mIoU", "above source", "above source + jitter", "seeds"],
-            [
-                *(tried_line(name, steps, mious(rows, name), baselines) for name in rows if name not in BASELINES),
-                *(tried_line(name, full, mious(beside, name)[: len(seeds)], whole["rows"]) for name in beside),
-            ],
-            left=(0, 5),
-        ),
-    ]
+    beside = {name: whole["rows"][name] for name in others}
+    count = len(next(iter(rows.values()))["runs"])  # of seeds, from 0
+    lines = [tried_line(name, steps, mious(rows, name), baselines, names) for name in rows if name not in names]
+    lines += [tried_line(name, full, mious(beside, name)[:count], whole["rows"], names) for name in beside]
+    return table(["row", "steps", "mIoU", *(f"above {name}" for name in names), "seeds"], lines, left=(0, 5))
 
 
-def tried_line(name: str, steps: int, found: Sequence[float], base: Document) -> list[str]:
-    """A row with its differences to the two baselines, if they were run."""
+def tried_line(name: str, steps: int, found: Sequence[float], base: Document, names: Sequence[str]) -> list[str]:
+    """A row with its differences to the rows `names`, where these were run."""
     above = [
-        mean_and_sd([a - b for a, b in zip(found, mious(base, other), strict=False)]) if other in base else "-"
-        for other in BASELINES
+        mean_and_sd([a - b for a, b in zip(found, mious(base, other), strict=False)])
+        if other in base and other != name
+        else "-"
+        for other in names
     ]
     return [name, str(steps), mean_and_sd(found), *above, each(found)]
 

@@ -72,6 +72,9 @@ OPTIONS: dict[str, dict[str, Variant]] = {
 # of BatchNorm that follow partly hidden images, while images of evaluation are whole.
 STRICT, SLOW = recipes.RELEASED.threshold, recipes.RELEASED.decay
 JITTERED = {"dacs + jitter": replace(BASE, jitter_source=True)}
+KEPT = {
+    "dacs + masked consistency, statistics kept": replace(BASE, consistency=True, consistency_running_stats=False),
+}
 CAUSES = {
     "streetscenes": {
         "source": METHODS["source"],
@@ -86,9 +89,10 @@ CAUSES = {
         f"dacs, decay {SLOW}": replace(BASE, decay=SLOW),
         **JITTERED,
     },
+    "streets-camvid": KEPT,
     "day-dusk": {
         **{f"dacs + masked consistency, blocks of {size}": replace(BASE, consistency=size) for size in (16, 8)},
-        "dacs + masked consistency, statistics kept": replace(BASE, consistency=True, consistency_running_stats=False),
+        **KEPT,
     },
 }
 SEEDS = {"ablation": 5, "sensitivity": 3, "causes": 3}

@@ -366,7 +366,10 @@ def test_command__resumes_with_two_workers_on_photographs(test_data: Path, tmp_p
     ("arguments", "message"),
     [
         (["ablation", "--pair", "day-dusk"], "--pair day-dusk needs --camvid DIR"),
-        (["causes", "--pair", "streets-camvid", "--camvid", "."], "for --pair streetscenes, camvid, day-dusk"),
+        (
+            ["causes", "--pair", "streets-camvid-360x480", "--camvid", "."],
+            "for --pair streetscenes, camvid, streets-camvid,",
+        ),
     ],
 )
 def test_command__says_what_is_missing(
