@@ -124,5 +124,5 @@ def is_pretrained(pair: str) -> bool:
 
 
 def steps_of(study: str, pair: str) -> int:
-    """Steps per run; studies with many rows use a third of the steps of StreetScenes."""
+    """Steps per run; from random weights, studies other than the ablation use a third of those on StreetScenes."""
     return PAIRS[pair].steps if study == "ablation" or is_pretrained(pair) else STREET.steps // 3

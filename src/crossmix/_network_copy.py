@@ -4,6 +4,8 @@ A network that cannot be copied is refused, with the part of it that is the reas
 """
 
 import copy
+from collections.abc import Iterable
+from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from crossmix._averaging import average_, widened
-from crossmix._network_state import State, is_a, matched, places, state_of, take_over
+from crossmix._network_state import State, is_of_type, matched, places, state_of, take_over
 from crossmix._wrappers import named_parts, unwrapped
 
 _FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
@@ -21,30 +23,31 @@ _TORCHS_OWN = {*vars(nn.Module()), "_compiled_call_impl"} - _HOOKS.keys()  # att
 
 def copied(student: nn.Module) -> nn.Module:
     """Deep-copy a network without its wrappers."""
-    if any(is_a(part, "torch.distributed.fsdp", "FSDPModule") for part in student.modules()):
+    if any(is_of_type(part, "torch.distributed.fsdp", "FSDPModule") for part in student.modules()):
         raise ValueError(
             "`student` must not be sharded yet, since modules of `fully_shard` cannot be deep-copied; make the teacher "
             "first, then shard both alike, or shard a second network and pass it as `network=`."
         )
-    if any(is_a(part, _FSDP1, "FullyShardedDataParallel") and _is_split(part) for part in student.modules()):
+    if any(is_of_type(part, _FSDP1, "FullyShardedDataParallel") and _is_split(part) for part in student.modules()):
         raise ValueError(
             "`student` must not be sharded yet by FullyShardedDataParallel, whose shards a copy would keep; make the "
             "teacher first, and use `fully_shard` for both."
         )
-    _refuse_captured(student)
     memo: dict[int, Any] = {}  # maps each wrapper to a copy of the module inside it
     try:
         for part in reversed(list(student.modules())):
             inner = unwrapped(part)
             if inner is not part:
                 memo[id(part)] = copy.deepcopy(inner, memo)
-        return _unexpanded(copy.deepcopy(student, memo))
+        made = copy.deepcopy(student, memo)
     except Exception as error:
         where = _uncopyable(student)
         raise ValueError(
             f"`student` cannot be deep-copied, because of {where} ({error}); make the teacher before the first forward "
             "pass, or build a second network and pass it as `network=`."
         ) from error
+    _refuse_captured(made, student)
+    return _unexpanded(made)
 
 
 def filled(network: nn.Module, student: State) -> nn.Module:
@@ -69,46 +72,52 @@ def _is_split(part: Any) -> bool:  # noqa: ANN401 - a FullyShardedDataParallel
     return bool(part.sharding_strategy.name != "NO_SHARD")
 
 
-def _refuse_captured(student: nn.Module) -> None:
-    """Refuse functions that hold the student, as attributes or forward hooks: a copy would have the same ones."""
-    owned = {id(part) for part in student.modules()}
-    owned |= {
-        id(value) for part in student.modules() for own in (part._parameters, part._buffers) for value in own.values()
-    }
-    owned -= {id(None)}
-    for name, part in named_parts(student):  # without wrappers, which are not copied
+def _refuse_captured(made: nn.Module, student: nn.Module) -> None:
+    """Refuse a copy with functions that refer to the student, as attributes or forward hooks: it shares them."""
+    tensors = [
+        value for part in student.modules() for own in (part._parameters, part._buffers) for value in own.values()
+    ]
+    owned = {id(one) for one in (*student.modules(), *tensors) if one is not None}
+    for name, part in named_parts(made):
         for key in part.__dict__.keys() - _TORCHS_OWN:
-            if any(_holds(function, owned, set()) for function in _functions_in(part.__dict__[key])):
-                what, of = _HOOKS.get(key, f"`{key}`"), f"its module {name!r}" if name else "it"
+            if any(_refers(function, owned, set()) for function in _functions_in(part.__dict__[key])):
+                what, of = _HOOKS.get(key, f"`{key}`"), f" of its module {name!r}" if name else ""
                 raise ValueError(
-                    f"`student` cannot be deep-copied: {what} of {of} is a function that holds the student itself, or "
-                    "contains one, and the teacher would call it. Make the teacher first, compile in place by "
-                    "`student.compile()`, or build a second network and pass it as `network=`."
+                    f"`student` cannot be copied for the teacher: {what}{of} refers to modules or tensors of the "
+                    "student, and the teacher would use those. Make the teacher first, use a method of the network "
+                    "instead, compile in place by `student.compile()`, or build a second network and pass it as "
+                    "`network=`."
                 )
 
 
-def _functions_in(value: object) -> list[FunctionType]:
-    """A function or method, or those in a list, tuple or dict."""
+def _functions_in(value: object) -> list[object]:
+    """A function, or those in a list, tuple or dict."""
     several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-    functions = [one.__func__ if isinstance(one, MethodType) else one for one in several]
-    return [one for one in functions if isinstance(one, FunctionType)]
+    return [one for one in several if isinstance(one, FunctionType | MethodType | partial)]
 
 
-def _holds(function: FunctionType, owned: set[int], seen: set[int]) -> bool:
-    """Whether a function's closure or defaults hold a module or tensor of the student, itself or in a list or dict."""
-    seen.add(id(function))
-    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # some are empty
-    held = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    held += [one for value in held if isinstance(value, list | tuple) for one in value]
-    held += [one for value in held if isinstance(value, dict) for one in value.values()]
-    for value in held:
-        bound = value.__self__ if isinstance(value, MethodType) else value
-        inner = value.__func__ if isinstance(value, MethodType) else value
-        if id(bound) in owned:
-            return True
-        if isinstance(inner, FunctionType) and id(inner) not in seen and _holds(inner, owned, seen):
-            return True
-    return False
+def _refers(value: object, owned: set[int], seen: set[int]) -> bool:
+    """Whether a value is one of those owned, or a function or collection that holds one."""
+    if id(value) in owned:
+        return True
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    return any(_refers(one, owned, seen) for one in _held(value))
+
+
+def _held(value: object) -> Iterable[object]:
+    """What a function holds by closure, defaults or binding, or a collection by its elements."""
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]  # some are empty
+        return (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    if isinstance(value, MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
 
 
 def _uncopyable(module: nn.Module, name: str = "") -> str:

@@ -37,7 +37,7 @@ def state_of(module: nn.Module) -> State:
     """Collect the modules, parameters and buffers of a network."""
     state = State(dict(named_parts(module)), {}, {})
     for part in state.parts.values():
-        if is_a(part, "torch.distributed.fsdp", "FSDPModule"):
+        if is_of_type(part, "torch.distributed.fsdp", "FSDPModule"):
             part.reshard()  # type: ignore[operator]  # after a forward pass the root still holds unsharded tensors
     seen = set()
     for name, part in state.parts.items():
@@ -130,10 +130,10 @@ def first_difference(old: Tensor, new: Tensor) -> _Difference | None:
 
 def is_sharded(value: Tensor) -> bool:
     """Whether a tensor is a DTensor."""
-    return is_a(value, "torch.distributed.tensor", "DTensor")
+    return is_of_type(value, "torch.distributed.tensor", "DTensor")
 
 
-def is_a(value: object, module: str, name: str) -> bool:
+def is_of_type(value: object, module: str, name: str) -> bool:
     """Whether a value is of a torch type; not if its module is not imported, as no instance can then exist."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(value, kind)

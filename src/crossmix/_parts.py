@@ -119,7 +119,7 @@ def labels_for(criterion: object, labels: Tensor, num_classes: int, ignore_index
     """Labels for a foreign criterion: int64, with ignored pixels and unknown ids set to its `ignore_index`."""
     index, valid = valid_pixels(labels, num_classes, ignore_index)
     ignored = getattr(criterion, "ignore_index", None)
-    return index.where(valid, ignored) if isinstance(ignored, int) else index
+    return index.where(valid, int(ignored)) if _is_integer(ignored) else index
 
 
 def checked_logits(name: str, logits: object, images: Tensor, *, num_classes: int | None, upsample: bool) -> Tensor:
@@ -143,8 +143,10 @@ def checked_logits(name: str, logits: object, images: Tensor, *, num_classes: in
     return logits
 
 
-def checked_mixed(mixed: object, target_images: Tensor) -> Mixed:
-    """Check type, shapes and devices of what a mix returned, and convert its images to the dtype of the target's."""
+def checked_mixed(
+    mixed: object, target_images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Mixed:
+    """Check what a mix returned, and convert its images to the dtype of the target's."""
     if not isinstance(mixed, Sequence) or len(mixed) != len(Mixed._fields):
         raise TypeError(f"`mix` must return Mixed(images, labels, weights, mask), got {type(mixed).__name__}.")
     n, _, height, width = target_images.shape
@@ -157,6 +159,8 @@ def checked_mixed(mixed: object, target_images: Tensor) -> Mixed:
     check_same_device(
         target_images=target_images, **{f"mixed.{name}": value for name, value in mixed._asdict().items()}
     )
+    check_images("mixed.images", mixed.images)
+    check_range("mixed.images", mixed.images, mean=mean, std=std)
     return mixed._replace(images=mixed.images.to(target_images.dtype))
 
 
@@ -201,7 +205,7 @@ def _takes(signature: inspect.Signature, count: int, keyword: str) -> bool:
 
 def _agreed(what: str, parts: Mapping[str, object]) -> int | None:
     """The number that all parts agree on, among those that have one; None if none has."""
-    said = {name: int(number) for name, number in parts.items() if isinstance(number, Integral)}  # NumPy's ints too
+    said = {name: int(number) for name, number in parts.items() if _is_integer(number)}
     first = next(iter(said), None)
     for name, number in said.items():
         if first is not None and number != said[first]:
@@ -213,7 +217,12 @@ def _translated(name: str, part: object) -> bool:
     """Whether a part is a foreign criterion with a negative `ignore_index`, to which labels are translated."""
     ignored = getattr(part, "ignore_index", None)
     foreign = name in {"criterion", "source_criterion"} and not isinstance(part, ConfidenceWeightedCE)
-    return foreign and isinstance(ignored, int) and ignored < 0
+    return foreign and _is_integer(ignored) and ignored < 0
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is an int, one of NumPy among them."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _alike(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:

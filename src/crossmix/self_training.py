@@ -249,9 +249,10 @@ class SelfTraining(nn.Module):
         consistency_augment: Applied to these images before hiding, as `augment` to the mixed ones; not used without
             `consistency`.
         consistency_weight: Factor of that loss.
-        consistency_running_stats: Whether the running statistics of the student's BatchNorm layers also follow the
-            partly hidden images, as in the authors' code. False leaves them to the source and mixed images; the losses
-            and gradients are the same. It does not work with activation checkpointing, which runs the pass again.
+        consistency_running_stats: Whether the running statistics of the student's norms (BatchNorm, and others derived
+            from torch's) also follow the partly hidden images, as in the authors' code. False leaves them to the source
+            and mixed images; the losses and gradients are the same. With activation checkpointing, which repeats the
+            pass, the statistics follow these images all the same.
         ignore_top: Rows at the top of target images (sky) whose pseudo-labels get weight 0, given for a height of 512
             and scaled to that of the images. Like pixels with `target_weights` 0, they still count in lambda, as in
             DAFormer's code.
@@ -594,11 +595,12 @@ class SelfTraining(nn.Module):
             return Mixed(images, labels, weights * allowed, torch.zeros_like(labels, dtype=torch.bool))
         if self._mix_call.onto_target:
             mixed = self.mix(batch.source_images, batch.source_labels, images, labels, weights * allowed, **keywords)
-            mixed = checked_mixed(mixed, images)
+            mixed = checked_mixed(mixed, images, *self._normalised())
             if self.weigh == "mixed":
                 mixed = mixed._replace(weights=mix(weights, mixed.weights, mixed.mask))
             return mixed
-        mixed = checked_mixed(self.mix(images, labels, weights * allowed, **keywords), images)
+        mixed = self.mix(images, labels, weights * allowed, **keywords)
+        mixed = checked_mixed(mixed, images, *self._normalised())
         if self.weigh == "mixed":
             confidence = mix(confidence, confidence.roll(-1, 0), mixed.mask)
             mixed = mixed._replace(weights=self._weights(confidence) * mix(allowed, allowed.roll(-1, 0), mixed.mask))

@@ -181,8 +181,8 @@ class MeanTeacher(nn.Module):
     Raises:
         TypeError: If `student` or `network` is not a module, or another argument has a wrong type.
         ValueError: If `decay` or `start` is out of range, `buffers` or `mode` is unknown, the student cannot be
-            deep-copied (as with a `forward` that was replaced by `torch.compile(student.forward)`), or `network` does
-            not match it.
+            deep-copied (as with a `forward` that was replaced by `torch.compile(student.forward)`, or a forward hook
+            whose closure holds a module of it), or `network` does not match it.
 
     Example:
         >>> student = nn.Conv2d(3, 2, 1)

@@ -291,6 +291,25 @@ def test_consistency__need_not_change_running_statistics(norm: type[nn.BatchNorm
     assert torch.equal(followed["running_mean"], plain["running_mean"]) == frozen
 
 
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, partial(nn.InstanceNorm2d, track_running_stats=True)])
+def test_consistency__keeps_running_statistics_under_ddp(norm: Callable[[int], nn.Module]) -> None:
+    """With the defaults of DistributedDataParallel, which looks for buffers before each pass."""
+    network = confident_network()
+    network.norm = norm(network.norm.num_features).double()
+    options = {"consistency": True, "consistency_block": 2, "consistency_running_stats": False}
+    training = build(student=network, threshold=0.3, **options)
+    training.student = nn.parallel.DistributedDataParallel(network)
+    alone = copy.deepcopy(network)
+    source, labels, target = batch(0)
+    draw = training.sample(N, (H, W), generator=seeded(1))
+    mixed = training(source, labels, target, draw=draw)
+    mixed.loss.backward()
+    for images in (source, mixed.mixed.images):
+        alone.train()(images)
+    torch.testing.assert_close(dict(network.named_buffers()), dict(alone.named_buffers()))
+
+
 def test_draw__replays_and_splits_over_ranks() -> None:
     network = confident_network()
     network.norm = nn.Identity()  # batch statistics are the one thing that does not split

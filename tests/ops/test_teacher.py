@@ -675,6 +675,11 @@ REPLACED: dict[str, tuple[Callable[[Any], object], bool]] = {
     "a dict in a keyword": (lambda net: setattr(net, "forward", through(whole=net)), True),
     "a method": (lambda net: setattr(net, "forward", MethodType(lambda self, images: net[0](images), net)), True),
     "a buffer": (lambda net: setattr(net, "shifted", lambda shift=net[0].shift: 2 * shift), True),
+    "a partial of a lambda": (
+        lambda net: setattr(net, "forward", partial(lambda k, x: k * net[1](net[0](x)), 2)),
+        True,
+    ),
+    "a partial that is given a layer": (lambda net: setattr(net, "second", partial(torch.add, net[1].weight)), False),
     "in a dict": (lambda net: setattr(net, "steps", {"second": lambda images: 2 * net[1](images)}), True),
     "in a list": (lambda net: setattr(net, "steps", [lambda images: 2 * net[1](images)]), True),
     "a hook": (lambda net: net[0].register_forward_hook(lambda *_: net[1].weight.mean() and None), True),
@@ -714,9 +719,30 @@ def test_student__functions_that_hold_it_are_refused_and_others_follow_the_copy(
     network[0].register_buffer("shift", torch.ones(1))
     replace(network)
     if holds:
-        with pytest.raises(ValueError, match=r"is a function that holds the student .*`network=`"):
+        with pytest.raises(ValueError, match=r"refers to modules or tensors of the student.*`network=`"):
             MeanTeacher(network)
         return
+    teacher = MeanTeacher(network)
+    before = teacher(IMAGES)
+    shake(network, 1)
+    assert torch.equal(teacher(IMAGES), before)
+
+
+class CopiesItself(nn.Conv2d):
+    """A network with a hook that holds it, and copies with hooks of their own."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2, 1)
+        self.register_forward_hook(lambda *_: self.weight.mean() * 0 + _[-1])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CopiesItself":
+        copied = type(self)()
+        copied.load_state_dict(self.state_dict())
+        return copied
+
+
+def test_student__may_copy_itself() -> None:
+    network = CopiesItself()
     teacher = MeanTeacher(network)
     before = teacher(IMAGES)
     shake(network, 1)
