@@ -62,7 +62,7 @@ class shares of the target, and `oracle` is trained on its labels; neither is po
 `dacs + boxes` pastes boxes of half of the image, as CutMix does; those of `BoxMasks` are smaller by default.
 """
 
-COMMAND = "python -m benchmarks.study ablation --pair {pair} --camvid CamVid --finished --save\n"
+COMMAND = "python -m benchmarks.study {study} --pair {pair} --camvid CamVid --finished --save\n"
 
 PREDICTED = """\
 Label maps of the student at the last step of seed 0, on images spread evenly over the two test drives, and scenes that
@@ -92,7 +92,7 @@ precision of - means that the class is never predicted. Means over seeds.
 
 TRIED = """\
 Experiments on the causes (`python -m benchmarks.study causes`), over seeds {seeds}, in points of mIoU. Differences are
-to the baselines with the same seeds and number of steps:
+to the baselines with the same seeds and number of steps{fewer}:
 """
 
 ONE_AT_A_TIME = """\
@@ -138,7 +138,9 @@ def page() -> str:
     if found:
         rest = from_scratch() + ["#" + part if part.startswith("##") else part for part in rest]
     pairs = {2: "two", 3: "three", 4: "four", 5: "five"}[2 + len(found)]
-    commands = "".join(COMMAND.format(pair=pair) for pair in found)
+    commands = "".join(COMMAND.format(study="ablation", pair=pair) for pair in found)
+    causes = [pair for pair in found if read(f"causes-{pair}") is not None]
+    commands += "".join(COMMAND.format(study="causes", pair=pair) for pair in causes)
     parts = [INTRODUCTION.format(pairs=pairs, commands=commands), *lead, *rest]
     return "\n".join(parts).rstrip("\n") + "\n"
 
@@ -301,7 +303,9 @@ def tried(whole: Document) -> list[str]:
     document = read(suite)
     if document is None:
         return [f"The causes have not been studied yet: `benchmarks/results/{suite}.json` does not exist.\n"]
-    text = TRIED.format(seeds=", ".join(str(run["seed"]) for run in next(iter(document["rows"].values()))["runs"]))
+    lengths = sorted(len(entry["runs"]) for entry in document["rows"].values())
+    fewer = "; a row that lists fewer seeds has the first of them" * (lengths[0] < lengths[-1])
+    text = TRIED.format(seeds=", ".join(map(str, range(lengths[-1]))), fewer=fewer)
     parts = [text, *tried_table(whole, document)]
     if (rows := with_scores_by_day(document["rows"])) is not None:
         day = whole | {"rows": with_scores_by_day(whole["rows"])}
@@ -314,7 +318,7 @@ def tried_table(whole: Document, document: Document) -> list[str]:
     names, others = (MASKED, MASKED) if is_pretrained(whole["options"]["pair"]["name"]) else (BASELINES, SCRATCH)
     baselines = whole["rows"] if steps == full else rows
     beside = {name: whole["rows"][name] for name in others}
-    count = len(next(iter(rows.values()))["runs"])  # of seeds, from 0
+    count = max(len(entry["runs"]) for entry in rows.values())  # of seeds, from 0
     lines = [tried_line(name, steps, mious(rows, name), baselines, names) for name in rows if name not in names]
     lines += [tried_line(name, full, mious(beside, name)[:count], whole["rows"], names) for name in beside]
     return table(["row", "steps", "mIoU", *(f"above {name}" for name in names), "seeds"], lines, left=(0, 5))

@@ -259,7 +259,7 @@ def test_build__masked_consistency_is_what_its_name_says(small: Domains) -> None
     }
     found = {name: (one.consistency.block, one.consistency_running_stats) for name, one in built.items()}
     name = "dacs + masked consistency"
-    smaller = {f"{name}, blocks of {size}": (size, True) for size in (16, 8)}
+    smaller = {f"{name}, blocks of {size}": (size, True) for size in (64, 16, 8)}
     assert found == {name: (None, True), **smaller, f"{name}, statistics kept": (None, False)}
     assert steps_of("causes", "day-dusk") == pair.steps  # to be compared with the rows of the ablation
 
