@@ -91,7 +91,7 @@ precision of - means that the class is never predicted. Means over seeds.
 """
 
 TRIED = """\
-Experiments on the causes (`python -m benchmarks.study causes`), over seeds {seeds}, in points of mIoU. Differences are
+Experiments on the causes (`python -m benchmarks.study causes`), over {seeds}, in points of mIoU. Differences are
 to the baselines with the same seeds and number of steps{fewer}:
 """
 
@@ -305,7 +305,8 @@ def tried(whole: Document) -> list[str]:
         return [f"The causes have not been studied yet: `benchmarks/results/{suite}.json` does not exist.\n"]
     lengths = sorted(len(entry["runs"]) for entry in document["rows"].values())
     fewer = "; a row that lists fewer seeds has the first of them" * (lengths[0] < lengths[-1])
-    text = TRIED.format(seeds=", ".join(map(str, range(lengths[-1]))), fewer=fewer)
+    seeds = f"seeds {', '.join(map(str, range(lengths[-1])))}" if lengths[-1] > 1 else "seed 0"
+    text = TRIED.format(seeds=seeds, fewer=fewer)
     parts = [text, *tried_table(whole, document)]
     if (rows := with_scores_by_day(document["rows"])) is not None:
         day = whole | {"rows": with_scores_by_day(whole["rows"])}
