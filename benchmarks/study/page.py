@@ -29,10 +29,8 @@ TITLES = PRETRAINED | {"ablation-streetscenes": "StreetScenes", "ablation-camvid
 SENSITIVITY = "sensitivity-streetscenes"
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t(0.975) by sample size
 BASELINES = ("source", "source + jitter")
-SCRATCH, MASKED = (
-    ("classmix", "dacs"),
-    ("dacs", "dacs + masked consistency"),
-)  # rows whose missed expectations have causes
+MISSED = ("classmix", "dacs")  # rows whose missed expectations have causes
+MISSED_PRETRAINED = ("dacs", "dacs + masked consistency")
 Document = dict[str, Any]
 
 INTRODUCTION = """\
@@ -91,8 +89,8 @@ precision of - means that the class is never predicted. Means over seeds.
 """
 
 TRIED = """\
-Experiments on the causes (`python -m benchmarks.study causes`), over {seeds}, in points of mIoU. Differences are
-to the baselines with the same seeds and number of steps{fewer}:
+Experiments on the causes (`python -m benchmarks.study causes`), over {seeds}, in points of mIoU, on {machines};
+another processor rounds differently. Differences are to the baselines with the same seeds and number of steps{fewer}:
 """
 
 ONE_AT_A_TIME = """\
@@ -306,7 +304,9 @@ def tried(whole: Document) -> list[str]:
     lengths = sorted(len(entry["runs"]) for entry in document["rows"].values())
     fewer = "; a row that lists fewer seeds has the first of them" * (lengths[0] < lengths[-1])
     seeds = f"seeds {', '.join(map(str, range(lengths[-1])))}" if lengths[-1] > 1 else "seed 0"
-    text = TRIED.format(seeds=seeds, fewer=fewer)
+    runs = [run for entry in document["rows"].values() for run in entry["runs"]]
+    machines = sorted({run.get("machine") or name_of(document["machine"]) for run in runs})
+    text = TRIED.format(seeds=seeds, fewer=fewer, machines=" and ".join(machines))
     parts = [text, *tried_table(whole, document)]
     if (rows := with_scores_by_day(document["rows"])) is not None:
         day = whole | {"rows": with_scores_by_day(whole["rows"])}
@@ -316,9 +316,10 @@ def tried(whole: Document) -> list[str]:
 
 def tried_table(whole: Document, document: Document) -> list[str]:
     rows, steps, full = document["rows"], document["options"]["steps"], whole["options"]["steps"]
-    names, others = (MASKED, MASKED) if is_pretrained(whole["options"]["pair"]["name"]) else (BASELINES, SCRATCH)
+    pretrained = is_pretrained(whole["options"]["pair"]["name"])
+    names = MISSED_PRETRAINED if pretrained else BASELINES
     baselines = whole["rows"] if steps == full else rows
-    beside = {name: whole["rows"][name] for name in others}
+    beside = {name: whole["rows"][name] for name in (MISSED_PRETRAINED if pretrained else MISSED)}
     count = max(len(entry["runs"]) for entry in rows.values())  # of seeds, from 0
     lines = [tried_line(name, steps, mious(rows, name), baselines, names) for name in rows if name not in names]
     lines += [tried_line(name, full, mious(beside, name)[:count], whole["rows"], names) for name in beside]

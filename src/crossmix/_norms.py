@@ -32,7 +32,7 @@ def run_keeping_statistics(network: nn.Module, images: Tensor) -> Any:  # noqa: 
     return run_changed([change for part in norms for change in on_copies(part, {})], network, images)
 
 
-def without_running_ones(part: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[Change]:
+def without_statistics(part: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[Change]:
     """Let torch's own norms run without running statistics, which is faster than on copies, and others on copies."""
     if type(part).forward.__module__.startswith("torch.nn."):
         there = [key for key in _RUNNING if part._buffers.get(key) is not None]

@@ -36,7 +36,7 @@ from crossmix._network_state import (
     state_of,
     take_over,
 )
-from crossmix._norms import Change, run_changed, without_running_ones
+from crossmix._norms import Change, run_changed, without_statistics
 from crossmix._tensors import at_least_float32
 from crossmix._wrappers import named_parts, unwrapped
 
@@ -389,7 +389,7 @@ class MeanTeacher(nn.Module):
                 changes += self._in_low_dtype(part, prefix)
             if batch_statistics:
                 low = {key: self._low[prefix + key] for key in part._buffers if prefix + key in self._low}
-                changes += without_running_ones(part, low)
+                changes += without_statistics(part, low)
         return changes
 
     def _in_low_dtype(self, part: nn.Module, prefix: str) -> list[Change]:

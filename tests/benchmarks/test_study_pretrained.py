@@ -390,6 +390,29 @@ def row(*mious: float, first: int = 0) -> dict[str, Any]:
     return {"runs": [{"seed": first + i, "last": last} for i, last in enumerate(lasts)]}
 
 
+def test_causes__are_compared_with_the_rows_that_missed_by_seed_and_by_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scored(*mious: float) -> dict[str, Any]:
+        """By day each seed scores a point more."""
+        runs = row(*mious)["runs"]
+        days = row(*(miou + 1 for miou in mious))["runs"]
+        return {
+            "runs": [run | {"machine": "a CPU", "by_day": day["last"]} for run, day in zip(runs, days, strict=True)]
+        }
+
+    options = {"pair": {"name": "day-dusk"}, "steps": 800}
+    whole = {"options": options, "rows": {"dacs": scored(40, 42, 41), "dacs + masked consistency": scored(38, 39, 30)}}
+    causes = {"options": options, "rows": {"kept": scored(39, 43), "blocks": scored(37)}}
+    monkeypatch.setattr(page, "read", {"causes-day-dusk": causes}.get)
+    text = "".join(page.tried(whole))
+    assert "over seeds 0, 1, in points of mIoU, on a CPU;" in text
+    assert "number of steps; a row that lists fewer seeds has the first of them:" in text
+    dusk, day = text.split("The same by day:")
+    assert "| kept | 800 | 41.00 ± 2.83 | 0.00 ± 1.41 | 2.50 ± 2.12 | 39.00, 43.00 |" in dusk
+    assert "| blocks | 800 | 37.00 | -3.00 | -1.00 | 37.00 |" in dusk
+    assert "| dacs | 800 | 41.00 ± 1.41 | - | 2.50 ± 0.71 | 40.00, 42.00 |" in dusk
+    assert "| kept | 800 | 42.00 ± 2.83 | 0.00 ± 1.41 | 2.50 ± 2.12 | 40.00, 44.00 |" in day
+
+
 def test_checks__hold_dacs_to_the_margins_fixed_before_the_runs() -> None:
     rows = {
         "source + jitter": row(20, 20, 20),
